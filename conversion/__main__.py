@@ -1,0 +1,48 @@
+"""`python -m conversion import|export`: the command line over `importing` and `exporting`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dvi_jax.errors import run_cli
+
+
+def main() -> int:
+    """Parse the arguments and run one conversion."""
+    args = _parser().parse_args()
+    # Imported here, so that --help does not wait for jax.
+    if args.command == "import":
+        from conversion.importing import import_model
+
+        manifest = import_model(
+            args.source, args.out, adapter=args.adapter, dtype=args.dtype, exit_layer=args.exit_layer
+        )
+        print(f"{args.out}: {manifest.dtype}, exit layer {manifest.exit_layer}, drafter {manifest.drafter}")
+    else:
+        from conversion.exporting import export_checkpoint
+
+        export_checkpoint(args.source, args.out, args.to)
+        print(f"{args.out}: {args.to} export of {args.source}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m conversion", description="Weights in and out.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    importer = commands.add_parser("import", help="Hugging Face directory or GGUF file -> checkpoint")
+    importer.add_argument("--adapter", type=Path, metavar="DIR", help="Kangaroo adapter to draft with")
+    importer.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the stored weights")
+    importer.add_argument("--exit-layer", type=int, metavar="K", help="layers that draft (default 2)")
+    exporter = commands.add_parser("export", help="checkpoint -> orbax export or Hugging Face directory")
+    exporter.add_argument("--to", required=True, choices=("orbax", "hf"))
+    for command in (importer, exporter):
+        command.add_argument("--from", dest="source", type=Path, required=True, help="what to read")
+        command.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
+        command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

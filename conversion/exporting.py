@@ -1,0 +1,129 @@
+"""From a checkpoint to an orbax export that needs none of our code, or to a Hugging Face directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conversion import hf, kangaroo
+from conversion.layout import HF_NAMES, base_slots
+from conversion.safetensors_file import write_safetensors
+from conversion.tensors import flatten, get_path
+from conversion.tokenizer import token_text
+from dvi_jax.checkpoint import Checkpoint, new_directory, read_checkpoint, save_tree
+
+MAX_SHARD_BYTES = 5_000_000_000
+_TEXTS = ("config.json", "MANIFEST.json", "tokenizer.json", "chat_template.jinja")
+
+
+def export_checkpoint(source: Path, out: Path, kind: str) -> None:
+    """Write the checkpoint directory `source` as `kind` ("orbax" or "hf") into the new directory `out`."""
+    checkpoint = read_checkpoint(source)
+    (export_orbax if kind == "orbax" else export_hf)(checkpoint, out)
+
+
+def export_orbax(checkpoint: Checkpoint, out: Path) -> None:
+    """`weights/`, one orbax tree {"base", "drafter", "lora"} of the parts that exist, and the texts.
+
+    `orbax.checkpoint.StandardCheckpointer().restore(out / "weights")` reads it.
+    """
+    parts = {"base": checkpoint.base, "drafter": checkpoint.drafter, "lora": checkpoint.lora}
+    with new_directory(out) as directory:
+        for name in _TEXTS:
+            if (checkpoint.path / name).exists():
+                (directory / name).write_bytes((checkpoint.path / name).read_bytes())
+        save_tree(directory / "weights", {name: tree for name, tree in parts.items() if tree})
+
+
+def export_hf(checkpoint: Checkpoint, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """A Hugging Face directory: config, safetensors (shards of `max_shard_bytes`), tokenizer, chat template.
+
+    LoRA sets stay apart in `lora/` and the drafter in `adapter/` (kangaroo, upstream's format) or `drafter/`.
+    To merge LoRA into the base, pass a checkpoint whose base is merged and whose `lora` is None.
+    """
+    config, manifest = checkpoint.config, checkpoint.manifest
+    with new_directory(out) as directory:
+        _write_json(directory / "config.json", hf.config_to_hf(config, manifest.dtype))
+        _write_json(directory / "generation_config.json", _generation_config(checkpoint))
+        _write_weights(directory, dict(_hf_tensors(checkpoint)), max_shard_bytes)
+        _write_tokenizer(directory, checkpoint)
+        if checkpoint.lora:
+            _write_part(directory / "lora", checkpoint.lora, manifest.lora)
+        if checkpoint.drafter and manifest.drafter == "kangaroo":
+            kangaroo.write_adapter(directory / "adapter", checkpoint.drafter, manifest.drafter_config, config)
+        elif checkpoint.drafter:
+            settings = {
+                "drafter": manifest.drafter,
+                "exit_layer": manifest.exit_layer,
+                **manifest.drafter_config,
+            }
+            _write_part(directory / "drafter", checkpoint.drafter, settings)
+
+
+def _hf_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
+    for slot in base_slots(checkpoint.config, HF_NAMES):
+        yield slot.name, get_path(checkpoint.base, slot.path)[slot.rows]
+
+
+def _write_weights(directory: Path, tensors: dict[str, np.ndarray], max_shard_bytes: int) -> None:
+    shards = _split(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        write_safetensors(directory / hf.SAFETENSORS, tensors)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(directory / name, shard)
+        weight_map |= dict.fromkeys(shard, name)
+    total = sum(array.nbytes for array in tensors.values())
+    _write_json(directory / hf.SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _split(tensors: Mapping[str, np.ndarray], max_bytes: int) -> list[dict[str, np.ndarray]]:
+    shards: list[dict[str, np.ndarray]] = [{}]
+    used = 0
+    for name, array in tensors.items():
+        if shards[-1] and used + array.nbytes > max_bytes:
+            shards.append({})
+            used = 0
+        shards[-1][name] = array
+        used += array.nbytes
+    return shards
+
+
+def _write_tokenizer(directory: Path, checkpoint: Checkpoint) -> None:
+    if checkpoint.tokenizer_json is None:
+        return
+    (directory / "tokenizer.json").write_text(checkpoint.tokenizer_json, encoding="utf-8")
+    config, eos = checkpoint.config, checkpoint.config.eos_token_ids
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": token_text(checkpoint.tokenizer_json, config.bos_token_id),
+        "eos_token": token_text(checkpoint.tokenizer_json, eos[0] if eos else None),
+        "model_max_length": config.max_position_embeddings,
+        "chat_template": checkpoint.chat_template,
+    }
+    _write_json(directory / "tokenizer_config.json", {k: v for k, v in settings.items() if v is not None})
+
+
+def _write_part(directory: Path, tree: dict[str, Any], settings: dict[str, Any]) -> None:
+    directory.mkdir()
+    write_safetensors(directory / hf.SAFETENSORS, dict(flatten(tree)))
+    _write_json(directory / "config.json", settings)
+
+
+def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    eos = list(checkpoint.config.eos_token_ids)
+    settings = {
+        "bos_token_id": checkpoint.config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos,
+    }
+    return {key: value for key, value in settings.items() if value not in (None, [])}
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

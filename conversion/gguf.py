@@ -1,0 +1,154 @@
+"""GGUF files of Llama models: the config from their metadata, and the weights in Hugging Face's order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conversion.gguf_file import GGUFFile
+from conversion.layout import GGUF_NAMES
+from conversion.tensors import Rows
+from dvi_jax.config import LlamaConfig
+from dvi_jax.errors import UserError
+
+_ROPE_FACTORS = "rope_freqs.weight"
+# Every published Llama with this tensor (3.1 to 3.3) has these bounds; only the factor varies.
+_LLAMA3_BOUNDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+class GGUFModel:
+    """One GGUF file as a `TensorSource` with its `config`; `file.metadata` keeps tokenizer and template."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = GGUFFile(path)
+        self.label = path.name
+        self.files: tuple[Path, ...] = (path,)
+        self.shapes = {name: tensor.shape for name, tensor in self.file.tensors.items()}
+        self.config = _read_config(self.file)
+
+    def chunks(self, name: str) -> Iterator[tuple[Rows, np.ndarray]]:
+        """As `TensorSource.chunks`, with the rotary permutation of q and k undone."""
+        if not _is_rotary(name):
+            yield from self.file.rows(name)
+            return
+        size = self.config.head_dim
+        # GGUF's row 2i + j of a head is Hugging Face's row j * H/2 + i: pairs abut there, halves here.
+        order = np.arange(size).reshape(2, size // 2).T.reshape(-1)
+        for rows, values in self.file.rows(name, multiple=size):
+            heads = np.arange(rows.start, rows.stop, size)
+            yield (heads[:, None] + order).reshape(-1), values
+
+
+def is_ignored(name: str) -> bool:
+    """Tensors that the config already accounts for."""
+    return name == _ROPE_FACTORS
+
+
+def _is_rotary(name: str) -> bool:
+    tail = name.rsplit(".", 2)[-2:]
+    return tail in (["attn_q", "weight"], ["attn_k", "weight"])
+
+
+class _Metadata:
+    """Typed access to the `llama.*` keys; what is missing or of another type is a `UserError`."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.values, self.label = file.metadata, file.path.name
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.values.get(key, default)
+        if type(value) is not int:
+            found = "missing" if value is None else "not one whole number for all layers"
+            raise UserError(f"{self.label}: {key} is {found}; a plain Llama states it")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.values.get(key, default)
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+            raise UserError(f"{self.label}: {key} must be a number above 0, got {value!r}")
+        # Stored as float32: the shortest decimal is what the original config said (1e-05, not 9.9999997e-06).
+        return float(str(np.float32(value)))
+
+
+def _read_config(file: GGUFFile) -> LlamaConfig:
+    meta = _Metadata(file)
+    architecture = file.metadata.get("general.architecture")
+    if architecture != "llama":
+        raise UserError(f"{meta.label}: architecture is {architecture!r}; only 'llama' GGUF files can be imported")
+    if file.metadata.get("llama.expert_count", 0):
+        raise UserError(f"{meta.label}: a mixture of experts is not a plain Llama")
+    heads, width = meta.integer("llama.attention.head_count"), meta.integer("llama.embedding_length")
+    head_dim = meta.integer("llama.attention.key_length", width // heads if heads > 0 else None)
+    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+        if meta.integer(key, head_dim) != head_dim:
+            raise UserError(f"{meta.label}: {key}={file.metadata[key]} must equal the head size {head_dim}")
+    embed = file.tensors.get(GGUF_NAMES["embed"])
+    if embed is None:
+        raise UserError(f"{meta.label}: tensor {GGUF_NAMES['embed']} is missing")
+    values = {
+        "vocab_size": embed.shape[0],
+        "hidden_size": width,
+        "intermediate_size": meta.integer("llama.feed_forward_length"),
+        "num_layers": meta.integer("llama.block_count"),
+        "num_heads": heads,
+        "num_kv_heads": meta.integer("llama.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": meta.integer("llama.context_length"),
+        "rms_norm_eps": meta.number("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": meta.number("llama.rope.freq_base", 10000.0),
+        "tie_word_embeddings": GGUF_NAMES["head"] not in file.tensors,
+        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_ids": _eos_ids(file, embed.shape[0]),
+    }
+    values["rope_scaling"] = _rope_scaling(file, meta, values["rope_theta"], head_dim)
+    return LlamaConfig.from_json(values, meta.label)
+
+
+def _eos_ids(file: GGUFFile, vocab_size: int) -> list[int]:
+    ids: list[int] = []
+    for key in ("eos", "eot"):
+        token = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if token is not None and token not in ids:
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise UserError(f"{file.path.name}: {key}_token_id {token} is outside the vocabulary of {vocab_size}")
+            ids.append(token)
+    return ids
+
+
+def _rope_scaling(file: GGUFFile, meta: _Metadata, theta: float, head_dim: int) -> dict[str, Any] | None:
+    kind = file.metadata.get("llama.rope.scaling.type", "none")
+    factor_key = "llama.rope.scaling.factor"
+    if "llama.rope.scale_linear" in file.metadata:
+        kind, factor_key = "linear", "llama.rope.scale_linear"
+    if _ROPE_FACTORS in file.tensors:
+        if kind != "none":
+            raise UserError(f"{meta.label}: {_ROPE_FACTORS} together with rope scaling {kind!r} is not supported")
+        return _llama3_scaling(file, theta, head_dim)
+    if kind == "none":
+        return None
+    if kind != "linear":
+        raise UserError(f"{meta.label}: rope scaling {kind!r} is not supported, only linear and llama3's factors")
+    return {"kind": "linear", "factor": meta.number(factor_key)}
+
+
+def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict[str, Any]:
+    """The llama3 setting whose factors are stored; other factors are refused rather than approximated."""
+    found = np.concatenate([values.reshape(-1) for _, values in file.rows(_ROPE_FACTORS)]).astype(np.float64)
+    factor = float(found.max(initial=0.0))
+    if found.shape != (head_dim // 2,) or not np.isfinite(found).all() or factor <= 0:
+        raise UserError(f"{file.path.name}: {_ROPE_FACTORS} must hold {head_dim // 2} positive factors")
+    if not np.allclose(found, llama3_factors(theta, head_dim, factor), rtol=1e-4):
+        raise UserError(f"{file.path.name}: the factors in {_ROPE_FACTORS} are not those of llama3 rope scaling")
+    return {"kind": "llama3", "factor": factor, **_LLAMA3_BOUNDS}
+
+
+def llama3_factors(theta: float, head_dim: int, factor: float) -> np.ndarray:
+    """[head_dim / 2] divisors of the rotary frequencies under llama3 scaling with the published bounds."""
+    low, high, context = _LLAMA3_BOUNDS.values()
+    wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
+    return 1.0 / ((1 - smooth) / factor + smooth)

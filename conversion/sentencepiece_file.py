@@ -1,0 +1,110 @@
+"""SentencePiece's `tokenizer.model`, a protobuf message of which a BPE vocabulary needs five fields.
+
+Read by hand, because the two Python packages that define the message cannot be imported into one process.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dvi_jax.errors import UserError
+
+_BPE = 2
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+# Field numbers of sentencepiece_model.proto.
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
+_PIECE_TEXT, _PIECE_SCORE, _PIECE_KIND = 1, 2, 3
+_MODEL_TYPE, _BOS_ID, _ADD_DUMMY_PREFIX = 3, 41, 3
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """Pieces by id with scores and kinds (`tokenizer_build` has the numbers); `bos_id` None if absent."""
+
+    pieces: tuple[str, ...]
+    scores: tuple[float, ...]
+    kinds: tuple[int, ...]
+    bos_id: int | None
+    add_dummy_prefix: bool
+
+
+def parse_sentencepiece(data: bytes, where: object) -> SentencePieceModel:
+    """The model in `data`; a damaged message or another kind of model than BPE is a `UserError`."""
+    try:
+        return _parse(data, where)
+    except (IndexError, ValueError, struct.error) as error:
+        raise UserError(f"{where} is not a SentencePiece model, or is damaged: {error}") from error
+
+
+def _parse(data: bytes, where: object) -> SentencePieceModel:
+    pieces: list[tuple[str, float, int]] = []
+    trainer: dict[int, int | bytes] = {}
+    normalizer: dict[int, int | bytes] = {}
+    for number, value in _fields(data):
+        if number == _PIECES:
+            piece = dict(_fields(_as_bytes(value)))
+            score = struct.unpack("<f", _as_bytes(piece.get(_PIECE_SCORE, bytes(4))))[0]
+            text = _as_bytes(piece.get(_PIECE_TEXT, b"")).decode("utf-8")
+            pieces.append((text, score, _as_int(piece.get(_PIECE_KIND, 1))))
+        elif number == _TRAINER:
+            trainer = dict(_fields(_as_bytes(value)))
+        elif number == _NORMALIZER:
+            normalizer = dict(_fields(_as_bytes(value)))
+    if not pieces:
+        raise ValueError("it holds no pieces")
+    if trainer.get(_MODEL_TYPE, 1) != _BPE:
+        raise UserError(f"{where} is not a BPE model, as a Llama's is")
+    bos_id = _as_int(trainer.get(_BOS_ID, 1))
+    return SentencePieceModel(
+        *(tuple(column) for column in zip(*pieces, strict=True)),
+        # -1, "none", is a negative int32 and so a huge unsigned number here.
+        bos_id=bos_id if bos_id < len(pieces) else None,
+        add_dummy_prefix=bool(normalizer.get(_ADD_DUMMY_PREFIX, 1)),
+    )
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of one protobuf message; fixed-size values come as bytes."""
+    position = 0
+    while position < len(data):
+        key, position = _varint(data, position)
+        kind = key & 7
+        if kind == _VARINT:
+            value, position = _varint(data, position)
+            yield key >> 3, value
+            continue
+        if kind == _BYTES:
+            size, position = _varint(data, position)
+        elif kind in (_FIXED32, _FIXED64):
+            size = 4 if kind == _FIXED32 else 8
+        else:
+            raise ValueError(f"unknown wire type {kind} at byte {position}")
+        if size > len(data) - position:
+            raise ValueError(f"it ends inside a field at byte {position}")
+        yield key >> 3, data[position : position + size]
+        position += size
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise ValueError(f"a number longer than 10 bytes before byte {position}")
+
+
+def _as_bytes(value: int | bytes) -> bytes:
+    if not isinstance(value, bytes):
+        raise ValueError("a number where bytes belong")
+    return value
+
+
+def _as_int(value: int | bytes) -> int:
+    if not isinstance(value, int):
+        raise ValueError("bytes where a number belongs")
+    return value

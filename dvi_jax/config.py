@@ -1,0 +1,270 @@
+"""Every setting of the package: frozen dataclasses, read strictly from JSON and YAML.
+
+`LlamaConfig` describes an architecture and lives in a checkpoint's `config.json`; `TrainConfig` describes a training
+run and lives in a YAML file, with `--set section.key=value` on top. Unknown keys and values out of range are errors
+that name the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import dacite
+import yaml
+
+from dvi_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise UserError(f"{name} must be {allowed}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rescaling of the rotary frequencies, `linear` (position interpolation) or `llama3` (by wavelength)."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ("linear", "llama3"), "rope_scaling.kind", self.kind, "linear or llama3")
+        _require(self.factor > 0, "rope_scaling.factor", self.factor, "above 0")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Architecture of a Llama model; names follow Hugging Face where they have one."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
+        _require(self.num_layers >= 2, "num_layers", self.num_layers, "at least 2, so that it can be split")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_kv_heads",
+            self.num_kv_heads,
+            f"a divisor of num_heads={self.num_heads}",
+        )
+        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even (rotary embeddings turn pairs)")
+
+    def to_json(self) -> dict[str, Any]:
+        """The config as plain JSON values."""
+        return asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], where: str = "config.json") -> LlamaConfig:
+        """Read what `to_json` wrote; unknown, missing or ill-typed keys raise `UserError`."""
+        return from_dict(cls, data, where)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How one generation drafts. `draft_steps + 1` rows are verified in every round."""
+
+    draft_steps: int = 3
+    threshold: float = 0.0
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.draft_steps <= 16, "draft_steps", self.draft_steps, "between 0 and 16")
+        _require(self.threshold >= 0, "threshold", self.threshold, "0 or above")
+        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The conversation stream: local files, the turns used, and the share kept apart for evaluation."""
+
+    files: tuple[str, ...] = ()
+    turns: str = "first"
+    max_prompt_tokens: int = 192
+    held_out_fraction: float = 0.02
+    held_out_prompts: int = 32
+
+    def __post_init__(self) -> None:
+        _require(self.turns in ("first", "all"), "data.turns", self.turns, "first or all")
+        _require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens", self.max_prompt_tokens, "at least 1")
+        _require(0 < self.held_out_fraction < 1, "data.held_out_fraction", self.held_out_fraction, "between 0 and 1")
+        _require(self.held_out_prompts >= 1, "data.held_out_prompts", self.held_out_prompts, "at least 1")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """lora_S of a drafter that the checkpoint does not hold yet. Rank 0 leaves it out."""
+
+    rank_s: int = 64
+    alpha_s: float = 64.0
+
+    def __post_init__(self) -> None:
+        _require(self.rank_s >= 0, "lora.rank_s", self.rank_s, "0 or above")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights of the fast update's four terms and the KL -> RL schedule (DVI paper, section on the schedule).
+
+    KL weight 1 and policy weight 0 for `warmup` updates, then linear over `ramp` updates to `kl_min` and `pg_max`.
+    """
+
+    warmup: int = 100
+    ramp: int = 200
+    kl_min: float = 0.05
+    pg_max: float = 1.0
+    ce_weight: float = 0.1
+    entropy_weight: float = 0.0
+    kl_temperature: float = 1.0
+    baseline_momentum: float = 0.95
+    learn_from_prompt: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.warmup >= 0 and self.ramp >= 0, "objective.warmup/ramp", (self.warmup, self.ramp), "0 or above")
+        _require(0 <= self.baseline_momentum < 1, "objective.baseline_momentum", self.baseline_momentum, "in [0, 1)")
+        _require(self.kl_temperature > 0, "objective.kl_temperature", self.kl_temperature, "above 0")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with clipping by global norm; `head_lr` is for the drafter's own weights (norm, scale)."""
+
+    lora_lr: float = 2e-4
+    head_lr: float = 5e-4
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.lora_lr > 0 and self.head_lr > 0, "optimizer.lora_lr/head_lr", (self.lora_lr, self.head_lr), "above 0"
+        )
+        _require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "above 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One online training run."""
+
+    checkpoint: str
+    out: str
+    exit_layer: int | None = None
+    seed: int = 0
+    prompts: int = 2000
+    rollout_batch: int = 8
+    replayed_windows: int = 8
+    positions_per_update: int = 1024
+    replay_capacity: int = 256
+    eval_every: int = 50
+    save_every: int = 50
+    keep_checkpoints: int = 2
+    max_minutes: float = 0.0
+    data: DataConfig = field(default_factory=DataConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "prompts",
+            "rollout_batch",
+            "positions_per_update",
+            "replay_capacity",
+            "eval_every",
+            "save_every",
+            "keep_checkpoints",
+        ):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.replayed_windows >= 0, "replayed_windows", self.replayed_windows, "0 or above")
+        _require(
+            self.rollout_batch <= self.replay_capacity,
+            "replay_capacity",
+            self.replay_capacity,
+            f"at least rollout_batch={self.rollout_batch}",
+        )
+        window = self.data.max_prompt_tokens + self.decode.max_new_tokens - 1
+        _require(
+            self.positions_per_update <= self.rollout_batch * window,
+            "positions_per_update",
+            self.positions_per_update,
+            f"at most rollout_batch * (max_prompt_tokens + max_new_tokens - 1) = {self.rollout_batch * window}",
+        )
+        _require(self.decode.draft_steps >= 1, "decode.draft_steps", self.decode.draft_steps, "at least 1 to learn")
+        _require(self.max_minutes >= 0, "max_minutes", self.max_minutes, "0 (no limit) or above")
+
+
+def from_dict(cls: type[T], data: object, where: str) -> T:
+    """Build the dataclass `cls` from plain JSON/YAML values; `where` names the source in messages."""
+    if not isinstance(data, dict):
+        raise UserError(f"{where} must hold a mapping of settings, got {type(data).__name__}")
+    try:
+        return dacite.from_dict(cls, data, dacite.Config(strict=True, cast=[tuple, float]))
+    except dacite.UnexpectedDataError as error:
+        raise UserError(f"{where}: unknown key {', '.join(sorted(map(str, error.keys)))}") from error
+    except dacite.DaciteError as error:
+        raise UserError(f"{where}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file and apply `section.key=value` overrides (values are YAML too)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read config {path}: {error.strerror}") from error
+    data = _parse_yaml(text, str(path)) or {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise UserError(f"--set {override!r} must have the form section.key=value")
+        _assign(data, key.split("."), _parse_yaml(value, f"--set {override}"), override)
+    return from_dict(TrainConfig, data, str(path))
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}: not valid YAML{line}: {getattr(error, 'problem', error)}") from error
+
+
+def _assign(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise UserError(f"--set {override!r}: {key} is a value, not a section")
+    data[keys[-1]] = value

@@ -1,0 +1,75 @@
+"""What a generation carries from round to round, and the settings that may change without recompiling.
+
+Letters: B batch, S cache slots (also the longest sequence that fits), W = draft_steps + 1 rows of a round, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dvi_jax.model.attention import Caches
+from dvi_jax.model.drafters import Committed
+
+NO_TOKEN = -1
+
+
+class Knobs(NamedTuple):
+    """Run-time settings: one compiled program serves every value. `draft_steps` 0 is plain decoding."""
+
+    draft_steps: jax.Array  # int32 scalar, at most W - 1
+    threshold: jax.Array  # float32 scalar; drafting stops after a token less probable than this
+    eos_ids: jax.Array  # int32 [E], NO_TOKEN where unused
+
+    @classmethod
+    def make(cls, draft_steps: int, threshold: float, eos_ids: tuple[int, ...], room: int = 8) -> Knobs:
+        """Knobs from Python values. Up to `room` end-of-sequence ids share one compiled program."""
+        padded = (*eos_ids, *[NO_TOKEN] * (room - len(eos_ids)))
+        return cls(jnp.int32(draft_steps), jnp.float32(threshold), jnp.array(padded, jnp.int32))
+
+
+@struct.dataclass
+class Signals:
+    """Learning signals, indexed by the position they predict. Filled only in rollouts.
+
+    reward: 1 the proposal was accepted, 0 it was the round's first reject, -1 none was judged here.
+    """
+
+    proposal: jax.Array  # int32 [B, S], NO_TOKEN where nothing was proposed or judged
+    reward: jax.Array  # int8 [B, S]
+    verifier_hidden: jax.Array  # [B, S, D], normed final hidden state whose logits predict this position
+
+    @classmethod
+    def empty(cls, batch: int, slots: int, hidden_size: int, dtype: jnp.dtype) -> Signals:
+        """No signal anywhere."""
+        return cls(
+            jnp.full((batch, slots), NO_TOKEN, jnp.int32),
+            jnp.full((batch, slots), -1, jnp.int8),
+            jnp.zeros((batch, slots, hidden_size), dtype),
+        )
+
+
+@struct.dataclass
+class DecodeState:
+    """One batch of generations between two rounds.
+
+    `tokens[b, :length[b]]` is committed; its last token has not been through the model yet, so the caches hold
+    `length - 1` positions. Rejecting drafts moves `length`, nothing else: later slots are masked and overwritten.
+    """
+
+    tokens: jax.Array  # int32 [B, S]
+    length: jax.Array  # int32 [B]
+    limit: jax.Array  # int32 [B], length at which a row is finished
+    done: jax.Array  # bool [B]
+    shallow: Caches  # base weights, layers below the exit
+    deep: Caches
+    trunk: Caches  # the draft pass's own shallow caches with a separate trunk, else ()
+    drafter: Any  # the drafter's state
+    previous: Committed
+    rounds: jax.Array  # int32 scalar
+    accept_lengths: jax.Array  # int32 [B, S], tokens committed in each round, 0 once a row is done
+    drafted: jax.Array  # int32 [B, S], tokens drafted in each round
+    signals: Signals | None

@@ -1,0 +1,36 @@
+"""Errors meant for the person at the command line, and the wrapper that prints them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+EXIT_STATUS = 2
+
+
+class UserError(Exception):
+    """Something the user can put right: one line saying what is wrong and what would be right."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose complaints are a `UserError` (one line) instead of a usage text and an exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message} (see --help)")
+
+
+def run_cli(main: Callable[[], int | None]) -> int:
+    """Run `main`; a `UserError` becomes one line on stderr and exit status 2.
+
+    Anything else is a defect of ours and keeps its traceback. `--debug` on the command line shows the traceback
+    of a `UserError` too.
+    """
+    try:
+        return main() or 0
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_STATUS

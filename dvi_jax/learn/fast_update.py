@@ -1,0 +1,194 @@
+"""The fast update: one gradient step of the drafter and lora_S on windows of rollouts.
+
+    L = w_kl KL(p_verify || p_draft) + w_pg L_pg + w_ce CE(verifier's token, only where accepted) - w_ent H(p_draft)
+
+(DVI, section "Improve"). The base model and lora_D are not arguments of the gradient: they cannot move. Letters: N
+windows, T window length, M positions used, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+
+from dvi_jax.config import ObjectiveConfig, OptimizerConfig
+from dvi_jax.learn import objectives
+from dvi_jax.learn.replay import Replay, Windows, sample
+from dvi_jax.learn.schedule import linear_kl_to_rl
+from dvi_jax.model.speculative_llama import Params, SpeculativeLlama, join
+
+Trainable = dict[str, dict]
+
+
+@struct.dataclass
+class LearnerState:
+    """All that the fast update carries; with the stream position, all that a resumed run needs."""
+
+    trainable: Trainable  # {"drafter": ..., "lora_s": ...} as in `Params`
+    optimizer: optax.OptState
+    replay: Replay
+    baseline: jax.Array  # float32 scalar, moving average of the reward
+    step: jax.Array  # int32 scalar, updates done
+    key: jax.Array
+
+
+class Positions(NamedTuple):
+    """M positions picked from a batch of windows, flat."""
+
+    draft_logits: jax.Array  # float32 [M, V]
+    verifier_logits: jax.Array  # float32 [M, V]
+    proposal: jax.Array  # int32 [M]
+    reward: jax.Array  # int8 [M]
+    valid: jax.Array  # float32 [M]
+    on_policy: jax.Array  # float32 [M], judged in the rollout of the drafter as it now is
+
+
+def make_optimizer(config: OptimizerConfig, max_bad_steps: int = 5) -> optax.GradientTransformation:
+    """AdamW with its own rate for lora_S and for the drafter's weights, clipped by global norm.
+
+    A non-finite gradient skips the update and is counted; `max_bad_steps` in a row let it through, for the caller to see.
+    """
+    rates = {"drafter": config.head_lr, "lora_s": config.lora_lr}
+    adamw = {name: optax.adamw(rate, weight_decay=config.weight_decay) for name, rate in rates.items()}
+    labels = lambda tree: {name: jax.tree.map(lambda _: name, sub) for name, sub in tree.items()}  # noqa: E731
+    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.multi_transform(adamw, labels))
+    return optax.apply_if_finite(chain, max_bad_steps)
+
+
+def init_learner(
+    params: Params, config: OptimizerConfig, replay: Replay, key: jax.Array, baseline: float = 0.0
+) -> LearnerState:
+    """A learner at update 0. The trainable arrays are copied: the state is donated, the model's own must survive."""
+    trainable = jax.tree.map(jnp.array, {"drafter": params.drafter, "lora_s": params.lora_s})
+    optimizer = make_optimizer(config).init(trainable)
+    return LearnerState(trainable, optimizer, replay, jnp.float32(baseline), jnp.int32(0), key)
+
+
+def with_trainable(params: Params, trainable: Trainable) -> Params:
+    """`params` with the learner's current drafter and lora_S."""
+    return params._replace(drafter=trainable["drafter"], lora_s=trainable["lora_s"])
+
+
+@partial(
+    jax.jit,
+    static_argnames=("graphdef", "objective", "optimizer", "replayed", "positions"),
+    donate_argnames="state",
+)
+def fast_update(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    state: LearnerState,
+    fresh: Windows,
+    *,
+    objective: ObjectiveConfig,
+    optimizer: OptimizerConfig,
+    replayed: int,
+    positions: int,
+) -> tuple[LearnerState, dict[str, jax.Array]]:
+    """One update on the `fresh` rollout and `replayed` windows of the replay, at `positions` positions in all.
+
+    The policy term uses the fresh windows alone: the proposals of older ones came from another drafter. Returns the new
+    state and scalar metrics.
+    """
+    key, sample_key, pick_key = jax.random.split(state.key, 3)
+    batch, on_policy = fresh, jnp.ones(fresh.length.shape, bool)
+    if replayed:
+        old = sample(state.replay, sample_key, replayed)
+        batch = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), fresh, old)
+        on_policy = jnp.concatenate([on_policy, jnp.zeros(old.length.shape, bool)])
+    weights = linear_kl_to_rl(state.step, objective)
+
+    def loss_of(trainable: Trainable) -> tuple[jax.Array, dict[str, jax.Array]]:
+        model = join(graphdef, with_trainable(params, trainable))
+        picked = evaluate_positions(model, batch, on_policy, pick_key, objective.learn_from_prompt, positions)
+        return fast_loss(picked, state.baseline, weights, objective)
+
+    grads, metrics = jax.grad(loss_of, has_aux=True)(state.trainable)
+    updates, opt_state = make_optimizer(optimizer).update(grads, state.optimizer, state.trainable)
+    judged = fresh.reward >= 0
+    mean_reward = jnp.sum(fresh.reward * judged) / jnp.maximum(jnp.sum(judged), 1)
+    momentum = objective.baseline_momentum
+    baseline = jnp.where(jnp.any(judged), momentum * state.baseline + (1 - momentum) * mean_reward, state.baseline)
+    metrics |= {
+        "kl_weight": weights[0],
+        "pg_weight": weights[1],
+        "baseline": baseline,
+        "grad_norm": optax.global_norm(grads),
+        "skipped_updates": opt_state.total_notfinite,
+    }
+    new = LearnerState(
+        optax.apply_updates(state.trainable, updates), opt_state, state.replay, baseline, state.step + 1, key
+    )
+    return new, metrics
+
+
+def fast_loss(
+    picked: Positions, baseline: jax.Array, weights: tuple[jax.Array, jax.Array], config: ObjectiveConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The weighted sum of the four terms, and each term by name."""
+    logits, teacher = picked.draft_logits, picked.verifier_logits
+    top = jnp.argmax(teacher, axis=-1)
+    accepted = picked.valid * (picked.reward == 1)
+    terms = {
+        "kl": objectives.kl_divergence(teacher, logits, picked.valid, config.kl_temperature),
+        "pg": objectives.policy_gradient(
+            logits, picked.proposal, picked.reward.astype(jnp.float32), baseline, picked.on_policy
+        ),
+        "ce": objectives.cross_entropy(logits, top, accepted),
+        "entropy": objectives.entropy(logits, picked.valid),
+    }
+    loss = (
+        weights[0] * terms["kl"]
+        + weights[1] * terms["pg"]
+        + config.ce_weight * terms["ce"]
+        - config.entropy_weight * terms["entropy"]
+    )
+    agreement = objectives.masked_mean((jnp.argmax(logits, axis=-1) == top).astype(jnp.float32), picked.valid)
+    return loss, terms | {"loss": loss, "agreement": agreement, "positions": jnp.sum(picked.valid)}
+
+
+def evaluate_positions(
+    model: SpeculativeLlama,
+    windows: Windows,
+    on_policy: jax.Array,
+    key: jax.Array,
+    learn_from_prompt: bool,
+    count: int,
+) -> Positions:
+    """Re-run the shallow layers and the drafter over whole windows, then the head at `count` random valid positions.
+
+    Only those positions pay for logits over the vocabulary; if fewer are valid, the rest is masked.
+    """
+    llama, tokens = model.llama, windows.tokens
+    rows = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = llama.shallow(tokens, None, rows, adapted=model.separate_trunk)
+    # What predicts position p was computed at row p - 1.
+    teacher = windows.verifier_hidden[:, 1:].astype(llama.dtype)
+    draft = model.drafter.parallel(hidden[:, :-1], teacher, rows[:, :-1])
+
+    target = rows[:, 1:]
+    valid = target < windows.length[:, None]
+    if not learn_from_prompt:
+        valid &= target > windows.prompt_length[:, None]
+    proposal, reward = windows.proposal[:, 1:], windows.reward[:, 1:]
+    judged = valid & (reward >= 0) & on_policy[:, None]
+    # Judged positions first: the policy term needs them, and they are the fewest.
+    priority = jax.random.uniform(key, valid.shape) + valid + judged
+    chosen = jax.lax.top_k(priority.ravel(), count)[1]
+
+    def pick(values: jax.Array) -> jax.Array:
+        return values.reshape(-1, *values.shape[2:])[chosen]
+
+    return Positions(
+        draft_logits=model.drafter.logits(pick(draft), llama.head_weight()),
+        verifier_logits=llama.logits(pick(teacher)),
+        proposal=pick(proposal),
+        reward=pick(jnp.where(valid, reward, -1)),
+        valid=pick(valid).astype(jnp.float32),
+        on_policy=pick(judged).astype(jnp.float32),
+    )

@@ -1,0 +1,86 @@
+"""Rollout windows and their fixed-capacity FIFO on the device.
+
+A window is a whole generation from its first prompt token, so re-running the shallow layers over it gives the drafter
+the very context it acted in. Letters: C capacity, N windows in a batch, T window length, D hidden.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dvi_jax.decode.state import DecodeState
+
+
+@struct.dataclass
+class Windows:
+    """Generations with their learning signals, indexed by the position they predict (see `Signals`)."""
+
+    tokens: jax.Array  # int32 [N, T]
+    proposal: jax.Array  # int32 [N, T]
+    reward: jax.Array  # int8 [N, T]
+    prompt_length: jax.Array  # int32 [N]
+    length: jax.Array  # int32 [N], valid positions; 0 marks an empty window
+    verifier_hidden: jax.Array  # bfloat16 [N, T, D]
+
+    @classmethod
+    def empty(cls, count: int, window: int, hidden_size: int) -> Windows:
+        """`count` windows of length 0."""
+        return cls(
+            jnp.zeros((count, window), jnp.int32),
+            jnp.full((count, window), -1, jnp.int32),
+            jnp.full((count, window), -1, jnp.int8),
+            jnp.zeros(count, jnp.int32),
+            jnp.zeros(count, jnp.int32),
+            jnp.zeros((count, window, hidden_size), jnp.bfloat16),
+        )
+
+
+@struct.dataclass
+class Replay:
+    """A ring of windows: `cursor` is written next, `size` slots are filled."""
+
+    windows: Windows  # N = C
+    cursor: jax.Array  # int32 scalar
+    size: jax.Array  # int32 scalar
+
+    @classmethod
+    def empty(cls, capacity: int, window: int, hidden_size: int) -> Replay:
+        """An empty ring."""
+        return cls(Windows.empty(capacity, window, hidden_size), jnp.int32(0), jnp.int32(0))
+
+
+@partial(jax.jit, static_argnames="window")
+def read_windows(state: DecodeState, prompt_length: jax.Array, *, window: int) -> Windows:
+    """The windows of a finished rollout (a `DecodeState` with signals), cut to `window` positions."""
+    signals = state.signals
+    return Windows(
+        tokens=state.tokens[:, :window],
+        proposal=signals.proposal[:, :window],
+        reward=signals.reward[:, :window],
+        prompt_length=prompt_length,
+        length=jnp.minimum(state.length, window),
+        verifier_hidden=signals.verifier_hidden[:, :window].astype(jnp.bfloat16),
+    )
+
+
+# The ring is donated: a push writes N windows, it does not copy C.
+@partial(jax.jit, donate_argnames="replay")
+def push(replay: Replay, windows: Windows) -> Replay:
+    """Append N windows, overwriting the oldest once the ring is full. N must not exceed the capacity."""
+    capacity, count = replay.windows.length.shape[0], windows.length.shape[0]
+    slots = (replay.cursor + jnp.arange(count)) % capacity
+    return Replay(
+        jax.tree.map(lambda ring, new: ring.at[slots].set(new), replay.windows, windows),
+        (replay.cursor + count) % capacity,
+        jnp.minimum(replay.size + count, capacity),
+    )
+
+
+def sample(replay: Replay, key: jax.Array, count: int) -> Windows:
+    """`count` windows drawn uniformly with replacement from the filled slots (empty windows while there are none)."""
+    slots = jax.random.randint(key, (count,), 0, jnp.maximum(replay.size, 1))
+    return jax.tree.map(lambda ring: ring[slots], replay.windows)

@@ -1,0 +1,34 @@
+"""Rollouts: generations with the drafter as it now is, that keep their learning signals on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from dvi_jax.config import DecodeConfig
+from dvi_jax.decode.generate import Generation, read_generations, start
+from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.state import Knobs
+from dvi_jax.learn.replay import Windows, read_windows
+from dvi_jax.load import LoadedModel
+
+
+def rollout(
+    model: LoadedModel, prompts: Sequence[Sequence[int]], settings: DecodeConfig, *, longest_prompt: int
+) -> tuple[Windows, list[Generation]]:
+    """Decode `prompts` (none longer than `longest_prompt`) and read off their windows and statistics.
+
+    Every rollout of a run has the same cache and window length, whatever its prompts, so the loop compiles once.
+    """
+    knobs = Knobs.make(settings.draft_steps, settings.threshold, model.eos_ids)
+    state = start(model, prompts, settings, knobs, record=True, longest_prompt=longest_prompt)
+    state = decode(model.graphdef, model.params, state, knobs)
+    lengths = [len(prompt) for prompt in prompts]
+    windows = read_windows(state, jnp.array(lengths, jnp.int32), window=window_length(settings, longest_prompt))
+    return windows, read_generations(state, lengths, model.eos_ids)
+
+
+def window_length(settings: DecodeConfig, longest_prompt: int) -> int:
+    """Positions a window needs for the longest prompt and every new token."""
+    return longest_prompt + settings.max_new_tokens

@@ -1,0 +1,120 @@
+"""From a checkpoint directory to a model ready to decode, and back to what a checkpoint stores of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dvi_jax.checkpoint import Checkpoint, Manifest, check_shapes, read_checkpoint, string_keys
+from dvi_jax.config import LlamaConfig
+from dvi_jax.data.tokenizer import Tokenizer
+from dvi_jax.errors import UserError
+from dvi_jax.model.drafters import build_drafter
+from dvi_jax.model.llama import Llama
+from dvi_jax.model.lora import inject_dual_lora
+from dvi_jax.model.speculative_llama import Params, SpeculativeLlama, split
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on the device: static definition, arrays, and what is needed to speak to it."""
+
+    config: LlamaConfig
+    manifest: Manifest
+    graphdef: nnx.GraphDef
+    params: Params
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Token ids that end a sequence."""
+        return self.config.eos_token_ids
+
+    def with_params(self, params: Params) -> LoadedModel:
+        """The same model with other arrays, e.g. after learning."""
+        return replace(self, params=params)
+
+
+def load(path: str | Path, *, exit_layer: int | None = None, seed: int = 0) -> LoadedModel:
+    """Load a checkpoint written by `python -m conversion import` or a training run.
+
+    `exit_layer` overrides the manifest's while the drafter is untrained. `seed` initialises what the checkpoint does
+    not hold. Raises `UserError` naming the first thing that does not fit.
+    """
+    return from_checkpoint(read_checkpoint(path), exit_layer=exit_layer, seed=seed)
+
+
+def from_checkpoint(checkpoint: Checkpoint, *, exit_layer: int | None = None, seed: int = 0) -> LoadedModel:
+    """The same from a `Checkpoint` in memory."""
+    config, manifest = checkpoint.config, checkpoint.manifest
+    if exit_layer is not None and exit_layer != manifest.exit_layer:
+        if checkpoint.drafter is not None:
+            raise UserError(f"the drafter was trained at exit layer {manifest.exit_layer}, not {exit_layer}")
+        manifest = replace(manifest, exit_layer=exit_layer)
+    tokenizer = None
+    if checkpoint.tokenizer_json is not None:
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise UserError(
+                f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens,"
+                f" the model's embedding only {config.vocab_size}"
+            )
+    model = build_model(config, manifest, jax.tree.map(jnp.asarray, checkpoint.base), seed=seed)
+    graphdef, params = split(model)
+    params = restore_trained(params, checkpoint.drafter, checkpoint.lora, str(checkpoint.path))
+    return LoadedModel(config, manifest, graphdef, params, tokenizer)
+
+
+def build_model(config: LlamaConfig, manifest: Manifest, base: dict[str, Any], *, seed: int = 0) -> SpeculativeLlama:
+    """A `SpeculativeLlama` of the manifest's shape over `base`, with a fresh drafter and fresh LoRA sets."""
+    llama = Llama(config, base, manifest.exit_layer)
+    drafter_key, lora_key = jax.random.split(jax.random.key(seed))
+    drafter = build_drafter(manifest.drafter, config, manifest.drafter_config, key=drafter_key, norm=base["norm"])
+    model = SpeculativeLlama(llama, drafter)
+    if manifest.lora:
+        inject_dual_lora(model, key=lora_key, **manifest.lora)
+    return model
+
+
+def restore_trained(params: Params, drafter: dict | None, lora: dict | None, where: str) -> Params:
+    """`params` with the trained parts a checkpoint holds; every name and shape must match."""
+    lora = lora or {}
+    return params._replace(
+        drafter=_fill(params.drafter, {"drafter": drafter} if drafter else None, f"{where}/drafter"),
+        lora_s=_fill(params.lora_s, lora.get("lora_s"), f"{where}/lora/lora_s"),
+        lora_d=_fill(params.lora_d, lora.get("lora_d"), f"{where}/lora/lora_d"),
+    )
+
+
+def trained_parts(params: Params) -> dict[str, dict | None]:
+    """The `drafter` and `lora` trees a checkpoint stores (string keys)."""
+    lora = {name: string_keys(getattr(params, name)) for name in ("lora_s", "lora_d") if getattr(params, name)}
+    return {"drafter": string_keys(params.drafter.get("drafter")), "lora": lora or None}
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs on disk, so that the next start decodes within seconds."""
+    root = Path(os.environ.get("DVI_JAX_CACHE", Path.home() / ".cache" / "dvi_jax"))
+    jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _fill(template: dict, saved: dict | None, where: str) -> dict:
+    """`saved` in the structure of `template` (whose keys may be integers)."""
+    if saved is None:
+        return template
+    shapes = jax.tree.map(lambda leaf: leaf.shape, template)
+    check_shapes(string_keys(saved), string_keys(shapes), where)
+    return _like(template, saved)
+
+
+def _like(template: Any, saved: Any) -> Any:
+    if isinstance(template, dict):
+        return {key: _like(value, saved[str(key)]) for key, value in template.items()}
+    return jnp.asarray(saved, template.dtype)

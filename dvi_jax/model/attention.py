@@ -1,0 +1,112 @@
+"""Rotary position embedding, the static KV cache, and attention over it.
+
+Letters: B batch, T tokens in this call, S cache slots, N query heads, K KV heads, G = N/K, H head size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dvi_jax.config import LlamaConfig, RopeScaling
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, each [B, K, S, H]. Slot s holds position s; later slots are masked, not cleared."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+Caches = tuple[LayerCache, ...]
+
+
+def init_caches(config: LlamaConfig, num_layers: int, batch: int, slots: int, dtype: jnp.dtype) -> Caches:
+    """Zeroed caches of `num_layers` layers. Zeros, since a NaN in a masked slot would poison a row (0 * NaN)."""
+    shape = (batch, config.num_kv_heads, slots, config.head_dim)
+    return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(num_layers))
+
+
+def write_rows(cache: LayerCache, key: jax.Array, value: jax.Array, start: jax.Array) -> LayerCache:
+    """Write `key`, `value` [B, K, T, H] into slots start[b] .. start[b] + T - 1 of each row b. start: int32 [B]."""
+
+    def write(buffer: jax.Array, rows: jax.Array) -> jax.Array:
+        if buffer.shape[0] == 1:  # one slice update is cheaper than the scatter that vmap makes of it
+            return jax.lax.dynamic_update_slice(buffer, rows, (0, 0, start[0], 0))
+        return jax.vmap(lambda b, r, s: jax.lax.dynamic_update_slice(b, r, (0, s, 0)))(buffer, rows, start)
+
+    return LayerCache(write(cache.key, key), write(cache.value, value))
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
+    """Angular frequency of each rotary pair, float32 [H/2] (RoFormer; `llama3` scaling from the Llama 3.1 report)."""
+    frequencies = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    wavelength = 2 * math.pi / frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    # 0 below the low-frequency cut (fully scaled), 1 above the high-frequency cut (untouched), linear between.
+    keep = jnp.clip((scaling.original_max_position_embeddings / wavelength - low) / (high - low), 0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def rope_tables(frequencies: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, T, 1, H/2], for integer `positions` [B, T]."""
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate x [B, T, heads, H] by position; pairs are (i, i + H/2), as in Hugging Face's Llama."""
+    cos, sin = tables
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def split_heads(
+    qkv: jax.Array, heads: tuple[int, int, int], rope: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Fused [B, T, (N+2K)H] -> query [B, T, N, H], key and value [B, K, T, H]; query and key rotated. heads: (N, K, H)."""
+    n, k, h = heads
+    split = qkv.reshape(*qkv.shape[:-1], n + 2 * k, h)
+    query, key, value = split[..., :n, :], split[..., n : n + k, :], split[..., n + k :, :]
+    query, key = apply_rope(query, rope), apply_rope(key, rope)
+    return query, key.swapaxes(1, 2), value.swapaxes(1, 2)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention in float32. query [B, T, N, H]; key, value [B, K, S, H]; mask bool [B, T, S] -> [B, T, N*H].
+
+    A plain einsum on purpose: each query row's sum runs over the slots in a fixed order and masked slots add an exact
+    zero, so a row's result does not depend on the rows beside it (what bit-exact losslessness rests on).
+    """
+    batch, tokens, heads, size = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.reshape(batch, tokens, kv_heads, heads // kv_heads, size)
+    scores = _einsum("btkgh,bksh->bkgts", grouped, key)
+    scores = jnp.where(mask[:, None, None], scores / math.sqrt(size), -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    mixed = _einsum("bkgts,bksh->btkgh", weights, value)
+    return mixed.astype(query.dtype).reshape(batch, tokens, heads * size)
+
+
+def _einsum(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """An einsum accumulated and returned in float32."""
+    if jax.default_backend() == "cpu":  # XLA's CPU backend has no batched bfloat16 product with a float32 result
+        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+    return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32, precision=precision(left))
+
+
+def cached_mask(positions: jax.Array, slots: int) -> jax.Array:
+    """bool [B, T, S]: the row at position p sees slots 0..p."""
+    return jnp.arange(slots) <= positions[..., None]
+
+
+def precision(x: jax.Array) -> jax.lax.Precision:
+    """Full precision for float32 operands: accelerators would otherwise round them to TF32."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT

@@ -1,0 +1,145 @@
+"""Early-exit Llama: one model split at `exit_layer` into `shallow` (drafts) and `deep` (verifies).
+
+Weights come as the tree a checkpoint's `base/` holds (`base_shapes`). Letters as in `layers.py`; L layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dvi_jax.config import LlamaConfig
+from dvi_jax.errors import UserError
+from dvi_jax.model import attention
+from dvi_jax.model.attention import Caches, LayerCache
+from dvi_jax.model.layers import Block, linear, rms_norm
+from dvi_jax.model.variables import Base
+
+
+def base_shapes(config: LlamaConfig) -> dict[str, Any]:
+    """Shape of every weight, as a tree with string keys. `head` is absent when the embedding is tied."""
+    d, f = config.hidden_size, config.intermediate_size
+    query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    block = {
+        "attn_norm": (d,),
+        "qkv": (query + 2 * kv, d),
+        "out": (d, query),
+        "mlp_norm": (d,),
+        "gate_up": (2 * f, d),
+        "down": (d, f),
+    }
+    shapes: dict[str, Any] = {
+        "embed": (config.vocab_size, d),
+        "layers": {str(i): dict(block) for i in range(config.num_layers)},
+        "norm": (d,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["head"] = (config.vocab_size, d)
+    return shapes
+
+
+def random_base(config: LlamaConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32, std: float = 0.02) -> dict:
+    """A random weight tree (norms 1, matrices normal with `std`), for tests and speed measurements."""
+    shapes, tree = jax.tree.flatten(base_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+    make = jax.jit(lambda k, shape: (jax.random.normal(k, shape, dtype) * std).astype(dtype), static_argnums=1)
+    keys = jax.random.split(key, len(shapes))
+    return jax.tree.unflatten(
+        tree,
+        [jnp.ones(s, dtype) if len(s) == 1 else make(k, s) for k, s in zip(keys, shapes, strict=True)],
+    )
+
+
+class Llama(nnx.Module):
+    """A Llama whose layers below `exit_layer` and from it on can be run apart.
+
+    Both halves take and return explicit KV caches; nothing is stored on the module.
+    """
+
+    def __init__(self, config: LlamaConfig, base: dict, exit_layer: int):
+        """`base`: tree of `base_shapes(config)`; `exit_layer` in 1..L-1, else `UserError`."""
+        if not 1 <= exit_layer <= config.num_layers - 1:
+            raise UserError(
+                f"exit_layer must be between 1 and {config.num_layers - 1} for a model of {config.num_layers} layers,"
+                f" got {exit_layer}"
+            )
+        self.config = config
+        self.exit_layer = exit_layer
+        heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+        self.embed = Base(base["embed"])
+        self.layers = nnx.List(
+            [Block(base["layers"][str(i)], heads, config.rms_norm_eps) for i in range(config.num_layers)]
+        )
+        self.norm = Base(base["norm"])
+        if not config.tie_word_embeddings:
+            self.head = Base(base["head"])
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Type of weights, activations and caches."""
+        return self.embed.dtype
+
+    def head_weight(self) -> jax.Array:
+        """The LM head [V, D] (the embedding where tied)."""
+        return (self.embed if self.config.tie_word_embeddings else self.head)[...]
+
+    def shallow(
+        self, tokens: jax.Array, caches: Caches | None, positions: jax.Array, **options: Any
+    ) -> tuple[jax.Array, Caches | None]:
+        """Embedding and layers below `exit_layer`: int tokens [B, T] -> exit hidden state [B, T, D] (not normed)."""
+        with jax.named_scope("shallow"):
+            x = self.embed[...][tokens]
+            return self._run(self.layers[: self.exit_layer], x, caches, positions, **options)
+
+    def deep(
+        self, hidden: jax.Array, caches: Caches | None, positions: jax.Array, **options: Any
+    ) -> tuple[jax.Array, Caches | None]:
+        """Layers from `exit_layer` on and the final norm: exit hidden [B, T, D] -> normed final hidden [B, T, D]."""
+        with jax.named_scope("deep"):
+            x, caches = self._run(self.layers[self.exit_layer :], hidden, caches, positions, **options)
+            return rms_norm(x, self.norm[...], self.config.rms_norm_eps), caches
+
+    def logits(self, normed: jax.Array) -> jax.Array:
+        """LM head: normed hidden [..., D] -> float32 logits [..., V]."""
+        with jax.named_scope("head"):
+            return linear(normed, self.head_weight(), jnp.float32)
+
+    def init_caches(self, batch: int, slots: int) -> tuple[Caches, Caches]:
+        """Empty caches for `shallow` and for `deep`, `slots` positions each."""
+        below = self.exit_layer
+        make = attention.init_caches
+        return (
+            make(self.config, below, batch, slots, self.dtype),
+            make(self.config, self.config.num_layers - below, batch, slots, self.dtype),
+        )
+
+    def _run(
+        self,
+        layers: Any,
+        x: jax.Array,
+        caches: Caches | None,
+        positions: jax.Array,
+        *,
+        adapted: bool = False,
+        fresh: bool = False,
+    ) -> tuple[jax.Array, Caches | None]:
+        """Run `layers` on x [B, T, D] at consecutive `positions` [B, T].
+
+        Without caches, or when `fresh` (a prefill: nothing lies in the caches yet), rows see only the rows of this
+        call. `adapted` turns lora_S on: in the draft pass only, never on the way to the verifier.
+        """
+        config = self.config
+        frequencies = attention.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        rope = attention.rope_tables(frequencies, positions)
+        fresh = fresh or caches is None
+        if fresh:
+            mask = positions[:, None, :] <= positions[:, :, None]
+        else:
+            mask = attention.cached_mask(positions, caches[0].key.shape[2])
+        updated: list[LayerCache | None] = []
+        for layer, cache in zip(layers, caches or (None,) * len(layers), strict=True):
+            x, cache = layer(x, rope, mask, cache, positions[:, 0], adapted=adapted, attend_to_cache=not fresh)
+            updated.append(cache)
+        return x, (None if caches is None else tuple(updated))

@@ -1,0 +1,196 @@
+"""GGUF files: written with the `gguf` package in llama.cpp's layout, read back in Hugging Face's."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType as Kind
+
+from conversion.importing import load_base, open_source
+from dvi_jax.config import RopeScaling
+from dvi_jax.errors import UserError
+
+PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+TOP = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
+def gguf_name(name):
+    if name in TOP:
+        return TOP[name]
+    _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+    return f"blk.{layer}.{PARTS[part]}.weight"
+
+
+def interleave(weights, heads):
+    """The permutation of llama.cpp's converter: a head's two rotary halves, row by row."""
+    return weights.reshape(heads, 2, -1, weights.shape[-1]).swapaxes(1, 2).reshape(weights.shape)
+
+
+@pytest.fixture
+def write(tmp_path, helpers):
+    def make(tensors, kind=Kind.F32, metadata=None, extra=None, **config):
+        config = {**helpers.tiny, **config}
+        path = tmp_path / "tiny.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_block_count(config["num_hidden_layers"])
+        writer.add_context_length(config["max_position_embeddings"])
+        writer.add_embedding_length(config["hidden_size"])
+        writer.add_feed_forward_length(config["intermediate_size"])
+        writer.add_head_count(config["num_attention_heads"])
+        writer.add_head_count_kv(config["num_key_value_heads"])
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        writer.add_rope_freq_base(config["rope_theta"])
+        for key, value in (metadata or {}).items():
+            add = {
+                str: writer.add_string,
+                int: writer.add_uint32,
+                float: writer.add_float32,
+                list: writer.add_array,
+            }
+            add[type(value)](key, value)
+        heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+        for name, value in tensors.items():
+            part = name.split(".")[-2]
+            stored = interleave(value, heads[part]) if part in heads else value
+            stored_kind = kind if stored.ndim == 2 else Kind.F32
+            data = gguf.quants.quantize(stored, stored_kind)
+            writer.add_tensor(gguf_name(name), data, raw_dtype=stored_kind)
+        for name, value in (extra or {}).items():
+            writer.add_tensor(name, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return make
+
+
+def load(path):
+    return load_base(open_source(path), "float32")
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1, Kind.Q5_0])
+def test_every_type_is_the_quantised_value_in_hugging_face_order(helpers, write, kind):
+    tensors = helpers.tensors(helpers.tiny)
+    base = load(write(tensors, kind))
+    # Blocks lie inside a row, so quantising commutes with the permutation of rows.
+    stored = {
+        name: gguf.quants.dequantize(gguf.quants.quantize(value, kind), kind) if value.ndim == 2 else value
+        for name, value in tensors.items()
+    }
+    helpers.assert_equal(base, helpers.expected(helpers.tiny, stored))
+
+
+def test_many_chunks_of_whole_heads(helpers, write, monkeypatch):
+    monkeypatch.setattr("conversion.tensors.CHUNK_BYTES", 1500)
+    tensors = helpers.tensors(helpers.tiny)
+    helpers.assert_equal(load(write(tensors)), helpers.expected(helpers.tiny, tensors))
+
+
+def test_tied_without_an_output_tensor(helpers, write):
+    tensors = helpers.tensors(helpers.tiny)
+    del tensors["lm_head.weight"]
+    path = write(tensors)
+    assert open_source(path).config.tie_word_embeddings
+    assert "head" not in load(path)
+
+
+def test_config_and_end_tokens_from_metadata(helpers, write):
+    metadata = {
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.eot_token_id": 7,
+        "llama.rope.dimension_count": 8,
+        "llama.rope.scaling.type": "linear",
+        "llama.rope.scaling.factor": 4.0,
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+    source = open_source(write(helpers.tensors(helpers.tiny), metadata=metadata))
+    config = source.config
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (3, 4, 2, 8)
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (40, 32, 64)
+    assert (config.rms_norm_eps, config.rope_theta, config.max_position_embeddings) == (1e-5, 500000.0, 128)
+    assert (config.bos_token_id, config.eos_token_ids) == (1, (2, 7))
+    assert config.rope_scaling == RopeScaling("linear", 4.0)
+    assert source.chat_template == "{{ messages }}"
+    assert source.tokenizer_json is None
+
+
+def llama3_factors(theta, size, factor):
+    """Loop form of the published rule, bounds 1, 4 and 8192."""
+    result = []
+    for index in range(0, size, 2):
+        wavelength = 2 * np.pi * theta ** (index / size)
+        if wavelength < 8192 / 4:
+            result.append(1.0)
+        elif wavelength > 8192:
+            result.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / 3
+            result.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(result, np.float32)
+
+
+def test_stored_rope_factors_are_llama3_scaling_or_refused(helpers, write):
+    config = {**helpers.tiny, "head_dim": 64, "num_key_value_heads": 2}
+    tensors = helpers.tensors(config)
+    size = {"llama.attention.key_length": 64, "llama.attention.value_length": 64}
+    factors = llama3_factors(500000.0, 64, 32.0)
+    path = write(tensors, metadata=size, extra={"rope_freqs.weight": factors})
+    assert open_source(path).config.rope_scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+    helpers.assert_equal(load(path), helpers.expected(config, tensors))
+    with pytest.raises(UserError, match="are not those of llama3 rope scaling"):
+        open_source(write(tensors, metadata=size, extra={"rope_freqs.weight": factors * 1.5 - 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
+        ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count=4 must equal the head size 8"),
+        ({"llama.expert_count": 8}, "mixture of experts"),
+        ({"tokenizer.ggml.eos_token_id": 40}, "eos_token_id 40 is outside the vocabulary of 40"),
+        (
+            {
+                "tokenizer.ggml.model": "bert",
+                "tokenizer.ggml.tokens": ["a"],
+                "tokenizer.ggml.token_type": [1],
+            },
+            "'bert'",
+        ),
+    ],
+)
+def test_metadata_that_is_refused(helpers, write, metadata, message):
+    with pytest.raises(UserError) as caught:
+        open_source(write(helpers.tensors(helpers.tiny), metadata=metadata))
+    assert message in str(caught.value)
+
+
+def test_other_architectures_and_extra_tensors_are_refused(helpers, write, tmp_path):
+    bias = {"blk.0.attn_q.bias": np.zeros(32, np.float32)}
+    with pytest.raises(UserError, match=r"unknown tensor blk\.0\.attn_q\.bias"):
+        load(write(helpers.tensors(helpers.tiny), extra=bias))
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "qwen2")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="architecture is 'qwen2'"):
+        open_source(tmp_path / "other.gguf")
