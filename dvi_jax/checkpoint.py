@@ -8,6 +8,7 @@ package. Training snapshots (optimiser, replay, stream position) are `learn/snap
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -79,7 +80,7 @@ def write_checkpoint(
     tokenizer_json: str | None = None,
     chat_template: str | None = None,
 ) -> None:
-    """Write a checkpoint directory; on any failure nothing is left at `path`, which must not exist yet (or be empty)."""
+    """Write a checkpoint directory at `path`, which must not exist or be empty; a failure leaves nothing there."""
     texts = {
         "config.json": json.dumps(config.to_json(), indent=1),
         "MANIFEST.json": json.dumps(asdict(manifest), indent=1),
@@ -152,9 +153,9 @@ def save_tree(path: Path, tree: dict[str, Any]) -> None:
     """Save a nested dict of arrays as one orbax checkpoint; integer keys become strings."""
     # Synchronous, uncompressed and without orbax's copy of host arrays: the write then takes no memory of its own.
     handlers = ocp.type_handlers
-    registry = handlers.create_type_handler_registry(
-        (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False)), (jax.Array, handlers.ArrayHandler())
-    )
+    copies = "deepcopy_host_arrays" in inspect.signature(handlers.NumpyHandler).parameters  # orbax 0.12.4 never copies
+    numpy_handler = handlers.NumpyHandler(**({"deepcopy_host_arrays": False} if copies else {}))
+    registry = handlers.create_type_handler_registry((np.ndarray, numpy_handler), (jax.Array, handlers.ArrayHandler()))
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path.absolute(), ocp.args.PyTreeSave(string_keys(tree)))

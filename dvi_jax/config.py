@@ -147,10 +147,13 @@ class ObjectiveConfig:
     kl_temperature: float = 1.0
     baseline_momentum: float = 0.95
     learn_from_prompt: bool = True
+    unroll_steps: int = 3
+    unroll_decay: float = 0.8
 
     def __post_init__(self) -> None:
         _require(self.warmup >= 0 and self.ramp >= 0, "objective.warmup/ramp", (self.warmup, self.ramp), "0 or above")
         _require(0 <= self.baseline_momentum < 1, "objective.baseline_momentum", self.baseline_momentum, "in [0, 1)")
+        _require(self.unroll_steps >= 1, "objective.unroll_steps", self.unroll_steps, "at least 1")
         _require(self.kl_temperature > 0, "objective.kl_temperature", self.kl_temperature, "above 0")
 
 
@@ -172,7 +175,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One online training run."""
+    """One online training run. `eval_every` and `save_every` count rollouts; `max_minutes` 0 means no limit."""
 
     checkpoint: str
     out: str
@@ -181,7 +184,8 @@ class TrainConfig:
     prompts: int = 2000
     rollout_batch: int = 8
     replayed_windows: int = 8
-    positions_per_update: int = 1024
+    updates_per_rollout: int = 1
+    positions_per_update: int = 512
     replay_capacity: int = 256
     eval_every: int = 50
     save_every: int = 50
@@ -197,6 +201,7 @@ class TrainConfig:
         for name in (
             "prompts",
             "rollout_batch",
+            "updates_per_rollout",
             "positions_per_update",
             "replay_capacity",
             "eval_every",
@@ -222,6 +227,47 @@ class TrainConfig:
         _require(self.max_minutes >= 0, "max_minutes", self.max_minutes, "0 (no limit) or above")
 
 
+@dataclass(frozen=True)
+class DistillConfig:
+    """One run of teacher forcing over given text. `data` holds packed .npz files or conversation files.
+
+    `drafter` replaces an untrained drafter of the checkpoint. `tokens` is the budget; the last `eval_rows` rows of the
+    data are held out.
+    """
+
+    checkpoint: str
+    out: str
+    data: tuple[str, ...]
+    drafter: str = "fused"
+    exit_layer: int | None = None
+    tokens: int = 30_000_000
+    row_length: int = 512
+    batch_rows: int = 32
+    learn_from: str = "assistant"
+    unroll_steps: int = 3
+    unroll_decay: float = 0.8
+    lr: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    seed: int = 0
+    eval_rows: int = 64
+    log_every: int = 20
+    save_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.learn_from in ("assistant", "all"), "learn_from", self.learn_from, "assistant or all")
+        _require(self.lr > 0, "lr", self.lr, "above 0")
+        for name in ("tokens", "row_length", "batch_rows", "unroll_steps", "eval_rows", "log_every", "save_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+
+    @property
+    def steps(self) -> int:
+        """Updates that the token budget allows."""
+        return max(self.tokens // (self.batch_rows * self.row_length), 1)
+
+
 def from_dict(cls: type[T], data: object, where: str) -> T:
     """Build the dataclass `cls` from plain JSON/YAML values; `where` names the source in messages."""
     if not isinstance(data, dict):
@@ -236,8 +282,14 @@ def from_dict(cls: type[T], data: object, where: str) -> T:
         raise UserError(f"{where}: {error}") from error
 
 
-def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file and apply `section.key=value` overrides (values are YAML too)."""
+TRAINERS = {"online": TrainConfig, "distill": DistillConfig}
+
+
+def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig | DistillConfig:
+    """Read a YAML file and apply `section.key=value` overrides (values are YAML too).
+
+    Its key `trainer` (online by default, or distill) says which settings the rest holds.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -250,7 +302,10 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
         if not separator:
             raise UserError(f"--set {override!r} must have the form section.key=value")
         _assign(data, key.split("."), _parse_yaml(value, f"--set {override}"), override)
-    return from_dict(TrainConfig, data, str(path))
+    trainer = data.pop("trainer", "online")
+    if trainer not in TRAINERS:
+        raise UserError(f"{path}: trainer must be {' or '.join(TRAINERS)}, got {trainer!r}")
+    return from_dict(TRAINERS[trainer], data, str(path))
 
 
 def _parse_yaml(text: str, where: str) -> Any:

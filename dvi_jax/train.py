@@ -1,4 +1,7 @@
-"""Command line of online training: python -m dvi_jax.train --config FILE.yaml [--set key=value ...] [--resume]"""
+"""Command line of training: python -m dvi_jax.train --config FILE.yaml [--set key=value ...] [--resume]
+
+The file's key `trainer` chooses: `online` (learn while decoding) or `distill` (teacher forcing over given text).
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dvi_jax.config import TrainConfig, load_train_config
+from dvi_jax.config import DistillConfig, TrainConfig, load_train_config
 from dvi_jax.errors import ArgumentParser, run_cli
 from dvi_jax.evaluate.curve import plot_learning_curve
+from dvi_jax.learn.offline import distill
 from dvi_jax.learn.online import RunResult, train
 from dvi_jax.load import enable_compilation_cache
 
@@ -59,9 +63,32 @@ def run(config: TrainConfig, *, resume: bool, console: Console) -> RunResult:
     return result
 
 
+def run_distillation(config: DistillConfig, *, resume: bool, console: Console) -> None:
+    """Distil with a line now and then, and say what came of it."""
+
+    def report(kind: str, record: dict[str, Any]) -> None:
+        agreement = " ".join(f"{rate:.3f}" for rate in record["agreement"])
+        if kind == "eval":
+            console.print(
+                f"held out: agreement {agreement}  expected tokens per round {record['tokens_per_round']:.3f}"
+            )
+        elif record["step"] % (PLAIN_EVERY * config.log_every) == 0:
+            console.print(
+                f"update {record['step']:5d}  {record['tokens'] / 1e6:.1f}M tokens"
+                f"  {record['tokens_per_second']:.0f} tokens/s  loss {record['loss']:.3f}  agreement {agreement}"
+            )
+
+    result = distill(config, resume=resume, report=report)
+    console.print(
+        f"{result.tokens / 1e6:.1f}M tokens in {result.seconds:.0f} s"
+        f" ({result.tokens / result.seconds:.0f} tokens/s, compilation included)"
+    )
+    console.print(f"metrics {config.out}/metrics.jsonl  checkpoint {result.checkpoint}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, train, and say what came of it."""
-    parser = ArgumentParser(prog="python -m dvi_jax.train", description="Learn online while decoding.")
+    parser = ArgumentParser(prog="python -m dvi_jax.train", description="Train a drafter, online or on given text.")
     parser.add_argument("--config", required=True, metavar="FILE.yaml", help="settings (experiments/configs/)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--resume", action="store_true", help="go on from the newest snapshot in the run's `out`")
@@ -70,6 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
     config = load_train_config(options.config, options.set)
     enable_compilation_cache()
     console = Console()
+    if isinstance(config, DistillConfig):
+        run_distillation(config, resume=options.resume, console=console)
+        return 0
     result = run(config, resume=options.resume, console=console)
     console.print(f"read: {result.stream['conversations']}")
     console.print(f"held-out accept rate {result.before.accept_rate:.1%} -> {result.after.accept_rate:.1%}")

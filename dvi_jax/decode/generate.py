@@ -72,7 +72,7 @@ def start(
     record: bool = False,
     longest_prompt: int = 0,
 ) -> DecodeState:
-    """Check the prompts, pad them to a bucket and prefill. `longest_prompt` fixes the cache length for a whole stream."""
+    """Check the prompts, pad them and prefill. `longest_prompt` fixes the cache length for a whole stream."""
     check_prompts(model, prompts, settings.max_new_tokens)
     width = settings.draft_steps + 1
     lengths = np.array([len(p) for p in prompts], np.int32)

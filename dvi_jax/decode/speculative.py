@@ -186,6 +186,7 @@ def _record(
     return Signals(
         proposal=_write(signals.proposal, jnp.where(judged, proposals, NO_TOKEN), length),
         reward=_write(signals.reward, reward, length),
+        step=_write(signals.step, jnp.broadcast_to(jnp.arange(reward.shape[1], dtype=jnp.int8), reward.shape), length),
         verifier_hidden=_write(signals.verifier_hidden, feature, length),
     )
 

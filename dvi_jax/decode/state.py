@@ -36,10 +36,12 @@ class Signals:
     """Learning signals, indexed by the position they predict. Filled only in rollouts.
 
     reward: 1 the proposal was accepted, 0 it was the round's first reject, -1 none was judged here.
+    step: which draft of its round the proposal was, from 0; meaningless where none was judged.
     """
 
     proposal: jax.Array  # int32 [B, S], NO_TOKEN where nothing was proposed or judged
     reward: jax.Array  # int8 [B, S]
+    step: jax.Array  # int8 [B, S]
     verifier_hidden: jax.Array  # [B, S, D], normed final hidden state whose logits predict this position
 
     @classmethod
@@ -48,6 +50,7 @@ class Signals:
         return cls(
             jnp.full((batch, slots), NO_TOKEN, jnp.int32),
             jnp.full((batch, slots), -1, jnp.int8),
+            jnp.zeros((batch, slots), jnp.int8),
             jnp.zeros((batch, slots, hidden_size), dtype),
         )
 

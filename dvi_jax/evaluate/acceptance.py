@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from dvi_jax.decode.generate import Generation
+
+class Rounds(Protocol):
+    """Anything with one number per round: a `Generation`, a `Trace`."""
+
+    @property
+    def accept_lengths(self) -> Sequence[int]:
+        """Tokens each round committed."""
+
+    @property
+    def drafted(self) -> Sequence[int]:
+        """Tokens each round drafted."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class Acceptance:
         return 1 + self.accepted / max(self.rounds, 1)
 
 
-def measure_acceptance(generations: Sequence[Generation]) -> Acceptance:
+def measure_acceptance(generations: Sequence[Rounds]) -> Acceptance:
     """Statistics over all rounds of `generations`."""
     rounds = [pair for g in generations for pair in zip(g.accept_lengths, g.drafted, strict=True)]
     steps = max((drafted for _, drafted in rounds), default=0)
@@ -49,3 +61,22 @@ def measure_acceptance(generations: Sequence[Generation]) -> Acceptance:
         accepted=sum(accept - 1 for accept, _ in rounds),
         per_position=tuple(per_position),
     )
+
+
+def accept_length_histogram(generations: Sequence[Rounds], longest: int) -> list[int]:
+    """Rounds per accept length 1..`longest`."""
+    counts = Counter(length for g in generations for length in g.accept_lengths)
+    return [counts[length] for length in range(1, longest + 1)]
+
+
+def consecutive_accept_rates(generations: Sequence[Rounds], longest: int) -> list[float | None]:
+    """CTAR: of the rounds that drafted at least w tokens, the share whose first w were all accepted; w = 1..`longest`.
+
+    None where no round drafted w. A threshold makes long drafts rarer and surer, so compare at equal thresholds.
+    """
+    rounds = [pair for g in generations for pair in zip(g.accept_lengths, g.drafted, strict=True)]
+    rates: list[float | None] = []
+    for window in range(1, longest + 1):
+        passed = [accept > window for accept, drafted in rounds if drafted >= window]
+        rates.append(sum(passed) / len(passed) if passed else None)
+    return rates

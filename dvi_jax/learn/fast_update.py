@@ -3,7 +3,7 @@
     L = w_kl KL(p_verify || p_draft) + w_pg L_pg + w_ce CE(verifier's token, only where accepted) - w_ent H(p_draft)
 
 (DVI, section "Improve"). The base model and lora_D are not arguments of the gradient: they cannot move. Letters: N
-windows, T window length, M positions used, D hidden, V vocabulary.
+windows, T window length, M positions used, J drafts unrolled, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ class LearnerState:
 class Positions(NamedTuple):
     """M positions picked from a batch of windows, flat."""
 
-    draft_logits: jax.Array  # float32 [M, V]
+    draft_logits: jax.Array  # float32 [J, M, V], for each draft of a round the drafter can tell apart
     verifier_logits: jax.Array  # float32 [M, V]
     proposal: jax.Array  # int32 [M]
     reward: jax.Array  # int8 [M]
+    step: jax.Array  # int8 [M], which draft of its round the proposal was
     valid: jax.Array  # float32 [M]
     on_policy: jax.Array  # float32 [M], judged in the rollout of the drafter as it now is
 
@@ -51,13 +52,16 @@ class Positions(NamedTuple):
 def make_optimizer(config: OptimizerConfig, max_bad_steps: int = 5) -> optax.GradientTransformation:
     """AdamW with its own rate for lora_S and for the drafter's weights, clipped by global norm.
 
-    A non-finite gradient skips the update and is counted; `max_bad_steps` in a row let it through, for the caller to see.
+    A non-finite gradient skips the update and is counted; after `max_bad_steps` in a row it is let through.
     """
     rates = {"drafter": config.head_lr, "lora_s": config.lora_lr}
     adamw = {name: optax.adamw(rate, weight_decay=config.weight_decay) for name, rate in rates.items()}
-    labels = lambda tree: {name: jax.tree.map(lambda _: name, sub) for name, sub in tree.items()}  # noqa: E731
-    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.multi_transform(adamw, labels))
+    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.multi_transform(adamw, _labels))
     return optax.apply_if_finite(chain, max_bad_steps)
+
+
+def _labels(tree: Trainable) -> dict[str, str]:
+    return {name: name for name in tree}
 
 
 def init_learner(
@@ -84,6 +88,7 @@ def fast_update(
     params: Params,
     state: LearnerState,
     fresh: Windows,
+    is_current: jax.Array,
     *,
     objective: ObjectiveConfig,
     optimizer: OptimizerConfig,
@@ -92,11 +97,11 @@ def fast_update(
 ) -> tuple[LearnerState, dict[str, jax.Array]]:
     """One update on the `fresh` rollout and `replayed` windows of the replay, at `positions` positions in all.
 
-    The policy term uses the fresh windows alone: the proposals of older ones came from another drafter. Returns the new
-    state and scalar metrics.
+    The policy term uses the fresh windows alone, and only while the drafter is still the one that made them
+    (`is_current`, bool): proposals of another drafter would bias it. Returns the new state and scalar metrics.
     """
     key, sample_key, pick_key = jax.random.split(state.key, 3)
-    batch, on_policy = fresh, jnp.ones(fresh.length.shape, bool)
+    batch, on_policy = fresh, jnp.broadcast_to(is_current, fresh.length.shape)
     if replayed:
         old = sample(state.replay, sample_key, replayed)
         batch = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), fresh, old)
@@ -105,7 +110,7 @@ def fast_update(
 
     def loss_of(trainable: Trainable) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = join(graphdef, with_trainable(params, trainable))
-        picked = evaluate_positions(model, batch, on_policy, pick_key, objective.learn_from_prompt, positions)
+        picked = evaluate_positions(model, batch, on_policy, pick_key, objective, positions)
         return fast_loss(picked, state.baseline, weights, objective)
 
     grads, metrics = jax.grad(loss_of, has_aux=True)(state.trainable)
@@ -113,7 +118,8 @@ def fast_update(
     judged = fresh.reward >= 0
     mean_reward = jnp.sum(fresh.reward * judged) / jnp.maximum(jnp.sum(judged), 1)
     momentum = objective.baseline_momentum
-    baseline = jnp.where(jnp.any(judged), momentum * state.baseline + (1 - momentum) * mean_reward, state.baseline)
+    moved = momentum * state.baseline + (1 - momentum) * mean_reward
+    baseline = jnp.where(is_current & jnp.any(judged), moved, state.baseline)
     metrics |= {
         "kl_weight": weights[0],
         "pg_weight": weights[1],
@@ -130,12 +136,19 @@ def fast_update(
 def fast_loss(
     picked: Positions, baseline: jax.Array, weights: tuple[jax.Array, jax.Array], config: ObjectiveConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The weighted sum of the four terms, and each term by name."""
-    logits, teacher = picked.draft_logits, picked.verifier_logits
+    """The weighted sum of the four terms, and each term by name.
+
+    KL is a mean over the unrolled drafts, draft j weighted `unroll_decay`^j; the other terms take the draft that acted.
+    """
+    teacher, unrolled = picked.verifier_logits, len(picked.draft_logits)
     top = jnp.argmax(teacher, axis=-1)
     accepted = picked.valid * (picked.reward == 1)
+    acted = jnp.clip(picked.step, 0, unrolled - 1).astype(jnp.int32)
+    logits = jnp.take_along_axis(picked.draft_logits, acted[None, :, None], axis=0)[0]
+    decay = config.unroll_decay ** jnp.arange(unrolled)
+    kl = [objectives.kl_divergence(teacher, x, picked.valid, config.kl_temperature) for x in picked.draft_logits]
     terms = {
-        "kl": objectives.kl_divergence(teacher, logits, picked.valid, config.kl_temperature),
+        "kl": jnp.sum(decay * jnp.stack(kl)) / jnp.sum(decay),
         "pg": objectives.policy_gradient(
             logits, picked.proposal, picked.reward.astype(jnp.float32), baseline, picked.on_policy
         ),
@@ -148,7 +161,8 @@ def fast_loss(
         + config.ce_weight * terms["ce"]
         - config.entropy_weight * terms["entropy"]
     )
-    agreement = objectives.masked_mean((jnp.argmax(logits, axis=-1) == top).astype(jnp.float32), picked.valid)
+    first = jnp.argmax(picked.draft_logits[0], axis=-1)
+    agreement = objectives.masked_mean((first == top).astype(jnp.float32), picked.valid)
     return loss, terms | {"loss": loss, "agreement": agreement, "positions": jnp.sum(picked.valid)}
 
 
@@ -157,7 +171,7 @@ def evaluate_positions(
     windows: Windows,
     on_policy: jax.Array,
     key: jax.Array,
-    learn_from_prompt: bool,
+    objective: ObjectiveConfig,
     count: int,
 ) -> Positions:
     """Re-run the shallow layers and the drafter over whole windows, then the head at `count` random valid positions.
@@ -169,26 +183,26 @@ def evaluate_positions(
     hidden, _ = llama.shallow(tokens, None, rows, adapted=model.separate_trunk)
     # What predicts position p was computed at row p - 1.
     teacher = windows.verifier_hidden[:, 1:].astype(llama.dtype)
-    draft = model.drafter.parallel(hidden[:, :-1], teacher, rows[:, :-1])
+    drafts = model.drafter.unroll(hidden[:, :-1], teacher, rows[:, :-1], objective.unroll_steps)
 
     target = rows[:, 1:]
     valid = target < windows.length[:, None]
-    if not learn_from_prompt:
+    if not objective.learn_from_prompt:
         valid &= target > windows.prompt_length[:, None]
     proposal, reward = windows.proposal[:, 1:], windows.reward[:, 1:]
     judged = valid & (reward >= 0) & on_policy[:, None]
-    # Judged positions first: the policy term needs them, and they are the fewest.
-    priority = jax.random.uniform(key, valid.shape) + valid + judged
+    priority = jax.random.uniform(key, valid.shape) + valid
     chosen = jax.lax.top_k(priority.ravel(), count)[1]
 
     def pick(values: jax.Array) -> jax.Array:
         return values.reshape(-1, *values.shape[2:])[chosen]
 
     return Positions(
-        draft_logits=model.drafter.logits(pick(draft), llama.head_weight()),
+        draft_logits=jnp.stack([model.drafter.logits(pick(draft), llama.head_weight()) for draft in drafts]),
         verifier_logits=llama.logits(pick(teacher)),
         proposal=pick(proposal),
         reward=pick(jnp.where(valid, reward, -1)),
+        step=pick(windows.step[:, 1:]),
         valid=pick(valid).astype(jnp.float32),
         on_policy=pick(judged).astype(jnp.float32),
     )

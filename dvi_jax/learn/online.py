@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dvi_jax.checkpoint import Checkpoint, read_checkpoint, rewrite_checkpoint
 from dvi_jax.config import TrainConfig
@@ -22,9 +23,9 @@ from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import Prompt, PromptSettings, PromptStream
 from dvi_jax.errors import UserError
 from dvi_jax.evaluate.acceptance import Acceptance, measure_acceptance
-from dvi_jax.learn.fast_update import LearnerState, fast_update, init_learner, with_trainable
+from dvi_jax.learn.fast_update import fast_update, init_learner, with_trainable
 from dvi_jax.learn.metrics import MetricsLog
-from dvi_jax.learn.replay import Replay, push
+from dvi_jax.learn.replay import Replay, Windows, push
 from dvi_jax.learn.rollout import rollout, window_length
 from dvi_jax.learn.snapshot import Snapshots
 from dvi_jax.load import LoadedModel, from_checkpoint, trained_parts
@@ -57,7 +58,7 @@ class RunResult:
 
 
 def train(config: TrainConfig, *, resume: bool = False, report: Report = lambda kind, record: None) -> RunResult:
-    """Run (or with `resume` go on with) an online training run. `report` is called with every metrics record."""
+    """Run an online training run, or go on with one (`resume`). `report` is called with every metrics record."""
     out = Path(config.out)
     if not resume and (out / "snapshots").exists():
         raise UserError(f"{out} holds an earlier run: pass --resume to go on with it, or choose another out")
@@ -76,7 +77,7 @@ def with_new_drafter(checkpoint: Checkpoint, config: TrainConfig) -> Checkpoint:
     if checkpoint.drafter is not None:
         if config.exit_layer not in (None, manifest.exit_layer):
             raise UserError(
-                f"exit_layer: the checkpoint's drafter was trained at layer {manifest.exit_layer}, not {config.exit_layer}"
+                f"exit_layer {config.exit_layer}: the checkpoint's drafter was trained at layer {manifest.exit_layer}"
             )
         return checkpoint
     options = {"rank": config.lora.rank_s, "alpha": config.lora.alpha_s}
@@ -137,15 +138,15 @@ class _Run:
         for batch in self._batches():
             self._update(batch)
             self.progress.seconds = earlier + time.perf_counter() - began
-            step = int(self.learner.step)
-            if step % config.eval_every == 0:
+            rollouts = self.progress.prompts // config.rollout_batch
+            if rollouts % config.eval_every == 0:
                 self.after = self.evaluate()
-            if step % config.save_every == 0:
+            if rollouts % config.save_every == 0:
                 self._save()
-                saved = step
+                saved = rollouts
             if config.max_minutes and self.progress.seconds > 60 * config.max_minutes:
                 break
-        if saved != int(self.learner.step):
+        if saved != self.progress.prompts // config.rollout_batch:
             self._save()
 
     def finish(self) -> RunResult:
@@ -198,18 +199,8 @@ class _Run:
             longest_prompt=config.data.max_prompt_tokens,
         )
         rolled = time.perf_counter()
-        self.learner, values = fast_update(
-            self.model.graphdef,
-            self.model.params,
-            self.learner,
-            windows,
-            objective=config.objective,
-            optimizer=config.optimizer,
-            replayed=config.replayed_windows,
-            positions=config.positions_per_update,
-        )
+        values = self._learn_from(windows)
         self.learner = self.learner.replace(replay=push(self.learner.replay, windows))
-        values = {name: float(value) for name, value in values.items()}
         self.model = self.model.with_params(with_trainable(self.model.params, self.learner.trainable))
         acceptance = measure_acceptance(generations)
         new_tokens = sum(len(generation.new_ids) for generation in generations)
@@ -228,6 +219,24 @@ class _Run:
                 "update_seconds": time.perf_counter() - rolled,
             },
         )
+
+    def _learn_from(self, windows: Windows) -> dict[str, float]:
+        """The fast updates of one rollout; metrics of the first, whose policy term is on-policy."""
+        config, first = self.config, {}
+        for index in range(config.updates_per_rollout):
+            self.learner, values = fast_update(
+                self.model.graphdef,
+                self.model.params,
+                self.learner,
+                windows,
+                jnp.array(index == 0),
+                objective=config.objective,
+                optimizer=config.optimizer,
+                replayed=config.replayed_windows,
+                positions=config.positions_per_update,
+            )
+            first = first or values
+        return {name: float(value) for name, value in first.items()}
 
     def _batches(self) -> Iterator[list[Prompt]]:
         """Batches of `rollout_batch` prompts; a shorter tail of the stream is left out."""

@@ -22,6 +22,7 @@ class Windows:
     tokens: jax.Array  # int32 [N, T]
     proposal: jax.Array  # int32 [N, T]
     reward: jax.Array  # int8 [N, T]
+    step: jax.Array  # int8 [N, T]
     prompt_length: jax.Array  # int32 [N]
     length: jax.Array  # int32 [N], valid positions; 0 marks an empty window
     verifier_hidden: jax.Array  # bfloat16 [N, T, D]
@@ -33,6 +34,7 @@ class Windows:
             jnp.zeros((count, window), jnp.int32),
             jnp.full((count, window), -1, jnp.int32),
             jnp.full((count, window), -1, jnp.int8),
+            jnp.zeros((count, window), jnp.int8),
             jnp.zeros(count, jnp.int32),
             jnp.zeros(count, jnp.int32),
             jnp.zeros((count, window, hidden_size), jnp.bfloat16),
@@ -61,6 +63,7 @@ def read_windows(state: DecodeState, prompt_length: jax.Array, *, window: int) -
         tokens=state.tokens[:, :window],
         proposal=signals.proposal[:, :window],
         reward=signals.reward[:, :window],
+        step=signals.step[:, :window],
         prompt_length=prompt_length,
         length=jnp.minimum(state.length, window),
         verifier_hidden=signals.verifier_hidden[:, :window].astype(jnp.bfloat16),

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from dvi_jax.learn.distill import DistillState
 from dvi_jax.learn.fast_update import LearnerState
+
+State = TypeVar("State", LearnerState, DistillState)
 
 
 class Snapshots:
-    """The snapshots under `directory`; the newest `keep` are kept. Use as a context manager: leaving waits for saves."""
+    """The newest `keep` snapshots under `directory`. Use as a context manager: leaving waits for saves."""
 
     def __init__(self, directory: str | Path, keep: int):
         options = ocp.CheckpointManagerOptions(
@@ -35,28 +39,33 @@ class Snapshots:
         self._manager.wait_until_finished()
         self._manager.close()
 
-    def save(self, learner: LearnerState, progress: dict[str, Any]) -> None:
-        """Save asynchronously under the learner's update count. The arrays are copied before this returns."""
+    def save(self, state: State, progress: dict[str, Any]) -> None:
+        """Save asynchronously under `state.step`. The arrays are copied before this returns."""
         self._manager.save(
-            int(learner.step),
-            args=ocp.args.Composite(
-                learner=ocp.args.StandardSave(_with_raw_key(learner)), progress=ocp.args.JsonSave(progress)
-            ),
+            int(state.step),
+            args=ocp.args.Composite(learner=ocp.args.StandardSave(_raw(state)), progress=ocp.args.JsonSave(progress)),
         )
 
-    def restore(self, template: LearnerState) -> tuple[LearnerState, dict[str, Any]] | None:
+    def restore(self, template: State) -> tuple[State, dict[str, Any]] | None:
         """The newest snapshot in the structure of `template`, None if there is none yet."""
         step = self._manager.latest_step()
         if step is None:
             return None
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _with_raw_key(template))
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _raw(template))
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(learner=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
         )
-        learner = restored["learner"]
-        return learner.replace(key=jax.random.wrap_key_data(learner.key)), restored["progress"]
+        typed = jax.tree.map(
+            lambda old, new: jax.random.wrap_key_data(new) if _is_key(old) else new, template, restored["learner"]
+        )
+        return typed, restored["progress"]
 
 
-def _with_raw_key(learner: LearnerState) -> LearnerState:
-    return learner.replace(key=jax.random.key_data(learner.key))
+def _raw(state: State) -> State:
+    """Typed PRNG keys as plain integers, which is what orbax stores."""
+    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
+
+
+def _is_key(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -71,7 +71,7 @@ def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
 def split_heads(
     qkv: jax.Array, heads: tuple[int, int, int], rope: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Fused [B, T, (N+2K)H] -> query [B, T, N, H], key and value [B, K, T, H]; query and key rotated. heads: (N, K, H)."""
+    """Fused [B, T, (N+2K)H] -> query [B, T, N, H], key, value [B, K, T, H]; query and key rotated. heads: (N, K, H)."""
     n, k, h = heads
     split = qkv.reshape(*qkv.shape[:-1], n + 2 * k, h)
     query, key, value = split[..., :n, :], split[..., n : n + k, :], split[..., n + k :, :]
@@ -88,14 +88,14 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
     batch, tokens, heads, size = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, tokens, kv_heads, heads // kv_heads, size)
-    scores = _einsum("btkgh,bksh->bkgts", grouped, key)
+    scores = wide_einsum("btkgh,bksh->bkgts", grouped, key)
     scores = jnp.where(mask[:, None, None], scores / math.sqrt(size), -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = _einsum("bkgts,bksh->btkgh", weights, value)
+    mixed = wide_einsum("bkgts,bksh->btkgh", weights, value)
     return mixed.astype(query.dtype).reshape(batch, tokens, heads * size)
 
 
-def _einsum(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+def wide_einsum(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
     """An einsum accumulated and returned in float32."""
     if jax.default_backend() == "cpu":  # XLA's CPU backend has no batched bfloat16 product with a float32 result
         left, right = left.astype(jnp.float32), right.astype(jnp.float32)

@@ -40,7 +40,7 @@ class LoRA(nnx.Module):
 
 
 def linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """x [..., in] times weight [out, in] -> [..., out]; accumulated in float32, returned in `out_dtype` or x's dtype."""
+    """x [..., in] times weight [out, in] -> [..., out]; accumulated in float32, given in `out_dtype` or x's dtype."""
     result = jax.lax.dot_general(
         x,
         weight,
@@ -55,7 +55,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """RMSNorm with float32 statistics; cast back to x's dtype *before* the weight, as Hugging Face does."""
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return weight * normed.astype(x.dtype)
+    return weight.astype(x.dtype) * normed.astype(x.dtype)
 
 
 class Block(nnx.Module):

@@ -1,0 +1,252 @@
+"""Streams of conversations: what a usable conversation is, what is skipped and why, and where to go on later.
+
+Every position can be resumed. Files are read again from the beginning up to the position (125 MB take about a
+second): that also restores the counts and the ids already seen, so a resumed stream is equal to the tail of
+one that was never interrupted. What came from stdin or another pipe is gone: a resumed stream takes what it
+brings next and counts on.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dvi_jax.data.records import INVALID_UTF8, NOT_AN_OBJECT, TOO_LONG, Damaged, RecordReader
+from dvi_jax.data.sources import CUT_OFF, STDIN, ByteSource
+from dvi_jax.errors import UserError
+
+MISSING_FIELD = "missing field"
+WRONG_TYPE = "wrong type"
+WRONG_ROLE = "wrong role"
+EMPTY = "empty"
+NO_USER_MESSAGE = "no user message"
+DUPLICATE_ID = "duplicate id"
+
+ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant"),
+    "system": "system",
+}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn; `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class StreamPosition:
+    """Where a stream goes on: indices of the file, the record in it, the user turn in its conversation."""
+
+    file: int = 0
+    record: int = 0
+    turn: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: object) -> StreamPosition:
+        """Raise `UserError` unless `value` is what `to_json` gives."""
+        names = list(asdict(cls()))
+        is_position = isinstance(value, dict) and sorted(value) == sorted(names)
+        if not is_position or not all(type(n) is int and n >= 0 for n in value.values()):
+            raise UserError(f"a stream position is an object of the numbers {', '.join(names)}, not {value!r:.80}")
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages with the source's id, or else a hash of them; the stream goes on at `position`, after it."""
+
+    id: str
+    messages: tuple[Message, ...]
+    position: StreamPosition
+
+
+@dataclass(frozen=True)
+class StreamLimits:
+    """What one stream may cost: longer messages and records are skipped, older ids are forgotten."""
+
+    max_message_chars: int = 1_000_000
+    max_record_bytes: int = 16 << 20
+    remembered_ids: int = 200_000
+
+
+class ConversationStream:
+    """Iterate conversations from JSON arrays, JSON lines or text lines; plain, gzip or zstd; "-" is stdin.
+
+    Damaged records are skipped and counted. `read` is the number of usable conversations, `counts` says how
+    many were skipped for which reason, `ends_early` whether some file stops in the middle. Iterating again
+    starts afresh. Raises `UserError` for a path that cannot be read and, at the end, for a stream without any
+    usable conversation.
+    """
+
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        *,
+        start: StreamPosition | None = None,
+        limits: StreamLimits | None = None,
+    ):
+        self.paths = [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+        self.start = start or StreamPosition()
+        self.limits = limits or StreamLimits()
+        self._check_paths()
+        self._pipes = {path for path in self.paths if path == STDIN or not Path(path).is_file()}
+        self._reset()
+
+    def __iter__(self) -> Iterator[Conversation]:
+        self._reset()
+        for index, path in enumerate(self.paths):
+            yield from self._read_file(index, path)
+        is_resumed_pipe = bool(self._pipes) and self.start != StreamPosition()
+        if not self.read and not is_resumed_pipe:
+            raise UserError(f"no usable conversation in {', '.join(self.paths)}: {self.summary()}")
+
+    def summary(self) -> str:
+        """One line for people: how many were read, how many skipped and why, whether a file ends early."""
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(self.counts.items()))
+        skipped = f", {sum(self.counts.values()):,} skipped ({reasons})" if reasons else ""
+        return f"{self.read:,} conversations read{skipped}" + ("; the data end early" if self.ends_early else "")
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the same conversations can be read again (stdin and other pipes cannot)."""
+        return not self._pipes
+
+    def _reset(self) -> None:
+        self.read = 0
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.ends_early = False
+        self._seen: dict[str, None] = {}
+
+    def _check_paths(self) -> None:
+        if not self.paths or self.paths.count(STDIN) > 1:
+            raise UserError(f"a conversation stream needs one path or more, and stdin at most once: {self.paths}")
+        if self.start.file > len(self.paths):
+            raise UserError(f"the stream position is in file {self.start.file}, but only {len(self.paths)} are given")
+        for path in self.paths:
+            _check_readable(path)
+
+    def _read_file(self, index: int, path: str) -> Iterator[Conversation]:
+        source = ByteSource(path)
+        reader = RecordReader(source, self.limits.max_record_bytes)
+        first = self.start.record if path in self._pipes and index == self.start.file else 0
+        for number, record in enumerate(reader, first):
+            conversation = self._accept(record, StreamPosition(index, number + 1))
+            if conversation and (index, number) >= (self.start.file, self.start.record):
+                yield conversation
+        self.ends_early = self.ends_early or reader.ends_early or source.damage is not None
+        if source.damage and not (source.damage == CUT_OFF and reader.ends_early):  # counted as a record
+            self.counts[source.damage] += 1
+
+    def _accept(self, record: object, position: StreamPosition) -> Conversation | None:
+        """The conversation in `record`, or None after counting why there is none."""
+        try:
+            messages = parse_messages(record, self.limits.max_message_chars)
+            name = _conversation_id(record, messages)
+            if name in self._seen:
+                raise _UnusableError(DUPLICATE_ID)
+        except _UnusableError as unusable:
+            self.counts[unusable.reason] += 1
+            return None
+        self._remember(name)
+        self.read += 1
+        return Conversation(name, messages, position)
+
+    def _remember(self, name: str) -> None:
+        self._seen[name] = None
+        if len(self._seen) > self.limits.remembered_ids:
+            del self._seen[next(iter(self._seen))]
+
+
+class _UnusableError(Exception):
+    """A record is skipped for `reason`."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def parse_messages(record: object, max_message_chars: int) -> tuple[Message, ...]:
+    """The messages of one record (`messages` or `conversations`); raises `_UnusableError` with the reason."""
+    if isinstance(record, Damaged):
+        raise _UnusableError(record.reason)
+    if not isinstance(record, dict):
+        raise _UnusableError(NOT_AN_OBJECT)
+    turns = _field(record, "messages", "conversations")
+    if not isinstance(turns, list):
+        raise _UnusableError(WRONG_TYPE)
+    messages = tuple(_parse_message(turn, max_message_chars) for turn in turns)
+    if not messages:
+        raise _UnusableError(EMPTY)
+    if all(message.role != "user" for message in messages):
+        raise _UnusableError(NO_USER_MESSAGE)
+    return messages
+
+
+def _parse_message(turn: object, max_chars: int) -> Message:
+    if turn is None:
+        raise _UnusableError(MISSING_FIELD)
+    if not isinstance(turn, dict):
+        raise _UnusableError(WRONG_TYPE)
+    role, content = _field(turn, "role", "from"), _field(turn, "content", "value")
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise _UnusableError(WRONG_ROLE)
+    if not isinstance(content, str):
+        raise _UnusableError(WRONG_TYPE)
+    if len(content) > max_chars:
+        raise _UnusableError(TOO_LONG)
+    if not content.strip():
+        raise _UnusableError(EMPTY)
+    _check_encodable(content)
+    return Message(ROLES[role.lower()], content)
+
+
+def _field(value: dict, *names: str) -> object:
+    """The first of `names` that is there and not null."""
+    for name in names:
+        if value.get(name) is not None:
+            return value[name]
+    raise _UnusableError(MISSING_FIELD)
+
+
+def _conversation_id(record: dict, messages: tuple[Message, ...]) -> str:
+    name = record.get("id", record.get("conversation_id"))
+    if isinstance(name, str) and 0 < len(name) <= 256:
+        _check_encodable(name)
+        return name
+    if type(name) is int:
+        return str(name)
+    text = json.dumps([(message.role, message.content) for message in messages])
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _check_encodable(text: str) -> None:
+    """Refuse lone surrogates: bad bytes in the file, or half of a pair of \\u escapes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _UnusableError(INVALID_UTF8) from None
+
+
+def _check_readable(path: str) -> None:
+    # Asked, not tried: opening and closing a named pipe would end its writer.
+    if path == STDIN:
+        return
+    for fault, is_so in (
+        ("there is no such file", not os.path.exists(path)),
+        ("it is a directory", os.path.isdir(path)),
+        ("permission denied", not os.access(path, os.R_OK)),
+    ):
+        if is_so:
+            raise UserError(f"cannot read conversations from {path}: {fault}; give a file, or - for stdin")

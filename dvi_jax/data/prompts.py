@@ -1,0 +1,176 @@
+"""From conversations to prompts, and the split between prompts to learn from and prompts kept apart.
+
+The split is a hash of the conversation's first question. A question asked in two conversations is therefore
+on the same side both times, wherever it stands in the stream, and so is every later turn that builds on it.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from dvi_jax.data.conversations import Conversation, ConversationStream, Message, StreamPosition
+from dvi_jax.data.template import TemplateRefusedError
+from dvi_jax.data.tokenizer import Tokenizer
+from dvi_jax.errors import UserError
+
+TOO_LONG_PROMPT = "prompt too long"
+REFUSED_BY_TEMPLATE = "refused by the chat template"
+HELD_OUT = "held out"
+TURNS = ("first", "all")
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """How conversations become prompts: from the first user turn, or from all, with the log's context."""
+
+    max_prompt_tokens: int
+    turns: str = "first"
+    held_out_fraction: float = 0.05
+    salt: str = "held-out"
+    system: str | None = None
+
+    def __post_init__(self):
+        if self.turns not in TURNS:
+            raise UserError(f"turns must be one of {', '.join(TURNS)}, not {self.turns!r}")
+        if not 0 <= self.held_out_fraction < 1:
+            raise UserError(f"held_out_fraction must be at least 0 and below 1, not {self.held_out_fraction}")
+        if self.max_prompt_tokens < 1:
+            raise UserError(f"max_prompt_tokens must be at least 1, not {self.max_prompt_tokens}")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids [T] that end where the answer begins; the stream goes on at `position`, after this prompt."""
+
+    ids: tuple[int, ...]
+    conversation_id: str
+    position: StreamPosition
+
+
+def is_held_out(question: str, fraction: float, salt: str) -> bool:
+    """Whether a conversation opening with `question` is kept apart; case, blanks are ignored."""
+    plain = " ".join(unicodedata.normalize("NFKC", question).casefold().split())
+    digest = hashlib.blake2b(f"{salt}\0{plain}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+class PromptStream:
+    """Iterate, once, the prompts to train on; `counts` says what was left out and why.
+
+    The `state()` (JSON) of an earlier stream resumes right after the last prompt it gave. Raises `UserError`
+    at the end of a stream that gave no prompt at all.
+    """
+
+    def __init__(
+        self,
+        conversations: ConversationStream,
+        tokenizer: Tokenizer,
+        settings: PromptSettings,
+        *,
+        state: dict | None = None,
+    ):
+        self.settings = settings
+        self.position, self.given, self.counts = conversations.start, 0, collections.Counter()
+        if state is not None:
+            self.position, self.given, self.counts = _parse_state(state)
+            conversations = ConversationStream(conversations.paths, start=self.position, limits=conversations.limits)
+        self.conversations = conversations
+        self._tokenizer = tokenizer
+
+    def __iter__(self) -> Iterator[Prompt]:
+        turn = self.conversations.start.turn
+        for conversation in self.conversations:
+            if self._is_held_out(conversation):
+                self.counts[HELD_OUT] += 1
+                self.position = conversation.position
+            else:
+                yield from self._train_prompts(conversation, turn)
+            turn = 0
+        if not self.given and self.conversations.start == StreamPosition():
+            reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(self.counts.items()))
+            limit = self.settings.max_prompt_tokens
+            raise UserError(f"no prompt of at most {limit} tokens in {self.conversations.summary()} ({reasons})")
+
+    def state(self) -> dict:
+        """What a checkpoint keeps of this stream (JSON): the position after the last prompt, the counts."""
+        return {"position": self.position.to_json(), "given": self.given, "counts": dict(self.counts)}
+
+    def held_out_prompts(self, n: int) -> list[Prompt]:
+        """The first `n` different held-out prompts (fewer in a short stream), from the start of the files.
+
+        Raises `UserError` for stdin, where reading ahead would take conversations away from training.
+        """
+        if not self.conversations.is_repeatable:
+            raise UserError("held-out prompts cannot be taken from stdin: give a file of held-out conversations")
+        found: dict[tuple[int, ...], Prompt] = {}
+        stream = ConversationStream(self.conversations.paths, limits=self.conversations.limits)
+        for conversation in stream:
+            if len(found) >= n:
+                break
+            if self._is_held_out(conversation):
+                for turn in self._turns(conversation):
+                    prompt = self._prompt(conversation, turn, collections.Counter())
+                    if prompt is not None:
+                        found.setdefault(prompt.ids, prompt)
+        return list(found.values())[:n]
+
+    def _is_held_out(self, conversation: Conversation) -> bool:
+        first = next(message for message in conversation.messages if message.role == "user")
+        return is_held_out(first.content, self.settings.held_out_fraction, self.settings.salt)
+
+    def _train_prompts(self, conversation: Conversation, first_turn: int) -> Iterator[Prompt]:
+        for turn in self._turns(conversation)[first_turn:]:
+            prompt = self._prompt(conversation, turn, self.counts)
+            self.position = self._position_after(conversation, turn)
+            if prompt is not None:
+                self.given += 1
+                yield prompt
+
+    def _turns(self, conversation: Conversation) -> range:
+        """Indices of the user turns that become prompts."""
+        users = sum(message.role == "user" for message in conversation.messages)
+        return range(users if self.settings.turns == "all" else 1)
+
+    def _position_after(self, conversation: Conversation, turn: int) -> StreamPosition:
+        after = conversation.position
+        is_last = turn == self._turns(conversation)[-1]
+        return after if is_last else replace(after, record=after.record - 1, turn=turn + 1)
+
+    def _prompt(self, conversation: Conversation, turn: int, counts: collections.Counter) -> Prompt | None:
+        messages = context_of_turn(conversation.messages, turn)
+        try:
+            ids = self._tokenizer.chat(messages, system=self.settings.system)
+        except TemplateRefusedError:
+            counts[REFUSED_BY_TEMPLATE] += 1
+            return None
+        if len(ids) > self.settings.max_prompt_tokens:
+            counts[TOO_LONG_PROMPT] += 1
+            return None
+        return Prompt(tuple(ids), conversation.id, self._position_after(conversation, turn))
+
+
+def from_first_question(messages: tuple[Message, ...]) -> list[Message]:
+    """The whole conversation without an answer before the first question; a system message stays."""
+    first = next(index for index, message in enumerate(messages) if message.role == "user")
+    return [*(m for m in messages[:first] if m.role == "system"), *messages[first:]]
+
+
+def context_of_turn(messages: tuple[Message, ...], turn: int) -> list[Message]:
+    """The messages up to and with user turn `turn`; an answer before the first question is left out."""
+    kept = from_first_question(messages)
+    users = [index for index, message in enumerate(kept) if message.role == "user"]
+    return kept[: users[turn] + 1]
+
+
+def _parse_state(state: dict) -> tuple[StreamPosition, int, collections.Counter[str]]:
+    if not isinstance(state, dict) or set(state) != {"position", "given", "counts"}:
+        raise UserError("the state of a prompt stream is an object with position, given and counts")
+    position, given, counts = StreamPosition.from_json(state["position"]), state["given"], state["counts"]
+    numbers = [given, *counts.values()] if isinstance(counts, dict) else [None]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise UserError("the state of a prompt stream counts in whole numbers from 0")
+    return position, given, collections.Counter(counts)

@@ -1,0 +1,107 @@
+"""Chat templates: from messages to text, rendered in a limited child process (see template_worker.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dvi_jax.data.conversations import Message
+from dvi_jax.errors import UserError
+
+WORKER = Path(__file__).with_name("template_worker.py")
+
+
+class TemplateRefusedError(UserError):
+    """The template refused these messages (or failed on them); other messages may pass."""
+
+
+@dataclass(frozen=True)
+class TemplateLimits:
+    """What one rendering may cost; far above any honest template."""
+
+    max_source_chars: int = 200_000
+    max_chars: int = 1_000_000
+    cpu_seconds: float = 0.5
+    memory_bytes: int = 512 << 20
+
+
+class ChatTemplate:
+    """A Hugging Face chat template (jinja2), compiled once and rendered many times.
+
+    `tokens` are the variables besides the messages, such as `bos_token`. Raises `UserError` for a template
+    that does not compile or that cannot render the simplest conversation.
+    """
+
+    def __init__(self, source: str, tokens: dict[str, str], limits: TemplateLimits | None = None):
+        self.limits = limits or TemplateLimits()
+        if len(source) > self.limits.max_source_chars:
+            raise UserError(f"the chat template is longer than {self.limits.max_source_chars} characters")
+        self._setup = {
+            "source": source,
+            "tokens": tokens,
+            "max_chars": self.limits.max_chars,
+            "cpu_seconds": self.limits.cpu_seconds,
+            "memory_bytes": self.limits.memory_bytes,
+        }
+        self._lock = threading.Lock()
+        self._worker: subprocess.Popen | None = None
+        self.render([Message("user", "Hello")])
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The text of a conversation; raises `TemplateRefusedError`."""
+        request = {
+            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+        }
+        with self._lock:
+            if self._worker is None:
+                self._start()
+            return self._ask(request)
+
+    def _start(self) -> None:
+        # -P and the explicit path: the worker finds this process's packages, not the modules beside it.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._worker = subprocess.Popen(
+            [sys.executable, "-P", "-B", str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+            encoding="utf-8",
+        )
+        weakref.finalize(self, _stop, self._worker)
+        self._ask(self._setup)
+
+    def _ask(self, request: dict) -> str:
+        try:
+            self._worker.stdin.write(json.dumps(request) + "\n")
+            self._worker.stdin.flush()
+            line = self._worker.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        answer = json.loads(line) if line.endswith("\n") else {"error": self._ending()}
+        if "error" in answer:
+            raise TemplateRefusedError(f"the chat template failed: {answer['error']}")
+        return answer["text"]
+
+    def _ending(self) -> str:
+        """Why the worker ended; the next rendering starts another."""
+        worker, self._worker = self._worker, None
+        _stop(worker)
+        seconds, mebibytes = self.limits.cpu_seconds, self.limits.memory_bytes >> 20
+        return f"it ran over its limits of {seconds} s and {mebibytes} MiB (exit status {worker.returncode})"
+
+
+def _stop(worker: subprocess.Popen) -> None:
+    for pipe in (worker.stdin, worker.stdout):
+        with contextlib.suppress(BrokenPipeError):  # unsent bytes for a process that is gone
+            pipe.close()
+    worker.wait()

@@ -1,0 +1,176 @@
+"""Runs questions: each turn decoded plainly and speculatively by one compiled program, side by side in time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dvi_jax.config import DecodeConfig
+from dvi_jax.data.conversations import Message
+from dvi_jax.data.template import TemplateRefusedError
+from dvi_jax.decode.generate import Generation, read_generations, start
+from dvi_jax.decode.prefill import bucket
+from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.state import DecodeState, Knobs
+from dvi_jax.errors import UserError
+from dvi_jax.evaluate.spec_bench import Question
+from dvi_jax.evaluate.trace import PLAIN, SPECULATIVE, Trace, Turn
+from dvi_jax.load import LoadedModel
+
+TOO_LONG = "prompt and new tokens exceed the model's context"
+REFUSED = "refused by the chat template"
+EARLIER_TURN = "an earlier turn was skipped"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A turn that was not asked, and why."""
+
+    question_id: int | str
+    turn: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What came of one question: the turns measured, the model's answers to them, the turns left out."""
+
+    question: Question
+    turns: list[Turn]
+    texts: list[str]
+    skipped: list[Skipped]
+
+
+@dataclass(frozen=True)
+class TimedGeneration:
+    """A generation and what it took."""
+
+    generation: Generation
+    cache_slots: int
+    prefill_seconds: float
+    seconds: float
+
+
+class PairedDecoder:
+    """Decodes a prompt in either mode, at batch 1. Plain decoding is the same executable with nothing drafted.
+
+    Cache slots follow the prompt's bucket, so a stream of prompts needs a handful of programs. Each is compiled and
+    run once in both modes before anything is timed.
+    """
+
+    def __init__(self, model: LoadedModel, settings: DecodeConfig):
+        self.model, self.settings = model, settings
+        self._knobs = {
+            mode: Knobs.make(steps, settings.threshold, model.eos_ids)
+            for mode, steps in ((PLAIN, 0), (SPECULATIVE, settings.draft_steps))
+        }
+        self._programs: dict[int, Any] = {}  # by cache slots
+        self._warm: set[int] = set()  # prompt buckets
+
+    def both(self, prompt: Sequence[int], *, plain_first: bool) -> dict[str, TimedGeneration]:
+        """The prompt decoded in both modes, by mode, in the order asked for."""
+        self._warm_up(prompt)
+        order = (PLAIN, SPECULATIVE) if plain_first else (SPECULATIVE, PLAIN)
+        return {mode: self._decode(prompt, mode) for mode in order}
+
+    def _decode(self, prompt: Sequence[int], mode: str) -> TimedGeneration:
+        began = time.perf_counter()
+        state = self._start(prompt, mode)
+        prefilled = time.perf_counter()
+        slots = state.tokens.shape[1]
+        program = self._programs[slots]
+        decoding = time.perf_counter()
+        state = jax.block_until_ready(program(self.model.params, state, self._knobs[mode]))
+        ended = time.perf_counter()
+        (generation,) = read_generations(state, [len(prompt)], self.model.eos_ids)
+        return TimedGeneration(generation, slots, prefilled - began, ended - decoding)
+
+    def _start(self, prompt: Sequence[int], mode: str) -> DecodeState:
+        return jax.block_until_ready(start(self.model, [prompt], self.settings, self._knobs[mode]))
+
+    def _warm_up(self, prompt: Sequence[int]) -> None:
+        """Compile what this prompt's bucket needs, and run a few rounds: first runs allocate and record graphs."""
+        padded = bucket(len(prompt))
+        if padded in self._warm:
+            return
+        for mode, knobs in self._knobs.items():
+            state = self._start(prompt, mode)
+            slots = state.tokens.shape[1]
+            if slots not in self._programs:
+                self._programs[slots] = decode.lower(self.model.graphdef, self.model.params, state, knobs).compile()
+            few = state.replace(limit=jnp.minimum(state.limit, state.length + 3 * (self.settings.draft_steps + 1)))
+            jax.block_until_ready(self._programs[slots](self.model.params, few, knobs))
+        self._warm.add(padded)
+
+
+def run_questions(decoder: PairedDecoder, questions: Sequence[Question]) -> Iterator[Answered]:
+    """Hold every conversation, one question after the other; which mode goes first alternates."""
+    for index, question in enumerate(questions):
+        yield hold_conversation(decoder, question, plain_first=index % 2 == 0)
+
+
+def check_askable(decoder: PairedDecoder, questions: Sequence[Question]) -> None:
+    """Raise `UserError` where not one conversation could be begun."""
+    if decoder.model.tokenizer is None:
+        raise UserError("this checkpoint has no tokenizer, which questions need: import the model with one")
+    reason = ""
+    for question in questions:
+        prompt = conversation_prompt(decoder, [Message("user", question.turns[0])])
+        if not isinstance(prompt, str):
+            return
+        reason = reason or prompt
+    raise UserError(f"none of the {len(questions)} questions can be asked; the first: {reason}")
+
+
+def hold_conversation(decoder: PairedDecoder, question: Question, *, plain_first: bool) -> Answered:
+    """Ask the turns in order; a later prompt holds the model's own earlier answers, the same for both modes."""
+    answered = Answered(question, [], [], [])
+    messages: list[Message] = []
+    for number, text in enumerate(question.turns):
+        messages.append(Message("user", text))
+        prompt = conversation_prompt(decoder, messages)
+        if isinstance(prompt, str):
+            answered.skipped.append(Skipped(question.question_id, number, prompt))
+            later = range(number + 1, len(question.turns))
+            answered.skipped.extend(Skipped(question.question_id, turn, EARLIER_TURN) for turn in later)
+            break
+        timed = decoder.both(prompt, plain_first=plain_first == (number % 2 == 0))
+        traces = {mode: _trace(question, number, prompt, mode, timed) for mode in (PLAIN, SPECULATIVE)}
+        answered.turns.append(Turn(traces[PLAIN], traces[SPECULATIVE]))
+        answered.texts.append(decoder.model.tokenizer.decode(traces[SPECULATIVE].new_ids))
+        messages.append(Message("assistant", answered.texts[-1]))
+    return answered
+
+
+def conversation_prompt(decoder: PairedDecoder, messages: Sequence[Message]) -> list[int] | str:
+    """The prompt that asks for the next answer, or the reason why it cannot be asked."""
+    try:
+        prompt = decoder.model.tokenizer.chat(messages)
+    except TemplateRefusedError:
+        return REFUSED
+    room = decoder.model.config.max_position_embeddings - decoder.settings.max_new_tokens
+    return TOO_LONG if len(prompt) > room else prompt
+
+
+def _trace(question: Question, turn: int, prompt: Sequence[int], mode: str, timed: dict[str, TimedGeneration]) -> Trace:
+    this = timed[mode]
+    return Trace(
+        question_id=question.question_id,
+        category=question.category,
+        turn=turn,
+        mode=mode,
+        ran_first=mode == next(iter(timed)),
+        prompt_tokens=len(prompt),
+        cache_slots=this.cache_slots,
+        drafted=this.generation.drafted,
+        accept_lengths=this.generation.accept_lengths,
+        new_ids=this.generation.new_ids,
+        finish_reason=this.generation.finish_reason,
+        prefill_seconds=this.prefill_seconds,
+        seconds=this.seconds,
+    )

@@ -1,0 +1,134 @@
+"""Teacher forcing: the drafter imitates the verifier on given text, at full device speed.
+
+The warm start of online learning (Kangaroo's adapter training, EAGLE-3's training-time test): one frozen forward pass
+gives the verifier's final hidden state everywhere, the drafter is unrolled over all positions at once, and
+
+    L = sum_j decay^j KL(p_verify || p_draft_j) / sum_j decay^j       over the masked positions.
+
+Letters: B rows, T tokens of a row, J drafts unrolled, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+
+from dvi_jax.config import DistillConfig
+from dvi_jax.learn import objectives
+from dvi_jax.learn.fast_update import Trainable, with_trainable
+from dvi_jax.model.speculative_llama import Params, SpeculativeLlama, join
+
+CHUNK = 2048  # positions whose logits over the vocabulary are in memory at a time
+
+
+@struct.dataclass
+class DistillState:
+    """What one step hands to the next."""
+
+    trainable: Trainable
+    optimizer: optax.OptState
+    step: jax.Array  # int32 scalar
+
+
+def make_optimizer(config: DistillConfig) -> optax.GradientTransformation:
+    """AdamW, linear warm-up and cosine decay to a tenth, clipped by global norm; non-finite updates are skipped."""
+    steps = config.steps
+    rate = optax.warmup_cosine_decay_schedule(0.0, config.lr, min(config.warmup, steps // 2), steps, config.lr / 10)
+    adamw = optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay)
+    return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw), 5)
+
+
+def init_distill(params: Params, config: DistillConfig) -> DistillState:
+    """State at step 0; arrays are copied, since the state is donated."""
+    trainable = jax.tree.map(jnp.array, {"drafter": params.drafter, "lora_s": params.lora_s})
+    return DistillState(trainable, make_optimizer(config).init(trainable), jnp.int32(0))
+
+
+@partial(jax.jit, static_argnames=("graphdef", "config"), donate_argnames="state")
+def distill_step(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    state: DistillState,
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    config: DistillConfig,
+) -> tuple[DistillState, dict[str, jax.Array]]:
+    """One update on tokens int32 [B, T] where `mask` bool [B, T] marks tokens worth predicting."""
+
+    def loss_of(trainable: Trainable) -> tuple[jax.Array, dict[str, Any]]:
+        return distill_loss(join(graphdef, with_trainable(params, trainable)), tokens, mask, config)
+
+    grads, metrics = jax.grad(loss_of, has_aux=True)(state.trainable)
+    updates, optimizer = make_optimizer(config).update(grads, state.optimizer, state.trainable)
+    metrics |= {"grad_norm": optax.global_norm(grads), "skipped_updates": optimizer.total_notfinite}
+    return DistillState(optax.apply_updates(state.trainable, updates), optimizer, state.step + 1), metrics
+
+
+@partial(jax.jit, static_argnames=("graphdef", "config"))
+def distill_metrics(
+    graphdef: nnx.GraphDef, params: Params, tokens: jax.Array, mask: jax.Array, *, config: DistillConfig
+) -> dict[str, jax.Array]:
+    """Loss and agreement without an update, for held-out rows."""
+    return distill_loss(join(graphdef, params), tokens, mask, config)[1]
+
+
+def distill_loss(
+    model: SpeculativeLlama, tokens: jax.Array, mask: jax.Array, config: DistillConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss, and the share of positions where draft j's top token is the verifier's (`agreement`, [J])."""
+    llama = model.llama
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = llama.shallow(tokens, None, positions)
+    hidden = jax.lax.stop_gradient(hidden)
+    feature = jax.lax.stop_gradient(llama.deep(hidden, None, positions)[0])
+    drafted_from = hidden
+    if model.separate_trunk:
+        drafted_from, _ = llama.shallow(tokens, None, positions, adapted=True)
+    drafts = model.drafter.unroll(drafted_from, feature, positions, config.unroll_steps)
+    # Row t predicts the token at t + 1; the last row's is not in the batch.
+    weight = jnp.pad(mask[:, 1:], ((0, 0), (0, 1))).astype(jnp.float32)
+    sums = _chunked_sums(model, feature, drafts, weight)
+    count = jnp.maximum(jnp.sum(weight), 1.0)
+    kl, agreement = sums[0] / count, sums[1] / count
+    decay = config.unroll_decay ** jnp.arange(len(drafts))
+    loss = jnp.sum(decay * kl) / jnp.sum(decay)
+    return loss, {"loss": loss, "kl": kl, "agreement": agreement, "positions": count}
+
+
+def _chunked_sums(
+    model: SpeculativeLlama, feature: jax.Array, drafts: list[jax.Array], weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over positions of KL and of agreement, [J] each; logits exist by chunks, and again going backward."""
+    head, width = model.llama.head_weight(), feature.shape[-1]
+    total = weight.size
+    chunk = min(CHUNK, total)
+    padding = -total % chunk
+
+    def chunked(x: jax.Array) -> jax.Array:
+        flat = x.reshape(total, -1)
+        return jnp.pad(flat, ((0, padding), (0, 0))).reshape(-1, chunk, flat.shape[1])
+
+    @jax.checkpoint
+    def sums(feature: jax.Array, drafts: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        teacher = model.llama.logits(feature)
+        top = jnp.argmax(teacher, axis=-1)
+        kl, agreement = [], []
+        for draft in jnp.split(drafts, drafts.shape[-1] // width, axis=-1):
+            logits = model.drafter.logits(draft, head)
+            kl.append(objectives.kl_divergence(teacher, logits, weight) * jnp.maximum(jnp.sum(weight), 1.0))
+            agreement.append(jnp.sum((jnp.argmax(logits, axis=-1) == top) * weight))
+        return jnp.stack(kl), jnp.stack(agreement)
+
+    def add(totals: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> tuple[tuple, None]:
+        features, drafted, weights = part
+        return jax.tree.map(jnp.add, totals, sums(features, drafted, weights[:, 0])), None
+
+    zeros = (jnp.zeros(len(drafts)), jnp.zeros(len(drafts)))
+    parts = (chunked(feature), chunked(jnp.concatenate(drafts, axis=-1)), chunked(weight))
+    return jax.lax.scan(add, zeros, parts)[0]

@@ -1,0 +1,68 @@
+"""Token sequences packed end to end into rows of one length, with a mask of the tokens to learn from."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dvi_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Packed:
+    """N rows of T tokens. Sequences follow each other without padding, so one may go on in the next row."""
+
+    tokens: np.ndarray  # uint16 or int32 [N, T]
+    mask: np.ndarray  # bool [N, T], tokens an assistant wrote
+
+    def batches(self, rows: int, seed: int, skip: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Endless batches of `rows` rows, reshuffled every epoch by `seed`, from batch number `skip` on."""
+        per_epoch = len(self.tokens) // rows
+        if not per_epoch:
+            raise UserError(f"the packed data has {len(self.tokens)} rows, fewer than a batch of {rows}")
+        number = skip
+        while True:
+            epoch, index = divmod(number, per_epoch)
+            order = np.random.default_rng((seed, epoch)).permutation(len(self.tokens))
+            chosen = order[index * rows : (index + 1) * rows]
+            yield self.tokens[chosen].astype(np.int32), self.mask[chosen]
+            number += 1
+
+    def save(self, path: str | Path) -> None:
+        """Write a compressed .npz."""
+        np.savez_compressed(path, tokens=self.tokens, mask=np.packbits(self.mask, axis=1))
+
+
+def pack(sequences: Iterable[tuple[Sequence[int], Sequence[bool]]], row_length: int, vocab_size: int) -> Packed:
+    """Pack (ids, mask) pairs; the last, incomplete row is left out."""
+    dtype = np.uint16 if vocab_size <= 2**16 else np.int32
+    ids, masks = [], []
+    for sequence, mask in sequences:
+        ids.append(np.asarray(sequence, dtype))
+        masks.append(np.asarray(mask, bool))
+    tokens, mask = np.concatenate(ids or [np.zeros(0, dtype)]), np.concatenate(masks or [np.zeros(0, bool)])
+    rows = len(tokens) // row_length
+    if not rows:
+        raise UserError(f"the data has {len(tokens)} tokens, not enough for one row of {row_length}")
+    whole = rows * row_length
+    return Packed(tokens[:whole].reshape(rows, row_length), mask[:whole].reshape(rows, row_length))
+
+
+def load_packed(paths: Sequence[str | Path]) -> Packed:
+    """Read what `Packed.save` wrote; several files of one row length are joined."""
+    parts = []
+    for path in paths:
+        try:
+            with np.load(path) as file:
+                tokens = file["tokens"]
+                parts.append((tokens, np.unpackbits(file["mask"], axis=1, count=tokens.shape[1]).astype(bool)))
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is not packed data (.npz with tokens and mask): {error}") from error
+    lengths = {tokens.shape[1] for tokens, _ in parts}
+    if len(lengths) != 1:
+        raise UserError(f"packed files of one row length are needed, got lengths {sorted(lengths)}")
+    return Packed(np.concatenate([t for t, _ in parts]), np.concatenate([m for _, m in parts]))

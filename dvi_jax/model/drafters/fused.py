@@ -1,0 +1,147 @@
+"""A decoder layer on the exit hidden state fused with the verifier's feature of the previous position.
+
+The verifier's final hidden state f(t-1) is always known for the first draft of a round: the verifier chose the current
+token there. Later drafts use the layer's own output in its place. After a round, the cache rows of the committed
+positions are computed again with verifier features, in the pass of the next round's first draft, so the context always
+looks as it did in training. (EAGLE, arXiv 2401.15077; training on the mix of both kinds of feature: EAGLE-3,
+arXiv 2503.01840.)
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from dvi_jax.config import LlamaConfig
+from dvi_jax.model import attention
+from dvi_jax.model.attention import LayerCache
+from dvi_jax.model.drafters.base import Committed, Drafter
+from dvi_jax.model.layers import linear, rms_norm
+from dvi_jax.model.variables import DrafterParam
+
+
+class Fused(Drafter):
+    """Attention and MLP on a projection of [h_k(t), f(t-1)]; heads and rotary base are the base model's."""
+
+    kind = "fused"
+
+    def __init__(self, config: LlamaConfig, *, key: jax.Array, norm: jax.Array):
+        """`norm`: the base model's final norm [D], where the drafter's own final norm starts."""
+        self.architecture = config
+        d, f = config.hidden_size, config.intermediate_size
+        query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        shapes = {
+            "fuse": (d, 2 * d),
+            "qkv": (query + 2 * kv, d),
+            "out": (d, query),
+            "gate_up": (2 * f, d),
+            "down": (d, f),
+        }
+        for name, subkey in zip(shapes, jax.random.split(key, len(shapes)), strict=True):
+            scale = shapes[name][1] ** -0.5
+            setattr(self, name, DrafterParam(scale * jax.random.normal(subkey, shapes[name], jnp.float32)))
+        for name in ("hidden_norm", "feature_norm", "attn_norm", "mlp_norm"):
+            setattr(self, name, DrafterParam(jnp.ones(d, jnp.float32)))
+        self.norm = DrafterParam(jnp.asarray(norm, jnp.float32))
+
+    def init_state(self, batch: int, slots: int, dtype: jnp.dtype) -> LayerCache:
+        (cache,) = attention.init_caches(self.architecture, 1, batch, slots, dtype)
+        return cache
+
+    def prefill(self, state: LayerCache, hidden: jax.Array, feature: jax.Array, positions: jax.Array) -> LayerCache:
+        _, key, value = self._heads(self._fuse(hidden, _shift(feature, 1)), positions)
+        return attention.write_rows(state, key, value, positions[:, 0])
+
+    def first(
+        self, state: LayerCache, previous: Committed, hidden: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, LayerCache]:
+        # Row 0 of the last round was its first draft and is cached with a verifier feature already. Rows 1 .. count - 1
+        # are not, and the row drafted from comes after them: W rows at most, each with the feature of the row before.
+        # Rows past it are computed, masked and overwritten.
+        width = previous.hidden.shape[1]
+        current = jnp.arange(width) == (previous.count - 1)[:, None]
+        rows = jnp.where(current[..., None], hidden, jnp.roll(previous.hidden, -1, axis=1))
+        positions = (previous.start + 1)[:, None] + jnp.arange(width)
+        draft, state = self._run(state, rows, previous.feature, positions)
+        return jnp.take_along_axis(draft, (previous.count - 1)[:, None, None], axis=1), state
+
+    def next(
+        self, state: LayerCache, feature: jax.Array, hidden: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, LayerCache]:
+        return self._run(state, hidden, feature, position[:, None])
+
+    def unroll(self, hidden: jax.Array, feature: jax.Array, positions: jax.Array, steps: int) -> list[jax.Array]:
+        drafts: list[jax.Array] = []
+        cached: list[tuple[jax.Array, jax.Array]] = []
+        previous = feature
+        for _ in range(steps):
+            x = self._fuse(hidden, _shift(previous, 1))
+            query, key, value = self._heads(x, positions)
+            cached.append((key, value))
+            previous = self._finish(x, _attend_unrolled(query, cached, positions))
+            drafts.append(previous)
+        return drafts
+
+    def _run(
+        self, cache: LayerCache, hidden: jax.Array, feature: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, LayerCache]:
+        """Rows [B, T, D] at consecutive `positions` [B, T] through the layer and its cache."""
+        x = self._fuse(hidden, feature)
+        query, key, value = self._heads(x, positions)
+        cache = attention.write_rows(cache, key, value, positions[:, 0])
+        mask = attention.cached_mask(positions, cache.key.shape[2])
+        return self._finish(x, attention.attend(query, *cache, mask)), cache
+
+    def _fuse(self, hidden: jax.Array, feature: jax.Array) -> jax.Array:
+        eps = self.architecture.rms_norm_eps
+        normed = rms_norm(hidden, self.hidden_norm[...], eps), rms_norm(feature, self.feature_norm[...], eps)
+        return self._project("fuse", jnp.concatenate(normed, axis=-1))
+
+    def _heads(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        config = self.architecture
+        frequencies = attention.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        qkv = self._project("qkv", rms_norm(x, self.attn_norm[...], config.rms_norm_eps))
+        heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+        return attention.split_heads(qkv, heads, attention.rope_tables(frequencies, positions))
+
+    def _finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+        """Everything after attention: [B, T, D] residual stream and [B, T, N*H] -> draft hidden [B, T, D]."""
+        eps = self.architecture.rms_norm_eps
+        x = x + self._project("out", mixed)
+        gate, up = jnp.split(self._project("gate_up", rms_norm(x, self.mlp_norm[...], eps)), 2, axis=-1)
+        x = x + self._project("down", jax.nn.silu(gate) * up)
+        return rms_norm(x, self.norm[...], eps)
+
+    def _project(self, name: str, x: jax.Array) -> jax.Array:
+        return linear(x, getattr(self, name)[...].astype(x.dtype))
+
+
+def _shift(x: jax.Array, by: int, axis: int = 1) -> jax.Array:
+    """x moved `by` positions later along `axis`, zeros in front."""
+    moved = jnp.roll(x, by, axis=axis)
+    index = jnp.arange(x.shape[axis]).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+    return jnp.where(index < by, 0, moved)
+
+
+def _attend_unrolled(query: jax.Array, cached: list[tuple[jax.Array, jax.Array]], positions: jax.Array) -> jax.Array:
+    """Attention of draft step j = len(cached) - 1 as decoding will see it. query [B, T, N, H]; key, value [B, K, T, H].
+
+    The row at t sees the rows up to t - j as the first draft cached them (with verifier features), and row t - j + i as
+    step i cached it.
+    """
+    step = len(cached) - 1
+    batch, tokens, heads, size = query.shape
+    grouped = query.reshape(batch, tokens, cached[0][0].shape[1], -1, size)  # [B, T, K, G, H]
+    distance = positions[:, :, None] - positions[:, None, :]
+    scores = attention.wide_einsum("btkgh,bksh->bkgts", grouped, cached[0][0])
+    scores = jnp.where((distance >= step)[:, None, None], scores, -jnp.inf)
+    own = [(_shift(k, step - i, axis=2), _shift(v, step - i, axis=2)) for i, (k, v) in enumerate(cached) if i]
+    recent = [attention.wide_einsum("btkgh,bkth->bkgt", grouped, k) for k, _ in own]
+    scores = jnp.concatenate([scores, *(r[..., None] for r in recent)], axis=-1) / math.sqrt(size)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    mixed = attention.wide_einsum("bkgts,bksh->btkgh", weights[..., :tokens], cached[0][1])
+    for i, (_, value) in enumerate(own):
+        mixed += attention.wide_einsum("bkgt,bkth->btkgh", weights[..., tokens + i], value)
+    return mixed.astype(query.dtype).reshape(batch, tokens, heads * size)

@@ -1,0 +1,34 @@
+"""Ready-made architectures: a tiny one for tests, published shapes for speed measurements with random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dvi_jax.config import LlamaConfig
+
+TINY = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+)
+
+
+def _shape(hidden: int, inner: int, layers: int, heads: int, vocab: int = 32000, **changes: Any) -> LlamaConfig:
+    defaults = {"num_kv_heads": heads, "head_dim": hidden // heads, "max_position_embeddings": 32768}
+    sizes = {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner, "num_layers": layers}
+    return LlamaConfig(**sizes, num_heads=heads, rms_norm_eps=1e-5, **(defaults | changes))
+
+
+SHAPES = {
+    "tiny": TINY,
+    "smollm2": _shape(576, 1536, 30, 9, 49152, num_kv_heads=3, rope_theta=100000.0, tie_word_embeddings=True),
+    "1b": _shape(2048, 5632, 22, 32, num_kv_heads=4),  # TinyLlama 1.1B
+    "7b": _shape(4096, 11008, 32, 32),
+    "13b": _shape(5120, 13824, 40, 40),
+}

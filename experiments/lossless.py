@@ -1,0 +1,116 @@
+"""Bit-exact losslessness with drafts of every accept length: speculative rounds against plain ones of the same program.
+
+    python -m experiments.lossless --shape 7b --dtype bfloat16
+
+The drafter proposes the plain continuation with some tokens replaced, so every accept length occurs. Compared are the
+token ids and every bit of the verifier's final hidden state (whose head gives the logits) at every position.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dvi_jax.config import DecodeConfig
+from dvi_jax.decode.generate import start
+from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.state import DecodeState, Knobs
+from dvi_jax.errors import ArgumentParser, run_cli
+from dvi_jax.load import LoadedModel, enable_compilation_cache
+from dvi_jax.model.scripted import Scripted
+from dvi_jax.model.speculative_llama import join, split
+from dvi_jax.presets import SHAPES
+from experiments.measure import environment, random_model
+
+
+def main() -> int:
+    """Run the check; exit status 1 if anything differs."""
+    parser = ArgumentParser(prog="python -m experiments.lossless", description=__doc__)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--draft-steps", type=int, nargs="+", default=[1, 3, 5])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--out", metavar="FILE.json")
+    options = parser.parse_args()
+    enable_compilation_cache()
+    model = with_scripted_drafter(random_model(SHAPES[options.shape], options.dtype, 2))
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(3, model.config.vocab_size, (options.batch, options.prompt)).tolist()
+    rows = [check(model, prompts, DecodeConfig(s, 0.0, options.new_tokens), rng) for s in options.draft_steps]
+    for row in rows:
+        print(row)
+    if options.out:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        result = {"environment": environment(), "settings": vars(options), "rows": rows}
+        Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if all(row["equal"] for row in rows) else 1
+
+
+def with_scripted_drafter(model: LoadedModel) -> LoadedModel:
+    """`model` with the drafter that follows a script."""
+    module = join(model.graphdef, model.params)
+    module.drafter = Scripted(model.config)
+    graphdef, params = split(module)
+    return LoadedModel(model.config, model.manifest, graphdef, params)
+
+
+def check(model: LoadedModel, prompts: list[list[int]], settings: DecodeConfig, rng: np.random.Generator) -> dict:
+    """Plain against scripted drafts with about one wrong token in four, and against all right ones."""
+    plain = run(model, prompts, settings, 0, None)
+    tokens = np.asarray(plain.tokens)
+    wrong = rng.random(tokens.shape) < 0.25
+    scripts = {"mixed": np.where(wrong, (tokens + 1) % model.config.vocab_size, tokens), "right": tokens}
+    lengths, equal = Counter(), True
+    for script in scripts.values():
+        fast = run(model, prompts, settings, settings.draft_steps, jnp.asarray(script))
+        accepted = np.asarray(fast.accept_lengths)
+        lengths.update(accepted[accepted > 0].tolist())
+        equal &= same(plain, fast)
+    return {
+        "draft_steps": settings.draft_steps,
+        "equal": equal,
+        "accept_lengths": dict(sorted(lengths.items())),
+        "positions": int(np.sum(plain.length)) - sum(map(len, prompts)),
+        "distinct_tokens": len(np.unique(tokens)),
+    }
+
+
+def run(
+    model: LoadedModel, prompts: list[list[int]], settings: DecodeConfig, steps: int, script: jax.Array | None
+) -> DecodeState:
+    """One generation with signals kept, so that every verifier hidden state can be compared."""
+    knobs = Knobs.make(steps, 0.0, ())
+    state = start(model, prompts, settings, knobs, record=True)
+    if script is not None:
+        state = state.replace(drafter=script)
+    return jax.block_until_ready(decode(model.graphdef, model.params, state, knobs))
+
+
+def same(plain: DecodeState, fast: DecodeState) -> bool:
+    """Equal ids, and equal bits of the hidden state behind every committed token."""
+    lengths = np.asarray(plain.length)
+    if not np.array_equal(lengths, fast.length):
+        return False
+    pairs = zip(
+        (np.asarray(plain.tokens), bits(plain.signals.verifier_hidden)),
+        (np.asarray(fast.tokens), bits(fast.signals.verifier_hidden)),
+        strict=True,
+    )
+    return all(np.array_equal(a[row, :length], b[row, :length]) for a, b in pairs for row, length in enumerate(lengths))
+
+
+def bits(x: jax.Array) -> np.ndarray:
+    """The raw bits of a float array."""
+    return np.asarray(jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]))
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

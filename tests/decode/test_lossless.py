@@ -1,0 +1,182 @@
+"""Speculative output equals plain output, token for token and, where looked at, bit for bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dvi_jax.config import DecodeConfig
+from dvi_jax.decode.generate import generate, start
+from dvi_jax.decode.speculative import decode_round
+from dvi_jax.decode.state import Knobs
+from dvi_jax.load import LoadedModel
+from dvi_jax.model.speculative_llama import Params
+
+STEPS = (1, 3, 6)
+
+
+def in_dtype(model: LoadedModel, dtype: str) -> LoadedModel:
+    base = jax.tree.map(lambda x: x.astype(dtype), model.params.base)
+    return model.with_params(model.params._replace(base=base))
+
+
+def teach(model: LoadedModel, train_noise) -> LoadedModel:
+    """The drafter after training-like changes: other drafts, the same verifier."""
+    return model.with_params(train_noise(model.params, "drafter", "lora_s"))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_golden_prompts(golden, dtype, trained, train_noise):
+    """All golden prompts; in float32 the ids are also those of transformers 4.33.3."""
+    model = in_dtype(golden.model, dtype)
+    if trained:
+        model = teach(model, train_noise)
+    accepted = set()
+    for steps in STEPS:
+        for run in golden.runs:
+            new_tokens = len(run["greedy_ids"]) - len(run["prompt"])
+            settings, eos = DecodeConfig(steps, 0.0, new_tokens), (run["eos_token_id"],)
+            (plain,), _ = generate(model, [run["prompt"]], settings, plain=True, eos_ids=eos)
+            (fast,), _ = generate(model, [run["prompt"]], settings, eos_ids=eos)
+            assert fast.output_ids == plain.output_ids
+            assert plain.rounds == len(plain.new_ids) - 1
+            if dtype == "float32":
+                assert plain.output_ids == run["greedy_ids"]
+            accepted.add(fast.accepted)
+    assert len(accepted) > 1
+
+
+@pytest.mark.parametrize("trunk", ["shared", "separate"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_accept_length_bit_for_bit(make_tiny, train_noise, dtype, trunk):
+    """Verifier hidden states of committed rows are equal in every bit, whatever was drafted around them."""
+    lora = {"rank_s": 2, "rank_d": 2} if trunk == "separate" else None
+    model = make_tiny(dtype, lora=lora)
+    settings, prompts = DecodeConfig(3, 0.0, 48), [[5, 9, 2], [7, 7, 1]]
+    seen, features = set(), {}
+    # Four drafters, from one that the verifier often agrees with to noise, and none at all.
+    for name, params in _drafters(model, train_noise):
+        for row, (prompt, draft_steps) in enumerate([(p, 0 if name == "plain" else 3) for p in prompts]):
+            knobs = Knobs.make(draft_steps, 0.0, ())
+            state = start(model.with_params(params), [prompt], settings, knobs)
+            rows = {}
+            while not bool(state.done.all()):
+                state = decode_round(model.graphdef, params, state, knobs)
+                begin, count = int(state.previous.start[0]), int(state.previous.count[0])
+                seen.add(count)
+                for i in range(count):
+                    rows[begin + i] = np.asarray(state.previous.feature[0, i])
+            expected = features.setdefault(row, (rows, np.asarray(state.tokens[0, : int(state.length[0])])))
+            np.testing.assert_array_equal(state.tokens[0, : int(state.length[0])], expected[1])
+            assert rows.keys() == expected[0].keys()
+            for position, feature in rows.items():
+                np.testing.assert_array_equal(feature, expected[0][position])
+    assert seen == {1, 2, 3, 4}
+
+
+def _drafters(model: LoadedModel, train_noise) -> list[tuple[str, Params]]:
+    """Plain first. Weak deep layers make the exit head right most of the time, so every accept length occurs."""
+    base = model.params.base["llama"]
+    layers = dict(base["layers"])
+    for index in (2, 3):
+        layers[index] = {
+            **layers[index],
+            "out": layers[index]["out"] * 0.05,
+            "down": layers[index]["down"] * 0.05,
+        }
+    params = model.params._replace(base={"llama": {**base, "layers": layers}})
+    if params.lora_d:
+        params = train_noise(params, "lora_d", std=0.02)
+    return [
+        ("plain", params),
+        ("good", params),
+        ("mixed", train_noise(params, "drafter", "lora_s", std=0.1)),
+        ("noise", train_noise(params, "drafter", "lora_s", std=2.0)),
+    ]
+
+
+def test_batch_rows_equal_their_plain_batch(make_tiny, train_noise):
+    """Rows of different lengths and accept lengths; each equals the same row of the plain batch."""
+    model = make_tiny()
+    model = model.with_params(_drafters(model, train_noise)[2][1])
+    prompts = [[3], [5, 9, 2, 60, 11], [7] * 20]
+    settings = DecodeConfig(3, 0.0, 40)
+    plain, _ = generate(model, prompts, settings, plain=True, eos_ids=(17,))
+    fast, _ = generate(model, prompts, settings, eos_ids=(17,))
+    assert [g.output_ids for g in fast] == [g.output_ids for g in plain]
+    assert len({g.rounds for g in fast}) > 1
+
+
+def test_neighbours_do_not_matter(make_tiny):
+    model, settings = make_tiny(), DecodeConfig(3, 0.0, 24)
+    first, _ = generate(model, [[5, 9, 2], [7, 7, 1]], settings, eos_ids=())
+    other, _ = generate(model, [[5, 9, 2], [40, 3, 22]], settings, eos_ids=())
+    assert first[0] == other[0]
+    assert first[1] != other[1]
+
+
+def test_threshold_stops_drafting_and_keeps_the_output(make_tiny):
+    """At 1.1 no draft is sure enough, so every round drafts exactly one token."""
+    model = make_tiny()
+    plain, _ = generate(model, [[5, 9, 2]], DecodeConfig(6, 0.0, 32), plain=True, eos_ids=())
+    for threshold in (0.0, 0.3, 1.1):
+        (fast,), _ = generate(model, [[5, 9, 2]], DecodeConfig(6, threshold, 32), eos_ids=())
+        assert fast.output_ids == plain[0].output_ids
+        if threshold == 1.1:
+            assert set(fast.drafted[:-1]) == {1}
+        if threshold == 0.0:
+            assert set(fast.drafted[:-6]) == {6}
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 5, 9])
+@pytest.mark.parametrize("steps", [0, 1, 8])
+def test_exact_length(make_tiny, steps, new_tokens):
+    (generation,), _ = generate(make_tiny(), [[5, 9]], DecodeConfig(steps, 0.0, new_tokens), eos_ids=())
+    assert len(generation.new_ids) == new_tokens == 1 + sum(generation.accept_lengths)
+    assert generation.finish_reason == "length"
+
+
+def test_eos_ends_the_sequence_wherever_it_comes(make_tiny, train_noise):
+    """For each token of a plain continuation as eos, both modes stop at its first occurrence."""
+    model = make_tiny()
+    model = model.with_params(_drafters(model, train_noise)[1][1])
+    settings = DecodeConfig(4, 0.0, 24)
+    (free,), _ = generate(model, [[5, 9, 2]], settings, eos_ids=())
+    for eos in sorted(set(free.new_ids)):
+        (fast,), _ = generate(model, [[5, 9, 2]], settings, eos_ids=(eos,))
+        assert fast.new_ids == free.new_ids[: free.new_ids.index(eos) + 1]
+        assert fast.finish_reason == "eos"
+        assert sum(fast.accept_lengths) == len(fast.new_ids) - 1
+
+
+def test_compiles_once(make_tiny):
+    """Prompts, accept lengths, thresholds, draft steps and eos ids change; the loop is traced once."""
+    from dvi_jax.decode import speculative
+
+    model = make_tiny(seed=5)
+    traces = []
+    original = speculative.speculative_round
+
+    def counting(*args):
+        traces.append(1)
+        return original(*args)
+
+    speculative.speculative_round = counting
+    try:
+        jax.clear_caches()
+        for prompt in ([5, 9, 2], [7], [3] * 16):
+            for threshold, plain, eos in ((0.0, False, ()), (0.5, False, (9,)), (0.0, True, (1, 2))):
+                generate(model, [prompt], DecodeConfig(3, threshold, 20), plain=plain, eos_ids=eos)
+    finally:
+        speculative.speculative_round = original
+    assert len(traces) == 1
+
+
+def test_first_token_may_end_it(make_tiny):
+    model = make_tiny()
+    (free,), _ = generate(model, [[5, 9, 2]], DecodeConfig(2, 0.0, 4), eos_ids=())
+    (stopped,), _ = generate(model, [[5, 9, 2]], DecodeConfig(2, 0.0, 4), eos_ids=(free.new_ids[0],))
+    assert stopped.new_ids == free.new_ids[:1]
+    assert stopped.rounds == 0
+    assert jnp.int32(stopped.accepted) == 0

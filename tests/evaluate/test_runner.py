@@ -1,0 +1,122 @@
+"""Conversations on a tiny model: the prompts, the answers, the order, the skipped turns, the compiled programs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dvi_jax.config import DecodeConfig
+from dvi_jax.decode.generate import generate
+from dvi_jax.errors import UserError
+from dvi_jax.evaluate import runner
+from dvi_jax.evaluate.runner import EARLIER_TURN, TOO_LONG, PairedDecoder, Skipped, check_askable, run_questions
+from dvi_jax.evaluate.spec_bench import Question
+
+SETTINGS = DecodeConfig(draft_steps=3, max_new_tokens=20)
+TWO_TURNS = Question(1, "qa", ("Who is on the moon?", "Why?"))
+
+
+class Listening(PairedDecoder):
+    """Keeps the prompts it was given and the order it was asked for."""
+
+    def __init__(self, model, settings):
+        super().__init__(model, settings)
+        self.prompts, self.plain_first = [], []
+
+    def both(self, prompt, *, plain_first):
+        self.prompts.append(list(prompt))
+        self.plain_first.append(plain_first)
+        return super().both(prompt, plain_first=plain_first)
+
+
+@pytest.fixture
+def decoder(model):
+    return Listening(model, SETTINGS)
+
+
+def test_a_later_prompt_holds_the_models_own_answer(decoder, model):
+    (answered,) = run_questions(decoder, [TWO_TURNS])
+    answer = answered.texts[0]
+    assert answer
+    encode = model.tokenizer.encode
+    assert decoder.prompts[0] == encode("<s>user:Who is on the moon?</s><s>assistant:")
+    second = f"<s>user:Who is on the moon?</s><s>assistant:{answer}</s><s>user:Why?</s><s>assistant:"
+    assert decoder.prompts[1] == encode(second)
+    assert answer == model.tokenizer.decode(answered.turns[0].plain.new_ids)
+
+
+def test_both_modes_give_what_generate_gives(decoder, model):
+    (answered,) = run_questions(decoder, [TWO_TURNS])
+    for turn, prompt in zip(answered.turns, decoder.prompts, strict=True):
+        (plain,), _ = generate(model, [prompt], SETTINGS, plain=True)
+        (speculative,), _ = generate(model, [prompt], SETTINGS)
+        assert turn.plain.new_ids == turn.speculative.new_ids == plain.new_ids
+        assert turn.speculative.accept_lengths == speculative.accept_lengths
+        assert turn.speculative.drafted == speculative.drafted
+        assert turn.plain.accept_lengths == [1] * (len(plain.new_ids) - 1)
+        assert turn.speculative.prompt_tokens == len(prompt)
+        assert min(turn.plain.seconds, turn.speculative.seconds, turn.plain.prefill_seconds) > 0
+
+
+def test_the_model_is_one_that_can_tell_modes_apart(decoder):
+    """Some drafts are accepted and some are not, else the tests above say little."""
+    (answered,) = run_questions(decoder, [TWO_TURNS])
+    lengths = [length for turn in answered.turns for length in turn.speculative.accept_lengths]
+    assert 1 in lengths
+    assert max(lengths) > 1
+
+
+def test_the_mode_that_goes_first_alternates(decoder):
+    answers = list(
+        run_questions(
+            decoder, [TWO_TURNS, Question(2, "qa", ("Is the moon old?",)), Question(3, "qa", ("Is the moon new?",))]
+        )
+    )
+    assert decoder.plain_first == [True, False, False, True]
+    turns = [turn for answered in answers for turn in answered.turns]
+    assert [turn.plain.ran_first for turn in turns] == decoder.plain_first
+    assert [turn.speculative.ran_first for turn in turns] == [not first for first in decoder.plain_first]
+
+
+def test_turns_beyond_the_context_are_skipped_with_their_reason(decoder, model):
+    template = len(["<s>", *"user:", "</s>", "<s>", *"assistant:"])
+    room = model.config.max_position_embeddings - SETTINGS.max_new_tokens - template
+    fits, too_long = "x" * room, "x" * (room + 1)
+    long_later = Question(3, "qa", ("Is the moon old?", "x" * room, "never"))
+    answers = list(run_questions(decoder, [Question(1, "qa", (fits,)), Question(2, "qa", (too_long,)), long_later]))
+    assert len(decoder.prompts[0]) + SETTINGS.max_new_tokens == model.config.max_position_embeddings
+    assert [len(answered.turns) for answered in answers] == [1, 0, 1]
+    assert answers[0].skipped == []
+    assert answers[1].skipped == [Skipped(2, 0, TOO_LONG)]
+    assert answers[2].skipped == [Skipped(3, 1, TOO_LONG), Skipped(3, 2, EARLIER_TURN)]
+
+
+def test_one_program_serves_both_modes_and_all_prompts_of_its_size(model, monkeypatch):
+    compiled = []
+
+    class Counting:
+        @staticmethod
+        def lower(*arguments):
+            compiled.append(arguments[2].tokens.shape[1])
+            return decode.lower(*arguments)
+
+    decode = runner.decode
+    monkeypatch.setattr(runner, "decode", Counting)
+    questions = [Question(size, "qa", ("x" * size,)) for size in (20, 21, 22, 60, 61)]
+    answers = list(run_questions(PairedDecoder(model, SETTINGS), questions))
+    slots = [trace.cache_slots for a in answers for trace in (a.turns[0].plain, a.turns[0].speculative)]
+    assert len(set(slots)) == 2
+    assert sorted(compiled) == sorted(set(slots))
+
+
+def test_questions_of_which_none_can_be_asked_are_refused(decoder):
+    too_long = Question(1, "qa", ("x" * 500,))
+    with pytest.raises(UserError, match=f"none of the 2 questions can be asked; the first: {TOO_LONG}"):
+        check_askable(decoder, [too_long, too_long])
+    check_askable(decoder, [too_long, TWO_TURNS])
+
+
+def test_a_model_without_tokenizer_is_refused(model):
+    with pytest.raises(UserError, match="no tokenizer"):
+        check_askable(PairedDecoder(replace(model, tokenizer=None), SETTINGS), [TWO_TURNS])
