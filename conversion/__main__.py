@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dvi_jax.errors import run_cli
+from dvi_jax.errors import ArgumentParser, run_cli
 
 
 def main() -> int:
@@ -29,14 +29,14 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m conversion", description="Weights in and out.")
+    parser = ArgumentParser(prog="python -m conversion", description="Weights in and out.")
     commands = parser.add_subparsers(dest="command", required=True)
     importer = commands.add_parser("import", help="Hugging Face directory or GGUF file -> checkpoint")
     importer.add_argument("--adapter", type=Path, metavar="DIR", help="Kangaroo adapter to draft with")
     importer.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the stored weights")
     importer.add_argument("--exit-layer", type=int, metavar="K", help="layers that draft (default 2)")
     exporter = commands.add_parser("export", help="checkpoint -> orbax export or Hugging Face directory")
-    exporter.add_argument("--to", required=True, choices=("orbax", "hf"))
+    exporter.add_argument("--to", required=True, choices=("orbax", "hf", "drafter"))
     for command in (importer, exporter):
         command.add_argument("--from", dest="source", type=Path, required=True, help="what to read")
         command.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")

@@ -14,16 +14,15 @@ from conversion.layout import HF_NAMES, base_slots
 from conversion.safetensors_file import write_safetensors
 from conversion.tensors import flatten, get_path
 from conversion.tokenizer import token_text
-from dvi_jax.checkpoint import Checkpoint, new_directory, read_checkpoint, save_tree
+from dvi_jax.checkpoint import Checkpoint, new_directory, read_checkpoint, save_tree, write_drafter
 
 MAX_SHARD_BYTES = 5_000_000_000
 _TEXTS = ("config.json", "MANIFEST.json", "tokenizer.json", "chat_template.jinja")
 
 
 def export_checkpoint(source: Path, out: Path, kind: str) -> None:
-    """Write the checkpoint directory `source` as `kind` ("orbax" or "hf") into the new directory `out`."""
-    checkpoint = read_checkpoint(source)
-    (export_orbax if kind == "orbax" else export_hf)(checkpoint, out)
+    """Write the checkpoint directory `source` as `kind` (a key of `KINDS`) into the new directory `out`."""
+    KINDS[kind](read_checkpoint(source), out)
 
 
 def export_orbax(checkpoint: Checkpoint, out: Path) -> None:
@@ -127,3 +126,11 @@ def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# "drafter": what --drafter-from takes.
+KINDS = {
+    "orbax": export_orbax,
+    "hf": export_hf,
+    "drafter": lambda checkpoint, out: write_drafter(out, checkpoint),
+}

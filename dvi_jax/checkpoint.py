@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -101,6 +102,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}: not a directory (make one with: python -m conversion import)")
+    if not (path / "MANIFEST.json").is_file():
+        raise UserError(f"{path} is no checkpoint: MANIFEST.json is missing (see: python -m conversion import --help)")
     config = LlamaConfig.from_json(read_json(path / "config.json"), str(path / "config.json"))
     manifest = from_dict(Manifest, read_json(path / "MANIFEST.json"), str(path / "MANIFEST.json"))
     base = load_tree(path / "base")
@@ -114,6 +117,37 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         load_tree(path / "lora") if (path / "lora").exists() else None,
         _read_optional(path / "tokenizer.json"),
         _read_optional(path / "chat_template.jinja"),
+    )
+
+
+def write_drafter(path: str | Path, checkpoint: Checkpoint) -> None:
+    """The trained drafter alone, in bfloat16, with the manifest that says which verifier it belongs to."""
+    if checkpoint.drafter is None:
+        raise UserError(f"{checkpoint.path} holds no trained drafter")
+    half = _map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), checkpoint.drafter)
+    with new_directory(path) as partial:
+        (partial / "MANIFEST.json").write_text(json.dumps(asdict(checkpoint.manifest), indent=1), encoding="utf-8")
+        save_tree(partial / "drafter", half)
+        if checkpoint.lora:
+            save_tree(partial / "lora", checkpoint.lora)
+
+
+def with_drafter_from(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
+    """`checkpoint` with the drafter of another directory: a checkpoint's, or one that `write_drafter` made.
+
+    The verifier must be the same model (by the source's sha256, at any dtype), else `UserError`.
+    """
+    path = Path(path)
+    manifest = from_dict(Manifest, read_json(path / "MANIFEST.json"), str(path / "MANIFEST.json"))
+    if manifest.source_sha256 != checkpoint.manifest.source_sha256:
+        raise UserError(
+            f"{path}: this drafter was made for {manifest.source}, another model than {checkpoint.manifest.source}"
+        )
+    return replace(
+        checkpoint,
+        manifest=replace(manifest, dtype=checkpoint.manifest.dtype),
+        drafter=load_tree(path / "drafter"),
+        lora=load_tree(path / "lora") if (path / "lora").exists() else None,
     )
 
 

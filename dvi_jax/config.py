@@ -135,11 +135,14 @@ class LoRAConfig:
 class ObjectiveConfig:
     """Weights of the fast update's four terms and the KL -> RL schedule (DVI paper, section on the schedule).
 
-    KL weight 1 and policy weight 0 for `warmup` updates, then linear over `ramp` updates to `kl_min` and `pg_max`.
+    KL weight `kl_max` and policy weight 0 for `warmup` updates, then over `ramp` updates to `kl_min` and `pg_max`; with
+    `schedule` exponential instead lam = exp(-(step - warmup) / ramp) mixes the two ends.
     """
 
+    schedule: str = "linear"
     warmup: int = 100
     ramp: int = 200
+    kl_max: float = 1.0
     kl_min: float = 0.05
     pg_max: float = 1.0
     ce_weight: float = 0.1
@@ -151,6 +154,9 @@ class ObjectiveConfig:
     unroll_decay: float = 0.8
 
     def __post_init__(self) -> None:
+        _require(
+            self.schedule in ("linear", "exponential"), "objective.schedule", self.schedule, "linear or exponential"
+        )
         _require(self.warmup >= 0 and self.ramp >= 0, "objective.warmup/ramp", (self.warmup, self.ramp), "0 or above")
         _require(0 <= self.baseline_momentum < 1, "objective.baseline_momentum", self.baseline_momentum, "in [0, 1)")
         _require(self.unroll_steps >= 1, "objective.unroll_steps", self.unroll_steps, "at least 1")
@@ -201,7 +207,6 @@ class TrainConfig:
         for name in (
             "prompts",
             "rollout_batch",
-            "updates_per_rollout",
             "positions_per_update",
             "replay_capacity",
             "eval_every",
@@ -209,6 +214,7 @@ class TrainConfig:
             "keep_checkpoints",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.updates_per_rollout >= 0, "updates_per_rollout", self.updates_per_rollout, "0 or above")
         _require(self.replayed_windows >= 0, "replayed_windows", self.replayed_windows, "0 or above")
         _require(
             self.rollout_batch <= self.replay_capacity,
@@ -294,6 +300,8 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
     data = _parse_yaml(text, str(path)) or {}
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold a mapping of settings, got {type(data).__name__}")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 EXIT_STATUS = 2
+INTERRUPTED_STATUS = 130  # what shells report for Ctrl-C
 
 
 class UserError(Exception):
@@ -34,3 +35,8 @@ def run_cli(main: Callable[[], int | None]) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_STATUS
+    except KeyboardInterrupt:
+        if "--debug" in sys.argv:
+            raise
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED_STATUS

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dvi_jax.checkpoint import Checkpoint, Manifest, check_shapes, read_checkpoint, string_keys
+from dvi_jax.checkpoint import Checkpoint, Manifest, check_shapes, read_checkpoint, string_keys, with_drafter_from
 from dvi_jax.config import LlamaConfig
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import UserError
@@ -41,13 +41,18 @@ class LoadedModel:
         return replace(self, params=params)
 
 
-def load(path: str | Path, *, exit_layer: int | None = None, seed: int = 0) -> LoadedModel:
+def load(
+    path: str | Path, *, exit_layer: int | None = None, drafter_from: str | Path | None = None, seed: int = 0
+) -> LoadedModel:
     """Load a checkpoint written by `python -m conversion import` or a training run.
 
     `exit_layer` overrides the manifest's while the drafter is untrained. `seed` initialises what the checkpoint does
-    not hold. Raises `UserError` naming the first thing that does not fit.
+    not hold. `drafter_from`: a directory whose trained drafter to use. Raises `UserError` naming what does not fit.
     """
-    return from_checkpoint(read_checkpoint(path), exit_layer=exit_layer, seed=seed)
+    checkpoint = read_checkpoint(path)
+    if drafter_from is not None:
+        checkpoint = with_drafter_from(checkpoint, drafter_from)
+    return from_checkpoint(checkpoint, exit_layer=exit_layer, seed=seed)
 
 
 def from_checkpoint(checkpoint: Checkpoint, *, exit_layer: int | None = None, seed: int = 0) -> LoadedModel:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dvi_jax.config import DistillConfig, TrainConfig, load_train_config
-from dvi_jax.errors import ArgumentParser, run_cli
+from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.evaluate.curve import plot_learning_curve
 from dvi_jax.learn.offline import distill
 from dvi_jax.learn.online import RunResult, train
@@ -48,7 +48,7 @@ class Display:
         elif kind == "resume":
             self.console.print(f"resumed at update {record['step']}, after {record['prompts']} prompts")
         elif kind == "train":
-            note = f"kl {record['kl']:.3f}  accept rate {record['accept_rate']:.1%}"
+            note = f"kl {record.get('kl', 0.0):.3f}  accept rate {record['accept_rate']:.1%}"
             self.bar.update(self.task, completed=record["prompts"], note=note)
             if not self.console.is_terminal and record["step"] % PLAIN_EVERY == 0:
                 self.console.print(f"update {record['step']:5d}  {record['prompts']} prompts  {note}")
@@ -59,7 +59,10 @@ def run(config: TrainConfig, *, resume: bool, console: Console) -> RunResult:
     display = Display(config, console)
     with display.bar:
         result = train(config, resume=resume, report=display)
-    plot_learning_curve(f"{config.out}/metrics.jsonl", f"{config.out}/curve.png")
+    try:
+        plot_learning_curve(f"{config.out}/metrics.jsonl", f"{config.out}/curve.png")
+    except UserError as error:  # the run is done and saved; matplotlib is an extra
+        console.print(f"no curve: {error}", soft_wrap=True, markup=False)
     return result
 
 
@@ -101,9 +104,10 @@ def main(arguments: list[str] | None = None) -> int:
         run_distillation(config, resume=options.resume, console=console)
         return 0
     result = run(config, resume=options.resume, console=console)
-    console.print(f"read: {result.stream['conversations']}")
+    console.print(f"read: {result.stream['conversations']}", soft_wrap=True)
     console.print(f"held-out accept rate {result.before.accept_rate:.1%} -> {result.after.accept_rate:.1%}")
-    console.print(f"metrics {config.out}/metrics.jsonl  curve {config.out}/curve.png  checkpoint {result.checkpoint}")
+    for name, path in (("metrics", "metrics.jsonl"), ("curve", "curve.png"), ("checkpoint", result.checkpoint.name)):
+        console.print(f"{name:10} {config.out}/{path}", soft_wrap=True, markup=False, highlight=False)
     return 0
 
 

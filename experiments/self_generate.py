@@ -41,7 +41,7 @@ def main() -> int:
     order = np.random.default_rng(0).permutation(len(batches))
     for done, index in enumerate(order):
         batch = batches[index]
-        generations, _ = generate(model, batch, settings, plain=True)
+        generations, _ = generate(model, batch, settings, plain=True, longest_prompt=len(prompts[-1]))
         for prompt, generation in zip(batch, generations, strict=True):
             mask = [False] * len(prompt) + [True] * len(generation.new_ids)
             sequences.append((generation.output_ids, mask))

@@ -46,15 +46,16 @@ def generate(
     *,
     plain: bool = False,
     eos_ids: tuple[int, ...] | None = None,
+    longest_prompt: int = 0,
 ) -> tuple[list[Generation], float]:
     """Greedy continuations of `prompts` (token ids), as one batch, and the seconds that decoding took.
 
     `plain` drafts nothing, in the same compiled program (width `draft_steps + 1`), so the ids are equal. `eos_ids`
-    replaces the model's own; `()` never stops early.
+    replaces the model's own; `()` never stops early. `longest_prompt` gives a stream of batches one cache length.
     """
     eos = model.eos_ids if eos_ids is None else eos_ids
     knobs = Knobs.make(0 if plain else settings.draft_steps, settings.threshold, eos)
-    state = jax.block_until_ready(start(model, prompts, settings, knobs))
+    state = jax.block_until_ready(start(model, prompts, settings, knobs, longest_prompt=longest_prompt))
     # Compiled ahead so that `seconds` never holds a compilation; jax keeps the program, a repeat costs milliseconds.
     program = decode.lower(model.graphdef, model.params, state, knobs).compile()
     began = time.perf_counter()

@@ -19,7 +19,7 @@ from flax import nnx, struct
 from dvi_jax.config import ObjectiveConfig, OptimizerConfig
 from dvi_jax.learn import objectives
 from dvi_jax.learn.replay import Replay, Windows, sample
-from dvi_jax.learn.schedule import linear_kl_to_rl
+from dvi_jax.learn.schedule import kl_to_rl
 from dvi_jax.model.speculative_llama import Params, SpeculativeLlama, join
 
 Trainable = dict[str, dict]
@@ -106,7 +106,7 @@ def fast_update(
         old = sample(state.replay, sample_key, replayed)
         batch = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), fresh, old)
         on_policy = jnp.concatenate([on_policy, jnp.zeros(old.length.shape, bool)])
-    weights = linear_kl_to_rl(state.step, objective)
+    weights = kl_to_rl(state.step, objective)
 
     def loss_of(trainable: Trainable) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = join(graphdef, with_trainable(params, trainable))

@@ -60,13 +60,15 @@ class RunResult:
 def train(config: TrainConfig, *, resume: bool = False, report: Report = lambda kind, record: None) -> RunResult:
     """Run an online training run, or go on with one (`resume`). `report` is called with every metrics record."""
     out = Path(config.out)
-    if not resume and (out / "snapshots").exists():
+    if not resume and (out / "snapshots").is_dir() and any((out / "snapshots").iterdir()):
         raise UserError(f"{out} holds an earlier run: pass --resume to go on with it, or choose another out")
     checkpoint = with_new_drafter(read_checkpoint(config.checkpoint), config)
     with Snapshots(out / "snapshots", config.keep_checkpoints) as snapshots:
         run = _Run(config, checkpoint, snapshots, report)
         if resume:
             run.restore()
+        else:
+            run.metrics.rewind(-1)  # what a run killed before its first snapshot left
         run.learn()
         return run.finish()
 
@@ -93,6 +95,13 @@ class _Run:
         self.model = from_checkpoint(checkpoint, seed=config.seed)
         if self.model.tokenizer is None:
             raise UserError(f"{checkpoint.path} has no tokenizer.json, which a conversation stream needs")
+        window = window_length(config.decode, config.data.max_prompt_tokens)
+        if window > self.model.config.max_position_embeddings:
+            raise UserError(
+                f"data.max_prompt_tokens {config.data.max_prompt_tokens} and decode.max_new_tokens"
+                f" {config.decode.max_new_tokens} exceed the model's context of"
+                f" {self.model.config.max_position_embeddings} tokens"
+            )
         self.metrics = MetricsLog(Path(config.out) / "metrics.jsonl")
         self.progress = Progress()
         self.stream = self._open_stream(None)
@@ -100,7 +109,6 @@ class _Run:
         if not self.held_out:
             raise UserError("the stream has no held-out prompt: raise data.held_out_fraction or give more data")
         architecture = self.model.config
-        window = window_length(config.decode, config.data.max_prompt_tokens)
         self.learner = init_learner(
             self.model.params,
             config.optimizer,
@@ -160,7 +168,7 @@ class _Run:
         manifest = replace(self.checkpoint.manifest, training_step=int(self.learner.step))
         rewrite_checkpoint(self.checkpoint, path, manifest=manifest, **trained_parts(self.model.params))
         stream = {"conversations": self.stream.conversations.summary(), "prompts": dict(self.stream.counts)}
-        self._log("summary", {"stream": stream, **asdict(self.progress)})
+        self._log("summary", {**asdict(self.progress), "stream": stream | (self.progress.stream or {})})
         return RunResult(
             self.before, self.after, int(self.learner.step), self.progress, path, self.model, self.held_out, stream
         )

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 from dvi_jax.config import ObjectiveConfig
 
 
-def linear_kl_to_rl(step: jax.Array, config: ObjectiveConfig) -> tuple[jax.Array, jax.Array]:
-    """(KL weight, policy weight) at update `step`: (1, 0) for `warmup` updates, then linear over `ramp` updates to
-    (`kl_min`, `pg_max`), then constant (DVI, KL -> RL schedule)."""
-    progress = jnp.clip((step - config.warmup) / max(config.ramp, 1), 0.0, 1.0)
-    return 1.0 + progress * (config.kl_min - 1.0), progress * config.pg_max
+def kl_to_rl(step: jax.Array, config: ObjectiveConfig) -> tuple[jax.Array, jax.Array]:
+    """(KL weight, policy weight) at update `step`: (`kl_max`, 0) during `warmup`, then towards (`kl_min`, `pg_max`).
+
+    `linear` gets there in `ramp` updates and stays; `exponential` covers all but exp(-n / ramp) of the way in n.
+    """
+    after = jnp.maximum(step - config.warmup, 0) / max(config.ramp, 1)
+    progress = jnp.minimum(after, 1.0) if config.schedule == "linear" else 1.0 - jnp.exp(-after)
+    return config.kl_max + progress * (config.kl_min - config.kl_max), progress * config.pg_max

@@ -7,7 +7,7 @@ import pytest
 
 from dvi_jax.config import ObjectiveConfig
 from dvi_jax.learn import objectives
-from dvi_jax.learn.schedule import linear_kl_to_rl
+from dvi_jax.learn.schedule import kl_to_rl
 
 RNG = np.random.default_rng(0)
 LOGITS = jnp.asarray(RNG.normal(size=(6, 5)), jnp.float32)
@@ -97,4 +97,10 @@ def test_linear_schedule():
     config = ObjectiveConfig(warmup=10, ramp=20, kl_min=0.1, pg_max=0.8)
     expected = {0: (1.0, 0.0), 10: (1.0, 0.0), 20: (0.55, 0.4), 30: (0.1, 0.8), 1000: (0.1, 0.8)}
     for step, (kl, pg) in expected.items():
-        np.testing.assert_allclose(linear_kl_to_rl(jnp.int32(step), config), (kl, pg), rtol=1e-6)
+        np.testing.assert_allclose(kl_to_rl(jnp.int32(step), config), (kl, pg), rtol=1e-6)
+
+
+def test_exponential_schedule():
+    config = ObjectiveConfig(schedule="exponential", warmup=5, ramp=10, kl_min=0.0, pg_max=1.0)
+    for step, lam in {0: 1.0, 5: 1.0, 15: np.exp(-1), 35: np.exp(-3)}.items():
+        np.testing.assert_allclose(kl_to_rl(jnp.int32(step), config), (lam, 1 - lam), rtol=1e-5)
