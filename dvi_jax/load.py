@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ class LoadedModel:
     def eos_ids(self) -> tuple[int, ...]:
         """Token ids that end a sequence."""
         return self.config.eos_token_ids
+
+    @cached_property
+    def decode_params(self) -> Params:
+        """`params` for decoding: all in the weights' dtype, so that a draft does not convert its drafter first."""
+        dtype = jnp.dtype(self.manifest.dtype)
+        return jax.tree.map(lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), self.params)
 
     def with_params(self, params: Params) -> LoadedModel:
         """The same model with other arrays, e.g. after learning."""

@@ -91,7 +91,7 @@ def run(
     state = start(model, prompts, settings, knobs, record=True)
     if script is not None:
         state = state.replace(drafter=script)
-    return jax.block_until_ready(decode(model.graphdef, model.params, state, knobs))
+    return jax.block_until_ready(decode(model.graphdef, model.decode_params, state, knobs))
 
 
 def same(plain: DecodeState, fast: DecodeState) -> bool:

@@ -116,13 +116,13 @@ def time_decode(
     """Decode `prompts` repeatedly, no eos; `prepare` may change the prefilled state."""
     knobs = Knobs.make(0 if plain else settings.draft_steps, settings.threshold, ())
     began = time.perf_counter()
-    program = decode.lower(model.graphdef, model.params, start(model, prompts, settings, knobs), knobs).compile()
+    program = decode.lower(model.graphdef, model.decode_params, start(model, prompts, settings, knobs), knobs).compile()
     compile_seconds = time.perf_counter() - began
     times = []
     for _ in range(repeats + 1):
         state = jax.block_until_ready(prepare(start(model, prompts, settings, knobs)))
         began = time.perf_counter()
-        state = jax.block_until_ready(program(model.params, state, knobs))
+        state = jax.block_until_ready(program(model.decode_params, state, knobs))
         times.append(time.perf_counter() - began)
     seconds, rounds = statistics.median(times[1:]), int(state.rounds)
     tokens = int(np.sum(state.accept_lengths))

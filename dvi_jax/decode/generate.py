@@ -57,9 +57,9 @@ def generate(
     knobs = Knobs.make(0 if plain else settings.draft_steps, settings.threshold, eos)
     state = jax.block_until_ready(start(model, prompts, settings, knobs, longest_prompt=longest_prompt))
     # Compiled ahead so that `seconds` never holds a compilation; jax keeps the program, a repeat costs milliseconds.
-    program = decode.lower(model.graphdef, model.params, state, knobs).compile()
+    program = decode.lower(model.graphdef, model.decode_params, state, knobs).compile()
     began = time.perf_counter()
-    state = jax.block_until_ready(program(model.params, state, knobs))
+    state = jax.block_until_ready(program(model.decode_params, state, knobs))
     seconds = time.perf_counter() - began
     return read_generations(state, [len(p) for p in prompts], eos), seconds
 
@@ -83,7 +83,7 @@ def start(
     slots = bucket(bucket(max(longest_prompt, lengths.max())) + settings.max_new_tokens + width)
     return prefill(
         model.graphdef,
-        model.params,
+        model.decode_params,
         jnp.asarray(padded),
         jnp.asarray(lengths),
         jnp.asarray(lengths + settings.max_new_tokens),

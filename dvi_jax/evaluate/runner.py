@@ -85,7 +85,7 @@ class PairedDecoder:
         slots = state.tokens.shape[1]
         program = self._programs[slots]
         decoding = time.perf_counter()
-        state = jax.block_until_ready(program(self.model.params, state, self._knobs[mode]))
+        state = jax.block_until_ready(program(self.model.decode_params, state, self._knobs[mode]))
         ended = time.perf_counter()
         (generation,) = read_generations(state, [len(prompt)], self.model.eos_ids)
         return TimedGeneration(generation, slots, prefilled - began, ended - decoding)
@@ -102,7 +102,9 @@ class PairedDecoder:
             state = self._start(prompt, mode)
             slots = state.tokens.shape[1]
             if slots not in self._programs:
-                self._programs[slots] = decode.lower(self.model.graphdef, self.model.params, state, knobs).compile()
+                self._programs[slots] = decode.lower(
+                    self.model.graphdef, self.model.decode_params, state, knobs
+                ).compile()
             few = state.replace(limit=jnp.minimum(state.limit, state.length + 3 * (self.settings.draft_steps + 1)))
             jax.block_until_ready(self._programs[slots](self.model.params, few, knobs))
         self._warm.add(padded)

@@ -23,7 +23,7 @@ def rollout(
     """
     knobs = Knobs.make(settings.draft_steps, settings.threshold, model.eos_ids)
     state = start(model, prompts, settings, knobs, record=True, longest_prompt=longest_prompt)
-    state = decode(model.graphdef, model.params, state, knobs)
+    state = decode(model.graphdef, model.decode_params, state, knobs)
     lengths = [len(prompt) for prompt in prompts]
     windows = read_windows(state, jnp.array(lengths, jnp.int32), window=window_length(settings, longest_prompt))
     return windows, read_generations(state, lengths, model.eos_ids)

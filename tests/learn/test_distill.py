@@ -1,0 +1,147 @@
+"""Distillation: the loss against a direct computation, what moves, packing, and a whole run on a tiny model."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dvi_jax.checkpoint import read_checkpoint, write_checkpoint
+from dvi_jax.config import DecodeConfig, DistillConfig
+from dvi_jax.decode.generate import generate
+from dvi_jax.errors import UserError
+from dvi_jax.learn import distill as distill_module
+from dvi_jax.learn.distill import distill_loss, distill_step, init_distill
+from dvi_jax.learn.offline import distill, expected_tokens
+from dvi_jax.learn.packing import Packed, load_packed, pack
+from dvi_jax.load import LoadedModel, build_model, load
+from dvi_jax.model.speculative_llama import join, split
+
+CONFIG = DistillConfig("c", "o", ("d",), tokens=10**6, batch_rows=3, row_length=9, unroll_steps=2, lr=5e-3, warmup=1)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (3, 9)), jnp.int32)
+MASK = jnp.asarray(np.random.default_rng(1).random((3, 9)) < 0.6)
+
+
+@pytest.fixture
+def fused(make_tiny) -> LoadedModel:
+    tiny = make_tiny()
+    manifest = replace(tiny.manifest, drafter="fused", drafter_config={})
+    base = tiny.params.base["llama"]
+    tree = {**base, "layers": {str(i): layer for i, layer in base["layers"].items()}}
+    return LoadedModel(tiny.config, manifest, *split(build_model(tiny.config, manifest, tree)))
+
+
+def test_loss_is_the_weighted_kl(fused, monkeypatch):
+    """Against log-softmax in numpy over all positions at once; the chunks must not matter."""
+    model = join(fused.graphdef, fused.params)
+    positions = jnp.broadcast_to(jnp.arange(9), (3, 9))
+    hidden, _ = model.llama.shallow(TOKENS, None, positions)
+    feature, _ = model.llama.deep(hidden, None, positions)
+    drafts = model.drafter.unroll(hidden, feature, positions, 2)
+    head = np.asarray(model.llama.head_weight(), np.float64)
+    log_p = log_softmax(np.asarray(feature, np.float64) @ head.T)
+    weight = np.asarray(MASK)[:, 1:]
+    kls = []
+    for draft in drafts:
+        log_q = log_softmax(np.asarray(draft, np.float64) @ head.T)
+        kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)[:, :-1]
+        kls.append((kl * weight).sum() / weight.sum())
+    expected = (kls[0] + 0.8 * kls[1]) / 1.8
+    for chunk in (4, 2048):
+        monkeypatch.setattr(distill_module, "CHUNK", chunk)
+        loss, metrics = distill_loss(model, TOKENS, MASK, CONFIG)
+        np.testing.assert_allclose(loss, expected, rtol=1e-4)
+        np.testing.assert_allclose(metrics["kl"], kls, rtol=1e-4)
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def test_every_drafter_weight_moves_and_nothing_else(fused):
+    state = init_distill(fused.params, CONFIG)
+    before = jax.tree.map(np.asarray, state.trainable)
+    for _ in range(2):  # the first step of a warm-up has rate 0
+        state, _ = distill_step(fused.graphdef, fused.params, state, TOKENS, MASK, config=CONFIG)
+    after = jax.tree.map(np.asarray, state.trainable)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), before, after)))
+    assert set(state.trainable) == {"drafter", "lora_s"}
+
+
+def test_pack_is_the_concatenation():
+    sequences = [([1, 2, 3], [0, 1, 1]), ([4, 5], [1, 0]), ([6, 7, 8, 9], [1, 1, 0, 0])]
+    packed = pack(sequences, 4, 64)
+    np.testing.assert_array_equal(packed.tokens, [[1, 2, 3, 4], [5, 6, 7, 8]])
+    np.testing.assert_array_equal(packed.mask, [[0, 1, 1, 1], [0, 1, 1, 0]])
+    with pytest.raises(UserError, match="9 tokens, not enough for one row of 10"):
+        pack(sequences, 10, 64)
+
+
+def test_packed_files(tmp_path):
+    packed = pack([(list(range(40)), [i % 3 == 0 for i in range(40)])], 8, 64)
+    packed.save(tmp_path / "a.npz")
+    again = load_packed([tmp_path / "a.npz", tmp_path / "a.npz"])
+    np.testing.assert_array_equal(again.tokens, np.concatenate([packed.tokens] * 2))
+    np.testing.assert_array_equal(again.mask, np.concatenate([packed.mask] * 2))
+    (tmp_path / "b.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"b\.npz is not packed data"):
+        load_packed([tmp_path / "b.npz"])
+
+
+def test_batches_cover_every_row_each_epoch_and_can_skip():
+    packed = Packed(np.arange(12).reshape(6, 2), np.ones((6, 2), bool))
+    batches = packed.batches(2, seed=5)
+    first = [next(batches)[0] for _ in range(6)]
+    for epoch in (first[:3], first[3:]):
+        assert sorted(np.concatenate(epoch)[:, 0].tolist()) == [0, 2, 4, 6, 8, 10]
+    skipped = packed.batches(2, seed=5, skip=4)
+    np.testing.assert_array_equal(next(skipped)[0], first[4])
+
+
+def test_expected_tokens():
+    assert expected_tokens([0.5, 0.4, 0.1]) == pytest.approx(1 + 0.5 + 0.2 + 0.02)
+
+
+def test_run_learns_resumes_and_stays_lossless(make_tiny, tmp_path):
+    """A run on the model's own text: drafts get accepted, output stays; cut in two it ends at the same weights."""
+    tiny = make_tiny()
+    base = tiny.params.base["llama"]
+    tree = {**base, "layers": {str(i): layer for i, layer in base["layers"].items()}}
+    write_checkpoint(tmp_path / "model", tiny.config, tiny.manifest, jax.tree.map(np.asarray, tree))
+    prompts = np.random.default_rng(0).integers(3, 64, (40, 3)).tolist()
+    texts, _ = generate(tiny, prompts, DecodeConfig(0, 0.0, 29), eos_ids=())
+    pack([(g.output_ids, [1] * 32) for g in texts], 32, 64).save(tmp_path / "own.npz")
+    config = DistillConfig(
+        str(tmp_path / "model"),
+        str(tmp_path / "whole"),
+        (str(tmp_path / "own.npz"),),
+        tokens=32 * 32 * 60,
+        batch_rows=32,
+        row_length=32,
+        eval_rows=8,
+        save_every=20,
+        lr=5e-3,
+    )
+    result = distill(config)
+    assert result.after[0] > result.before[0] + 0.1
+    model = load(result.checkpoint)
+    assert (model.manifest.drafter, model.manifest.training_step) == ("fused", 60)
+    fast, _ = generate(model, prompts[:8], DecodeConfig(3, 0.0, 29), eos_ids=())
+    plain, _ = generate(model, prompts[:8], DecodeConfig(3, 0.0, 29), plain=True, eos_ids=())
+    assert [g.output_ids for g in fast] == [g.output_ids for g in plain]
+    assert sum(g.accepted for g in fast) > 0
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def stop(kind, record):
+        if kind == "train" and record["step"] == 40:
+            raise Stop
+
+    with pytest.raises(Stop):
+        distill(replace(config, out=str(tmp_path / "cut")), report=stop)
+    resumed = distill(replace(config, out=str(tmp_path / "cut")), resume=True)
+    whole, cut = (read_checkpoint(r.checkpoint).drafter for r in (result, resumed))
+    jax.tree.map(np.testing.assert_array_equal, whole, cut)
