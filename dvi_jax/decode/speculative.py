@@ -114,7 +114,8 @@ def _draft_token(
             feature, drafter = model.drafter.next(draft.drafter, draft.feature, hidden, position)
         logits = model.drafter.logits(feature, model.llama.head_weight())[:, 0]
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    confidence = jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
+    # The top token's softmax probability; exp(max - logsumexp) would lose an ulp of the largest logit.
+    confidence = 1.0 / jnp.sum(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), axis=-1)
     count = draft.count + draft.active
     return draft._replace(
         tokens=jax.lax.dynamic_update_slice_in_dim(draft.tokens, token[:, None], draft.step, axis=1),

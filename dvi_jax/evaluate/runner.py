@@ -106,7 +106,7 @@ class PairedDecoder:
                     self.model.graphdef, self.model.decode_params, state, knobs
                 ).compile()
             few = state.replace(limit=jnp.minimum(state.limit, state.length + 3 * (self.settings.draft_steps + 1)))
-            jax.block_until_ready(self._programs[slots](self.model.params, few, knobs))
+            jax.block_until_ready(self._programs[slots](self.model.decode_params, few, knobs))
         self._warm.add(padded)
 
 
