@@ -180,6 +180,27 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class SlowConfig:
+    """The slow update of lora_D: after every `every`-th fast update (0: never), on `rows` rows of the log.
+
+    `rank_d` makes a lora_D where the checkpoint has none.
+    """
+
+    every: int = 0
+    rank_d: int = 0
+    rows: int = 4
+    beta: float = 0.1
+    lr: float = 5e-6
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "slow.every", self.every, "0 (never) or above")
+        _require(self.rank_d >= 0, "slow.rank_d", self.rank_d, "0 or above")
+        _require(self.rows >= 1, "slow.rows", self.rows, "at least 1")
+        _require(self.lr > 0 and self.beta >= 0, "slow.lr/beta", (self.lr, self.beta), "above 0 / 0 or above")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One online training run. `eval_every` and `save_every` count rollouts; `max_minutes` 0 means no limit."""
 
@@ -202,6 +223,7 @@ class TrainConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    slow: SlowConfig = field(default_factory=SlowConfig)
 
     def __post_init__(self) -> None:
         for name in (

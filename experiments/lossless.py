@@ -26,7 +26,7 @@ from dvi_jax.load import LoadedModel, enable_compilation_cache
 from dvi_jax.model.scripted import Scripted
 from dvi_jax.model.speculative_llama import join, split
 from dvi_jax.presets import SHAPES
-from experiments.measure import environment, random_model
+from experiments.measure import environment, random_model, settings_of
 
 
 def main() -> int:
@@ -49,7 +49,7 @@ def main() -> int:
         print(row)
     if options.out:
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        result = {"environment": environment(), "settings": vars(options), "rows": rows}
+        result = {"environment": environment(), "settings": settings_of(options), "rows": rows}
         Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
     return 0 if all(row["equal"] for row in rows) else 1
 

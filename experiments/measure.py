@@ -5,11 +5,13 @@ Times are medians of repetitions after a first one that compiles; every reading 
 
 from __future__ import annotations
 
+import argparse
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import flax
@@ -35,6 +37,13 @@ def environment() -> dict[str, str]:
         "flax": flax.__version__,
         "python": platform.python_version(),
     }
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """A command's options for its result: names of files and folders without where they lay on this machine."""
+    paths = {"checkpoint", "data", "drafter_from"}
+    values = {name: value for name, value in vars(options).items() if name != "out"}
+    return {name: Path(value).name if name in paths and value else value for name, value in values.items()}
 
 
 def median_seconds(function: Callable[[], Any], repeats: int = 5) -> float:

@@ -19,7 +19,7 @@ from dvi_jax.config import DecodeConfig
 from dvi_jax.errors import ArgumentParser, run_cli
 from dvi_jax.load import enable_compilation_cache, load
 from dvi_jax.presets import SHAPES
-from experiments.measure import copy_bandwidth, environment, floor_of, random_model, time_decode
+from experiments.measure import copy_bandwidth, environment, floor_of, random_model, settings_of, time_decode
 
 
 def main() -> int:
@@ -50,7 +50,12 @@ def main() -> int:
             prompts = rng.integers(3, model.config.vocab_size, (batch, length)).tolist()
             for steps in options.draft_steps:
                 rows += measure(model, prompts, steps, options.new_tokens, options.repeats, bandwidth)
-    result = {"environment": environment(), "copy_gb_per_s": bandwidth / 1e9, "settings": vars(options), "rows": rows}
+    result = {
+        "environment": environment(),
+        "copy_gb_per_s": bandwidth / 1e9,
+        "settings": settings_of(options),
+        "rows": rows,
+    }
     if options.out:
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         Path(options.out).write_text(json.dumps(result, indent=1) + "\n")

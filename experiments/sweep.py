@@ -23,7 +23,7 @@ from dvi_jax.decode.generate import generate
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.evaluate.acceptance import measure_acceptance
 from dvi_jax.load import LoadedModel, enable_compilation_cache, load
-from experiments.measure import environment
+from experiments.measure import environment, settings_of
 
 MAX_PROMPT_TOKENS = 192
 
@@ -53,10 +53,10 @@ def main() -> int:
         for threshold in options.thresholds:
             fast = decode_all(model, prompts, DecodeConfig(steps, threshold, options.new_tokens), plain=False)
             rows.append({"draft_steps": steps, "threshold": threshold, **compare(plain, fast)})
-    result = {"environment": environment(), "prompts": len(prompts), "settings": vars(options), "rows": rows}
+    result = {"environment": environment(), "prompts": len(prompts), "settings": settings_of(options), "rows": rows}
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1, default=str) + "\n")
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
     show(rows)
     return 0
 

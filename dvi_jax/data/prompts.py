@@ -32,6 +32,7 @@ class PromptSettings:
     held_out_fraction: float = 0.05
     salt: str = "held-out"
     system: str | None = None
+    with_log: bool = False  # keep the log's own answer to every prompt
 
     def __post_init__(self):
         if self.turns not in TURNS:
@@ -44,11 +45,16 @@ class PromptSettings:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids [T] that end where the answer begins; the stream goes on at `position`, after this prompt."""
+    """Token ids [T] that end where the answer begins; the stream goes on at `position`, after this prompt.
+
+    `log_ids` and `log_mask`: with `with_log`, the conversation up to the log's answer, answers marked; else empty.
+    """
 
     ids: tuple[int, ...]
     conversation_id: str
     position: StreamPosition
+    log_ids: tuple[int, ...] = ()
+    log_mask: tuple[bool, ...] = ()
 
 
 def is_held_out(question: str, fraction: float, salt: str) -> bool:
@@ -150,7 +156,20 @@ class PromptStream:
         if len(ids) > self.settings.max_prompt_tokens:
             counts[TOO_LONG_PROMPT] += 1
             return None
-        return Prompt(tuple(ids), conversation.id, self._position_after(conversation, turn))
+        log_ids, log_mask = self._log(conversation, turn) if self.settings.with_log else ((), ())
+        return Prompt(tuple(ids), conversation.id, self._position_after(conversation, turn), log_ids, log_mask)
+
+    def _log(self, conversation: Conversation, turn: int) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """The conversation up to the log's answer to user turn `turn`, if there is one."""
+        asked = context_of_turn(conversation.messages, turn)
+        following = from_first_question(conversation.messages)[len(asked) :]
+        if not following or following[0].role != "assistant":
+            return (), ()
+        try:
+            ids, mask = self._tokenizer.encode_conversation([*asked, following[0]], system=self.settings.system)
+        except TemplateRefusedError:
+            return (), ()
+        return tuple(ids), tuple(mask)
 
 
 def from_first_question(messages: tuple[Message, ...]) -> list[Message]:

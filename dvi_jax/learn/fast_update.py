@@ -20,6 +20,7 @@ from dvi_jax.config import ObjectiveConfig, OptimizerConfig
 from dvi_jax.learn import objectives
 from dvi_jax.learn.replay import Replay, Windows, sample
 from dvi_jax.learn.schedule import kl_to_rl
+from dvi_jax.learn.slow_update import SlowState
 from dvi_jax.model.speculative_llama import Params, SpeculativeLlama, join
 
 Trainable = dict[str, dict]
@@ -35,6 +36,7 @@ class LearnerState:
     baseline: jax.Array  # float32 scalar, moving average of the reward
     step: jax.Array  # int32 scalar, updates done
     key: jax.Array
+    slow: SlowState | None = None  # of a verifier with a lora_D; the fast update passes it on
 
 
 class Positions(NamedTuple):
@@ -128,7 +130,13 @@ def fast_update(
         "skipped_updates": opt_state.total_notfinite,
     }
     new = LearnerState(
-        optax.apply_updates(state.trainable, updates), opt_state, state.replay, baseline, state.step + 1, key
+        optax.apply_updates(state.trainable, updates),
+        opt_state,
+        state.replay,
+        baseline,
+        state.step + 1,
+        key,
+        state.slow,
     )
     return new, metrics
 

@@ -26,6 +26,13 @@ def kl_divergence(teacher: jax.Array, student: jax.Array, mask: jax.Array, tempe
     return masked_mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), mask) * temperature**2
 
 
+def kl_from(logits: jax.Array, reference: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean KL(p || p_reference) over logits [M, V], in nats: what holds a moving model to a frozen one."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    log_q = jax.nn.log_softmax(jax.lax.stop_gradient(reference).astype(jnp.float32))
+    return masked_mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), mask)
+
+
 def policy_gradient(
     logits: jax.Array, proposals: jax.Array, rewards: jax.Array, baseline: jax.Array, mask: jax.Array
 ) -> jax.Array:

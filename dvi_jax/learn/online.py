@@ -1,6 +1,6 @@
 """Online learning, the whole run: decode a stream of prompts speculatively and learn from every accept and reject.
 
-    prompts -> rollout -> replay -> fast update -> (held-out evaluation, snapshot) -> next prompts
+    prompts -> rollout -> replay -> fast update -> (slow update, evaluation, snapshot) -> next prompts
 
 Everything a run leaves lies in its `out` directory: metrics.jsonl, snapshots/, checkpoint/, curve.png.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dvi_jax.checkpoint import Checkpoint, read_checkpoint, rewrite_checkpoint
 from dvi_jax.config import TrainConfig
@@ -27,6 +28,7 @@ from dvi_jax.learn.fast_update import fast_update, init_learner, with_trainable
 from dvi_jax.learn.metrics import MetricsLog
 from dvi_jax.learn.replay import Replay, Windows, push
 from dvi_jax.learn.rollout import rollout, window_length
+from dvi_jax.learn.slow_update import init_slow, is_due, slow_update
 from dvi_jax.learn.snapshot import Snapshots
 from dvi_jax.load import LoadedModel, from_checkpoint, trained_parts
 
@@ -62,7 +64,7 @@ def train(config: TrainConfig, *, resume: bool = False, report: Report = lambda 
     out = Path(config.out)
     if not resume and (out / "snapshots").is_dir() and any((out / "snapshots").iterdir()):
         raise UserError(f"{out} holds an earlier run: pass --resume to go on with it, or choose another out")
-    checkpoint = with_new_drafter(read_checkpoint(config.checkpoint), config)
+    checkpoint = with_new_lora_d(with_new_drafter(read_checkpoint(config.checkpoint), config), config)
     with Snapshots(out / "snapshots", config.keep_checkpoints) as snapshots:
         run = _Run(config, checkpoint, snapshots, report)
         if resume:
@@ -82,9 +84,17 @@ def with_new_drafter(checkpoint: Checkpoint, config: TrainConfig) -> Checkpoint:
                 f"exit_layer {config.exit_layer}: the checkpoint's drafter was trained at layer {manifest.exit_layer}"
             )
         return checkpoint
-    options = {"rank": config.lora.rank_s, "alpha": config.lora.alpha_s}
+    options = {"rank": config.lora.rank_s, "alpha": config.lora.alpha_s} if manifest.drafter == "exit_head" else {}
     exit_layer = manifest.exit_layer if config.exit_layer is None else config.exit_layer
     return replace(checkpoint, manifest=replace(manifest, drafter_config=options, exit_layer=exit_layer))
+
+
+def with_new_lora_d(checkpoint: Checkpoint, config: TrainConfig) -> Checkpoint:
+    """`checkpoint` with a silent lora_D of the run's rank, unless it has LoRA sets in the layers already."""
+    manifest = checkpoint.manifest
+    if not config.slow.rank_d or manifest.lora:
+        return checkpoint
+    return replace(checkpoint, manifest=replace(manifest, lora={"rank_s": 0, "rank_d": config.slow.rank_d}))
 
 
 class _Run:
@@ -115,6 +125,10 @@ class _Run:
             Replay.empty(config.replay_capacity, window, architecture.hidden_size),
             jax.random.key(config.seed),
         )
+        if config.slow.every:
+            if not self.model.params.lora_d:
+                raise UserError("slow.every needs a verifier with a lora_D: set slow.rank_d")
+            self.learner = self.learner.replace(slow=init_slow(self.model.params, config.slow))
         self.before: Acceptance | None = None
         self.after: Acceptance | None = None
 
@@ -130,7 +144,7 @@ class _Run:
         self.learner, progress = restored
         self.progress = Progress(**progress)
         self.stream = self._open_stream(self.progress.stream)
-        self.model = self.model.with_params(with_trainable(self.model.params, self.learner.trainable))
+        self._take_over()
         evaluations = [Acceptance(**record["acceptance"]) for record in self.metrics.rewind(int(self.learner.step))]
         if evaluations:
             self.before, self.after = evaluations[0], evaluations[-1]
@@ -165,7 +179,7 @@ class _Run:
         path = Path(self.config.out) / "checkpoint"
         if path.exists():  # of the same run, before it was resumed
             path = Path(self.config.out) / f"checkpoint-{int(self.learner.step)}"
-        manifest = replace(self.checkpoint.manifest, training_step=int(self.learner.step))
+        manifest = replace(self.checkpoint.manifest, training_step=int(self.learner.step), verifier=self._verifier())
         rewrite_checkpoint(self.checkpoint, path, manifest=manifest, **trained_parts(self.model.params))
         stream = {"conversations": self.stream.conversations.summary(), "prompts": dict(self.stream.counts)}
         self._log("summary", {**asdict(self.progress), "stream": stream | (self.progress.stream or {})})
@@ -209,7 +223,8 @@ class _Run:
         rolled = time.perf_counter()
         values = self._learn_from(windows)
         self.learner = self.learner.replace(replay=push(self.learner.replay, windows))
-        self.model = self.model.with_params(with_trainable(self.model.params, self.learner.trainable))
+        values |= self._learn_slowly(batch)
+        self._take_over()
         acceptance = measure_acceptance(generations)
         new_tokens = sum(len(generation.new_ids) for generation in generations)
         self.progress.prompts += len(batch)
@@ -246,6 +261,40 @@ class _Run:
             first = first or values
         return {name: float(value) for name, value in first.items()}
 
+    def _learn_slowly(self, batch: list[Prompt]) -> dict[str, float]:
+        """A slow update on the log's answers to this batch, if one fell due with the last fast updates."""
+        config, step = self.config.slow, int(self.learner.step)
+        if not any(is_due(s, config) for s in range(step - self.config.updates_per_rollout + 1, step + 1)):
+            return {}
+        shape = (config.rows, window_length(self.config.decode, self.config.data.max_prompt_tokens))
+        tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+        for row, prompt in enumerate([prompt for prompt in batch if prompt.log_ids][: config.rows]):
+            ids = prompt.log_ids[: shape[1]]
+            tokens[row, : len(ids)], mask[row, : len(ids)] = ids, prompt.log_mask[: shape[1]]
+        if not mask.any():
+            return {}
+        slow, values = slow_update(
+            self.model.graphdef, self.model.params, self.learner.slow, tokens, mask, config=config
+        )
+        self.learner = self.learner.replace(slow=slow)
+        return {name: float(value) for name, value in values.items()}
+
+    def _take_over(self) -> None:
+        """Decode with what was learned."""
+        params = with_trainable(self.model.params, self.learner.trainable)
+        if self.learner.slow is not None:
+            params = params._replace(lora_d=self.learner.slow.lora_d)
+        self.model = self.model.with_params(params)
+
+    def _verifier(self) -> str:
+        """The name of the verifier that output is lossless relative to."""
+        updates = 0 if self.learner.slow is None else int(self.learner.slow.step)
+        return (
+            f"{self.checkpoint.manifest.verifier} + {updates} slow updates"
+            if updates
+            else self.checkpoint.manifest.verifier
+        )
+
     def _batches(self) -> Iterator[list[Prompt]]:
         """Batches of `rollout_batch` prompts; a shorter tail of the stream is left out."""
         prompts = iter(self.stream)
@@ -257,7 +306,9 @@ class _Run:
 
     def _open_stream(self, state: dict | None) -> PromptStream:
         data = self.config.data
-        settings = PromptSettings(data.max_prompt_tokens, data.turns, data.held_out_fraction)
+        settings = PromptSettings(
+            data.max_prompt_tokens, data.turns, data.held_out_fraction, with_log=self.config.slow.every > 0
+        )
         return PromptStream(ConversationStream(data.files), self.model.tokenizer, settings, state=state)
 
     def _save(self) -> None:

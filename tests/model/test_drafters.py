@@ -77,5 +77,5 @@ def test_fresh_exit_head_is_the_base_head():
 def test_unknown_drafter_and_option():
     with pytest.raises(UserError, match="unknown drafter 'eagle'; known: exit_head, fused, kangaroo"):
         build_drafter("eagle", TINY, {}, key=jax.random.key(0), norm=jnp.ones(32))
-    with pytest.raises(UserError, match="drafter fused: .*rank"):
+    with pytest.raises(UserError, match=r"drafter fused: .*rank"):
         build_drafter("fused", TINY, {"rank": 4}, key=jax.random.key(0), norm=jnp.ones(32))

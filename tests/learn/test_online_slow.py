@@ -1,0 +1,54 @@
+"""The slow update inside an online run: on the log's answers, at its times, kept by checkpoints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dvi_jax.config import DecodeConfig, load_train_config
+from dvi_jax.decode.generate import generate
+from dvi_jax.errors import UserError
+from dvi_jax.learn.online import train
+from dvi_jax.load import load
+
+
+@pytest.fixture
+def answered(tmp_path):
+    """120 conversations with an answer of their own."""
+    path = tmp_path / "answered.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(120):
+            question, answer = {"role": "user", "content": f"say {index}"}, {"role": "assistant", "content": "yes yes"}
+            file.write(json.dumps({"messages": [question, answer]}) + "\n")
+    return path
+
+
+def test_verifier_learns_from_the_log(write_config, answered, tmp_path):
+    config = load_train_config(
+        write_config(
+            prompts=80, eval_every=1000, save_every=1000, slow={"every": 8, "rank_d": 2, "rows": 2, "lr": 3e-3}
+        ),
+        [f"data.files=[{answered}]"],
+    )
+    result = train(config)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    slow = [record for record in records if "slow_ce" in record]
+    # 40 rollouts of two fast updates: every eighth update is every fourth rollout.
+    assert [record["step"] for record in slow] == list(range(8, 81, 8))
+    assert slow[-1]["slow_ce"] < slow[0]["slow_ce"]
+    model = load(result.checkpoint)
+    assert model.manifest.verifier == "base + 10 slow updates"
+    settings = DecodeConfig(2, 0.0, 16)
+    prompts = [list(prompt.ids) for prompt in result.held_out]
+    fast, _ = generate(model, prompts, settings)
+    plain, _ = generate(model, prompts, settings, plain=True)
+    before, _ = generate(load(config.checkpoint), prompts, settings)
+    assert [g.output_ids for g in fast] == [g.output_ids for g in plain]
+    assert [g.output_ids for g in fast] != [g.output_ids for g in before]
+
+
+def test_slow_updates_need_a_lora_d(write_config):
+    config = load_train_config(write_config(slow={"every": 8}))
+    with pytest.raises(UserError, match=r"slow\.every needs a verifier with a lora_D: set slow\.rank_d"):
+        train(config)
