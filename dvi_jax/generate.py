@@ -18,7 +18,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, decode one prompt, print its text (or with --json one object)."""
     options = _parser().parse_args(arguments)
     enable_compilation_cache()
-    model = load(options.checkpoint, exit_layer=options.exit_layer, drafter_from=options.drafter_from)
+    model = load(
+        options.checkpoint,
+        exit_layer=options.exit_layer,
+        drafter_from=options.drafter_from,
+        draft_vocabulary=options.draft_vocabulary,
+    )
     if options.drafter not in (None, model.manifest.drafter):
         raise UserError(f"--drafter {options.drafter}: this checkpoint's drafter is {model.manifest.drafter}")
     settings = DecodeConfig(options.draft_steps, options.threshold, options.max_new_tokens)
@@ -66,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N")
     parser.add_argument("--drafter", metavar="NAME", help="refuse a checkpoint with another drafter")
     parser.add_argument("--drafter-from", metavar="DIR", help="use the trained drafter of another directory")
+    parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="the only token ids to draft")
     parser.add_argument("--exit-layer", type=int, metavar="K", help="split elsewhere (untrained drafter only)")
     parser.add_argument("--draft-steps", type=int, default=defaults.draft_steps, metavar="S")
     parser.add_argument(

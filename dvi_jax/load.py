@@ -12,14 +12,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dvi_jax.checkpoint import Checkpoint, Manifest, check_shapes, read_checkpoint, string_keys, with_drafter_from
+from dvi_jax.checkpoint import (
+    Checkpoint,
+    Manifest,
+    check_shapes,
+    read_checkpoint,
+    read_json,
+    string_keys,
+    with_drafter_from,
+)
 from dvi_jax.config import LlamaConfig
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import UserError
 from dvi_jax.model.drafters import build_drafter
 from dvi_jax.model.llama import Llama
 from dvi_jax.model.lora import inject_dual_lora
-from dvi_jax.model.speculative_llama import Params, SpeculativeLlama, split
+from dvi_jax.model.speculative_llama import Params, SpeculativeLlama, join, split
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,12 @@ class LoadedModel:
     def decode_params(self) -> Params:
         """`params` for decoding: all in the weights' dtype, so that a draft does not convert its drafter first."""
         dtype = jnp.dtype(self.manifest.dtype)
-        return jax.tree.map(lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), self.params)
+
+        def cast(leaf: jax.Array) -> jax.Array:
+            is_other = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != dtype
+            return leaf.astype(dtype) if is_other else leaf
+
+        return jax.tree.map(cast, self.params)
 
     def with_params(self, params: Params) -> LoadedModel:
         """The same model with other arrays, e.g. after learning."""
@@ -49,17 +62,35 @@ class LoadedModel:
 
 
 def load(
-    path: str | Path, *, exit_layer: int | None = None, drafter_from: str | Path | None = None, seed: int = 0
+    path: str | Path,
+    *,
+    exit_layer: int | None = None,
+    drafter_from: str | Path | None = None,
+    draft_vocabulary: str | Path | None = None,
+    seed: int = 0,
 ) -> LoadedModel:
     """Load a checkpoint written by `python -m conversion import` or a training run.
 
     `exit_layer` overrides the manifest's while the drafter is untrained. `seed` initialises what the checkpoint does
-    not hold. `drafter_from`: a directory whose trained drafter to use. Raises `UserError` naming what does not fit.
+    not hold. `drafter_from`: a directory whose trained drafter to use. `draft_vocabulary`: a JSON list of the only
+    token ids to draft. Raises `UserError` naming what does not fit.
     """
     checkpoint = read_checkpoint(path)
     if drafter_from is not None:
         checkpoint = with_drafter_from(checkpoint, drafter_from)
-    return from_checkpoint(checkpoint, exit_layer=exit_layer, seed=seed)
+    model = from_checkpoint(checkpoint, exit_layer=exit_layer, seed=seed)
+    return model if draft_vocabulary is None else with_draft_vocabulary(model, draft_vocabulary)
+
+
+def with_draft_vocabulary(model: LoadedModel, path: str | Path) -> LoadedModel:
+    """`model` drafting only the tokens of a JSON list (and the ones that end a sequence)."""
+    ids = read_json(Path(path))
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise UserError(f"{path} must be a JSON list of token ids")
+    module = join(model.graphdef, model.params)
+    module.restrict_drafts([*ids, *model.eos_ids])
+    graphdef, params = split(module)
+    return replace(model, graphdef=graphdef, params=params)
 
 
 def from_checkpoint(checkpoint: Checkpoint, *, exit_layer: int | None = None, seed: int = 0) -> LoadedModel:

@@ -112,8 +112,8 @@ def _draft_token(
             feature, drafter = model.drafter.first(draft.drafter, state.previous, hidden, position)
         else:
             feature, drafter = model.drafter.next(draft.drafter, draft.feature, hidden, position)
-        logits = model.drafter.logits(feature, model.llama.head_weight())[:, 0]
-    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = model.drafter.logits(feature, model.draft_head())[:, 0]
+    token = model.draft_token(jnp.argmax(logits, axis=-1).astype(jnp.int32))
     # The top token's softmax probability; exp(max - logsumexp) would lose an ulp of the largest logit.
     confidence = 1.0 / jnp.sum(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), axis=-1)
     count = draft.count + draft.active

@@ -43,7 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists; choose another --out or remove it first")
     enable_compilation_cache()
-    model = load(options.checkpoint, exit_layer=options.exit_layer, drafter_from=options.drafter_from)
+    model = load(
+        options.checkpoint,
+        exit_layer=options.exit_layer,
+        drafter_from=options.drafter_from,
+        draft_vocabulary=options.draft_vocabulary,
+    )
     about = describe_run(model, settings, options, len(questions))
     summary = evaluate(PairedDecoder(model, settings), questions, about, out, Console(stderr=True))
     print(outcome(summary, out))
@@ -189,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--questions", required=True, metavar="FILE.jsonl", help="question_id, category, turns a line")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder for report, answers and traces")
     parser.add_argument("--drafter-from", metavar="DIR", help="use the trained drafter of another directory")
+    parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="the only token ids to draft")
     parser.add_argument("--exit-layer", type=int, metavar="K", help="split elsewhere (untrained drafter only)")
     parser.add_argument("--draft-steps", type=int, default=defaults.draft_steps, metavar="S")
     parser.add_argument(

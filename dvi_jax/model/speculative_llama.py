@@ -6,10 +6,14 @@ and call `join`: dispatch over plain dicts is an order of magnitude cheaper than
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from dvi_jax.errors import UserError
 from dvi_jax.model.drafters import Drafter
 from dvi_jax.model.llama import Llama
 from dvi_jax.model.variables import Base, DeepLoRA, DrafterParam, ShallowLoRA
@@ -28,6 +32,27 @@ class SpeculativeLlama(nnx.Module):
         self.llama = llama
         self.drafter = drafter
         self.separate_trunk = separate_trunk
+        self.draft_vocabulary = nnx.Dict()  # "ids" int32 [Vd] and "head" [Vd, D] once `restrict_drafts` was called
+
+    def restrict_drafts(self, ids: Sequence[int]) -> None:
+        """Draft only these tokens, so that a draft reads a small part of the LM head; verification sees them all.
+
+        For models whose head dominates a draft. Raises `UserError` for ids outside the vocabulary.
+        """
+        chosen = jnp.array(sorted(set(ids)), jnp.int32)
+        size = self.llama.config.vocab_size
+        if not len(chosen) or chosen[0] < 0 or chosen[-1] >= size:
+            raise UserError(f"a draft vocabulary holds token ids between 0 and {size - 1}, at least one")
+        self.draft_vocabulary["ids"] = Base(chosen)
+        self.draft_vocabulary["head"] = Base(self.llama.head_weight()[chosen])
+
+    def draft_head(self) -> jax.Array:
+        """The rows of the LM head that drafts are chosen from: [Vd, D], all of it unless restricted."""
+        return self.draft_vocabulary["head"][...] if self.draft_vocabulary else self.llama.head_weight()
+
+    def draft_token(self, index: jax.Array) -> jax.Array:
+        """Token ids of rows of `draft_head`."""
+        return self.draft_vocabulary["ids"][...][index] if self.draft_vocabulary else index
 
 
 class Params(NamedTuple):

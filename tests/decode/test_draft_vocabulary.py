@@ -1,0 +1,52 @@
+"""Drafting from a part of the vocabulary: proposals stay inside, output stays the verifier's."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dvi_jax.config import DecodeConfig
+from dvi_jax.decode.generate import generate
+from dvi_jax.errors import UserError
+from dvi_jax.learn.rollout import rollout
+from dvi_jax.load import with_draft_vocabulary
+
+SETTINGS, PROMPTS = DecodeConfig(3, 0.0, 40), [[5, 9, 2], [7, 7, 1]]
+
+
+def restricted(model, ids, tmp_path):
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    return with_draft_vocabulary(model, tmp_path / "ids.json")
+
+
+def test_proposals_stay_inside_and_output_is_unchanged(make_tiny, tmp_path):
+    model = make_tiny()
+    few = restricted(model, list(range(0, 64, 3)), tmp_path)
+    plain, _ = generate(model, PROMPTS, SETTINGS, plain=True, eos_ids=())
+    fast, _ = generate(few, PROMPTS, SETTINGS, eos_ids=())
+    assert [g.output_ids for g in fast] == [g.output_ids for g in plain]
+    windows, _ = rollout(few, PROMPTS, SETTINGS, longest_prompt=8)
+    proposals = np.asarray(windows.proposal)
+    proposals = proposals[proposals >= 0]
+    assert len(proposals) > 10
+    assert not (proposals % 3).any()
+
+
+def test_the_whole_vocabulary_changes_nothing(make_tiny, tmp_path):
+    model = make_tiny()
+    every = restricted(model, list(range(64)), tmp_path)
+    assert generate(every, PROMPTS, SETTINGS)[0] == generate(model, PROMPTS, SETTINGS)[0]
+
+
+def test_ids_stay_integers_in_bfloat16(make_tiny, tmp_path):
+    """Casting the parameters for decoding must leave token ids alone: 257 is no bfloat16 number."""
+    model = restricted(make_tiny("bfloat16"), [1, 5, 63], tmp_path)
+    ids = model.decode_params.base["draft_vocabulary"]["ids"]
+    assert ids.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("ids", [[], [64], [-1, 3], "no", [1.5]])
+def test_bad_vocabularies(make_tiny, tmp_path, ids):
+    with pytest.raises(UserError, match="token ids"):
+        restricted(make_tiny(), ids, tmp_path)
