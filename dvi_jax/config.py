@@ -259,8 +259,9 @@ class TrainConfig:
 class DistillConfig:
     """One run of teacher forcing over given text. `data` holds packed .npz files or conversation files.
 
-    `drafter` replaces an untrained drafter of the checkpoint. `tokens` is the budget; the last `eval_rows` rows of the
-    data are held out.
+    `drafter` replaces an untrained drafter of the checkpoint; `shallow_rank` puts a lora_S into the shallow layers too.
+    `targets`: the verifier's distribution, or the text's own tokens (`log`; with exit_head and a `shallow_rank` that is
+    SGP, the shallow-gradient path). `tokens` is the budget; the last `eval_rows` rows of the data are held out.
     """
 
     checkpoint: str
@@ -272,6 +273,8 @@ class DistillConfig:
     row_length: int = 512
     batch_rows: int = 32
     learn_from: str = "assistant"
+    targets: str = "verifier"
+    shallow_rank: int = 0
     unroll_steps: int = 3
     unroll_decay: float = 0.8
     lr: float = 1e-3
@@ -286,6 +289,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         _require(self.learn_from in ("assistant", "all"), "learn_from", self.learn_from, "assistant or all")
+        _require(self.targets in ("verifier", "log"), "targets", self.targets, "verifier or log")
+        _require(self.shallow_rank >= 0, "shallow_rank", self.shallow_rank, "0 or above")
         _require(self.lr > 0, "lr", self.lr, "above 0")
         for name in ("tokens", "row_length", "batch_rows", "unroll_steps", "eval_rows", "log_every", "save_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")

@@ -5,6 +5,10 @@ gives the verifier's final hidden state everywhere, the drafter is unrolled over
 
     L = sum_j decay^j KL(p_verify || p_draft_j) / sum_j decay^j       over the masked positions.
 
+With `targets: log` the text's own tokens take the verifier's place (cross-entropy). On an exit head with lora_S in the
+shallow layers that is SGP, the shallow-gradient path: the deep layers get the base model's hidden state, detached, so
+the shallow part learns from the exit loss alone.
+
 Letters: B rows, T tokens of a row, J drafts unrolled, D hidden, V vocabulary.
 """
 
@@ -93,18 +97,22 @@ def distill_loss(
     drafts = model.drafter.unroll(drafted_from, feature, positions, config.unroll_steps)
     # Row t predicts the token at t + 1; the last row's is not in the batch.
     weight = jnp.pad(mask[:, 1:], ((0, 0), (0, 1))).astype(jnp.float32)
-    sums = _chunked_sums(model, feature, drafts, weight)
+    following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     count = jnp.maximum(jnp.sum(weight), 1.0)
-    kl, agreement = sums[0] / count, sums[1] / count
+    means = {name: total / count for name, total in _chunked_sums(model, feature, drafts, following, weight).items()}
     decay = config.unroll_decay ** jnp.arange(len(drafts))
-    loss = jnp.sum(decay * kl) / jnp.sum(decay)
-    return loss, {"loss": loss, "kl": kl, "agreement": agreement, "positions": count}
+    losses = means["kl"] if config.targets == "verifier" else means["ce"]
+    loss = jnp.sum(decay * losses) / jnp.sum(decay)
+    return loss, means | {"loss": loss, "positions": count}
 
 
 def _chunked_sums(
-    model: SpeculativeLlama, feature: jax.Array, drafts: list[jax.Array], weight: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Sums over positions of KL and of agreement, [J] each; logits exist by chunks, and again going backward."""
+    model: SpeculativeLlama, feature: jax.Array, drafts: list[jax.Array], following: jax.Array, weight: jax.Array
+) -> dict[str, jax.Array]:
+    """Sums over positions: `kl`, `ce` of the next token, `agreement`, [J] each, and the verifier's `verifier_ce`.
+
+    Logits exist by chunks, and again going backward.
+    """
     head, width = model.llama.head_weight(), feature.shape[-1]
     total = weight.size
     chunk = min(CHUNK, total)
@@ -115,20 +123,26 @@ def _chunked_sums(
         return jnp.pad(flat, ((0, padding), (0, 0))).reshape(-1, chunk, flat.shape[1])
 
     @jax.checkpoint
-    def sums(feature: jax.Array, drafts: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-        teacher = model.llama.logits(feature)
+    def sums(feature: jax.Array, drafts: jax.Array, following: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
+        teacher, scale = model.llama.logits(feature), jnp.maximum(jnp.sum(weight), 1.0)
         top = jnp.argmax(teacher, axis=-1)
-        kl, agreement = [], []
+        rows = []
         for draft in jnp.split(drafts, drafts.shape[-1] // width, axis=-1):
             logits = model.drafter.logits(draft, head)
-            kl.append(objectives.kl_divergence(teacher, logits, weight) * jnp.maximum(jnp.sum(weight), 1.0))
-            agreement.append(jnp.sum((jnp.argmax(logits, axis=-1) == top) * weight))
-        return jnp.stack(kl), jnp.stack(agreement)
+            rows.append(
+                {
+                    "kl": objectives.kl_divergence(teacher, logits, weight) * scale,
+                    "ce": objectives.cross_entropy(logits, following, weight) * scale,
+                    "agreement": jnp.sum((jnp.argmax(logits, axis=-1) == top) * weight),
+                }
+            )
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *rows)
+        return stacked | {"verifier_ce": objectives.cross_entropy(teacher, following, weight) * scale}
 
-    def add(totals: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> tuple[tuple, None]:
-        features, drafted, weights = part
-        return jax.tree.map(jnp.add, totals, sums(features, drafted, weights[:, 0])), None
+    def add(totals: dict[str, jax.Array], part: tuple[jax.Array, ...]) -> tuple[dict[str, jax.Array], None]:
+        features, drafted, next_tokens, weights = part
+        return jax.tree.map(jnp.add, totals, sums(features, drafted, next_tokens[:, 0], weights[:, 0])), None
 
-    zeros = (jnp.zeros(len(drafts)), jnp.zeros(len(drafts)))
-    parts = (chunked(feature), chunked(jnp.concatenate(drafts, axis=-1)), chunked(weight))
+    zeros = {name: jnp.zeros(len(drafts)) for name in ("kl", "ce", "agreement")} | {"verifier_ce": jnp.zeros(())}
+    parts = (chunked(feature), chunked(jnp.concatenate(drafts, axis=-1)), chunked(following), chunked(weight))
     return jax.lax.scan(add, zeros, parts)[0]

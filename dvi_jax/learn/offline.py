@@ -48,7 +48,9 @@ def distill(
     out = Path(config.out)
     if not resume and (out / "snapshots").exists():
         raise UserError(f"{out} holds an earlier run: pass --resume to go on with it, or choose another out")
-    checkpoint = with_drafter(read_checkpoint(config.checkpoint), config.drafter, config.exit_layer)
+    checkpoint = with_drafter(
+        read_checkpoint(config.checkpoint), config.drafter, config.exit_layer, config.shallow_rank
+    )
     data = read_data(config, checkpoint)
     model = from_checkpoint(checkpoint, seed=config.seed)
     metrics = MetricsLog(out / "metrics.jsonl")
@@ -56,14 +58,18 @@ def distill(
         return _run(config, checkpoint, model, data, snapshots, metrics, resume, report)
 
 
-def with_drafter(checkpoint: Checkpoint, kind: str, exit_layer: int | None) -> Checkpoint:
-    """`checkpoint` with an untrained drafter of `kind` at `exit_layer`, unless it holds a trained one of that kind."""
+def with_drafter(checkpoint: Checkpoint, kind: str, exit_layer: int | None, shallow_rank: int = 0) -> Checkpoint:
+    """`checkpoint` with an untrained drafter of `kind` at `exit_layer`, unless it holds a trained one of that kind.
+
+    `shallow_rank` gives the new drafter a lora_S inside the shallow layers.
+    """
     manifest = checkpoint.manifest
     wanted = manifest.exit_layer if exit_layer is None else exit_layer
     if checkpoint.drafter is not None and (manifest.drafter, manifest.exit_layer) == (kind, wanted):
         return checkpoint
     options = manifest.drafter_config if manifest.drafter == kind else {}
-    manifest = replace(manifest, drafter=kind, drafter_config=options, exit_layer=wanted, lora={}, training_step=0)
+    manifest = replace(manifest, drafter=kind, drafter_config=options, exit_layer=wanted, training_step=0)
+    manifest = replace(manifest, lora={"rank_s": shallow_rank, "rank_d": 0} if shallow_rank else {})
     return replace(checkpoint, manifest=manifest, drafter=None, lora=None)
 
 

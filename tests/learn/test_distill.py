@@ -53,6 +53,23 @@ def test_loss_is_the_weighted_kl(fused, monkeypatch):
         loss, metrics = distill_loss(model, TOKENS, MASK, CONFIG)
         np.testing.assert_allclose(loss, expected, rtol=1e-4)
         np.testing.assert_allclose(metrics["kl"], kls, rtol=1e-4)
+        observed = np.take_along_axis(log_p[:, :-1], np.asarray(TOKENS)[:, 1:, None], -1)[..., 0]
+        np.testing.assert_allclose(metrics["verifier_ce"], -(observed * weight).sum() / weight.sum(), rtol=1e-4)
+
+
+def test_sgp_learns_the_text_through_the_shallow_layers(make_tiny):
+    """With lora_S in the shallow layers and the text as target: every matrix moves, the exit's cross-entropy falls."""
+    model = make_tiny(lora={"rank_s": 3, "rank_d": 0})
+    config = replace(CONFIG, targets="log", lr=1e-2)
+    state, losses = init_distill(model.params, config), []
+    before = jax.tree.map(np.asarray, state.trainable)
+    for _ in range(40):
+        state, metrics = distill_step(model.graphdef, model.params, state, TOKENS, MASK, config=config)
+        losses.append((float(metrics["loss"]), float(metrics["verifier_ce"])))
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, jax.tree.map(np.asarray, state.trainable))
+    assert all(jax.tree.leaves(moved))
+    assert losses[-1][0] < 0.7 * losses[0][0]
+    assert losses[-1][1] == losses[0][1]  # the verifier is not touched
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
