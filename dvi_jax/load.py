@@ -109,6 +109,7 @@ def from_checkpoint(checkpoint: Checkpoint, *, exit_layer: int | None = None, se
                 f" the model's embedding only {config.vocab_size}"
             )
     model = build_model(config, manifest, jax.tree.map(jnp.asarray, checkpoint.base), seed=seed)
+    manifest = replace(manifest, drafter_config=model.drafter.config())
     graphdef, params = split(model)
     params = restore_trained(params, checkpoint.drafter, checkpoint.lora, str(checkpoint.path))
     return LoadedModel(config, manifest, graphdef, params, tokenizer)

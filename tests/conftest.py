@@ -1,24 +1,30 @@
-"""Models that many tests use: a tiny random one, and the golden ones imported from their directories."""
+"""What many tests use: tiny random models, the golden ones imported from their directories, a short training run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+import yaml
+from tokenizers import decoders as token_decoders
+from tokenizers import models, pre_tokenizers
 
-from dvi_jax.checkpoint import Manifest
-from dvi_jax.load import LoadedModel, build_model, load
+from dvi_jax.checkpoint import Manifest, write_checkpoint
+from dvi_jax.load import LoadedModel, build_model, enable_compilation_cache, load
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import Params, split
 from dvi_jax.presets import TINY
 
 GOLDEN = Path(__file__).parent / "golden"
+WORDS = ("tree", "moon", "river", "stone", "cloud", "bird")
+SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>"]
 
 
 def tiny_model(dtype: str = "float32", seed: int = 0, lora: dict | None = None) -> LoadedModel:
@@ -38,6 +44,15 @@ def shake(params: Params, *names: str, seed: int = 1, std: float = 0.2) -> Param
     return params._replace(**{name: jax.tree.map(noisy, getattr(params, name)) for name in names})
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled programs are kept as the command lines keep them, but not in the home directory of who tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVI_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        enable_compilation_cache()
+        yield
+
+
 @pytest.fixture(scope="session")
 def make_tiny() -> Callable[..., LoadedModel]:
     return tiny_model
@@ -46,6 +61,73 @@ def make_tiny() -> Callable[..., LoadedModel]:
 @pytest.fixture(scope="session")
 def train_noise() -> Callable[..., Params]:
     return shake
+
+
+@pytest.fixture(scope="session")
+def tokenizer_json() -> str:
+    """A byte-level tokenizer: ids 0 and 1 are the special tokens, every other id is one byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {text: index for index, text in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = token_decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    return tokenizer.to_str()
+
+
+@pytest.fixture(scope="session")
+def byte_checkpoint(tmp_path_factory, tokenizer_json) -> Path:
+    """A tiny random model that speaks bytes, with room for 128 tokens."""
+    config = replace(TINY, vocab_size=258, max_position_embeddings=128, tie_word_embeddings=True, eos_token_ids=(1,))
+    path = tmp_path_factory.mktemp("bytes") / "tiny"
+    base = random_base(config, jax.random.key(3), std=0.15)
+    write_checkpoint(path, config, Manifest("random", "0" * 64, "float32", 1), base, tokenizer_json=tokenizer_json)
+    return path
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory) -> Path:
+    """300 different questions, one conversation each."""
+    path = tmp_path_factory.mktemp("stream") / "conversations.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(300):
+            question = f"{WORDS[index % 6]} {WORDS[index // 6 % 6]} {index}?"
+            file.write(json.dumps({"messages": [{"role": "user", "content": question}]}) + "\n")
+    return path
+
+
+@pytest.fixture
+def write_config(byte_checkpoint, conversations, tmp_path) -> Callable[..., Path]:
+    """write_config(out=..., **changes) writes the YAML file of a run of 100 rollouts and gives its path."""
+
+    def write(**changes: object) -> Path:
+        settings = {
+            "checkpoint": str(byte_checkpoint),
+            "out": str(tmp_path / "run"),
+            "prompts": 200,
+            "rollout_batch": 2,
+            "replayed_windows": 2,
+            "updates_per_rollout": 2,
+            "positions_per_update": 32,
+            "replay_capacity": 8,
+            "eval_every": 20,
+            "save_every": 5,
+            "data": {
+                "files": [str(conversations)],
+                "max_prompt_tokens": 48,
+                "held_out_fraction": 0.1,
+                "held_out_prompts": 4,
+            },
+            "decode": {"draft_steps": 2, "max_new_tokens": 8},
+            "lora": {"rank_s": 4, "alpha_s": 4},
+            "objective": {"warmup": 20, "ramp": 40},
+            "optimizer": {"lora_lr": 1e-2, "head_lr": 1e-2},
+        }
+        path = tmp_path / f"config-{len(list(tmp_path.iterdir()))}.yaml"
+        path.write_text(yaml.safe_dump(settings | changes), encoding="utf-8")
+        return path
+
+    return write
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def _run(
     after = evaluate()
     model = model.with_params(with_trainable(model.params, state.trainable))
     path = Path(config.out) / "checkpoint"
-    manifest = replace(checkpoint.manifest, training_step=int(state.step))
+    manifest = replace(model.manifest, training_step=int(state.step))
     rewrite_checkpoint(checkpoint, path, manifest=manifest, **trained_parts(model.params))
     return DistillResult(before, after, config.steps * config.batch_rows * config.row_length, seconds, path, model)
 

@@ -179,7 +179,7 @@ class _Run:
         path = Path(self.config.out) / "checkpoint"
         if path.exists():  # of the same run, before it was resumed
             path = Path(self.config.out) / f"checkpoint-{int(self.learner.step)}"
-        manifest = replace(self.checkpoint.manifest, training_step=int(self.learner.step), verifier=self._verifier())
+        manifest = replace(self.model.manifest, training_step=int(self.learner.step), verifier=self._verifier())
         rewrite_checkpoint(self.checkpoint, path, manifest=manifest, **trained_parts(self.model.params))
         stream = {"conversations": self.stream.conversations.summary(), "prompts": dict(self.stream.counts)}
         self._log("summary", {**asdict(self.progress), "stream": stream | (self.progress.stream or {})})

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import pytest
-import tokenizers
-from tokenizers import decoders as token_decoders
-from tokenizers import models, pre_tokenizers
 
 from dvi_jax.checkpoint import Manifest, write_checkpoint
 from dvi_jax.evaluate.trace import PLAIN, SPECULATIVE, Trace, Turn
-from dvi_jax.load import LoadedModel, enable_compilation_cache, load
+from dvi_jax.load import LoadedModel, load
 from dvi_jax.model.llama import random_base
 from dvi_jax.presets import TINY
 
-SPECIAL_TOKENS = ["<s>", "</s>"]
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<s>{{ message['role'] }}:{{ message['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}:{{ message['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
 )
 CONTEXT = 160
 # First turns are alike in length, so that they share one compiled program.
@@ -35,28 +31,8 @@ QUESTIONS = [
 ]
 
 
-def byte_tokenizer() -> str:
-    """Ids 0 and 1 are the special tokens, every other id is one byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {text: index for index, text in enumerate([*SPECIAL_TOKENS, *alphabet])}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = token_decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL_TOKENS)
-    return tokenizer.to_str()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory) -> Iterator[None]:
-    """Compiled programs are kept as the command line keeps them, but not in the home directory of who tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DVI_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        enable_compilation_cache()
-        yield
-
-
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
+def checkpoint(tmp_path_factory, tokenizer_json) -> Path:
     """A random model whose drafter is right about half of the time."""
     config = replace(
         TINY, vocab_size=258, max_position_embeddings=CONTEXT, tie_word_embeddings=True, eos_token_ids=(1,)
@@ -64,7 +40,7 @@ def checkpoint(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("evaluate") / "tiny"
     base = random_base(config, jax.random.key(3), std=0.15)
     manifest = Manifest("random", "0" * 64, "float32", 1)
-    write_checkpoint(path, config, manifest, base, tokenizer_json=byte_tokenizer(), chat_template=CHAT_TEMPLATE)
+    write_checkpoint(path, config, manifest, base, tokenizer_json=tokenizer_json, chat_template=CHAT_TEMPLATE)
     return path
 
 

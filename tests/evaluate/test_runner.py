@@ -40,8 +40,9 @@ def test_a_later_prompt_holds_the_models_own_answer(decoder, model):
     answer = answered.texts[0]
     assert answer
     encode = model.tokenizer.encode
-    assert decoder.prompts[0] == encode("<s>user:Who is on the moon?</s><s>assistant:")
-    second = f"<s>user:Who is on the moon?</s><s>assistant:{answer}</s><s>user:Why?</s><s>assistant:"
+    first = "<|im_start|>user:Who is on the moon?<|im_end|><|im_start|>assistant:"
+    assert decoder.prompts[0] == encode(first)
+    second = f"{first}{answer}<|im_end|><|im_start|>user:Why?<|im_end|><|im_start|>assistant:"
     assert decoder.prompts[1] == encode(second)
     assert answer == model.tokenizer.decode(answered.turns[0].plain.new_ids)
 
@@ -80,7 +81,7 @@ def test_the_mode_that_goes_first_alternates(decoder):
 
 
 def test_turns_beyond_the_context_are_skipped_with_their_reason(decoder, model):
-    template = len(["<s>", *"user:", "</s>", "<s>", *"assistant:"])
+    template = len(["<|im_start|>", *"user:", "<|im_end|>", "<|im_start|>", *"assistant:"])
     room = model.config.max_position_embeddings - SETTINGS.max_new_tokens - template
     fits, too_long = "x" * room, "x" * (room + 1)
     long_later = Question(3, "qa", ("Is the moon old?", "x" * room, "never"))

@@ -1,0 +1,63 @@
+"""A whole online run from the command line: what it reads, what it leaves, what it never learns from."""
+
+from __future__ import annotations
+
+import json
+
+from dvi_jax.data import ConversationStream, PromptSettings, PromptStream
+from dvi_jax.load import load
+from dvi_jax.train import main
+
+
+def read_records(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_file_cut_off_in_the_middle_trains_through(write_config, conversations, tmp_path, capsys):
+    """As ShareGPT on the package index is: one JSON array that ends inside a string. All whole conversations count."""
+    turns = [json.loads(line) for line in conversations.read_text(encoding="utf-8").splitlines()[:60]]
+    whole = json.dumps(turns)
+    (tmp_path / "cut.json").write_text(whole[:-10], encoding="utf-8")  # the last of the 60 is not whole
+    config = write_config(eval_every=1000, save_every=1000)
+    assert main(["--config", str(config), "--set", f"data.files=[{tmp_path / 'cut.json'}]"]) == 0
+    assert "read: 59 conversations read, 1 skipped (cut off: 1); the data end early\n" in capsys.readouterr().out
+    summary = read_records(tmp_path / "run")[-1]
+    assert summary["kind"] == "summary"
+    assert summary["stream"]["conversations"].endswith("the data end early")
+    assert summary["prompts"] // 2 == (59 - summary["stream"]["counts"]["held out"]) // 2
+
+
+def test_held_out_prompts_are_never_decoded_for_learning(
+    write_config, byte_checkpoint, conversations, tmp_path, monkeypatch
+):
+    """Every prompt of every rollout that precedes an update, against the prompts kept apart."""
+    from dvi_jax.learn import online
+
+    learned, original = [], online._Run._update
+
+    def watched(self, batch):
+        learned.extend(prompt.ids for prompt in batch)
+        return original(self, batch)
+
+    monkeypatch.setattr(online._Run, "_update", watched)
+    main(["--config", str(write_config(prompts=40, eval_every=1000, save_every=1000))])
+    stream = PromptStream(
+        ConversationStream(conversations), load(byte_checkpoint).tokenizer, PromptSettings(48, held_out_fraction=0.1)
+    )
+    kept_apart = {prompt.ids for prompt in stream.held_out_prompts(1000)}
+    assert len(learned) == 40
+    assert len(kept_apart) > 10
+    assert not kept_apart & set(learned)
+
+
+def test_what_a_run_leaves(write_config, tmp_path):
+    main(["--config", str(write_config(prompts=40, eval_every=10))])
+    out = tmp_path / "run"
+    assert {path.name for path in out.iterdir()} == {"metrics.jsonl", "snapshots", "checkpoint", "curve.png"}
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    records = read_records(out)
+    assert [record["step"] for record in records if record["kind"] == "eval"] == [0, 20, 40]
+    train = [record for record in records if record["kind"] == "train"]
+    assert [record["prompts"] for record in train] == list(range(2, 41, 2))
+    assert {path.name for path in (out / "snapshots").iterdir()} == {"30", "40"}  # the newest two
+    assert load(out / "checkpoint").manifest.training_step == 40

@@ -1,0 +1,98 @@
+"""A training run killed in the middle and resumed ends where the run that was never killed ends, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dvi_jax.checkpoint import read_checkpoint
+from dvi_jax.errors import UserError
+from dvi_jax.train import main
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_SECONDS = 120
+
+
+def records(out: Path) -> list[dict]:
+    """metrics.jsonl without what a clock gave."""
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith("seconds")} for line in lines]
+
+
+def kill_after(config: Path, out: Path, rollouts: int) -> None:
+    """Train in another process and SIGKILL it once its metrics show `rollouts` rollouts."""
+    process = subprocess.Popen([sys.executable, "-m", "dvi_jax.train", "--config", str(config)], cwd=ROOT)
+    metrics, patience = out / "metrics.jsonl", time.monotonic() + PATIENCE_SECONDS
+    try:
+        while not metrics.exists() or metrics.read_text(encoding="utf-8").count('"train"') < rollouts:
+            assert process.poll() is None, "training ended before it could be killed"
+            assert time.monotonic() < patience
+            time.sleep(0.002)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_killed_run_resumes_bit_for_bit(write_config, tmp_path, capsys):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    config = write_config(out=str(killed))
+    kill_after(config, killed, 23)
+    assert not (killed / "checkpoint").exists()
+    assert main(["--config", str(config), "--resume"]) == 0
+    assert "resumed at update" in capsys.readouterr().out
+    assert main(["--config", str(write_config(out=str(whole)))]) == 0
+
+    resumed, expected = records(killed), records(whole)
+    assert len(expected) == 100 + 6 + 1  # rollouts, evaluations at 0, 20, ... 100, the summary
+    assert resumed == expected
+    assert resumed[-1]["stream"] == expected[-1]["stream"]
+    assert resumed[-1]["prompts"] == 200
+    mine, theirs = (read_checkpoint(out / "checkpoint") for out in (killed, whole))
+    assert mine.manifest == theirs.manifest
+    assert mine.manifest.training_step == 200
+    for part in ("drafter", "lora", "base"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(mine, part), getattr(theirs, part))
+
+
+def test_a_run_killed_before_its_first_snapshot_starts_again(write_config, tmp_path):
+    """What it had written to its metrics is dropped."""
+    out = tmp_path / "killed"
+    short = {"prompts": 8, "save_every": 1000, "eval_every": 1000}
+    config = write_config(out=str(out), **short | {"prompts": 200})
+    kill_after(config, out, 1)
+    main(["--config", str(write_config(out=str(out), **short)), "--resume"])
+    assert [record["step"] for record in records(out)] == [0, 2, 4, 6, 8, 8, 8]
+
+
+def test_a_run_that_could_not_start_leaves_nothing_to_resume(write_config, tmp_path):
+    """Neither does one killed before its first snapshot: the next one starts afresh, with metrics of its own."""
+    short = {"prompts": 4, "save_every": 1000, "eval_every": 1000}
+    with pytest.raises(UserError, match="exit_layer must be between 1 and 3"):
+        main(["--config", str(write_config(**short | {"exit_layer": 4}))])
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "train", "step": 2}\n', encoding="utf-8")
+    assert main(["--config", str(write_config(**short))]) == 0
+    assert [record["step"] for record in records(tmp_path / "run")] == [0, 2, 4, 4, 4]
+
+
+def test_a_finished_run_is_not_overwritten(write_config, tmp_path):
+    """Resumed with more prompts, it writes a second checkpoint beside the first."""
+    out = tmp_path / "run"
+    short = {"prompts": 4, "save_every": 50, "eval_every": 50}
+    main(["--config", str(write_config(**short))])
+    first = read_checkpoint(out / "checkpoint")
+    main(["--config", str(write_config(**short | {"prompts": 8})), "--resume"])
+    assert first.manifest.training_step == 4
+    assert read_checkpoint(out / "checkpoint-8").manifest.training_step == 8
+    for part in ("drafter", "lora"):
+        jax.tree.map(
+            np.testing.assert_array_equal, getattr(first, part), getattr(read_checkpoint(out / "checkpoint"), part)
+        )

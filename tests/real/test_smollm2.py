@@ -1,0 +1,48 @@
+"""A real model from its GGUF to its tokens: the same ids as transformers 4.33.3, plainly and speculatively."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from dvi_jax.config import DecodeConfig
+from dvi_jax.data import Message
+from dvi_jax.decode.generate import generate
+
+pytestmark = pytest.mark.real
+
+
+def test_architecture(model):
+    config = model.config
+    assert (config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads) == (30, 576, 9, 3)
+    assert (config.vocab_size, config.rope_theta, config.tie_word_embeddings) == (49152, 100000.0, True)
+
+
+def test_chat_template_gives_the_golden_prompt_ids(model, rows):
+    assert len(rows) == 16
+    for row in rows:
+        assert model.tokenizer.chat([Message("user", row["user"])]) == row["prompt_ids"]
+
+
+def test_greedy_ids_of_all_questions(model, rows):
+    """One plain batch in float32, then each row against transformers' ids for it."""
+    longest = max(len(row["greedy_ids"]) for row in rows)
+    prompts = [row["prompt_ids"] for row in rows]
+    generations, _ = generate(model, prompts, DecodeConfig(0, 0.0, longest), plain=True)
+    equal = [g.new_ids == row["greedy_ids"] for g, row in zip(generations, rows, strict=True)]
+    assert equal == [True] * 16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_speculative_equals_plain(model, rows, dtype):
+    """The shortest four questions as one batch; some drafts are accepted and some are not."""
+    base = jax.tree.map(lambda x: x.astype(dtype), model.params.base)
+    model = model.with_params(model.params._replace(base=base))
+    prompts = sorted((row["prompt_ids"] for row in rows), key=len)[:4]
+    settings = DecodeConfig(3, 0.0, 24)
+    plain, _ = generate(model, prompts, settings, plain=True)
+    fast, _ = generate(model, prompts, settings)
+    assert [g.output_ids for g in fast] == [g.output_ids for g in plain]
+    lengths = {length for g in fast for length in g.accept_lengths}
+    assert 1 in lengths
+    assert len(lengths) > 1
