@@ -23,7 +23,7 @@ from dvi_jax.learn.distill import distill_metrics, distill_step, init_distill
 from dvi_jax.learn.fast_update import with_trainable
 from dvi_jax.learn.metrics import MetricsLog
 from dvi_jax.learn.packing import Packed, load_packed, pack
-from dvi_jax.learn.snapshot import Snapshots
+from dvi_jax.learn.snapshot import Snapshots, refuse_earlier_run
 from dvi_jax.load import LoadedModel, from_checkpoint, trained_parts
 
 Report = Callable[[str, dict[str, Any]], None]
@@ -46,8 +46,8 @@ def distill(
 ) -> DistillResult:
     """Run a distillation, or go on with one (`resume`). `report` is called with every metrics record."""
     out = Path(config.out)
-    if not resume and (out / "snapshots").exists():
-        raise UserError(f"{out} holds an earlier run: pass --resume to go on with it, or choose another out")
+    if not resume:
+        refuse_earlier_run(out)
     checkpoint = with_drafter(
         read_checkpoint(config.checkpoint), config.drafter, config.exit_layer, config.shallow_rank
     )

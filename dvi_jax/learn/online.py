@@ -29,7 +29,7 @@ from dvi_jax.learn.metrics import MetricsLog
 from dvi_jax.learn.replay import Replay, Windows, push
 from dvi_jax.learn.rollout import rollout, window_length
 from dvi_jax.learn.slow_update import init_slow, is_due, slow_update
-from dvi_jax.learn.snapshot import Snapshots
+from dvi_jax.learn.snapshot import Snapshots, refuse_earlier_run
 from dvi_jax.load import LoadedModel, from_checkpoint, trained_parts
 
 Report = Callable[[str, dict[str, Any]], None]  # (kind of record, record)
@@ -62,8 +62,8 @@ class RunResult:
 def train(config: TrainConfig, *, resume: bool = False, report: Report = lambda kind, record: None) -> RunResult:
     """Run an online training run, or go on with one (`resume`). `report` is called with every metrics record."""
     out = Path(config.out)
-    if not resume and (out / "snapshots").is_dir() and any((out / "snapshots").iterdir()):
-        raise UserError(f"{out} holds an earlier run: pass --resume to go on with it, or choose another out")
+    if not resume:
+        refuse_earlier_run(out)
     checkpoint = with_new_lora_d(with_new_drafter(read_checkpoint(config.checkpoint), config), config)
     with Snapshots(out / "snapshots", config.keep_checkpoints) as snapshots:
         run = _Run(config, checkpoint, snapshots, report)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from dvi_jax.errors import UserError
 from dvi_jax.learn.distill import DistillState
 from dvi_jax.learn.fast_update import LearnerState
 
@@ -60,6 +61,13 @@ class Snapshots:
             lambda old, new: jax.random.wrap_key_data(new) if _is_key(old) else new, template, restored["learner"]
         )
         return typed, restored["progress"]
+
+
+def refuse_earlier_run(out: Path) -> None:
+    """Raise `UserError` if a run already left snapshots in `out`."""
+    snapshots = out / "snapshots"
+    if snapshots.is_dir() and any(snapshots.iterdir()):
+        raise UserError(f"{out} holds an earlier run: pass --resume to go on with it, or choose another out")
 
 
 def _raw(state: State) -> State:
