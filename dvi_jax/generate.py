@@ -7,23 +7,18 @@ import json
 import sys
 from typing import Any
 
+from dvi_jax.command_line import add_model_options, load_model
 from dvi_jax.config import DecodeConfig
 from dvi_jax.data.conversations import Message
 from dvi_jax.decode.generate import Generation, generate
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
-from dvi_jax.load import LoadedModel, enable_compilation_cache, load
+from dvi_jax.load import LoadedModel
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, decode one prompt, print its text (or with --json one object)."""
     options = _parser().parse_args(arguments)
-    enable_compilation_cache()
-    model = load(
-        options.checkpoint,
-        exit_layer=options.exit_layer,
-        drafter_from=options.drafter_from,
-        draft_vocabulary=options.draft_vocabulary,
-    )
+    model = load_model(options)
     if options.drafter not in (None, model.manifest.drafter):
         raise UserError(f"--drafter {options.drafter}: this checkpoint's drafter is {model.manifest.drafter}")
     settings = DecodeConfig(options.draft_steps, options.threshold, options.max_new_tokens)
@@ -64,23 +59,15 @@ def describe(generation: Generation, seconds: float, model: LoadedModel) -> dict
 def _parser() -> argparse.ArgumentParser:
     defaults = DecodeConfig()
     parser = ArgumentParser(prog="python -m dvi_jax.generate", description="Decode one prompt, losslessly.")
-    parser.add_argument("--checkpoint", required=True, metavar="CKPT")
+    add_model_options(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="a user message, put through the chat template")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids, used as they are")
     parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N")
     parser.add_argument("--drafter", metavar="NAME", help="refuse a checkpoint with another drafter")
-    parser.add_argument("--drafter-from", metavar="DIR", help="use the trained drafter of another directory")
-    parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="the only token ids to draft")
-    parser.add_argument("--exit-layer", type=int, metavar="K", help="split elsewhere (untrained drafter only)")
-    parser.add_argument("--draft-steps", type=int, default=defaults.draft_steps, metavar="S")
-    parser.add_argument(
-        "--threshold", type=float, default=defaults.threshold, metavar="TAU", help="stop after a less probable draft"
-    )
     parser.add_argument("--eos-id", type=int, metavar="N", help="end of sequence; -1 for none")
     parser.add_argument("--plain", action="store_true", help="draft nothing, in the same compiled program")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

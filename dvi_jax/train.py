@@ -9,8 +9,8 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dvi_jax.command_line import progress_bar
 from dvi_jax.config import DistillConfig, TrainConfig, load_train_config
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.evaluate.curve import plot_learning_curve
@@ -27,16 +27,7 @@ class Display:
     def __init__(self, config: TrainConfig, console: Console):
         self.console = console
         self.config = config
-        self.bar = Progress(
-            TextColumn("prompts"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self.bar = progress_bar("prompts", console)
         self.task = self.bar.add_task("train", total=config.prompts, note="compiling")
 
     def __call__(self, kind: str, record: dict[str, Any]) -> None:

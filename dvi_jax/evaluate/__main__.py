@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dvi_jax.command_line import add_model_options, load_model, progress_bar
 from dvi_jax.config import DecodeConfig
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.evaluate.plots import new_figure
@@ -22,7 +22,7 @@ from dvi_jax.evaluate.runner import Answered, PairedDecoder, check_askable, run_
 from dvi_jax.evaluate.spec_bench import Question, answer_line, read_questions, sha256_of
 from dvi_jax.evaluate.summary import measure, summarise
 from dvi_jax.evaluate.trace import LinesFile, trace_line
-from dvi_jax.load import LoadedModel, enable_compilation_cache, load
+from dvi_jax.load import LoadedModel
 
 MAX_NEW_TOKENS = 128
 PLAIN_EVERY = 10  # questions between two lines where the output is not a terminal
@@ -42,13 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists; choose another --out or remove it first")
-    enable_compilation_cache()
-    model = load(
-        options.checkpoint,
-        exit_layer=options.exit_layer,
-        drafter_from=options.drafter_from,
-        draft_vocabulary=options.draft_vocabulary,
-    )
+    model = load_model(options)
     about = describe_run(model, settings, options, len(questions))
     summary = evaluate(PairedDecoder(model, settings), questions, about, out, Console(stderr=True))
     print(outcome(summary, out))
@@ -148,16 +142,7 @@ class Display:
 
     def __init__(self, questions: int, console: Console):
         self.console = console
-        self.bar = Progress(
-            TextColumn("questions"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self.bar = progress_bar("questions", console)
         self.task = self.bar.add_task("evaluate", total=questions, note="compiling")
         self.questions = questions
 
@@ -186,23 +171,14 @@ def _make_folder(path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = DecodeConfig()
     parser = ArgumentParser(
         prog="python -m dvi_jax.evaluate", description="Measure a drafter on Spec-Bench questions: speed and equality."
     )
-    parser.add_argument("--checkpoint", required=True, metavar="CKPT")
+    add_model_options(parser)
     parser.add_argument("--questions", required=True, metavar="FILE.jsonl", help="question_id, category, turns a line")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder for report, answers and traces")
-    parser.add_argument("--drafter-from", metavar="DIR", help="use the trained drafter of another directory")
-    parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="the only token ids to draft")
-    parser.add_argument("--exit-layer", type=int, metavar="K", help="split elsewhere (untrained drafter only)")
-    parser.add_argument("--draft-steps", type=int, default=defaults.draft_steps, metavar="S")
-    parser.add_argument(
-        "--threshold", type=float, default=defaults.threshold, metavar="TAU", help="stop after a less probable draft"
-    )
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

@@ -1,0 +1,50 @@
+"""What the command lines share: the options that name a model and how it drafts, and the progress bar."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dvi_jax.config import DecodeConfig
+from dvi_jax.load import LoadedModel, enable_compilation_cache, load
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `load_model` reads, and --draft-steps and --threshold."""
+    defaults = DecodeConfig()
+    parser.add_argument("--checkpoint", required=True, metavar="CKPT")
+    parser.add_argument("--drafter-from", metavar="DIR", help="use the trained drafter of another directory")
+    parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="the only token ids to draft")
+    parser.add_argument("--exit-layer", type=int, metavar="K", help="split elsewhere (untrained drafter only)")
+    parser.add_argument("--draft-steps", type=int, default=defaults.draft_steps, metavar="S")
+    parser.add_argument(
+        "--threshold", type=float, default=defaults.threshold, metavar="TAU", help="stop after a less probable draft"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def load_model(options: argparse.Namespace) -> LoadedModel:
+    """The model that the options name; compiled programs are kept on disk from here on."""
+    enable_compilation_cache()
+    return load(
+        options.checkpoint,
+        exit_layer=options.exit_layer,
+        drafter_from=options.drafter_from,
+        draft_vocabulary=options.draft_vocabulary,
+    )
+
+
+def progress_bar(things: str, console: Console) -> Progress:
+    """A bar counting `things`, with a free `note`; silent where the console is not a terminal."""
+    return Progress(
+        TextColumn(things),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
