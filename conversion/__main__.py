@@ -23,7 +23,7 @@ def main() -> int:
     else:
         from conversion.exporting import export_checkpoint
 
-        export_checkpoint(args.source, args.out, args.to)
+        export_checkpoint(args.source, args.out, args.to, merge=args.merge_lora)
         print(f"{args.out}: {args.to} export of {args.source}")
     return 0
 
@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     importer.add_argument("--exit-layer", type=int, metavar="K", help="layers that draft (default 2)")
     exporter = commands.add_parser("export", help="checkpoint -> orbax export or Hugging Face directory")
     exporter.add_argument("--to", required=True, choices=("orbax", "hf", "drafter"))
+    exporter.add_argument("--merge-lora", action="store_true", help="fold lora_D into the base weights first")
     for command in (importer, exporter):
         command.add_argument("--from", dest="source", type=Path, required=True, help="what to read")
         command.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")

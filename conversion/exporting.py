@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,32 @@ from conversion.safetensors_file import write_safetensors
 from conversion.tensors import flatten, get_path
 from conversion.tokenizer import token_text
 from dvi_jax.checkpoint import Checkpoint, new_directory, read_checkpoint, save_tree, write_drafter
+from dvi_jax.errors import UserError
+from dvi_jax.model.lora import merge_lora
 
 MAX_SHARD_BYTES = 5_000_000_000
 _TEXTS = ("config.json", "MANIFEST.json", "tokenizer.json", "chat_template.jinja")
 
 
-def export_checkpoint(source: Path, out: Path, kind: str) -> None:
-    """Write the checkpoint directory `source` as `kind` (a key of `KINDS`) into the new directory `out`."""
-    KINDS[kind](read_checkpoint(source), out)
+def export_checkpoint(source: Path, out: Path, kind: str, *, merge: bool = False) -> None:
+    """Write the checkpoint directory `source` as `kind` (a key of `KINDS`) into the new directory `out`.
+
+    `merge` folds lora_D into the base weights first.
+    """
+    checkpoint = read_checkpoint(source)
+    KINDS[kind](merge_verifier(checkpoint) if merge else checkpoint, out)
+
+
+def merge_verifier(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint` with lora_D folded into the base weights; lora_S stays apart, since the verifier never has it."""
+    lora = dict(checkpoint.lora or {})
+    if "lora_d" not in lora:
+        raise UserError(f"{checkpoint.path} has no lora_D to merge")
+    options = checkpoint.manifest.lora
+    scale = options.get("alpha_d", options["rank_d"]) / options["rank_d"]
+    base = merge_lora(checkpoint.base, lora.pop("lora_d")["llama"], scale)
+    manifest = replace(checkpoint.manifest, lora={**options, "rank_d": 0})
+    return replace(checkpoint, base=base, lora=lora or None, manifest=manifest)
 
 
 def export_orbax(checkpoint: Checkpoint, out: Path) -> None:

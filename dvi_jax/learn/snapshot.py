@@ -41,10 +41,12 @@ class Snapshots:
         self._manager.close()
 
     def save(self, state: State, progress: dict[str, Any]) -> None:
-        """Save asynchronously under `state.step`. The arrays are copied before this returns."""
+        """Save asynchronously under `state.step`."""
+        # A copy of our own: the next update donates these arrays while the save may still be reading them.
+        copied = jax.tree.map(jnp.copy, _raw(state))
         self._manager.save(
             int(state.step),
-            args=ocp.args.Composite(learner=ocp.args.StandardSave(_raw(state)), progress=ocp.args.JsonSave(progress)),
+            args=ocp.args.Composite(learner=ocp.args.StandardSave(copied), progress=ocp.args.JsonSave(progress)),
         )
 
     def restore(self, template: State) -> tuple[State, dict[str, Any]] | None:
