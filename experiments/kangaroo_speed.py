@@ -34,6 +34,7 @@ from rich.table import Table
 from conversion.layout import HF_NAMES, base_slots
 from conversion.parity_inputs import choose_prompts, make_case
 from conversion.tensors import get_path
+from dvi_jax import presets
 from dvi_jax.checkpoint import Manifest
 from dvi_jax.config import DecodeConfig, LlamaConfig
 from dvi_jax.decode.generate import read_generations, start
@@ -46,10 +47,7 @@ from dvi_jax.model.speculative_llama import split
 from kangaroo_ref import KangarooModel, ModelConfig, build_kangaroo, load_kangaroo, prefill, spec_decode_step
 
 SHAPES = {
-    "7b": LlamaConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, num_kv_heads=32,
-        head_dim=128, max_position_embeddings=2048,
-    ),
+    "7b": presets.SHAPES["7b"],
     "tiny": LlamaConfig(
         vocab_size=512, hidden_size=256, intermediate_size=256, num_layers=4, num_heads=4, num_kv_heads=4,
         head_dim=64, max_position_embeddings=512,

@@ -25,6 +25,7 @@ from flax import nnx, struct
 from dvi_jax.config import DistillConfig
 from dvi_jax.learn import objectives
 from dvi_jax.learn.fast_update import Trainable, with_trainable
+from dvi_jax.learn.optimizer import guarded
 from dvi_jax.model.speculative_llama import Params, SpeculativeLlama, join
 
 CHUNK = 2048  # positions whose logits over the vocabulary are in memory at a time
@@ -43,8 +44,7 @@ def make_optimizer(config: DistillConfig) -> optax.GradientTransformation:
     """AdamW, linear warm-up and cosine decay to a tenth, clipped by global norm; non-finite updates are skipped."""
     steps = config.steps
     rate = optax.warmup_cosine_decay_schedule(0.0, config.lr, min(config.warmup, steps // 2), steps, config.lr / 10)
-    adamw = optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay)
-    return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw), 5)
+    return guarded(optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay), config.clip_norm)
 
 
 def init_distill(params: Params, config: DistillConfig) -> DistillState:

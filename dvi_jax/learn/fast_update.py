@@ -18,6 +18,7 @@ from flax import nnx, struct
 
 from dvi_jax.config import ObjectiveConfig, OptimizerConfig
 from dvi_jax.learn import objectives
+from dvi_jax.learn.optimizer import guarded
 from dvi_jax.learn.replay import Replay, Windows, sample
 from dvi_jax.learn.schedule import kl_to_rl
 from dvi_jax.learn.slow_update import SlowState
@@ -51,28 +52,25 @@ class Positions(NamedTuple):
     on_policy: jax.Array  # float32 [M], judged in the rollout of the drafter as it now is
 
 
-def make_optimizer(config: OptimizerConfig, max_bad_steps: int = 5) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """AdamW with its own rate for lora_S and for the drafter's weights, clipped by global norm.
 
-    A non-finite gradient skips the update and is counted; after `max_bad_steps` in a row it is let through.
+    Non-finite gradients skip the update and are counted (`optimizer.py`).
     """
     rates = {"drafter": config.head_lr, "lora_s": config.lora_lr}
     adamw = {name: optax.adamw(rate, weight_decay=config.weight_decay) for name, rate in rates.items()}
-    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.multi_transform(adamw, _labels))
-    return optax.apply_if_finite(chain, max_bad_steps)
+    return guarded(optax.multi_transform(adamw, _labels), config.clip_norm)
 
 
 def _labels(tree: Trainable) -> dict[str, str]:
     return {name: name for name in tree}
 
 
-def init_learner(
-    params: Params, config: OptimizerConfig, replay: Replay, key: jax.Array, baseline: float = 0.0
-) -> LearnerState:
+def init_learner(params: Params, config: OptimizerConfig, replay: Replay, key: jax.Array) -> LearnerState:
     """A learner at update 0. The trainable arrays are copied: the state is donated, the model's own must survive."""
     trainable = jax.tree.map(jnp.array, {"drafter": params.drafter, "lora_s": params.lora_s})
     optimizer = make_optimizer(config).init(trainable)
-    return LearnerState(trainable, optimizer, replay, jnp.float32(baseline), jnp.int32(0), key)
+    return LearnerState(trainable, optimizer, replay, jnp.float32(0.0), jnp.int32(0), key)
 
 
 def with_trainable(params: Params, trainable: Trainable) -> Params:

@@ -17,6 +17,7 @@ from flax import nnx, struct
 
 from dvi_jax.config import SlowConfig
 from dvi_jax.learn import objectives
+from dvi_jax.learn.optimizer import guarded
 from dvi_jax.model.speculative_llama import Params, SpeculativeLlama, join
 
 
@@ -31,8 +32,7 @@ class SlowState:
 
 def make_optimizer(config: SlowConfig) -> optax.GradientTransformation:
     """AdamW clipped by global norm; non-finite updates are skipped."""
-    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adamw(config.lr, weight_decay=0.0))
-    return optax.apply_if_finite(chain, 5)
+    return guarded(optax.adamw(config.lr, weight_decay=0.0), config.clip_norm)
 
 
 def init_slow(params: Params, config: SlowConfig) -> SlowState:

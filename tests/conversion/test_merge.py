@@ -9,7 +9,7 @@ import pytest
 
 from conversion.exporting import export_checkpoint
 from conversion.importing import import_model
-from dvi_jax.checkpoint import write_checkpoint
+from dvi_jax.checkpoint import string_keys, write_checkpoint
 from dvi_jax.errors import UserError
 from dvi_jax.learn.slow_update import verifier_logits
 from dvi_jax.load import load, trained_parts
@@ -27,7 +27,7 @@ def test_merged_export_is_the_adapted_verifier(make_tiny, train_noise, tmp_path)
     model = make_tiny(lora={"rank_s": 0, "rank_d": 2})
     params = train_noise(model.params, "lora_d")
     base = model.params.base["llama"]
-    tree = {**base, "layers": {str(i): layer for i, layer in base["layers"].items()}}
+    tree = string_keys(base)
     tree = jax.tree.map(np.asarray, tree)
     write_checkpoint(tmp_path / "adapted", model.config, model.manifest, tree, **trained_parts(params))
     write_checkpoint(tmp_path / "base", model.config, make_tiny().manifest, tree)

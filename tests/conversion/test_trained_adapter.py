@@ -7,7 +7,7 @@ import numpy as np
 
 from conversion.exporting import export_hf
 from conversion.kangaroo import read_adapter
-from dvi_jax.checkpoint import read_checkpoint, write_checkpoint
+from dvi_jax.checkpoint import read_checkpoint, string_keys, write_checkpoint
 from dvi_jax.config import DistillConfig
 from dvi_jax.learn.offline import distill
 from dvi_jax.learn.packing import pack
@@ -17,7 +17,7 @@ from dvi_jax.presets import TINY
 def test_train_export_import(make_tiny, helpers, tmp_path):
     tiny = make_tiny()
     base = tiny.params.base["llama"]
-    tree = {**base, "layers": {str(i): layer for i, layer in base["layers"].items()}}
+    tree = string_keys(base)
     write_checkpoint(tmp_path / "model", TINY, tiny.manifest, jax.tree.map(np.asarray, tree))
     pack([(list(range(64)) * 4, [1] * 256)], 16, 64).save(tmp_path / "text.npz")
     settings = {"drafter": "kangaroo", "tokens": 128, "batch_rows": 4, "row_length": 16, "eval_rows": 4}

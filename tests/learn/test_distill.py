@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dvi_jax.checkpoint import read_checkpoint, write_checkpoint
+from dvi_jax.checkpoint import read_checkpoint, string_keys, write_checkpoint
 from dvi_jax.config import DecodeConfig, DistillConfig
 from dvi_jax.decode.generate import generate
 from dvi_jax.errors import UserError
@@ -28,7 +28,7 @@ def fused(make_tiny) -> LoadedModel:
     tiny = make_tiny()
     manifest = replace(tiny.manifest, drafter="fused", drafter_config={})
     base = tiny.params.base["llama"]
-    tree = {**base, "layers": {str(i): layer for i, layer in base["layers"].items()}}
+    tree = string_keys(base)
     return LoadedModel(tiny.config, manifest, *split(build_model(tiny.config, manifest, tree)))
 
 
@@ -125,7 +125,7 @@ def test_run_learns_resumes_and_stays_lossless(make_tiny, tmp_path):
     """A run on the model's own text: drafts get accepted, output stays; cut in two it ends at the same weights."""
     tiny = make_tiny()
     base = tiny.params.base["llama"]
-    tree = {**base, "layers": {str(i): layer for i, layer in base["layers"].items()}}
+    tree = string_keys(base)
     write_checkpoint(tmp_path / "model", tiny.config, tiny.manifest, jax.tree.map(np.asarray, tree))
     prompts = np.random.default_rng(0).integers(3, 64, (40, 3)).tolist()
     texts, _ = generate(tiny, prompts, DecodeConfig(0, 0.0, 29), eos_ids=())

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dvi_jax.checkpoint import string_keys
 from dvi_jax.model.lora import count_lora, inject_dual_lora, merge_lora
 from dvi_jax.model.speculative_llama import join, split
 
@@ -58,7 +59,7 @@ def test_merge_equals_adapted(injected, train_noise, make_tiny):
     params = train_noise(params, "lora_d")
     expected = final(join(graphdef, params))
     base = model.params.base["llama"]
-    tree = {**base, "layers": {str(i): layer for i, layer in base["layers"].items()}}
+    tree = string_keys(base)
     merged = merge_lora(jax.tree.map(np.asarray, tree), params.lora_d["llama"], scale=1.0)
     assert merged["layers"]["0"]["qkv"] is not None
     layers = {i: jax.tree.map(jnp.asarray, merged["layers"][str(i)]) for i in range(4)}
