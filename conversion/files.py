@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from dvi_jax.errors import UserError
 
@@ -14,10 +14,23 @@ MAX_JSON_BYTES = 16 << 20
 _HASH_BLOCK = 1 << 20
 
 
+def open_file(path: Path) -> BinaryIO:
+    """`path` open for reading; missing, unreadable or no regular file is a `UserError`.
+
+    Links are followed (the Hugging Face cache is made of them), but a pipe would block and a device never end.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot read {path}: it is not a regular file")
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
 def read_bytes(path: Path, max_bytes: int) -> bytes:
     """The file's bytes; missing, unreadable or longer than `max_bytes` is a `UserError`."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             data = file.read(max_bytes + 1)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
@@ -39,7 +52,7 @@ def parse_json_object(text: str, where: object) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON: {error}") from error
+        raise UserError(f"{where} is not valid JSON: {str(error)[:200]}") from error
     if not isinstance(value, dict):
         raise UserError(f"{where} must hold a JSON object, got {type(value).__name__}")
     return value
@@ -72,7 +85,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"duplicate key {duplicate!r}")
+        raise ValueError(f"duplicate key {duplicate!r:.100}")
     return result
 
 

@@ -16,6 +16,7 @@ from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import UserError
 
 _ROPE_FACTORS = "rope_freqs.weight"
+_SMALLEST, _LARGEST = 1e-30, 1e30  # of a number that becomes a float32
 # Every published Llama with this tensor (3.1 to 3.3) has these bounds; only the factor varies.
 _LLAMA3_BOUNDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -54,10 +55,16 @@ def _is_rotary(name: str) -> bool:
 
 
 class _Metadata:
-    """Typed access to the `llama.*` keys; what is missing or of another type is a `UserError`."""
+    """Typed access to the keys; what is missing or of another type is a `UserError`."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.values, self.label = file.metadata, file.path.name
+
+    def text(self, key: str, default: str | None = None) -> str | None:
+        value = self.values.get(key, default)
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{self.label}: {key} must be a text, got {value!r:.100}")
+        return value
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.values.get(key, default)
@@ -68,18 +75,18 @@ class _Metadata:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            raise UserError(f"{self.label}: {key} must be a number above 0, got {value!r}")
+        if type(value) not in (int, float) or not _SMALLEST < value < _LARGEST:
+            raise UserError(f"{self.label}: {key} must be a number above 0, got {value!r:.100}")
         # Stored as float32: the shortest decimal is what the original config said (1e-05, not 9.9999997e-06).
         return float(str(np.float32(value)))
 
 
 def _read_config(file: GGUFFile) -> LlamaConfig:
     meta = _Metadata(file)
-    architecture = file.metadata.get("general.architecture")
+    architecture = meta.text("general.architecture")
     if architecture != "llama":
-        raise UserError(f"{meta.label}: architecture is {architecture!r}; only 'llama' GGUF files can be imported")
-    if file.metadata.get("llama.expert_count", 0):
+        raise UserError(f"{meta.label}: architecture is {architecture!r:.100}; only 'llama' GGUF files can be imported")
+    if meta.integer("llama.expert_count", 0):
         raise UserError(f"{meta.label}: a mixture of experts is not a plain Llama")
     heads, width = meta.integer("llama.attention.head_count"), meta.integer("llama.embedding_length")
     head_dim = meta.integer("llama.attention.key_length", width // heads if heads > 0 else None)
@@ -120,26 +127,28 @@ def _eos_ids(file: GGUFFile, vocab_size: int) -> list[int]:
 
 
 def _rope_scaling(file: GGUFFile, meta: _Metadata, theta: float, head_dim: int) -> dict[str, Any] | None:
-    kind = file.metadata.get("llama.rope.scaling.type", "none")
+    kind = meta.text("llama.rope.scaling.type", "none")
     factor_key = "llama.rope.scaling.factor"
     if "llama.rope.scale_linear" in file.metadata:
         kind, factor_key = "linear", "llama.rope.scale_linear"
     if _ROPE_FACTORS in file.tensors:
         if kind != "none":
-            raise UserError(f"{meta.label}: {_ROPE_FACTORS} together with rope scaling {kind!r} is not supported")
+            raise UserError(f"{meta.label}: {_ROPE_FACTORS} together with rope scaling {kind!r:.100} is not supported")
         return _llama3_scaling(file, theta, head_dim)
     if kind == "none":
         return None
     if kind != "linear":
-        raise UserError(f"{meta.label}: rope scaling {kind!r} is not supported, only linear and llama3's factors")
+        raise UserError(f"{meta.label}: rope scaling {kind!r:.100} is not supported, only linear and llama3's factors")
     return {"kind": "linear", "factor": meta.number(factor_key)}
 
 
 def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict[str, Any]:
     """The llama3 setting whose factors are stored; other factors are refused rather than approximated."""
-    found = np.concatenate([values.reshape(-1) for _, values in file.rows(_ROPE_FACTORS)]).astype(np.float64)
-    factor = float(found.max(initial=0.0))
-    if found.shape != (head_dim // 2,) or not np.isfinite(found).all() or factor <= 0:
+    found, factor = np.zeros(0), 0.0
+    if file.tensors[_ROPE_FACTORS].shape == (head_dim // 2,):  # else there may be no end of it
+        found = np.concatenate([values for _, values in file.rows(_ROPE_FACTORS)]).astype(np.float64)
+        factor = float(found.max(initial=0.0))
+    if not 0 < factor < _LARGEST or not np.isfinite(found).all():
         raise UserError(f"{file.path.name}: {_ROPE_FACTORS} must hold {head_dim // 2} positive factors")
     if not np.allclose(found, llama3_factors(theta, head_dim, factor), rtol=1e-4):
         raise UserError(f"{file.path.name}: the factors in {_ROPE_FACTORS} are not those of llama3 rope scaling")

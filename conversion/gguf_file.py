@@ -17,13 +17,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from conversion.files import open_file
 from conversion.tensors import row_chunks
 from dvi_jax.errors import UserError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
+_MAX_HEADER = 256 << 20
 _MAX_STRING = 16 << 20
 _MAX_STRINGS = 2 << 20
+_MAX_NAME = 256
 _MAX_KEYS = _MAX_TENSORS = 1 << 16
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -46,7 +49,7 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            with open_file(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 self.metadata, self.tensors = _read(_Cursor(data, path.name))
         except ValueError as error:
             raise UserError(f"{path.name} is not a GGUF file: {error}") from error
@@ -58,7 +61,7 @@ class GGUFFile:
         tensor = self.tensors[name]
         vector = len(tensor.shape) == 1
         num_rows = 1 if vector else math.prod(tensor.shape[:-1])
-        with self.path.open("rb") as file:
+        with open_file(self.path) as file:
             file.seek(tensor.offset)
             for start, stop in row_chunks(num_rows, tensor.row_bytes, multiple):
                 raw = np.empty((stop - start, tensor.row_bytes), np.uint8)
@@ -81,6 +84,8 @@ class _Cursor:
         if size > self.left():
             raise UserError(f"{self.label} is truncated or damaged at byte {self.position}")
         self.position += size
+        if self.position > _MAX_HEADER:
+            raise UserError(f"{self.label}: a header of more than {_MAX_HEADER >> 20} MiB is absurd")
         return self.data[self.position - size : self.position]
 
     def number(self, code: str) -> Any:
@@ -101,6 +106,13 @@ class _Cursor:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{self.label}: a string before byte {self.position} is not UTF-8") from error
+
+    def name(self, what: str) -> str:
+        """A string that messages may repeat."""
+        value = self.string()
+        if len(value) > _MAX_NAME:
+            raise UserError(f"{self.label}: a {what} of {len(value)} characters is absurd (limit {_MAX_NAME})")
+        return value
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -134,7 +146,7 @@ def _read(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     num_keys = cursor.count(_MAX_KEYS, "metadata keys")
     metadata: dict[str, Any] = {}
     for _ in range(num_keys):
-        key = cursor.string()
+        key = cursor.name("metadata key")
         if key in metadata:
             raise UserError(f"{cursor.label}: metadata key {key} occurs twice")
         metadata[key] = cursor.value(cursor.number("I"))
@@ -144,7 +156,7 @@ def _read(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
 
 
 def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    name, num_dims = cursor.string(), cursor.number("I")
+    name, num_dims = cursor.name("tensor name"), cursor.number("I")
     if not 1 <= num_dims <= 4:
         raise UserError(f"{cursor.label}: tensor {name} has {num_dims} dimensions, expected 1 to 4")
     dims = [cursor.number("Q") for _ in range(num_dims)]
@@ -153,7 +165,7 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 def _data_start(cursor: _Cursor, alignment: Any) -> int:
     if type(alignment) is not int or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-        raise UserError(f"{cursor.label}: general.alignment={alignment!r} is not a sensible power of two")
+        raise UserError(f"{cursor.label}: general.alignment={alignment!r:.100} is not a sensible power of two")
     return -(-cursor.position // alignment) * alignment
 
 

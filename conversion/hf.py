@@ -6,11 +6,10 @@ weights) is refused here, before any weight is read.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +46,8 @@ _FIELDS = {
     "tie_word_embeddings": ("tie_word_embeddings", False),
 }
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+_FILE_NAME = re.compile(r"\w[\w.-]{0,199}", re.ASCII)  # so it lies in the directory itself
+_LARGEST = 1e30  # of a number that becomes a float
 
 
 def read_config(directory: Path) -> LlamaConfig:
@@ -78,7 +79,7 @@ def parse_config(data: dict[str, Any], where: object) -> LlamaConfig:
         head_dim = width // heads
     rope = data.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise UserError(f"{where}: rope_parameters must be an object, got {rope!r}")
+        raise UserError(f"{where}: rope_parameters must be an object, got {rope!r:.100}")
     values |= {
         "head_dim": head_dim,
         "rope_theta": _or(data.get("rope_theta"), rope.get("rope_theta", 10000.0)),
@@ -161,39 +162,41 @@ def _open_shards(kind: Callable[[Path], TensorSource], index: Path) -> TensorSou
         raise UserError(f"{index} has no weight_map from tensor to file")
     names = set()
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or name != PurePosixPath(name).name or "\\" in name:
-            raise UserError(f"{index}: the file of {tensor} must be a plain file name, got {name!r}")
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+            raise UserError(f"{index}: the file of {tensor[:256]} must be a plain file name, got {name!r:.100}")
         names.add(name)
     shards = Shards(index.name, [kind(index.parent / name) for name in sorted(names)])
     for tensor in weight_map:
         if tensor not in shards.shapes:
-            raise UserError(f"{index.name} lists tensor {tensor}, but {weight_map[tensor]} does not hold it")
+            raise UserError(f"{index.name} lists tensor {tensor[:256]}, but {weight_map[tensor]} does not hold it")
     return shards
 
 
 def _refuse_other_models(data: dict[str, Any], where: object) -> None:
     model_type, architectures = data.get("model_type"), data.get("architectures")
     if model_type != "llama":
-        raise UserError(f"{where}: model_type is {model_type!r}; only plain 'llama' models can be imported")
+        raise UserError(f"{where}: model_type is {model_type!r:.100}; only plain 'llama' models can be imported")
     if architectures and architectures not in (["LlamaForCausalLM"], ["LLaMAForCausalLM"]):
-        raise UserError(f"{where}: architectures is {architectures!r}; only LlamaForCausalLM can be imported")
+        raise UserError(f"{where}: architectures is {architectures!r:.100}; only LlamaForCausalLM can be imported")
     for key, accepted in _PLAIN.items():
         if data.get(key) not in accepted:
-            raise UserError(f"{where}: {key}={data[key]!r} is not part of a plain Llama (expected {accepted[0]!r})")
+            raise UserError(
+                f"{where}: {key}={data[key]!r:.100} is not part of a plain Llama (expected {accepted[0]!r})"
+            )
 
 
 def _parse_rope_scaling(scaling: Any, where: object) -> dict[str, Any] | None:
     if not isinstance(scaling, dict):
-        raise UserError(f"{where}: rope_scaling must be an object, got {scaling!r}")
+        raise UserError(f"{where}: rope_scaling must be an object, got {scaling!r:.100}")
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind in (None, "default"):
         return None
     keys = {"linear": ("factor",), "llama3": _LLAMA3_KEYS}.get(kind) if isinstance(kind, str) else None
     if keys is None:
-        raise UserError(f"{where}: rope_scaling type {kind!r} is not supported, only linear and llama3")
+        raise UserError(f"{where}: rope_scaling type {kind!r:.100} is not supported, only linear and llama3")
     for key in keys:
-        if type(scaling.get(key)) not in (int, float) or not math.isfinite(scaling[key]) or scaling[key] <= 0:
-            raise UserError(f"{where}: rope_scaling.{key} must be a number above 0, got {scaling.get(key)!r}")
+        if type(scaling.get(key)) not in (int, float) or not 0 < scaling[key] < _LARGEST:
+            raise UserError(f"{where}: rope_scaling.{key} must be a number above 0, got {scaling.get(key)!r:.100}")
     return {"kind": kind} | {key: scaling[key] for key in keys}
 
 
@@ -213,7 +216,7 @@ def _rope_scaling_to_hf(config: LlamaConfig) -> dict[str, Any] | None:
 def _checked(config: LlamaConfig, where: object) -> LlamaConfig:
     for name in ("rms_norm_eps", "rope_theta"):
         value = getattr(config, name)
-        if not (math.isfinite(value) and value > 0):
+        if not 0 < value < _LARGEST:
             raise UserError(f"{where}: {name} must be a finite number above 0, got {value!r}")
     for token in config.eos_token_ids:
         if not 0 <= token < config.vocab_size:

@@ -21,6 +21,7 @@ from dvi_jax.config import LlamaConfig
 from dvi_jax.data.conversations import Message
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import UserError
+from dvi_jax.evaluate.spec_bench import read_questions
 
 ADAPTER_SEED = 0
 PROMPT_LENGTHS = (1, 5, 14, 24)
@@ -163,20 +164,6 @@ def chat_prompts(checkpoint: Path, questions: Sequence[str]) -> list[list[int]]:
     return [tokenizer.chat([Message("user", question)]) for question in questions]
 
 
-def read_questions(path: Path, limit: int) -> list[str]:
-    """The first turn of the first `limit` lines of a Spec-Bench question file."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()[:limit]
-        questions = [json.loads(line)["turns"][0] for line in lines if line.strip()]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f'{path}: every line must look like {{"turns": ["..."]}}') from error
-    if not questions:
-        raise UserError(f"{path} holds no questions")
-    return questions
-
-
 def parse_prompt_ids(texts: Sequence[str]) -> list[list[int]]:
     """`["1,2,3", ...]` as lists of ids."""
     try:
@@ -190,7 +177,8 @@ def choose_prompts(case: Case, options: Any, max_new_tokens: int) -> list[list[i
     if options.prompt_ids:
         return parse_prompt_ids(options.prompt_ids)
     if options.questions is not None:
-        return chat_prompts(case.checkpoint, read_questions(options.questions, options.limit))
+        questions = read_questions(options.questions)[: options.limit]
+        return chat_prompts(case.checkpoint, [question.turns[0] for question in questions])
     if (case.checkpoint / "tokenizer.json").exists():
         return chat_prompts(case.checkpoint, QUESTIONS)
     return random_prompts(case.config, max_new_tokens)

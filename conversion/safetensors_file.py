@@ -16,11 +16,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from conversion.files import parse_json_object
+from conversion.files import open_file, parse_json_object
 from conversion.tensors import Rows, row_chunks
 from dvi_jax.errors import UserError
 
 MAX_HEADER_BYTES = 8 << 20
+_MAX_NAME, _MAX_DIMENSIONS = 256, 8
+_MAX_NUMBER = 1 << 48  # of a dimension or an offset; multiplying longer ones takes for ever
 _FLOATS = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -54,7 +56,7 @@ class SafetensorsFile:
         if dtype is None:
             raise UserError(f"{self.label}: {name} is of type {entry.code}; weights must be F32, F16, BF16 or F64")
         num_rows, width = entry.shape[0], math.prod(entry.shape[1:])
-        with self._path.open("rb") as file:
+        with open_file(self._path) as file:
             file.seek(entry.offset)
             for start, stop in row_chunks(num_rows, width * dtype.itemsize):
                 values = np.empty((stop - start, *entry.shape[1:]), dtype)
@@ -85,7 +87,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 def _read_header(path: Path) -> dict[str, _Entry]:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
@@ -104,17 +106,19 @@ def _read_header(path: Path) -> dict[str, _Entry]:
 
 
 def _entry(label: str, name: str, info: Any, base: int, size: int) -> _Entry:
+    if len(name) > _MAX_NAME:
+        raise UserError(f"{label}: a tensor name of {len(name)} characters is absurd (limit {_MAX_NAME})")
     match info:
-        case {"dtype": str(code), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if all(
-            type(dim) is int and dim >= 0 for dim in shape
-        ):
+        case {"dtype": str(code), "shape": list(shape), "data_offsets": [begin, end]} if len(
+            shape
+        ) <= _MAX_DIMENSIONS and all(type(n) is int and 0 <= n <= _MAX_NUMBER for n in (*shape, begin, end)):
             pass
         case _:
             raise UserError(f"{label}: the header entry of tensor {name} is malformed")
     item = _FLOATS[code].itemsize if code in _FLOATS else _OTHER_SIZES.get(code)
     if item is None:
-        raise UserError(f"{label}: {name} is of type {code}; weights must be F32, F16, BF16 or F64")
-    if not 0 <= begin <= end or end - begin != math.prod(shape) * item:
+        raise UserError(f"{label}: {name} is of type {code[:20]}; weights must be F32, F16, BF16 or F64")
+    if begin > end or end - begin != math.prod(shape) * item:
         raise UserError(f"{label}: the bytes of tensor {name} do not agree with its shape")
     if base + end > size:
         raise UserError(f"{label} is truncated: tensor {name} ends at byte {base + end}, the file at {size}")

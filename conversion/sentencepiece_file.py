@@ -13,6 +13,7 @@ from dvi_jax.errors import UserError
 
 _BPE = 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_MAX_PIECES = 1 << 20
 # Field numbers of sentencepiece_model.proto.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _PIECE_TEXT, _PIECE_SCORE, _PIECE_KIND = 1, 2, 3
@@ -48,6 +49,8 @@ def _parse(data: bytes, where: object) -> SentencePieceModel:
             score = struct.unpack("<f", _as_bytes(piece.get(_PIECE_SCORE, bytes(4))))[0]
             text = _as_bytes(piece.get(_PIECE_TEXT, b"")).decode("utf-8")
             pieces.append((text, score, _as_int(piece.get(_PIECE_KIND, 1))))
+            if len(pieces) > _MAX_PIECES:
+                raise ValueError(f"it holds more than {_MAX_PIECES} pieces")
         elif number == _TRAINER:
             trainer = dict(_fields(_as_bytes(value)))
         elif number == _NORMALIZER:

@@ -75,13 +75,13 @@ def check_slots(source: TensorSource, slots: Iterable[Slot], ignored: Callable[[
     known = {slot.name for slot in checked}
     unknown = sorted(name for name in source.shapes if name not in known and not ignored(name))
     if unknown:
-        raise UserError(f"{source.label}: unknown tensor {unknown[0]}, not part of a plain Llama of this config")
+        raise UserError(f"{source.label}: unknown tensor {unknown[0][:256]}, not part of a plain Llama of this config")
     _check_size(source, checked)
     return checked
 
 
 def load_tree(source: TensorSource, slots: list[Slot], dtype: str) -> Tree:
-    """Read checked `slots` into new arrays of `dtype`; NaN or infinite weights are a `UserError`."""
+    """Read checked `slots` into new arrays of `dtype`; weights that are not finite in it are a `UserError`."""
     tree = _allocate(slots, DTYPES[dtype])
     for slot in slots:
         fill(get_path(tree, slot.path)[slot.rows], source, slot.name)
@@ -91,9 +91,12 @@ def load_tree(source: TensorSource, slots: list[Slot], dtype: str) -> Tree:
 def fill(target: np.ndarray, source: TensorSource, name: str) -> None:
     """Copy tensor `name` into `target` chunk by chunk, cast to its dtype."""
     for rows, values in source.chunks(name):
-        if not np.isfinite(values).all():
-            raise UserError(f"{source.label}: tensor {name} holds NaN or infinite values")
-        target[rows] = values
+        with np.errstate(over="ignore"):
+            cast = values.astype(target.dtype, copy=False)
+        if not np.isfinite(cast).all():
+            fault = f"values too large for {target.dtype}" if np.isfinite(values).all() else "NaN or infinite values"
+            raise UserError(f"{source.label}: tensor {name} holds {fault}")
+        target[rows] = cast
 
 
 def get_path(tree: Tree, path: tuple[str, ...]) -> np.ndarray:

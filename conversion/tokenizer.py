@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 from conversion.files import parse_json_object, read_bytes, read_json_object, read_text
 from conversion.sentencepiece_file import parse_sentencepiece
 from conversion.tokenizer_build import Vocabulary, added_token, byte_level_bpe, sentencepiece_bpe
+from dvi_jax.data.tokenizer import largest_id, load_tokenizer
 from dvi_jax.errors import UserError
 
-MAX_TOKENIZER_BYTES = 128 << 20
+MAX_TOKENIZER_BYTES = 32 << 20
 MAX_TEMPLATE_BYTES = 1 << 20
 _CONFIG = "tokenizer_config.json"
+_TOKEN_ID = re.compile("[0-9]{1,9}")
 
 
 def from_directory(directory: Path, vocab_size: int) -> str | None:
@@ -37,26 +40,27 @@ def from_gguf(metadata: dict[str, Any], vocab_size: int, label: str) -> str | No
     kind = metadata.get("tokenizer.ggml.model")
     if kind is None:
         return None
+    kind = kind if isinstance(kind, str) else repr(kind)
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise UserError(f"{label}: tokenizer.ggml.tokens is missing or not a list of strings")
+    if kind not in ("gpt2", "llama"):
+        raise UserError(f"{label}: tokenizer model {kind!r:.100} is not known (gpt2 and llama are)")
     vocabulary = Vocabulary(
         tokens,
         _numbers(metadata, "tokenizer.ggml.token_type", label),
         metadata.get("tokenizer.ggml.bos_token_id"),
-        bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama")),
+        _flag(metadata, "tokenizer.ggml.add_bos_token", kind == "llama", label),
     )
     if kind == "gpt2":
-        merges = metadata.get("tokenizer.ggml.merges")
+        merges, pre = metadata.get("tokenizer.ggml.merges"), metadata.get("tokenizer.ggml.pre", "default")
         if not isinstance(merges, list):
             raise UserError(f"{label}: tokenizer.ggml.merges is missing or not a list of strings")
-        text = byte_level_bpe(vocabulary, merges, metadata.get("tokenizer.ggml.pre", "default"))
-    elif kind == "llama":
-        scores = _numbers(metadata, "tokenizer.ggml.scores", label)
-        prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-        text = sentencepiece_bpe(vocabulary, scores, prefix)
+        text = byte_level_bpe(vocabulary, merges, pre if isinstance(pre, str) else repr(pre))
     else:
-        raise UserError(f"{label}: tokenizer model {kind!r} is not known (gpt2 and llama are)")
+        scores = _numbers(metadata, "tokenizer.ggml.scores", label)
+        prefix = _flag(metadata, "tokenizer.ggml.add_space_prefix", True, label)
+        text = sentencepiece_bpe(vocabulary, scores, prefix)
     return _checked(text, vocab_size, label)
 
 
@@ -68,8 +72,8 @@ def chat_template(directory: Path) -> str | None:
         return None
     template = read_json_object(directory / _CONFIG).get("chat_template")
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
+        named = [item for item in template if isinstance(item, dict) and item.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     return checked_template(template, str(directory / _CONFIG))
 
 
@@ -77,18 +81,21 @@ def checked_template(template: object, where: str) -> str | None:
     """`template` if it is absent or a string of sensible length, else a `UserError`."""
     if template is None:
         return None
-    if not isinstance(template, str) or len(template) > MAX_TEMPLATE_BYTES:
+    if not isinstance(template, str) or len(template) > MAX_TEMPLATE_BYTES or not _is_unicode(template):
         raise UserError(f"{where}: the chat template must be a string of at most {MAX_TEMPLATE_BYTES >> 20} MiB")
     return template
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold it; JSON can write halves of surrogate pairs."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def token_text(tokenizer_json: str, index: int | None) -> str | None:
     """The text of token `index`, None where there is none."""
-    document = json.loads(tokenizer_json)
-    for token in document.get("added_tokens", []):
-        if token["id"] == index:
-            return token["content"]
-    return next((token for token, number in document["model"]["vocab"].items() if number == index), None)
+    tokenizer = load_tokenizer(tokenizer_json)
+    is_known = index is not None and 0 <= index <= largest_id(tokenizer)
+    return tokenizer.id_to_token(index) if is_known else None
 
 
 def _portable(text: str, where: str) -> str:
@@ -105,17 +112,16 @@ def _portable(text: str, where: str) -> str:
 
 
 def _checked(text: str, vocab_size: int, where: str) -> str:
-    import tokenizers
-
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:
-        # tokenizers raises bare Exception for a malformed document, and nothing more specific.
-        raise UserError(f"{where}: tokenizers {tokenizers.__version__} cannot read its tokenizer: {error}") from error
+        tokenizer = load_tokenizer(text)
+        largest = largest_id(tokenizer)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     for token in json.loads(text).get("added_tokens", []):
         if tokenizer.token_to_id(token["content"]) != token["id"]:
-            raise UserError(f"{where}: added token {token['content']!r} cannot have id {token['id']}; there is a gap")
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+            raise UserError(
+                f"{where}: added token {token['content']!r:.100} cannot have id {token['id']}; there is a gap"
+            )
     if largest >= vocab_size:
         raise UserError(
             f"{where}: the tokenizer has token id {largest}, but the model's vocabulary is {vocab_size}; "
@@ -140,17 +146,28 @@ def _with_added_tokens(text: str, directory: Path, settings: dict[str, Any]) -> 
     if (directory / "added_tokens.json").exists():
         for content, index in read_json_object(directory / "added_tokens.json").items():
             if type(index) is not int:
-                raise UserError(f"{directory / 'added_tokens.json'}: the id of {content!r} is not a whole number")
+                raise UserError(f"{directory / 'added_tokens.json'}: the id of {content!r:.100} is not a whole number")
             extra[index] = (content, True)
-    for index, token in (settings.get("added_tokens_decoder") or {}).items():
-        if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not index.isdecimal():
-            raise UserError(f"{directory / _CONFIG}: added_tokens_decoder entry {index!r} is malformed")
+    entries = settings.get("added_tokens_decoder") or {}
+    if not isinstance(entries, dict):
+        raise UserError(f"{directory / _CONFIG}: added_tokens_decoder must be an object of ids and tokens")
+    for index, token in entries.items():
+        is_token = isinstance(token, dict) and isinstance(token.get("content"), str)
+        if not is_token or not _TOKEN_ID.fullmatch(index):
+            raise UserError(f"{directory / _CONFIG}: added_tokens_decoder entry {index!r:.100} is malformed")
         extra[int(index)] = (token["content"], bool(token.get("special", False)))
     document = json.loads(text)
     known = {token["id"] for token in document["added_tokens"]}
     for index in sorted(set(extra) - known):
         document["added_tokens"].append(added_token(index, *extra[index]))
     return json.dumps(document, ensure_ascii=False)
+
+
+def _flag(metadata: dict[str, Any], key: str, default: bool, label: str) -> bool:
+    value = metadata.get(key, default)
+    if type(value) not in (bool, int):
+        raise UserError(f"{label}: {key} must be true or false, got {value!r:.100}")
+    return bool(value)
 
 
 def _numbers(metadata: dict[str, Any], key: str, label: str) -> list[Any]:

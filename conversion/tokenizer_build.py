@@ -15,6 +15,9 @@ from dvi_jax.errors import UserError
 # Kinds of vocabulary entries; SentencePiece and GGUF use the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 
+# Far more than any Llama's tokenizer has; finding the merges looks at every cut of every piece.
+_MAX_CHARACTERS, _MAX_PIECE, _MAX_MERGES = 1 << 22, 256, 1 << 20
+
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -32,12 +35,14 @@ class Vocabulary:
     add_bos: bool = False
 
     def __post_init__(self) -> None:
+        if sum(map(len, self.tokens)) > _MAX_CHARACTERS:
+            raise UserError(f"a vocabulary of more than {_MAX_CHARACTERS} characters is absurd")
         if len(self.kinds) != len(self.tokens):
             raise UserError(f"the tokenizer has {len(self.tokens)} tokens but {len(self.kinds)} token types")
         if len(set(self.tokens)) != len(self.tokens):
             seen: set[str] = set()
             twice = next(token for token in self.tokens if token in seen or seen.add(token))
-            raise UserError(f"the tokenizer's vocabulary holds {twice!r} twice")
+            raise UserError(f"the tokenizer's vocabulary holds {twice!r:.100} twice")
         if self.add_bos and not (type(self.bos_id) is int and 0 <= self.bos_id < len(self.tokens)):
             raise UserError(f"the tokenizer adds a bos token, but its id {self.bos_id} is not in the vocabulary")
 
@@ -88,7 +93,9 @@ def _pre_tokenizer(pre: str) -> dict[str, Any]:
         return {"type": "Sequence", "pretokenizers": [split, _byte_level(False)]}
     if pre in ("gpt-2", "default"):
         return _byte_level(True)
-    raise UserError(f"pre-tokenizer {pre!r} is not known (smollm, llama-bpe and gpt-2 are); import from Hugging Face")
+    raise UserError(
+        f"pre-tokenizer {pre!r:.100} is not known (smollm, llama-bpe and gpt-2 are); import from Hugging Face"
+    )
 
 
 def _byte_level(use_regex: bool) -> dict[str, Any]:
@@ -102,6 +109,8 @@ def _merges_from_scores(vocabulary: Vocabulary, scores: Sequence[float]) -> list
     for index, piece in enumerate(vocabulary.tokens):
         if vocabulary.kinds[index] != NORMAL:
             continue
+        if len(piece) > _MAX_PIECE or len(found) > _MAX_MERGES:
+            raise UserError(f"the tokenizer has absurdly long or many pieces, such as {piece!r:.100}")
         for cut in range(1, len(piece)):
             left, right = ids.get(piece[:cut]), ids.get(piece[cut:])
             if left is not None and right is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from conversion.pickle_check import check_torch_file
 from conversion.tensors import Rows, row_chunks
 from dvi_jax.errors import UserError
 
@@ -27,6 +28,7 @@ class TorchFile:
         self.label = path.name
         self.files: tuple[Path, ...] = (path,)
         self._path = path
+        check_torch_file(path)
         self._tensors = _load(path)
         self._touched = 0
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
@@ -75,13 +77,12 @@ def _load(path: Path) -> dict[str, Any]:
         import torch
     except ImportError as error:
         raise UserError(f"reading {path.name} needs PyTorch: install torch, or give safetensors weights") from error
-    if not path.is_file():
-        raise UserError(f"cannot read {path}: no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
         raise UserError(f"{path.name} refused: it holds more than plain tensors, and is not unpickled") from error
     except (
+        AssertionError,
         RuntimeError,
         ValueError,
         TypeError,
@@ -90,6 +91,9 @@ def _load(path: Path) -> dict[str, Any]:
         AttributeError,
         EOFError,
         OSError,
+        OverflowError,
+        MemoryError,
+        RecursionError,
     ) as error:
         raise UserError(f"{path.name} is damaged or not a PyTorch file: {str(error)[:200]}") from error
     if not isinstance(state, dict):

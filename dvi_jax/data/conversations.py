@@ -74,9 +74,13 @@ class Conversation:
 
 @dataclass(frozen=True)
 class StreamLimits:
-    """What one stream may cost: longer messages and records are skipped, older ids are forgotten."""
+    """What one stream may cost: longer messages and records are skipped, older ids are forgotten.
+
+    Parsing a record takes up to 30 times its bytes in memory, a remembered id about 150 bytes.
+    """
 
     max_message_chars: int = 1_000_000
+    max_messages: int = 10_000
     max_record_bytes: int = 16 << 20
     remembered_ids: int = 200_000
 
@@ -127,7 +131,7 @@ class ConversationStream:
         self.read = 0
         self.counts: collections.Counter[str] = collections.Counter()
         self.ends_early = False
-        self._seen: dict[str, None] = {}
+        self._seen: dict[bytes, None] = {}  # hashes of ids, in the order they came
 
     def _check_paths(self) -> None:
         if not self.paths or self.paths.count(STDIN) > 1:
@@ -152,19 +156,20 @@ class ConversationStream:
     def _accept(self, record: object, position: StreamPosition) -> Conversation | None:
         """The conversation in `record`, or None after counting why there is none."""
         try:
-            messages = parse_messages(record, self.limits.max_message_chars)
+            messages = parse_messages(record, self.limits)
             name = _conversation_id(record, messages)
-            if name in self._seen:
-                raise _UnusableError(DUPLICATE_ID)
+            self._remember(name)
         except _UnusableError as unusable:
             self.counts[unusable.reason] += 1
             return None
-        self._remember(name)
         self.read += 1
         return Conversation(name, messages, position)
 
     def _remember(self, name: str) -> None:
-        self._seen[name] = None
+        key = _digest(name)
+        if key in self._seen:
+            raise _UnusableError(DUPLICATE_ID)
+        self._seen[key] = None
         if len(self._seen) > self.limits.remembered_ids:
             del self._seen[next(iter(self._seen))]
 
@@ -177,7 +182,7 @@ class _UnusableError(Exception):
         self.reason = reason
 
 
-def parse_messages(record: object, max_message_chars: int) -> tuple[Message, ...]:
+def parse_messages(record: object, limits: StreamLimits) -> tuple[Message, ...]:
     """The messages of one record (`messages` or `conversations`); raises `_UnusableError` with the reason."""
     if isinstance(record, Damaged):
         raise _UnusableError(record.reason)
@@ -186,7 +191,9 @@ def parse_messages(record: object, max_message_chars: int) -> tuple[Message, ...
     turns = _field(record, "messages", "conversations")
     if not isinstance(turns, list):
         raise _UnusableError(WRONG_TYPE)
-    messages = tuple(_parse_message(turn, max_message_chars) for turn in turns)
+    if len(turns) > limits.max_messages:
+        raise _UnusableError(TOO_LONG)
+    messages = tuple(_parse_message(turn, limits.max_message_chars) for turn in turns)
     if not messages:
         raise _UnusableError(EMPTY)
     if all(message.role != "user" for message in messages):
@@ -228,7 +235,11 @@ def _conversation_id(record: dict, messages: tuple[Message, ...]) -> str:
     if type(name) is int:
         return str(name)
     text = json.dumps([(message.role, message.content) for message in messages])
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+    return _digest(text).hex()
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=12).digest()
 
 
 def _check_encodable(text: str) -> None:

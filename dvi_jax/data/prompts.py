@@ -119,8 +119,10 @@ class PromptStream:
                 break
             if self._is_held_out(conversation):
                 for turn in self._turns(conversation):
-                    prompt = self._prompt(conversation, turn, collections.Counter())
-                    if prompt is not None:
+                    prompt = self._prompt(conversation, turn)
+                    if prompt == TOO_LONG_PROMPT:
+                        break
+                    if isinstance(prompt, Prompt):
                         found.setdefault(prompt.ids, prompt)
         return list(found.values())[:n]
 
@@ -129,12 +131,19 @@ class PromptStream:
         return is_held_out(first.content, self.settings.held_out_fraction, self.settings.salt)
 
     def _train_prompts(self, conversation: Conversation, first_turn: int) -> Iterator[Prompt]:
-        for turn in self._turns(conversation)[first_turn:]:
-            prompt = self._prompt(conversation, turn, self.counts)
+        turns = self._turns(conversation)[first_turn:]
+        for turn in turns:
+            prompt = self._prompt(conversation, turn)
+            if prompt == TOO_LONG_PROMPT:  # a context grows with its turns, so the later ones are too long as well
+                self.counts[prompt] += turns.stop - turn
+                self.position = conversation.position
+                return
             self.position = self._position_after(conversation, turn)
-            if prompt is not None:
+            if isinstance(prompt, Prompt):
                 self.given += 1
                 yield prompt
+            else:
+                self.counts[prompt] += 1
 
     def _turns(self, conversation: Conversation) -> range:
         """Indices of the user turns that become prompts."""
@@ -146,16 +155,15 @@ class PromptStream:
         is_last = turn == self._turns(conversation)[-1]
         return after if is_last else replace(after, record=after.record - 1, turn=turn + 1)
 
-    def _prompt(self, conversation: Conversation, turn: int, counts: collections.Counter) -> Prompt | None:
+    def _prompt(self, conversation: Conversation, turn: int) -> Prompt | str:
+        """The prompt of a user turn, or the reason why there is none."""
         messages = context_of_turn(conversation.messages, turn)
         try:
             ids = self._tokenizer.chat(messages, system=self.settings.system)
         except TemplateRefusedError:
-            counts[REFUSED_BY_TEMPLATE] += 1
-            return None
+            return REFUSED_BY_TEMPLATE
         if len(ids) > self.settings.max_prompt_tokens:
-            counts[TOO_LONG_PROMPT] += 1
-            return None
+            return TOO_LONG_PROMPT
         log_ids, log_mask = self._log(conversation, turn) if self.settings.with_log else ((), ())
         return Prompt(tuple(ids), conversation.id, self._position_after(conversation, turn), log_ids, log_mask)
 

@@ -33,8 +33,9 @@ _FIRST_KEY = re.compile(r'\{\s*"((?:[^"\\]|\\.){1,64})"')
 _RECORD_KEYS = ("id", "messages", "conversations")
 _LONGEST_START = 256
 _LONGEST_LITERAL = 16
-# Each look may parse all that is left, so a hostile file must not have many.
-_LOOKS_INTO_THE_LAST_RECORD = 20
+# Looking for records inside one that has no end parses the same text again. A hostile file may cause that for so many
+# times the characters read, and some more in short files.
+_PARSED_AGAIN, _PARSED_AGAIN_ANYWAY = 4, 1 << 20
 # Nesting too deep for the decoder, or a number too long for it, takes at least so many characters.
 _SHORTEST_FAULT = 500
 
@@ -127,11 +128,12 @@ def _decode(line: bytes) -> str | Damaged:
 
 def _lines(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[bytes | Damaged, bool]]:
     """Yield (line, has a newline) for every line that is not blank; drop overlong lines as they come."""
-    pending, is_dropping = b"", False
+    pending, is_dropping = bytearray(), False
     for chunk in chunks:
         *whole, last = chunk.split(b"\n")
         for piece in whole:
-            line, pending = pending + piece, b""
+            line = bytes(pending + piece) if pending else piece
+            pending.clear()
             if is_dropping or len(line) > max_bytes:
                 yield Damaged(TOO_LONG), True
                 is_dropping = False
@@ -139,11 +141,12 @@ def _lines(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[bytes | Da
                 yield line, True
         pending += last
         if len(pending) > max_bytes:
-            pending, is_dropping = b"", True
+            pending.clear()
+            is_dropping = True
     if is_dropping:
         yield Damaged(TOO_LONG), False
     elif pending.strip():
-        yield pending, False
+        yield bytes(pending), False
 
 
 class _TextBuffer:
@@ -155,7 +158,7 @@ class _TextBuffer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._json = json.JSONDecoder(strict=False)
         self._text, self._at, self._is_last = "", 0, False
-        self._looks_left = _LOOKS_INTO_THE_LAST_RECORD
+        self._characters_read = self._parsed_in_vain = 0
 
     def skip_separators(self) -> str:
         """Move past blanks, commas and array brackets; return the last bracket or an empty string."""
@@ -180,7 +183,7 @@ class _TextBuffer:
                 if not self._may_go_on(error):
                     return self._skip_record(INVALID_JSON, error.pos)
                 if len(self._text) - self._at > max_chars:
-                    return self._skip_record(TOO_LONG, self._at + 1)
+                    return self._skip_endless(TOO_LONG)
                 if not self._extend():
                     return self._cut_off()
             except (ValueError, RecursionError):  # ValueError: a number of more than 4300 digits
@@ -203,6 +206,7 @@ class _TextBuffer:
             pieces.append(self._decoder.decode(chunk or b"", final=self._is_last))
             added += len(pieces[-1])
         self._text, self._at = "".join(pieces), 0
+        self._characters_read += added
         return added > 0
 
     def _may_go_on(self, error: json.JSONDecodeError) -> bool:
@@ -212,11 +216,15 @@ class _TextBuffer:
     def _cut_off(self) -> Damaged:
         """Nothing follows, but a record without its end may have swallowed whole ones: look into it."""
         reason = CUT_OFF if self._text.startswith("{", self._at) else INVALID_JSON
-        self._looks_left -= 1
-        skipped = self._skip_record(reason, self._at + 1)
-        if self._looks_left <= 0:
-            self._at = len(self._text)
+        skipped = self._skip_endless(reason)
         return skipped if self._at >= len(self._text) else Damaged(INVALID_JSON)
+
+    def _skip_endless(self, reason: str) -> Damaged:
+        """Skip a record whose end was not found, but look for others inside it, unless that was done too often."""
+        self._parsed_in_vain += len(self._text) - self._at
+        allowed = _PARSED_AGAIN * self._characters_read + _PARSED_AGAIN_ANYWAY
+        is_too_much = self._parsed_in_vain > allowed
+        return self._skip_record(reason, len(self._text) if is_too_much else self._at + 1)
 
     def _skip_record(self, reason: str, search_from: int) -> Damaged:
         """Move to the next text that looks like the start of a record.

@@ -110,14 +110,14 @@ class _Frames:
 
 
 def _batched(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Join small pieces to chunks, none of them empty, without waiting for more input than has arrived."""
+    """Small pieces joined and large ones split to chunks, none empty, without waiting for more than has arrived."""
     pending = bytearray()
     try:
         for piece in pieces:
             pending += piece
-            if len(pending) >= CHUNK_BYTES:
-                yield bytes(pending)
-                pending.clear()
+            while len(pending) >= CHUNK_BYTES:
+                yield bytes(pending[:CHUNK_BYTES])
+                del pending[:CHUNK_BYTES]
     except (zlib.error, zstandard.ZstdError):
         if pending:
             yield bytes(pending)  # what came before the damage is whole

@@ -57,6 +57,8 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The text of a conversation; raises `TemplateRefusedError`."""
+        if sum(len(message.content) for message in messages) > self.limits.max_chars:
+            raise TemplateRefusedError(f"the messages are longer than {self.limits.max_chars} characters")
         request = {
             "messages": [{"role": message.role, "content": message.content} for message in messages],
             "add_generation_prompt": add_generation_prompt,

@@ -30,6 +30,7 @@ TEMPLATE_FAULTS = (
     MemoryError,
     NameError,
     RuntimeError,
+    SyntaxError,  # more nested blocks than Python compiles
     TypeError,
     ValueError,
 )
@@ -99,8 +100,11 @@ def main() -> None:
     compiled: list[jinja2.Template] = []
     reply(lambda: compiled.append(environment.from_string(setup["source"])), setup["cpu_seconds"])
     for line in sys.stdin:
-        variables = {**setup["tokens"], **json.loads(line)}
-        reply(lambda given=variables: render(compiled[0], given, setup["max_chars"]), setup["cpu_seconds"])
+
+        def answer(request: str = line) -> str:
+            return render(compiled[0], {**setup["tokens"], **json.loads(request)}, setup["max_chars"])
+
+        reply(answer, setup["cpu_seconds"])
 
 
 if __name__ == "__main__":

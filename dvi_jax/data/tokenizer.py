@@ -7,10 +7,12 @@ same every day.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
@@ -20,6 +22,8 @@ from dvi_jax.errors import UserError
 
 if TYPE_CHECKING:
     from dvi_jax.checkpoint import Checkpoint
+
+MAX_GROWTH = 16  # how many times longer the replacements of a normalizer or decoder may make a text
 
 
 class Tokenizer:
@@ -37,7 +41,7 @@ class Tokenizer:
         bos_token_id: int | None = None,
         eos_token_ids: Sequence[int] = (),
     ):
-        self._tokenizer = _load(tokenizer_json)
+        self._tokenizer = load_tokenizer(tokenizer_json)
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(eos_token_ids)
         tokens = {
@@ -61,7 +65,7 @@ class Tokenizer:
     @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id: the fewest rows an embedding must have."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        return largest_id(self._tokenizer) + 1
 
     def token_id(self, text: str) -> int | None:
         """The id of one token, None if there is no such token."""
@@ -74,7 +78,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids that the tokenizer does not know are left out."""
         known = [int(token) for token in ids if 0 <= token < self.vocab_size]
-        return self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
+        with library_faults("the tokenizer cannot decode these tokens"):
+            return self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, system: str | None = None
@@ -124,24 +129,58 @@ class Tokenizer:
             text.encode("utf-8")  # the library would put replacement characters in their place
         except UnicodeEncodeError:
             raise UserError("the text is not valid Unicode: it has lone surrogates") from None
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        with library_faults("the tokenizer cannot encode this text"):
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _text_of(self, token: int | None) -> str:
         is_known = token is not None and 0 <= token < self.vocab_size
         return (self._tokenizer.id_to_token(token) or "") if is_known else ""
 
 
-def _load(tokenizer_json: str) -> tokenizers.Tokenizer:
+def load_tokenizer(tokenizer_json: str) -> tokenizers.Tokenizer:
+    """The library's tokenizer, without truncation and padding; raises `UserError` for a damaged or hostile one."""
     try:
         description = json.loads(tokenizer_json)
     except (ValueError, RecursionError) as error:
         raise UserError(f"tokenizer.json is not valid JSON: {error}") from None
     if not isinstance(description, dict) or not isinstance(description.get("model"), dict):
         raise UserError("tokenizer.json must be an object with a model")
-    try:
+    with library_faults(f"tokenizer.json cannot be loaded by tokenizers {tokenizers.__version__}"):
         tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
-    except Exception as error:  # the library raises nothing more special than Exception
-        raise UserError(f"tokenizer.json cannot be loaded: {error}") from None
-    tokenizer.no_truncation()  # some files ask for a cut at 512 tokens
-    tokenizer.no_padding()
+        tokenizer.no_truncation()  # some files ask for a cut at 512 tokens
+        tokenizer.no_padding()
+    for part in ("normalizer", "decoder"):
+        if _growth(description.get(part)) > MAX_GROWTH:
+            raise UserError(f"tokenizer.json: its {part} would make texts more than {MAX_GROWTH} times longer")
     return tokenizer
+
+
+def largest_id(tokenizer: tokenizers.Tokenizer) -> int:
+    """The largest id that the tokenizer can give, of its vocabulary or put around a text; -1 if it has none."""
+    with library_faults("tokenizer.json cannot be used"):
+        around = tokenizer.encode("", add_special_tokens=True).ids
+        return max((*tokenizer.get_vocab(with_added_tokens=True).values(), *around), default=-1)
+
+
+@contextlib.contextmanager
+def library_faults(what: str) -> Iterator[None]:
+    """Turn what the tokenizers library raises into a `UserError` that begins with `what`.
+
+    It raises nothing more special than `Exception`; its panics are a `BaseException` of a class it does not export.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {str(error)[:200]}") from None
+
+
+def _growth(part: Any) -> int:
+    """How many times longer the replacements in a part of tokenizer.json can make a text."""
+    if isinstance(part, list):
+        return math.prod(_growth(inner) for inner in part)
+    if not isinstance(part, dict):
+        return 1
+    inserted = [len(part[key]) for key in ("content", "prepend") if isinstance(part.get(key), str)]
+    return max(*inserted, 1, 1) * math.prod(_growth(inner) for inner in part.values())

@@ -15,6 +15,7 @@ from dvi_jax.evaluate.trace import Trace
 # Spec-Bench reports these categories, which come from MT-Bench, as one task.
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_BYTES = 16 << 20  # Spec-Bench's own file has 1 MiB
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,15 @@ def answer_line(question: Question, model_id: str, texts: Sequence[str], traces:
 
 def _read(path: str | Path) -> bytes:
     try:
-        return Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise UserError(f"no question file at {path}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{path} is longer than {MAX_BYTES >> 20} MiB, which no question file should be")
+    return data
 
 
 def _parse(line: bytes, where: str) -> Question:
@@ -93,8 +98,8 @@ def _parse(line: bytes, where: str) -> Question:
         if key not in record:
             raise UserError(f"{where}: {key} is missing")
     question_id, category, turns = record["question_id"], record["category"], record["turns"]
-    if isinstance(question_id, bool) or not isinstance(question_id, int | str):
-        raise UserError(f"{where}: question_id must be a whole number or a text")
+    if not (type(question_id) is int or _is_text(question_id)) or len(str(question_id)) > 256:
+        raise UserError(f"{where}: question_id must be a whole number or a text, of at most 256 characters")
     if not _is_text(category):
         raise UserError(f"{where}: category must be a text that is not empty")
     if not isinstance(turns, list) or not turns or not all(_is_text(turn) for turn in turns):

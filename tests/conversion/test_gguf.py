@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import gguf
 import numpy as np
 import pytest
@@ -166,6 +168,9 @@ def test_stored_rope_factors_are_llama3_scaling_or_refused(helpers, write):
         ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count=4 must equal the head size 8"),
         ({"llama.expert_count": 8}, "mixture of experts"),
         ({"tokenizer.ggml.eos_token_id": 40}, "eos_token_id 40 is outside the vocabulary of 40"),
+        ({"llama.expert_count": [1, 2]}, "llama.expert_count is not one whole number"),
+        ({"llama.rope.scaling.type": [1, 2]}, "llama.rope.scaling.type must be a text"),
+        ({"llama.rope.scale_linear": 1e-38}, "llama.rope.scale_linear must be a number above 0"),
         (
             {
                 "tokenizer.ggml.model": "bert",
@@ -180,6 +185,16 @@ def test_metadata_that_is_refused(helpers, write, metadata, message):
     with pytest.raises(UserError) as caught:
         open_source(write(helpers.tensors(helpers.tiny), metadata=metadata))
     assert message in str(caught.value)
+
+
+def test_rope_factors_without_end_are_not_read(helpers, write):
+    """A tensor of rows without bytes may have any number of rows."""
+    path = write(helpers.tensors(helpers.tiny), extra={"rope_freqs.weight": np.ones((3, 4), np.float32)})
+    data = path.read_bytes()
+    for dims in ((0, 2**62), (0, 0), (4, 3)):
+        path.write_bytes(data.replace(struct.pack("<2Q", 4, 3), struct.pack("<2Q", *dims), 1))
+        with pytest.raises(UserError, match=r"rope_freqs\.weight must hold 4 positive factors"):
+            open_source(path)
 
 
 def test_other_architectures_and_extra_tensors_are_refused(helpers, write, tmp_path):

@@ -50,6 +50,11 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         (safetensors_bytes(entry(offsets=(8, 0)), b"\0" * 8), "do not agree with its shape"),
         (safetensors_bytes(entry(shape=(1 << 40,), offsets=(0, 1 << 42)), b"\0" * 8), "is truncated"),
         (safetensors_bytes(entry(), b"\0" * 7), "is truncated: tensor x ends"),
+        (safetensors_bytes(entry(shape=[10**4000] * 1000, offsets=(0, 10**4000))), "malformed"),
+        (safetensors_bytes(entry(shape=[1] * 9, offsets=(0, 4)), b"\0" * 4), "malformed"),
+        (safetensors_bytes(entry(offsets=(10**4299, 2 * 10**4299))), "malformed"),
+        (safetensors_bytes({"y" * 257: 3}), "a tensor name of 257 characters is absurd"),
+        (safetensors_bytes(b'{"%b": 1, "%b": 2}' % (b"x" * 9999, b"x" * 9999)), "duplicate key 'xxx"),
     ],
 )
 def test_safetensors_headers(tmp_path, content, message):
@@ -58,6 +63,7 @@ def test_safetensors_headers(tmp_path, content, message):
     with pytest.raises(UserError) as caught:
         SafetensorsFile(path)
     assert message in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 def test_safetensors_writer_is_read_by_the_library(tmp_path):
@@ -100,8 +106,8 @@ def test_pickles_are_refused_and_not_executed(tmp_path, make_hf, protocol):
     [
         ([torch.zeros(2)], "must hold a dict of tensors, got list"),
         ({"state_dict": {"x": torch.zeros(2)}}, "state_dict is dict"),
-        ({"x": torch.zeros(2).to_sparse()}, "plain tensors only"),
-        ({"x": torch.zeros(2, device="meta")}, "plain tensors only"),
+        ({"x": torch.zeros(2).to_sparse()}, "more than plain tensors (torch._utils _rebuild_sparse_tensor)"),
+        ({"x": torch.zeros(2, device="meta")}, "more than plain tensors"),
         ({3: torch.zeros(2)}, "plain tensors only"),
     ],
 )
@@ -164,6 +170,8 @@ def tensor_info(dims, kind=0, offset=0, name=b"x"):
         (gguf_bytes(1, body=tensor_info([32], kind=77)), "unknown type 77"),
         (gguf_bytes(1, body=tensor_info([33], kind=8)), "not a multiple of the type's block of 32"),
         (gguf_bytes(2, body=tensor_info([1]) * 2 + bytes(128)), "tensor x occurs twice"),
+        (gguf_bytes(1, body=tensor_info([1], name=b"y" * 257)), "a tensor name of 257 characters is absurd"),
+        (gguf_bytes(keys=1, body=text(b"k" * 257)), "a metadata key of 257 characters is absurd"),
     ],
 )
 def test_gguf_headers(tmp_path, content, message):
@@ -172,6 +180,64 @@ def test_gguf_headers(tmp_path, content, message):
     with pytest.raises(UserError) as caught:
         GGUFFile(path)
     assert message in str(caught.value)
+
+
+def test_a_gguf_header_is_not_kept_whatever_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("conversion.gguf_file._MAX_HEADER", 10_000)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(gguf_bytes(keys=1, body=text(b"k") + struct.pack("<IIQ", 9, 0, 20_000) + bytes(20_000)))
+    with pytest.raises(UserError, match="a header of more than"):
+        GGUFFile(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
+def test_pipes_are_not_waited_for(make_hf, name):
+    directory = make_hf()
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+    with pytest.raises(UserError, match="not a regular file"):
+        open_source(directory)
+
+
+def test_links_are_followed_to_files_alone(make_hf, tmp_path):
+    """The Hugging Face cache keeps a model as links to files elsewhere."""
+    directory = make_hf()
+    (directory / "config.json").rename(tmp_path / "blob")
+    (directory / "config.json").symlink_to(tmp_path / "blob")
+    assert open_source(directory).config.vocab_size == 40
+    (directory / "tokenizer.json").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="not a regular file"):
+        open_source(directory)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../other/model.safetensors", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "a\0b", "\ud800", "x" * 300, 7, None],
+)
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_an_index_names_files_of_its_own_directory(make_hf, index, name):
+    directory = make_hf()
+    (directory / "model.safetensors").rename(directory.parent / "model.safetensors")
+    (directory / index).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(UserError, match=r"the file of model\.norm\.weight must be a plain file name"):
+        open_source(directory)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (np.float64(1e300), "float32", "model.norm.weight holds values too large for float32"),
+        (np.float32(3.4e38), "bfloat16", "model.norm.weight holds values too large for bfloat16"),
+        (np.float16(-np.inf), "float32", "model.norm.weight holds NaN or infinite values"),
+        (np.float64(np.nan), "bfloat16", "model.norm.weight holds NaN or infinite values"),
+    ],
+)
+def test_what_is_stored_is_finite(helpers, make_hf, value, dtype, message):
+    tensors = helpers.tensors(helpers.tiny)
+    tensors["model.norm.weight"] = np.where(np.arange(32) == 31, value, np.ones(32, value.dtype))
+    with pytest.raises(UserError) as caught:
+        load_base(open_source(make_hf(tensors)), dtype)
+    assert str(caught.value) == f"model.safetensors: tensor {message}"
 
 
 def valid_files(directory):

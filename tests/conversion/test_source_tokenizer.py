@@ -142,6 +142,37 @@ def test_tokens_kept_beside_tokenizer_model(sentencepiece_directory, sentencepie
         open_source(sentencepiece_directory)
 
 
+@pytest.mark.parametrize("entries", [[1], {"\u0663": {"content": "x"}}, {"9" * 5000: {"content": "x"}}, {"500": "x"}])
+def test_malformed_added_tokens(sentencepiece_directory, entries):
+    (sentencepiece_directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": entries}))
+    with pytest.raises(UserError, match="added_tokens_decoder"):
+        open_source(sentencepiece_directory)
+
+
+def test_vocabularies_whose_merges_would_never_end():
+    """Every cut of every piece is looked up: quadratic in the length of a piece."""
+
+    def build(tokens):
+        size = len(tokens)
+        return tokenizer.from_gguf(
+            {
+                "tokenizer.ggml.model": "llama",
+                "tokenizer.ggml.tokens": tokens,
+                "tokenizer.ggml.scores": np.zeros(size, np.float32),
+                "tokenizer.ggml.token_type": np.ones(size, np.int32),
+                "tokenizer.ggml.add_bos_token": False,
+            },
+            size,
+            "test",
+        )
+
+    assert json.loads(build(["a", "aa", "a" * 256]))["model"]["merges"] == ["a a"]
+    with pytest.raises(UserError, match="absurdly long or many pieces, such as 'aaa"):
+        build(["a", "a" * 257])
+    with pytest.raises(UserError, match="a vocabulary of more than 4194304 characters is absurd"):
+        build(["a" * (1 << 22), "b"])
+
+
 def test_newer_merge_pairs_become_strings(make_hf):
     reference, _ = trained_bpe(SMOLLM)
     document = json.loads(reference.to_str())
@@ -192,7 +223,10 @@ def test_vocabulary_larger_than_the_embedding(make_hf):
             "tokenizer.ggml.tokens is missing or not a list of strings",
         ),
         ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges is missing"),
-        ({"tokenizer.ggml.merges": ["nospace"]}, "cannot read its tokenizer"),
+        ({"tokenizer.ggml.merges": ["nospace"]}, "cannot be loaded"),
+        ({"tokenizer.ggml.model": np.array([1, 2])}, "tokenizer model 'array([1, 2])' is not known"),
+        ({"tokenizer.ggml.pre": np.array([1, 2])}, "'array([1, 2])' is not known"),
+        ({"tokenizer.ggml.add_bos_token": np.array([1, 2])}, "add_bos_token must be true or false"),
         (
             {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 400},
             "id 400 is not in the vocabulary",
@@ -258,6 +292,11 @@ def test_where_the_chat_template_comes_from(make_hf):
     config.write_text(json.dumps({"chat_template": "one"}))
     assert open_source(directory).chat_template == "one"
     config.write_text(json.dumps({"chat_template": 5}))
+    with pytest.raises(UserError, match="the chat template must be a string"):
+        open_source(directory)
+    config.write_text(json.dumps({"chat_template": [{"name": [], "template": "x"}, {"name": "tool"}, 3]}))
+    assert open_source(directory).chat_template is None
+    config.write_text('{"chat_template": "half a pair: \\ud83d"}')
     with pytest.raises(UserError, match="the chat template must be a string"):
         open_source(directory)
     (directory / "chat_template.jinja").write_text("file")

@@ -96,6 +96,7 @@ RUNAWAY = {
     "long output": "{% for a in range(90000) %}{{ 'x' * 100 }}{% endfor %}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "deep source": "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}",
+    "nested blocks": "{% for a in [] %}" * 30 + "{% endfor %}" * 30,
 }
 FORBIDDEN = {
     "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -138,6 +139,13 @@ def test_only_some_messages_run_away():
     with pytest.raises(TemplateRefusedError, match=r"ran over its limits of 0\.2 s and 512 MiB"):
         template.render([Message("user", "now")])
     assert template.render([Message("user", "later")]) == "later"
+
+
+def test_messages_longer_than_any_text_are_not_even_sent():
+    template = ChatTemplate("{{ messages[0].content }}", {}, TemplateLimits(max_chars=100))
+    with pytest.raises(TemplateRefusedError, match="the messages are longer than 100 characters"):
+        template.render([Message("user", "x" * 60), Message("assistant", "y" * 60)])
+    assert template.render([Message("user", "x" * 60)]) == "x" * 60
 
 
 def test_long_source_is_refused():

@@ -108,6 +108,46 @@ def test_damaged_files_are_user_errors(text):
         Tokenizer(text)
 
 
+def edited(tokenizer_json: str, **parts) -> str:
+    return json.dumps({**json.loads(tokenizer_json), **parts})
+
+
+def replacing(*contents: str) -> dict:
+    steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": content} for content in contents]
+    return {"type": "Sequence", "normalizers": steps}
+
+
+def test_replacements_that_blow_a_text_up_are_refused(tokenizer_json):
+    assert Tokenizer(edited(tokenizer_json, normalizer=replacing("aa", "aa", "aaaa"))).encode("a") != []
+    for hostile in (replacing("a" * 17), replacing(*["aa"] * 60)):
+        with pytest.raises(UserError, match="its normalizer would make texts more than 16 times longer"):
+            Tokenizer(edited(tokenizer_json, normalizer=hostile))
+
+
+def test_ids_put_around_a_text_count_as_the_tokenizers(tokenizer_json):
+    """So that a model whose embedding has no such row is refused."""
+    around = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"x": {"id": "x", "ids": [4000], "tokens": ["x"]}},
+    }
+    tokenizer = Tokenizer(edited(tokenizer_json, post_processor=around))
+    assert tokenizer.encode("a", add_special_tokens=True)[0] == 4000
+    assert tokenizer.vocab_size == 4001
+
+
+def test_panics_of_the_library_are_user_errors(tokenizer_json):
+    model = json.loads(tokenizer_json)["model"]
+    short = {**model, "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"], "continuing_subword_prefix": "####"}
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be loaded"):
+        Tokenizer(edited(tokenizer_json, model=short))
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer = Tokenizer(edited(tokenizer_json, pre_tokenizer=split))
+    with pytest.raises(UserError, match="the tokenizer cannot encode this text"):
+        tokenizer.encode("a" * 40 + "b")
+
+
 def test_special_token_ids_beyond_the_vocabulary_are_empty_text(tokenizer_json):
     tokenizer = Tokenizer(tokenizer_json, "[{{ bos_token }}{{ eos_token }}]", bos_token_id=10**12, eos_token_ids=(-1,))
     assert tokenizer.render(CHAT) == "[]"
