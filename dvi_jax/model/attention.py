@@ -6,12 +6,13 @@ Letters: B batch, T tokens in this call, S cache slots, N query heads, K KV head
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dvi_jax.config import LlamaConfig, RopeScaling
+from dvi_jax.model import decode_attention
 
 
 class LayerCache(NamedTuple):
@@ -22,6 +23,10 @@ class LayerCache(NamedTuple):
 
 
 Caches = tuple[LayerCache, ...]
+Heads = tuple[int, int, int]  # (N, K, H)
+Rope = tuple[jax.Array, jax.Array]  # of `rope_tables`
+FUSED = "cudnn"
+MOST_ROUND_ROWS = 32  # more rows than any round has belong to a prefill
 
 
 def init_caches(config: LlamaConfig, num_layers: int, batch: int, slots: int, dtype: jnp.dtype) -> Caches:
@@ -55,25 +60,67 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
-def rope_tables(frequencies: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_tables(frequencies: jax.Array, positions: jax.Array) -> Rope:
     """cos and sin, float32 [B, T, 1, H/2], for integer `positions` [B, T]."""
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+def apply_rope(x: jax.Array, tables: Rope) -> jax.Array:
     """Rotate x [B, T, heads, H] by position; pairs are (i, i + H/2), as in Hugging Face's Llama."""
     cos, sin = tables
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def split_heads(
-    qkv: jax.Array, heads: tuple[int, int, int], rope: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Fused [B, T, (N+2K)H] -> query [B, T, N, H], key, value [B, K, T, H]; query and key rotated. heads: (N, K, H)."""
+def attend_cached(
+    qkv: jax.Array, heads: Heads, rope: Rope, cache: LayerCache, positions: jax.Array
+) -> tuple[jax.Array, LayerCache]:
+    """Rows at consecutive `positions` [B, T] into the cache, and their attention over it: [B, T, N*H], cache."""
+    query, key, value = split_heads(qkv, heads, rope)
+    cache = write_rows(cache, key, value, positions[:, 0])
+    if decode_attention.is_supported(qkv.shape[1] * heads[0] // heads[1], heads[2], qkv.dtype):
+        return decode_attention.cached_attention(by_head(qkv, heads), rope, *cache, positions), cache
+    mask = cached_mask(positions, cache.key.shape[2])
+    # Rounds stay with the einsum, in which no row depends on the rows beside it.
+    if qkv.shape[1] > MOST_ROUND_ROWS and has_fused(query.dtype):
+        return fused_attention(query, *cache, mask=mask[:, None]), cache
+    return attend(query, *cache, mask), cache
+
+
+def attend_fresh(
+    qkv: jax.Array, heads: Heads, rope: Rope, cache: LayerCache | None, positions: jax.Array
+) -> tuple[jax.Array, LayerCache | None]:
+    """The same where nothing lies in the cache yet, or there is none: rows see the rows of this call alone."""
+    query, key, value = split_heads(qkv, heads, rope)
+    if cache is not None:
+        cache = write_rows(cache, key, value, positions[:, 0])
+    if has_fused(query.dtype):
+        return fused_attention(query, key, value, is_causal=True), cache
+    return attend(query, key, value, positions[:, None, :] <= positions[:, :, None]), cache
+
+
+def has_fused(dtype: jnp.dtype) -> bool:
+    """Whether the default backend has `fused_attention` for this type."""
+    return jax.default_backend() == "gpu" and jnp.dtype(dtype).itemsize == 2
+
+
+def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, **rule: Any) -> jax.Array:
+    """`attend` by cuDNN, which never writes the scores to memory. `rule`: is_causal=True or mask, bool [B, 1, T, S]."""
+    mixed = jax.nn.dot_product_attention(query, key.swapaxes(1, 2), value.swapaxes(1, 2), implementation=FUSED, **rule)
+    return mixed.reshape(*query.shape[:2], -1)
+
+
+def by_head(qkv: jax.Array, heads: Heads) -> jax.Array:
+    """Fused [B, T, (N+2K)H] -> [B, T, N+2K, H]: queries, then keys, then values."""
     n, k, h = heads
-    split = qkv.reshape(*qkv.shape[:-1], n + 2 * k, h)
+    return qkv.reshape(*qkv.shape[:-1], n + 2 * k, h)
+
+
+def split_heads(qkv: jax.Array, heads: Heads, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Fused [B, T, (N+2K)H] -> query [B, T, N, H], key, value [B, K, T, H]; query and key turned."""
+    n, k, _ = heads
+    split = by_head(qkv, heads)
     query, key, value = split[..., :n, :], split[..., n : n + k, :], split[..., n + k :, :]
     query, key = apply_rope(query, rope), apply_rope(key, rope)
     return query, key.swapaxes(1, 2), value.swapaxes(1, 2)

@@ -72,23 +72,19 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        mask: jax.Array,
+        rope: attention.Rope,
         cache: LayerCache | None,
-        start: jax.Array,
+        positions: jax.Array,
         *,
         adapted: bool,
-        attend_to_cache: bool = True,
+        fresh: bool,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """x [B, T, D] at slots start[b].. -> (x, cache). mask [B, T, S], or [B, T, T] when only fresh keys are seen."""
+        """x [B, T, D] at consecutive `positions` [B, T] -> (x, cache). `fresh`: nothing lies in the cache yet."""
+        attend = attention.attend_fresh if fresh else attention.attend_cached
         normed = rms_norm(x, self.attn_norm[...], self.eps)
-        query, key, value = attention.split_heads(self._project("qkv", normed, adapted), self.heads, rope)
-        if cache is not None:
-            cache = attention.write_rows(cache, key, value, start)
-            if attend_to_cache:
-                key, value = cache
+        qkv = self._project("qkv", normed, adapted)
         with jax.named_scope("attention"):
-            mixed = attention.attend(query, key, value, mask)
+            mixed, cache = attend(qkv, self.heads, rope, cache, positions)
         x = x + self._project("out", mixed, adapted)
         with jax.named_scope("mlp"):
             normed = rms_norm(x, self.mlp_norm[...], self.eps)

@@ -134,12 +134,8 @@ class Llama(nnx.Module):
         frequencies = attention.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         rope = attention.rope_tables(frequencies, positions)
         fresh = fresh or caches is None
-        if fresh:
-            mask = positions[:, None, :] <= positions[:, :, None]
-        else:
-            mask = attention.cached_mask(positions, caches[0].key.shape[2])
         updated: list[LayerCache | None] = []
         for layer, cache in zip(layers, caches or (None,) * len(layers), strict=True):
-            x, cache = layer(x, rope, mask, cache, positions[:, 0], adapted=adapted, attend_to_cache=not fresh)
+            x, cache = layer(x, rope, cache, positions, adapted=adapted, fresh=fresh)
             updated.append(cache)
         return x, (None if caches is None else tuple(updated))

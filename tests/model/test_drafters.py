@@ -42,7 +42,8 @@ def test_unroll_equals_decoding(kind, accepted):
     drafter = build_drafter(kind, TINY, {}, key=jax.random.key(1), norm=jnp.ones(32))
     unrolled = drafter.unroll(HIDDEN, FEATURE, POSITIONS, STEPS)
     state = drafter.init_state(BATCH, 20, jnp.float32)
-    state = drafter.prefill(state, HIDDEN[:, :5], FEATURE[:, :5], POSITIONS[:, :5])
+    before = jnp.pad(FEATURE[:, :4], ((0, 0), (1, 0), (0, 0)))
+    state = drafter.prefill(state, HIDDEN[:, :5], before, POSITIONS[:, :5])
     ones = jnp.ones(BATCH, jnp.int32)
     previous = Committed(rows(HIDDEN, 4, 1), rows(FEATURE, 4, 1), 4 * ones, ones)
     for position in (5, 5 + accepted):

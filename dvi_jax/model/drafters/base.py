@@ -29,11 +29,17 @@ class Drafter(nnx.Module):
     kind: ClassVar[str]
 
     def init_state(self, batch: int, slots: int, dtype: jnp.dtype) -> Any:
-        """State for `slots` positions: a pytree, carried by the decode loop."""
+        """State for `slots` positions: a pytree of arrays [B, ...], carried by the decode loop.
+
+        One for fewer slots must be a corner of one for more: a prefix is taken in once and laid into many batches.
+        """
         return ()
 
-    def prefill(self, state: Any, hidden: jax.Array, feature: jax.Array, positions: jax.Array) -> Any:
-        """Take in the prompt: exit hidden and final hidden [B, T, D] at `positions` [B, T]."""
+    def prefill(self, state: Any, hidden: jax.Array, before: jax.Array, positions: jax.Array) -> Any:
+        """Take in the prompt, or its next chunk: exit hidden [B, T, D] at consecutive `positions` [B, T].
+
+        before: [B, T, D], the verifier's final hidden state at the position before each, zeros before the first.
+        """
         return state
 
     def first(self, state: Any, previous: Committed, hidden: jax.Array, position: jax.Array) -> tuple[jax.Array, Any]:

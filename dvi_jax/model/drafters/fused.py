@@ -50,8 +50,8 @@ class Fused(Drafter):
         (cache,) = attention.init_caches(self.architecture, 1, batch, slots, dtype)
         return cache
 
-    def prefill(self, state: LayerCache, hidden: jax.Array, feature: jax.Array, positions: jax.Array) -> LayerCache:
-        _, key, value = self._heads(self._fuse(hidden, _shift(feature, 1)), positions)
+    def prefill(self, state: LayerCache, hidden: jax.Array, before: jax.Array, positions: jax.Array) -> LayerCache:
+        _, key, value = attention.split_heads(*self._qkv(self._fuse(hidden, before), positions))
         return attention.write_rows(state, key, value, positions[:, 0])
 
     def first(
@@ -78,7 +78,7 @@ class Fused(Drafter):
         previous = feature
         for _ in range(steps):
             x = self._fuse(hidden, _shift(previous, 1))
-            query, key, value = self._heads(x, positions)
+            query, key, value = attention.split_heads(*self._qkv(x, positions))
             cached.append((key, value))
             previous = self._finish(x, _attend_unrolled(query, cached, positions))
             drafts.append(previous)
@@ -89,22 +89,21 @@ class Fused(Drafter):
     ) -> tuple[jax.Array, LayerCache]:
         """Rows [B, T, D] at consecutive `positions` [B, T] through the layer and its cache."""
         x = self._fuse(hidden, feature)
-        query, key, value = self._heads(x, positions)
-        cache = attention.write_rows(cache, key, value, positions[:, 0])
-        mask = attention.cached_mask(positions, cache.key.shape[2])
-        return self._finish(x, attention.attend(query, *cache, mask)), cache
+        mixed, cache = attention.attend_cached(*self._qkv(x, positions), cache, positions)
+        return self._finish(x, mixed), cache
 
     def _fuse(self, hidden: jax.Array, feature: jax.Array) -> jax.Array:
         eps = self.architecture.rms_norm_eps
         normed = rms_norm(hidden, self.hidden_norm[...], eps), rms_norm(feature, self.feature_norm[...], eps)
         return self._project("fuse", jnp.concatenate(normed, axis=-1))
 
-    def _heads(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _qkv(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, attention.Heads, attention.Rope]:
+        """Fused queries, keys and values of x [B, T, D], how to split them, and how to turn them."""
         config = self.architecture
         frequencies = attention.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         qkv = self._project("qkv", rms_norm(x, self.attn_norm[...], config.rms_norm_eps))
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-        return attention.split_heads(qkv, heads, attention.rope_tables(frequencies, positions))
+        return qkv, heads, attention.rope_tables(frequencies, positions)
 
     def _finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
         """Everything after attention: [B, T, D] residual stream and [B, T, N*H] -> draft hidden [B, T, D]."""

@@ -50,8 +50,8 @@ class Kangaroo(Drafter):
         shape = (batch, self.num_kv_heads, slots, self.head_dim)
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    def prefill(self, state: LayerCache, hidden: jax.Array, feature: jax.Array, positions: jax.Array) -> LayerCache:
-        _, key, value = self._heads(hidden, positions)
+    def prefill(self, state: LayerCache, hidden: jax.Array, before: jax.Array, positions: jax.Array) -> LayerCache:
+        _, key, value = attention.split_heads(*self._qkv(hidden, positions))
         return attention.write_rows(state, key, value, positions[:, 0])
 
     def first(
@@ -70,26 +70,25 @@ class Kangaroo(Drafter):
         return self._run(state, hidden, position[:, None])
 
     def unroll(self, hidden: jax.Array, feature: jax.Array, positions: jax.Array, steps: int) -> list[jax.Array]:
-        mask = positions[:, None, :] <= positions[:, :, None]
-        return [self._attend(hidden, *self._heads(hidden, positions), mask)]
+        mixed, _ = attention.attend_fresh(*self._qkv(hidden, positions), None, positions)
+        return [self._finish(hidden, mixed)]
 
     def config(self) -> dict[str, Any]:
         return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "rms_norm_eps": self.eps}
 
     def _run(self, cache: LayerCache, hidden: jax.Array, positions: jax.Array) -> tuple[jax.Array, LayerCache]:
-        query, key, value = self._heads(hidden, positions)
-        cache = attention.write_rows(cache, key, value, positions[:, 0])
-        mask = attention.cached_mask(positions, cache.key.shape[2])
-        return self._attend(hidden, query, *cache, mask), cache
+        mixed, cache = attention.attend_cached(*self._qkv(hidden, positions), cache, positions)
+        return self._finish(hidden, mixed), cache
 
-    def _heads(self, hidden: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _qkv(self, hidden: jax.Array, positions: jax.Array) -> tuple[jax.Array, attention.Heads, attention.Rope]:
+        """Fused queries, keys and values of hidden [B, T, D], how to split them, and how to turn them."""
         normed = rms_norm(hidden, self.attn_norm[...], self.eps)
-        rope = attention.rope_tables(attention.rope_frequencies(self.head_dim, 10000.0, None), positions)
         qkv = linear(normed, self.qkv[...].astype(hidden.dtype))
-        return attention.split_heads(qkv, (self.num_heads, self.num_kv_heads, self.head_dim), rope)
+        frequencies = attention.rope_frequencies(self.head_dim, 10000.0, None)
+        heads = (self.num_heads, self.num_kv_heads, self.head_dim)
+        return qkv, heads, attention.rope_tables(frequencies, positions)
 
-    def _attend(
-        self, hidden: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
-    ) -> jax.Array:
-        mixed = linear(attention.attend(query, key, value, mask), self.out[...].astype(hidden.dtype))
-        return rms_norm(hidden + mixed, self.norm[...], self.eps)
+    def _finish(self, hidden: jax.Array, mixed: jax.Array) -> jax.Array:
+        """After attention: residual stream [B, T, D] and [B, T, N*H] -> draft hidden [B, T, D]."""
+        out = linear(mixed, self.out[...].astype(hidden.dtype))
+        return rms_norm(hidden + out, self.norm[...], self.eps)
