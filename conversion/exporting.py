@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dvi_jax.errors import UserError
 from dvi_jax.model.lora import merge_lora
 
 MAX_SHARD_BYTES = 5_000_000_000
-_TEXTS = ("config.json", "MANIFEST.json", "tokenizer.json", "chat_template.jinja")
+_TEXTS = ("config.json", "tokenizer.json", "chat_template.jinja")
 
 
 def export_checkpoint(source: Path, out: Path, kind: str, *, merge: bool = False) -> None:
@@ -54,6 +54,7 @@ def export_orbax(checkpoint: Checkpoint, out: Path) -> None:
         for name in _TEXTS:
             if (checkpoint.path / name).exists():
                 (directory / name).write_bytes((checkpoint.path / name).read_bytes())
+        _write_json(directory / "MANIFEST.json", asdict(checkpoint.manifest))
         save_tree(directory / "weights", {name: tree for name, tree in parts.items() if tree})
 
 

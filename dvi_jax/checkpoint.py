@@ -3,16 +3,17 @@
     config.json  tokenizer.json  chat_template.jinja  base/  drafter/  lora/  MANIFEST.json
 
 `base/`, `drafter/` and `lora/` are orbax checkpoints of plain nested dicts with string keys and restore without this
-package. Training snapshots (optimiser, replay, stream position) are `learn/snapshot.py`'s.
+package. MANIFEST.json also holds the SHA-256 of every file, which reading verifies; take its `checksums` out to use
+files that were changed on purpose. Training snapshots (optimiser, replay, stream position) are `learn/snapshot.py`'s.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import inspect
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -24,12 +25,18 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dvi_jax.config import LlamaConfig, from_dict
+from dvi_jax.config import LlamaConfig
+from dvi_jax.directories import hash_files, partial_directory, verify_files
 from dvi_jax.errors import UserError
 from dvi_jax.model.llama import base_shapes
+from dvi_jax.settings import MOST_MESSAGE, from_dict, require
 
 FORMAT_VERSION = 1
+MANIFEST = "MANIFEST.json"
 DTYPES = ("float32", "bfloat16")
+LORA_OPTIONS = {"rank_s", "rank_d", "alpha_s", "alpha_d"}
+MOST_OPTION = 4096  # a rank, a number of heads: a manifest alone must not make anything allocate
+MOST_TEXT = 32 * 2**20  # bytes of a text file of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,12 @@ class Manifest:
             raise UserError(
                 f"MANIFEST.json: format_version {self.format_version} is not supported; this reads {FORMAT_VERSION}"
             )
-        if self.dtype not in DTYPES:
-            raise UserError(f"MANIFEST.json: dtype must be float32 or bfloat16, got {self.dtype!r}")
+        require(self.dtype in DTYPES, f"{MANIFEST}: dtype", self.dtype, "float32 or bfloat16")
+        unknown = sorted(map(str, self.lora.keys() - LORA_OPTIONS))
+        require(not unknown, f"{MANIFEST}: lora", unknown, f"an object with {', '.join(sorted(LORA_OPTIONS))}")
+        for name, value in (self.lora | self.drafter_config).items():
+            if isinstance(value, (int, float)):
+                require(0 <= value <= MOST_OPTION, f"{MANIFEST}: {name}", value, f"between 0 and {MOST_OPTION}")
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,6 @@ def write_checkpoint(
     """Write a checkpoint directory at `path`, which must not exist or be empty; a failure leaves nothing there."""
     texts = {
         "config.json": json.dumps(config.to_json(), indent=1),
-        "MANIFEST.json": json.dumps(asdict(manifest), indent=1),
         "tokenizer.json": tokenizer_json,
         "chat_template.jinja": chat_template,
     }
@@ -95,17 +105,21 @@ def write_checkpoint(
         for name, tree in (("base", base), ("drafter", drafter), ("lora", lora)):
             if tree:
                 save_tree(partial / name, tree)
+        _write_manifest(partial, manifest)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint directory; a missing file, unknown key or wrong shape raises `UserError` naming the first."""
+    """Read a checkpoint directory.
+
+    A missing or damaged file, an unknown key or a wrong shape raises `UserError` naming the first.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}: not a directory (make one with: python -m conversion import)")
-    if not (path / "MANIFEST.json").is_file():
-        raise UserError(f"{path} is no checkpoint: MANIFEST.json is missing (see: python -m conversion import --help)")
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"{path} is no checkpoint: {MANIFEST} is missing (see: python -m conversion import --help)")
     config = LlamaConfig.from_json(read_json(path / "config.json"), str(path / "config.json"))
-    manifest = from_dict(Manifest, read_json(path / "MANIFEST.json"), str(path / "MANIFEST.json"))
+    manifest = read_manifest(path)
     base = load_tree(path / "base")
     check_shapes(base, base_shapes(config), str(path / "base"))
     return Checkpoint(
@@ -126,10 +140,10 @@ def write_drafter(path: str | Path, checkpoint: Checkpoint) -> None:
         raise UserError(f"{checkpoint.path} holds no trained drafter")
     half = _map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), checkpoint.drafter)
     with new_directory(path) as partial:
-        (partial / "MANIFEST.json").write_text(json.dumps(asdict(checkpoint.manifest), indent=1), encoding="utf-8")
         save_tree(partial / "drafter", half)
         if checkpoint.lora:
             save_tree(partial / "lora", checkpoint.lora)
+        _write_manifest(partial, checkpoint.manifest)
 
 
 def with_drafter_from(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
@@ -138,7 +152,7 @@ def with_drafter_from(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
     The verifier must be the same model (by the source's sha256, at any dtype), else `UserError`.
     """
     path = Path(path)
-    manifest = from_dict(Manifest, read_json(path / "MANIFEST.json"), str(path / "MANIFEST.json"))
+    manifest = read_manifest(path)
     if manifest.source_sha256 != checkpoint.manifest.source_sha256:
         raise UserError(
             f"{path}: this drafter was made for {manifest.source}, another model than {checkpoint.manifest.source}"
@@ -166,33 +180,74 @@ def rewrite_checkpoint(checkpoint: Checkpoint, path: str | Path, **changes: Any)
     )
 
 
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a directory, once every file it has a checksum of was found as it was written.
+
+    Raises `UserError` naming what is wrong; a directory written before there were checksums is believed.
+    """
+    where = str(directory / MANIFEST)
+    document = read_json(directory / MANIFEST)
+    checksums = document.pop("checksums", {}) if isinstance(document, dict) else {}
+    if not isinstance(checksums, dict):
+        raise UserError(f"{where}: checksums must be an object of file names, got {type(checksums).__name__}")
+    manifest = from_dict(Manifest, document, where)
+    own = checksums.pop(MANIFEST, None)
+    if own is not None and own != _manifest_checksum(document, checksums):
+        raise UserError(f"{where} is damaged: it differs from its checksum")
+    verify_files(directory, checksums)
+    return manifest
+
+
+def _write_manifest(directory: Path, manifest: Manifest) -> None:
+    """The last file of a directory: all others are hashed here."""
+    document, checksums = asdict(manifest), hash_files(directory)
+    checksums[MANIFEST] = _manifest_checksum(document, checksums)
+    text = json.dumps(document | {"checksums": checksums}, indent=1)
+    (directory / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _manifest_checksum(document: dict[str, Any], checksums: dict[str, Any]) -> str:
+    """SHA-256 of the manifest's values and the other files' checksums, however they are laid out as text."""
+    return hashlib.sha256(json.dumps([document, checksums], sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
     """A temporary sibling of `path`, renamed to it when the block ends well, removed otherwise."""
     path = Path(path).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} already exists; choose another path or remove it first")
-    partial = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        os.replace(partial, path)
+        with partial_directory(path) as partial:
+            yield partial
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_tree(path: Path, tree: dict[str, Any]) -> None:
-    """Save a nested dict of arrays as one orbax checkpoint; integer keys become strings."""
+    """Save a nested dict of arrays as one orbax checkpoint; integer keys become strings.
+
+    A disk without room for them is an `OSError` before anything is written.
+    """
+    _require_space(path.parent, sum(leaf.nbytes for _, leaf in _flatten(tree)))
     # Synchronous, uncompressed and without orbax's copy of host arrays: the write then takes no memory of its own.
     handlers = ocp.type_handlers
     copies = "deepcopy_host_arrays" in inspect.signature(handlers.NumpyHandler).parameters  # orbax 0.12.4 never copies
     numpy_handler = handlers.NumpyHandler(**({"deepcopy_host_arrays": False} if copies else {}))
     registry = handlers.create_type_handler_registry((np.ndarray, numpy_handler), (jax.Array, handlers.ArrayHandler()))
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path.absolute(), ocp.args.PyTreeSave(string_keys(tree)))
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path.absolute(), ocp.args.PyTreeSave(string_keys(tree)))
+    except ValueError as error:  # what tensorstore makes of errors of the file system, e.g. a quota
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+def _require_space(directory: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if nbytes > free:
+        reason = f"no space left: {nbytes / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB are free"
+        raise OSError(errno.ENOSPC, reason)
 
 
 def load_tree(path: Path) -> dict[str, Any]:
@@ -222,15 +277,11 @@ def check_shapes(tree: dict[str, Any], shapes: dict[str, Any], where: str) -> No
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; missing or malformed raises `UserError` naming it."""
+    """Parse a JSON file; missing, malformed or too large raises `UserError` naming it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # malformed JSON or UTF-8
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+        return json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:  # malformed JSON or nested too deep
+        raise UserError(f"{path} is not valid JSON: {str(error)[:MOST_MESSAGE]}") from error
 
 
 def string_keys(tree: Any) -> Any:
@@ -255,4 +306,20 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _read_optional(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.exists() else None
+    return _read_text(path) if path.exists() else None
+
+
+def _read_text(path: Path) -> str:
+    """A regular file (anything else might block for ever) of UTF-8 text of at most `MOST_TEXT` bytes."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path} is missing" if not path.exists() else f"{path} is not a file")
+        with path.open("rb") as file:
+            content = file.read(MOST_TEXT + 1)
+        if len(content) > MOST_TEXT:
+            raise UserError(f"{path} is larger than the {MOST_TEXT >> 20} MiB that it may have")
+        return content.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error

@@ -1,4 +1,4 @@
-"""Every setting of the package: frozen dataclasses, read strictly from JSON and YAML.
+"""Every setting of the package: frozen dataclasses, read strictly from JSON and YAML (`settings.py`).
 
 `LlamaConfig` describes an architecture and lives in a checkpoint's `config.json`; `TrainConfig` describes a training
 run and lives in a YAML file, with `--set section.key=value` on top. Unknown keys and values out of range are errors
@@ -10,19 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-import dacite
-import yaml
+from typing import Any
 
 from dvi_jax.errors import UserError
-
-T = TypeVar("T")
-
-
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise UserError(f"{name} must be {allowed}, got {value!r}")
+from dvi_jax.settings import from_dict, parse_yaml, read_yaml, require
 
 
 @dataclass(frozen=True)
@@ -36,8 +27,21 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self) -> None:
-        _require(self.kind in ("linear", "llama3"), "rope_scaling.kind", self.kind, "linear or llama3")
-        _require(self.factor > 0, "rope_scaling.factor", self.factor, "above 0")
+        require(self.kind in ("linear", "llama3"), "rope_scaling.kind", self.kind, "linear or llama3")
+        require(self.factor > 0, "rope_scaling.factor", self.factor, "above 0")
+
+
+# Beyond any Llama: a config alone must not make anything allocate.
+MOST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "num_layers": 1024,
+    "num_heads": 2**16,
+    "num_kv_heads": 2**16,
+    "head_dim": 2**16,
+    "max_position_embeddings": 2**31,
+}
 
 
 @dataclass(frozen=True)
@@ -60,24 +64,16 @@ class LlamaConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
-        _require(self.num_layers >= 2, "num_layers", self.num_layers, "at least 2, so that it can be split")
-        _require(
+        for name, most in MOST.items():
+            require(0 < getattr(self, name) <= most, name, getattr(self, name), f"at least 1 and at most {most}")
+        require(self.num_layers >= 2, "num_layers", self.num_layers, "at least 2, so that it can be split")
+        require(
             self.num_heads % self.num_kv_heads == 0,
             "num_kv_heads",
             self.num_kv_heads,
             f"a divisor of num_heads={self.num_heads}",
         )
-        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even (rotary embeddings turn pairs)")
+        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even (rotary embeddings turn pairs)")
 
     def to_json(self) -> dict[str, Any]:
         """The config as plain JSON values."""
@@ -91,16 +87,42 @@ class LlamaConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How one generation drafts. `draft_steps + 1` rows are verified in every round."""
+    """How one generation drafts. `draft_steps + 1` rows are verified in every round.
+
+    `draft_cost`: what a draft costs, in rounds that draft nothing; above 0, drafting also stops where it does not pay.
+    """
 
     draft_steps: int = 3
     threshold: float = 0.0
     max_new_tokens: int = 64
+    draft_cost: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(0 <= self.draft_steps <= 16, "draft_steps", self.draft_steps, "between 0 and 16")
-        _require(self.threshold >= 0, "threshold", self.threshold, "0 or above")
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        require(0 <= self.draft_cost <= 1, "draft_cost", self.draft_cost, "between 0 (off) and 1")
+        require(0 <= self.draft_steps <= 16, "draft_steps", self.draft_steps, "between 0 and 16")
+        require(self.threshold >= 0, "threshold", self.threshold, "0 or above")
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How one row is sampled; temperature 0 is greedy. `coupled`: see `decode/sampling.py`; one value for a batch."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    coupled: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or above")
+        require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or above")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
+        require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2**32 - 1")
 
 
 @dataclass(frozen=True)
@@ -114,10 +136,10 @@ class DataConfig:
     held_out_prompts: int = 32
 
     def __post_init__(self) -> None:
-        _require(self.turns in ("first", "all"), "data.turns", self.turns, "first or all")
-        _require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens", self.max_prompt_tokens, "at least 1")
-        _require(0 < self.held_out_fraction < 1, "data.held_out_fraction", self.held_out_fraction, "between 0 and 1")
-        _require(self.held_out_prompts >= 1, "data.held_out_prompts", self.held_out_prompts, "at least 1")
+        require(self.turns in ("first", "all"), "data.turns", self.turns, "first or all")
+        require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens", self.max_prompt_tokens, "at least 1")
+        require(0 < self.held_out_fraction < 1, "data.held_out_fraction", self.held_out_fraction, "between 0 and 1")
+        require(self.held_out_prompts >= 1, "data.held_out_prompts", self.held_out_prompts, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -128,7 +150,7 @@ class LoRAConfig:
     alpha_s: float = 64.0
 
     def __post_init__(self) -> None:
-        _require(self.rank_s >= 0, "lora.rank_s", self.rank_s, "0 or above")
+        require(self.rank_s >= 0, "lora.rank_s", self.rank_s, "0 or above")
 
 
 @dataclass(frozen=True)
@@ -154,13 +176,13 @@ class ObjectiveConfig:
     unroll_decay: float = 0.8
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.schedule in ("linear", "exponential"), "objective.schedule", self.schedule, "linear or exponential"
         )
-        _require(self.warmup >= 0 and self.ramp >= 0, "objective.warmup/ramp", (self.warmup, self.ramp), "0 or above")
-        _require(0 <= self.baseline_momentum < 1, "objective.baseline_momentum", self.baseline_momentum, "in [0, 1)")
-        _require(self.unroll_steps >= 1, "objective.unroll_steps", self.unroll_steps, "at least 1")
-        _require(self.kl_temperature > 0, "objective.kl_temperature", self.kl_temperature, "above 0")
+        require(self.warmup >= 0 and self.ramp >= 0, "objective.warmup/ramp", (self.warmup, self.ramp), "0 or above")
+        require(0 <= self.baseline_momentum < 1, "objective.baseline_momentum", self.baseline_momentum, "in [0, 1)")
+        require(self.unroll_steps >= 1, "objective.unroll_steps", self.unroll_steps, "at least 1")
+        require(self.kl_temperature > 0, "objective.kl_temperature", self.kl_temperature, "above 0")
 
 
 @dataclass(frozen=True)
@@ -173,10 +195,10 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.lora_lr > 0 and self.head_lr > 0, "optimizer.lora_lr/head_lr", (self.lora_lr, self.head_lr), "above 0"
         )
-        _require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "above 0")
+        require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "above 0")
 
 
 @dataclass(frozen=True)
@@ -194,15 +216,38 @@ class SlowConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, "slow.every", self.every, "0 (never) or above")
-        _require(self.rank_d >= 0, "slow.rank_d", self.rank_d, "0 or above")
-        _require(self.rows >= 1, "slow.rows", self.rows, "at least 1")
-        _require(self.lr > 0 and self.beta >= 0, "slow.lr/beta", (self.lr, self.beta), "above 0 / 0 or above")
+        require(self.every >= 0, "slow.every", self.every, "0 (never) or above")
+        require(self.rank_d >= 0, "slow.rank_d", self.rank_d, "0 or above")
+        require(self.rows >= 1, "slow.rows", self.rows, "at least 1")
+        require(self.lr > 0 and self.beta >= 0, "slow.lr/beta", (self.lr, self.beta), "above 0 / 0 or above")
+
+
+@dataclass(frozen=True)
+class RollbackConfig:
+    """When learning goes back to its last good snapshot (`learn/rollback.py`).
+
+    `after`: non-finite updates in a row (0: never). `collapse`: accept rate as a share of its best (0: never), judged
+    from `settle` rollouts on, online only. `at_most`: rollbacks in quick succession, then the run ends.
+    """
+
+    after: int = 3
+    collapse: float = 0.5
+    settle: int = 20
+    at_most: int = 5
+
+    def __post_init__(self) -> None:
+        require(0 <= self.after <= 5, "rollback.after", self.after, "between 0 (never) and 5")
+        require(0 <= self.collapse < 1, "rollback.collapse", self.collapse, "0 (never) or a share below 1")
+        require(self.settle >= 1, "rollback.settle", self.settle, "at least 1")
+        require(self.at_most >= 1, "rollback.at_most", self.at_most, "at least 1")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One online training run. `eval_every` and `save_every` count rollouts; `max_minutes` 0 means no limit."""
+    """One online training run. `eval_every` and `save_every` count rollouts; `max_minutes` 0 means no limit.
+
+    `keep_best` snapshots are kept by held-out accept rate, of those taken right after an evaluation.
+    """
 
     checkpoint: str
     out: str
@@ -217,6 +262,7 @@ class TrainConfig:
     eval_every: int = 50
     save_every: int = 50
     keep_checkpoints: int = 2
+    keep_best: int = 1
     max_minutes: float = 0.0
     data: DataConfig = field(default_factory=DataConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -224,6 +270,7 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     slow: SlowConfig = field(default_factory=SlowConfig)
+    rollback: RollbackConfig = field(default_factory=RollbackConfig)
 
     def __post_init__(self) -> None:
         for name in (
@@ -235,24 +282,25 @@ class TrainConfig:
             "save_every",
             "keep_checkpoints",
         ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.updates_per_rollout >= 0, "updates_per_rollout", self.updates_per_rollout, "0 or above")
-        _require(self.replayed_windows >= 0, "replayed_windows", self.replayed_windows, "0 or above")
-        _require(
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.updates_per_rollout >= 0, "updates_per_rollout", self.updates_per_rollout, "0 or above")
+        require(self.replayed_windows >= 0, "replayed_windows", self.replayed_windows, "0 or above")
+        require(
             self.rollout_batch <= self.replay_capacity,
             "replay_capacity",
             self.replay_capacity,
             f"at least rollout_batch={self.rollout_batch}",
         )
         window = self.data.max_prompt_tokens + self.decode.max_new_tokens - 1
-        _require(
+        require(
             self.positions_per_update <= self.rollout_batch * window,
             "positions_per_update",
             self.positions_per_update,
             f"at most rollout_batch * (max_prompt_tokens + max_new_tokens - 1) = {self.rollout_batch * window}",
         )
-        _require(self.decode.draft_steps >= 1, "decode.draft_steps", self.decode.draft_steps, "at least 1 to learn")
-        _require(self.max_minutes >= 0, "max_minutes", self.max_minutes, "0 (no limit) or above")
+        require(self.decode.draft_steps >= 1, "decode.draft_steps", self.decode.draft_steps, "at least 1 to learn")
+        require(self.max_minutes >= 0, "max_minutes", self.max_minutes, "0 (no limit) or above")
+        require(self.keep_best >= 0, "keep_best", self.keep_best, "0 or above")
 
 
 @dataclass(frozen=True)
@@ -286,33 +334,21 @@ class DistillConfig:
     log_every: int = 20
     save_every: int = 500
     keep_checkpoints: int = 2
+    rollback: RollbackConfig = field(default_factory=RollbackConfig)
 
     def __post_init__(self) -> None:
-        _require(self.learn_from in ("assistant", "all"), "learn_from", self.learn_from, "assistant or all")
-        _require(self.targets in ("verifier", "log"), "targets", self.targets, "verifier or log")
-        _require(self.shallow_rank >= 0, "shallow_rank", self.shallow_rank, "0 or above")
-        _require(self.lr > 0, "lr", self.lr, "above 0")
-        for name in ("tokens", "row_length", "batch_rows", "unroll_steps", "eval_rows", "log_every", "save_every"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.learn_from in ("assistant", "all"), "learn_from", self.learn_from, "assistant or all")
+        require(self.targets in ("verifier", "log"), "targets", self.targets, "verifier or log")
+        require(self.shallow_rank >= 0, "shallow_rank", self.shallow_rank, "0 or above")
+        require(self.lr > 0, "lr", self.lr, "above 0")
+        counts = ("tokens", "row_length", "batch_rows", "unroll_steps", "eval_rows", "log_every", "save_every")
+        for name in (*counts, "keep_checkpoints"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
     @property
     def steps(self) -> int:
         """Updates that the token budget allows."""
         return max(self.tokens // (self.batch_rows * self.row_length), 1)
-
-
-def from_dict(cls: type[T], data: object, where: str) -> T:
-    """Build the dataclass `cls` from plain JSON/YAML values; `where` names the source in messages."""
-    if not isinstance(data, dict):
-        raise UserError(f"{where} must hold a mapping of settings, got {type(data).__name__}")
-    try:
-        return dacite.from_dict(cls, data, dacite.Config(strict=True, cast=[tuple, float]))
-    except dacite.UnexpectedDataError as error:
-        raise UserError(f"{where}: unknown key {', '.join(sorted(map(str, error.keys)))}") from error
-    except dacite.DaciteError as error:
-        raise UserError(f"{where}: {error}") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from error
 
 
 TRAINERS = {"online": TrainConfig, "distill": DistillConfig}
@@ -323,33 +359,15 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
 
     Its key `trainer` (online by default, or distill) says which settings the rest holds.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    data = _parse_yaml(text, str(path)) or {}
-    if not isinstance(data, dict):
-        raise UserError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
+    data = read_yaml(path)
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
             raise UserError(f"--set {override!r} must have the form section.key=value")
-        _assign(data, key.split("."), _parse_yaml(value, f"--set {override}"), override)
+        _assign(data, key.split("."), parse_yaml(value, f"--set {override}"), override)
     trainer = data.pop("trainer", "online")
-    if trainer not in TRAINERS:
-        raise UserError(f"{path}: trainer must be {' or '.join(TRAINERS)}, got {trainer!r}")
+    require(trainer in tuple(TRAINERS), f"{path}: trainer", trainer, " or ".join(TRAINERS))
     return from_dict(TRAINERS[trainer], data, str(path))
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}: not valid YAML{line}: {getattr(error, 'problem', error)}") from error
 
 
 def _assign(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:

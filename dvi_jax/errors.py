@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 EXIT_STATUS = 2
+LONGEST_LINE = 1000
 INTERRUPTED_STATUS = 130  # what shells report for Ctrl-C
 
 
@@ -33,10 +34,19 @@ def run_cli(main: Callable[[], int | None]) -> int:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return EXIT_STATUS
     except KeyboardInterrupt:
         if "--debug" in sys.argv:
             raise
         print("stopped", file=sys.stderr)
         return INTERRUPTED_STATUS
+
+
+def one_line(text: str) -> str:
+    """`text` on one line of at most `LONGEST_LINE` characters, without control characters.
+
+    A message may repeat a name from a file, which must not reach the terminal as an escape sequence.
+    """
+    line = "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
+    return line if len(line) <= LONGEST_LINE else line[: LONGEST_LINE - 3] + "..."

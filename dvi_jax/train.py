@@ -21,6 +21,24 @@ from dvi_jax.load import enable_compilation_cache
 PLAIN_EVERY = 10  # updates between two lines where the output is not a terminal
 
 
+def notice(kind: str, record: dict[str, Any]) -> str | None:
+    """The line for a record that both trainers have, None for one that is not news."""
+    lines = {
+        "resume": "resumed at update {step}",
+        "damaged_snapshot": "{reason}; going on from the snapshot of update {snapshot}",
+        "failed_save": "warning: the snapshot of update {snapshot} could not be saved ({reason}), {count} so far;"
+        " earlier ones stay, learning goes on",
+        "rollback": "update {step}: {reason}, rolled back to {back_to} (rollback {rollbacks})",
+        "traffic_changed": "update {step}: the accept rate fell to {accept_rate:.1%}, but the best snapshot's drafter"
+        " has {good_accept_rate:.1%} on the same prompts: the traffic changed",
+        "stopped": "stopped by {signal} after update {step}; newest snapshot: update {snapshot}; --resume goes on",
+    }
+    if kind not in lines:
+        return None
+    back_to = "the start" if record.get("snapshot") is None else f"the snapshot of update {record['snapshot']}"
+    return lines[kind].format(**record, back_to=back_to)
+
+
 class Display:
     """Shows a run: a progress bar on a terminal, a line now and then elsewhere."""
 
@@ -31,18 +49,24 @@ class Display:
         self.task = self.bar.add_task("train", total=config.prompts, note="compiling")
 
     def __call__(self, kind: str, record: dict[str, Any]) -> None:
-        if kind == "eval":
+        line = notice(kind, record)
+        if line:
+            say(self.console, line)
+        elif kind == "eval":
             self.console.print(
                 f"update {record['step']:5d}  held-out accept rate {record['accept_rate']:6.1%}"
                 f"  tokens per round {record['tokens_per_round']:.3f}"
             )
-        elif kind == "resume":
-            self.console.print(f"resumed at update {record['step']}, after {record['prompts']} prompts")
         elif kind == "train":
             note = f"kl {record.get('kl', 0.0):.3f}  accept rate {record['accept_rate']:.1%}"
             self.bar.update(self.task, completed=record["prompts"], note=note)
             if not self.console.is_terminal and record["step"] % PLAIN_EVERY == 0:
                 self.console.print(f"update {record['step']:5d}  {record['prompts']} prompts  {note}")
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: not wrapped, so that paths can be copied."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def run(config: TrainConfig, *, resume: bool, console: Console) -> RunResult:
@@ -53,7 +77,7 @@ def run(config: TrainConfig, *, resume: bool, console: Console) -> RunResult:
     try:
         plot_learning_curve(f"{config.out}/metrics.jsonl", f"{config.out}/curve.png")
     except UserError as error:  # the run is done and saved; matplotlib is an extra
-        console.print(f"no curve: {error}", soft_wrap=True, markup=False)
+        say(console, f"no curve: {error}")
     return result
 
 
@@ -61,6 +85,10 @@ def run_distillation(config: DistillConfig, *, resume: bool, console: Console) -
     """Distil with a line now and then, and say what came of it."""
 
     def report(kind: str, record: dict[str, Any]) -> None:
+        line = notice(kind, record)
+        if line:
+            say(console, line)
+            return
         agreement = " ".join(f"{rate:.3f}" for rate in record["agreement"])
         if kind == "eval":
             console.print(
@@ -98,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(f"read: {result.stream['conversations']}", soft_wrap=True)
     console.print(f"held-out accept rate {result.before.accept_rate:.1%} -> {result.after.accept_rate:.1%}")
     for name, path in (("metrics", "metrics.jsonl"), ("curve", "curve.png"), ("checkpoint", result.checkpoint.name)):
-        console.print(f"{name:10} {config.out}/{path}", soft_wrap=True, markup=False, highlight=False)
+        say(console, f"{name:10} {config.out}/{path}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -11,45 +12,81 @@ from dvi_jax.errors import UserError
 
 
 class MetricsLog:
-    """Appends records to `path`, keeping what is there."""
+    """Appends records to `path`, keeping what is there. What a full disk refuses is kept and written later."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", encoding="utf-8")
+            self._open()
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record and hand it to the operating system."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Hand one record to the operating system, after those it refused before; `flush` tells of a refusal."""
+        self._waiting += json.dumps(record).encode() + b"\n"
+        try:
+            self._write_waiting()
+            self._refusal = None
+        except OSError as error:
+            self._refusal = error
 
     def flush(self) -> None:
-        """Bring everything written to the disk: a snapshot must not be newer than the metrics before it."""
-        self._file.flush()
+        """Bring everything appended to the disk: a snapshot must not be newer than the metrics before it.
+
+        Raises `OSError` if the disk does not take it. May be called from another thread.
+        """
+        if self._refusal is not None:
+            raise OSError(self._refusal.errno, self._refusal.strerror)
         os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """All records of one kind."""
         return [record for record in self._all() if record["kind"] == kind]
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drop the records after `step` (and a line cut off by a kill); returns the evaluations that stay."""
+        """Drop the records after `step` (and lines that a kill cut off); returns the evaluations that stay."""
         kept = [record for record in self._all() if record["step"] <= step and record["kind"] != "summary"]
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        self._file.close()
-        os.replace(partial, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            self._file.close()
+            os.replace(partial, self.path)
+            self._open()
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
         return [record for record in kept if record["kind"] == "eval"]
 
+    def _open(self) -> None:
+        self._file = self.path.open("ab", buffering=0)
+        self._length = self._file.seek(0, os.SEEK_END)
+        self._waiting = b""
+        self._refusal: OSError | None = None
+
+    def _write_waiting(self) -> None:
+        """Write all waiting lines; if only some bytes fit, cut the file back to whole lines."""
+        written = self._file.write(self._waiting)
+        if written < len(self._waiting):
+            self._file.truncate(self._length)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._length += written
+        self._waiting = b""
+
     def _all(self) -> list[dict[str, Any]]:
+        """Every line that is a record."""
         records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_bytes().split(b"\n"):
             try:
-                records.append(json.loads(line))
-            except ValueError:
-                break  # the last line of a killed run
+                record = json.loads(line)
+            except ValueError:  # cut off by a kill, or damaged
+                continue
+            if isinstance(record, dict) and "kind" in record and isinstance(record.get("step"), int):
+                records.append(record)
         return records

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,13 @@ from dvi_jax.data.prompts import from_first_question
 from dvi_jax.data.template import TemplateRefusedError
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import UserError
-from dvi_jax.learn.distill import distill_metrics, distill_step, init_distill
+from dvi_jax.learn.distill import DistillState, distill_metrics, distill_step, init_distill
 from dvi_jax.learn.fast_update import with_trainable
-from dvi_jax.learn.metrics import MetricsLog
 from dvi_jax.learn.packing import Packed, load_packed, pack
-from dvi_jax.learn.snapshot import Snapshots, refuse_earlier_run
+from dvi_jax.learn.rollback import Watch, go_on_from, non_finite_updates
+from dvi_jax.learn.run_directory import Report, RunDirectory
+from dvi_jax.learn.signals import StopSignals
 from dvi_jax.load import LoadedModel, from_checkpoint, trained_parts
-
-Report = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -44,18 +43,18 @@ class DistillResult:
 def distill(
     config: DistillConfig, *, resume: bool = False, report: Report = lambda kind, record: None
 ) -> DistillResult:
-    """Run a distillation, or go on with one (`resume`). `report` is called with every metrics record."""
-    out = Path(config.out)
-    if not resume:
-        refuse_earlier_run(out)
-    checkpoint = with_drafter(
-        read_checkpoint(config.checkpoint), config.drafter, config.exit_layer, config.shallow_rank
-    )
-    data = read_data(config, checkpoint)
-    model = from_checkpoint(checkpoint, seed=config.seed)
-    metrics = MetricsLog(out / "metrics.jsonl")
-    with Snapshots(out / "snapshots", config.keep_checkpoints) as snapshots:
-        return _run(config, checkpoint, model, data, snapshots, metrics, resume, report)
+    """Run a distillation, or go on with one (`resume`). `report` is called with every metrics record.
+
+    SIGTERM and SIGINT end it after the running update with a snapshot (`signals.Stopped`, a `SystemExit`).
+    """
+    with RunDirectory(config.out, keep=config.keep_checkpoints, keep_best=0, resume=resume, report=report) as directory:
+        checkpoint = with_drafter(
+            read_checkpoint(config.checkpoint), config.drafter, config.exit_layer, config.shallow_rank
+        )
+        run = _Run(config, checkpoint, directory)
+        run.restore()
+        run.learn()
+        return run.finish()
 
 
 def with_drafter(checkpoint: Checkpoint, kind: str, exit_layer: int | None, shallow_rank: int = 0) -> Checkpoint:
@@ -101,57 +100,117 @@ def pack_conversations(files: Sequence[str], tokenizer: Tokenizer, row_length: i
     return pack(sequences(), row_length, vocab_size)
 
 
-def _run(
-    config: DistillConfig,
-    checkpoint: Checkpoint,
-    model: LoadedModel,
-    data: Packed,
-    snapshots: Snapshots,
-    metrics: MetricsLog,
-    resume: bool,
-    report: Report,
-) -> DistillResult:
-    held_out = Packed(data.tokens[-config.eval_rows :], data.mask[-config.eval_rows :])
-    data = Packed(data.tokens[: -config.eval_rows], data.mask[: -config.eval_rows])
-    state, seconds = init_distill(model.params, config), 0.0
+class _Run:
+    """The moving parts of one run."""
 
-    def log(kind: str, values: dict[str, Any]) -> None:
-        record = {"kind": kind, "step": int(state.step), **values}
-        metrics.append(record)
-        report(kind, record)
+    def __init__(self, config: DistillConfig, checkpoint: Checkpoint, directory: RunDirectory):
+        self.config, self.checkpoint, self.directory = config, checkpoint, directory
+        # What programs are compiled for: the same for every run in this process that differs in its directory alone.
+        self.compiled_for = replace(config, checkpoint="", out="", data=())
+        self.data, self.held_out = read_data(config, checkpoint).hold_out(config.eval_rows)
+        self.model = from_checkpoint(checkpoint, seed=config.seed)
+        self.state, self.watch, self.seconds = init_distill(self.model.params, config), Watch(), 0.0
+        self.before: list[float] | None = None
+        self.after: list[float] | None = None
+        self.evaluated = -1  # update of the last evaluation
 
-    def evaluate() -> list[float]:
-        values = _evaluate(model.with_params(with_trainable(model.params, state.trainable)), held_out, config)
-        log("eval", values)
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return int(self.state.step)
+
+    def restore(self) -> None:
+        """Go back to the newest whole snapshot if the run resumes one, else to the beginning."""
+        found, evaluations = self.directory.restore(self.state)
+        if found is None:
+            return
+        self.state, self.seconds = found.state, found.progress["seconds"]
+        self.watch = Watch(**found.progress["watch"])
+        if evaluations:
+            self.before, self.after = evaluations[0]["agreement"], evaluations[-1]["agreement"]
+            self.evaluated = evaluations[-1]["step"]
+        self.directory.report("resume", {"step": found.step})
+
+    def learn(self) -> None:
+        """Updates until the tokens are used up, or a signal asks to stop."""
+        config = self.config
+        with StopSignals() as signals:
+            if self.before is None:
+                self.before = self.evaluate()
+            began, earlier = time.perf_counter(), self.seconds
+            since, logged = began, self.step
+            batches = self.data.batches(config.batch_rows, config.seed, skip=logged)
+            for step in range(logged + 1, config.steps + 1):
+                if signals.received:
+                    break
+                tokens, mask = next(batches)
+                self.state, values = distill_step(
+                    self.model.graphdef, self.model.params, self.state, tokens, mask, config=self.compiled_for
+                )
+                self.seconds = earlier + time.perf_counter() - began
+                if step % config.log_every == 0 or step == config.steps:
+                    self._log_update(step, values, (step - logged) / (time.perf_counter() - since))
+                    since, logged = time.perf_counter(), step
+                if step % config.save_every == 0:
+                    self._save()
+            self._save(regular=False)
+            if signals.received:
+                self.directory.stop(signals.received, self.step)
+
+    def finish(self) -> DistillResult:
+        """Evaluate and write the checkpoint with the trained drafter."""
+        config = self.config
+        if self.evaluated != self.step:
+            self.after = self.evaluate()
+        model = self._trained()
+        path, exists = self.directory.checkpoint_path(self.step)
+        if not exists:
+            manifest = replace(model.manifest, training_step=self.step)
+            rewrite_checkpoint(self.checkpoint, path, manifest=manifest, **trained_parts(model.params))
+        self.directory.finish(self.step)
+        tokens = config.steps * config.batch_rows * config.row_length
+        return DistillResult(self.before, self.after, tokens, self.seconds, path, model)
+
+    def evaluate(self) -> list[float]:
+        """Held-out agreement of each unrolled draft with the verifier, logged."""
+        values, self.evaluated = _evaluate(self._trained(), self.held_out, self.compiled_for), self.step
+        self.directory.log("eval", self.step, values)
         return values["agreement"]
 
-    restored = snapshots.restore(state) if resume else None
-    if restored is not None:
-        state, progress = restored
-        seconds = progress["seconds"]
-    kept = metrics.rewind(int(state.step) if restored is not None else -1)
-    before = kept[0]["agreement"] if kept else evaluate()
-    began, log_began, logged = time.perf_counter() - seconds, time.perf_counter(), int(state.step)
-    batches = data.batches(config.batch_rows, config.seed, skip=int(state.step))
-    for step in range(int(state.step) + 1, config.steps + 1):
-        tokens, mask = next(batches)
-        state, values = distill_step(model.graphdef, model.params, state, tokens, mask, config=config)
-        if step % config.log_every == 0 or step == config.steps:
-            values = {name: np.asarray(value).tolist() for name, value in values.items()}
-            now = time.perf_counter()
-            rate = (step - logged) * config.batch_rows * config.row_length / (now - log_began)
-            log_began, logged = now, step
-            log("train", {"tokens": step * config.batch_rows * config.row_length, "tokens_per_second": rate, **values})
-        if step % config.save_every == 0 or step == config.steps:
-            metrics.flush()
-            snapshots.save(state, {"seconds": time.perf_counter() - began})
-    seconds = time.perf_counter() - began
-    after = evaluate()
-    model = model.with_params(with_trainable(model.params, state.trainable))
-    path = Path(config.out) / "checkpoint"
-    manifest = replace(model.manifest, training_step=int(state.step))
-    rewrite_checkpoint(checkpoint, path, manifest=manifest, **trained_parts(model.params))
-    return DistillResult(before, after, config.steps * config.batch_rows * config.row_length, seconds, path, model)
+    def _trained(self) -> LoadedModel:
+        return self.model.with_params(with_trainable(self.model.params, self.state.trainable))
+
+    def _log_update(self, step: int, metrics: dict[str, jax.Array], updates_per_second: float) -> None:
+        """A metrics record; and a rollback if too many updates in a row were non-finite (`rollback.py`).
+
+        Only here does the host wait for the device.
+        """
+        values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+        tokens = self.config.batch_rows * self.config.row_length
+        rate = updates_per_second * tokens
+        self.directory.log("train", step, {"tokens": step * tokens, "tokens_per_second": rate, **values})
+        self.directory.log_failed_saves(step)
+        skipped, config = non_finite_updates(self.state), self.config.rollback
+        self.watch.checks += 1
+        if config.after and skipped >= config.after:
+            good, found = self._last_good()
+            self.watch.roll_back(step, found, config)
+            self.state = go_on_from(good, self.state)
+            reason = f"{skipped} non-finite updates in a row"
+            self.directory.log(
+                "rollback", step, {"reason": reason, "snapshot": found, "rollbacks": self.watch.rollbacks}
+            )
+
+    def _last_good(self) -> tuple[DistillState, int | None]:
+        """The state of the newest good snapshot and its update; the start if there is none."""
+        found = self.directory.last_good(self.state, self.watch.is_good, self.step)
+        return (init_distill(self.model.params, self.config), None) if found is None else (found.state, found.step)
+
+    def _save(self, *, regular: bool = True) -> None:
+        """Save in the background; a regular snapshot only of a state that updates have not begun to fail on."""
+        if not regular or not non_finite_updates(self.state):
+            progress = {"seconds": self.seconds, "watch": asdict(self.watch)}
+            self.directory.save(self.state, progress, regular=regular)
 
 
 def _evaluate(model: LoadedModel, rows: Packed, config: DistillConfig) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """Online learning, the whole run: decode a stream of prompts speculatively and learn from every accept and reject.
 
-    prompts -> rollout -> replay -> fast update -> (slow update, evaluation, snapshot) -> next prompts
+    prompts -> rollout -> replay -> fast update -> (slow update, rollback, evaluation, snapshot) -> next prompts
 
-Everything a run leaves lies in its `out` directory: metrics.jsonl, snapshots/, checkpoint/, curve.png.
+Everything a run leaves lies in its `out` directory (`run_directory.py`).
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,27 +22,35 @@ from dvi_jax.checkpoint import Checkpoint, read_checkpoint, rewrite_checkpoint
 from dvi_jax.config import TrainConfig
 from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import Prompt, PromptSettings, PromptStream
+from dvi_jax.decode.generate import Generation
 from dvi_jax.errors import UserError
 from dvi_jax.evaluate.acceptance import Acceptance, measure_acceptance
-from dvi_jax.learn.fast_update import fast_update, init_learner, with_trainable
-from dvi_jax.learn.metrics import MetricsLog
+from dvi_jax.learn.fast_update import LearnerState, fast_update, init_learner, with_trainable
 from dvi_jax.learn.replay import Replay, Windows, push
+from dvi_jax.learn.rollback import Watch, go_on_from, non_finite_updates
 from dvi_jax.learn.rollout import rollout, window_length
+from dvi_jax.learn.run_directory import Report, RunDirectory
+from dvi_jax.learn.signals import StopSignals
 from dvi_jax.learn.slow_update import init_slow, is_due, slow_update
-from dvi_jax.learn.snapshot import Snapshots, refuse_earlier_run
 from dvi_jax.load import LoadedModel, from_checkpoint, trained_parts
-
-Report = Callable[[str, dict[str, Any]], None]  # (kind of record, record)
 
 
 @dataclass
 class Progress:
-    """Counters of a run that a snapshot keeps beside the arrays."""
+    """What a snapshot keeps beside the arrays (JSON)."""
 
     stream: dict | None = None  # PromptStream.state()
     prompts: int = 0
     new_tokens: int = 0
     seconds: float = 0.0
+    save_seconds: float = 0.0  # of these, that learning stood still for saves
+    save_due: bool = False  # put off while updates are non-finite
+    watch: Watch = field(default_factory=Watch)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Progress:
+        """Read what `asdict` gave."""
+        return cls(**data | {"watch": Watch(**data["watch"])})
 
 
 @dataclass(frozen=True)
@@ -60,17 +68,15 @@ class RunResult:
 
 
 def train(config: TrainConfig, *, resume: bool = False, report: Report = lambda kind, record: None) -> RunResult:
-    """Run an online training run, or go on with one (`resume`). `report` is called with every metrics record."""
-    out = Path(config.out)
-    if not resume:
-        refuse_earlier_run(out)
-    checkpoint = with_new_lora_d(with_new_drafter(read_checkpoint(config.checkpoint), config), config)
-    with Snapshots(out / "snapshots", config.keep_checkpoints) as snapshots:
-        run = _Run(config, checkpoint, snapshots, report)
-        if resume:
-            run.restore()
-        else:
-            run.metrics.rewind(-1)  # what a run killed before its first snapshot left
+    """Run an online training run, or go on with one (`resume`). `report` is called with every metrics record.
+
+    SIGTERM and SIGINT end it after the running update with a snapshot (`signals.Stopped`, a `SystemExit`).
+    """
+    keep = {"keep": config.keep_checkpoints, "keep_best": config.keep_best}
+    with RunDirectory(config.out, **keep, resume=resume, report=report) as directory:
+        checkpoint = with_new_lora_d(with_new_drafter(read_checkpoint(config.checkpoint), config), config)
+        run = _Run(config, checkpoint, directory)
+        run.restore()
         run.learn()
         return run.finish()
 
@@ -100,106 +106,92 @@ def with_new_lora_d(checkpoint: Checkpoint, config: TrainConfig) -> Checkpoint:
 class _Run:
     """The moving parts of one run."""
 
-    def __init__(self, config: TrainConfig, checkpoint: Checkpoint, snapshots: Snapshots, report: Report):
-        self.config, self.checkpoint, self.snapshots, self.report = config, checkpoint, snapshots, report
+    def __init__(self, config: TrainConfig, checkpoint: Checkpoint, directory: RunDirectory):
+        self.config, self.checkpoint, self.directory = config, checkpoint, directory
         self.model = from_checkpoint(checkpoint, seed=config.seed)
         if self.model.tokenizer is None:
             raise UserError(f"{checkpoint.path} has no tokenizer.json, which a conversation stream needs")
-        window = window_length(config.decode, config.data.max_prompt_tokens)
-        if window > self.model.config.max_position_embeddings:
+        self.window = window_length(config.decode, config.data.max_prompt_tokens)
+        if self.window > self.model.config.max_position_embeddings:
             raise UserError(
                 f"data.max_prompt_tokens {config.data.max_prompt_tokens} and decode.max_new_tokens"
                 f" {config.decode.max_new_tokens} exceed the model's context of"
                 f" {self.model.config.max_position_embeddings} tokens"
             )
-        self.metrics = MetricsLog(Path(config.out) / "metrics.jsonl")
+        if config.slow.every and not self.model.params.lora_d:
+            raise UserError("slow.every needs a verifier with a lora_D: set slow.rank_d")
         self.progress = Progress()
         self.stream = self._open_stream(None)
         self.held_out = self.stream.held_out_prompts(config.data.held_out_prompts)
         if not self.held_out:
             raise UserError("the stream has no held-out prompt: raise data.held_out_fraction or give more data")
-        architecture = self.model.config
-        self.learner = init_learner(
-            self.model.params,
-            config.optimizer,
-            Replay.empty(config.replay_capacity, window, architecture.hidden_size),
-            jax.random.key(config.seed),
+        # On the host, for a rollback before the first snapshot.
+        self.initial = jax.device_get(
+            {name: getattr(self.model.params, name) for name in ("drafter", "lora_s", "lora_d")}
         )
-        if config.slow.every:
-            if not self.model.params.lora_d:
-                raise UserError("slow.every needs a verifier with a lora_D: set slow.rank_d")
-            self.learner = self.learner.replace(slow=init_slow(self.model.params, config.slow))
+        self.learner = self._start()
         self.before: Acceptance | None = None
         self.after: Acceptance | None = None
+        self.evaluated = -1  # update of the last evaluation
 
     def restore(self) -> None:
-        """Go back to the newest snapshot: arrays, counters, stream position, and the metrics up to there.
+        """Go back to the newest whole snapshot if the run resumes one: arrays, counters, stream position, metrics.
 
         A run killed before its first snapshot starts again from the beginning.
         """
-        restored = self.snapshots.restore(self.learner)
-        if restored is None:
-            self.metrics.rewind(-1)
+        found, evaluations = self.directory.restore(self.learner)
+        if found is None:
             return
-        self.learner, progress = restored
-        self.progress = Progress(**progress)
+        self.learner, self.progress = found.state, Progress.from_json(found.progress)
         self.stream = self._open_stream(self.progress.stream)
         self._take_over()
-        evaluations = [Acceptance(**record["acceptance"]) for record in self.metrics.rewind(int(self.learner.step))]
         if evaluations:
-            self.before, self.after = evaluations[0], evaluations[-1]
-        self.report("resume", {"step": int(self.learner.step), "prompts": self.progress.prompts})
+            self.before, self.after = (Acceptance(**evaluations[i]["acceptance"]) for i in (0, -1))
+            self.evaluated = evaluations[-1]["step"]
+        self.directory.report("resume", {"step": found.step, "prompts": self.progress.prompts})
 
     def learn(self) -> None:
-        """Rollouts and updates until the prompts or the minutes are used up."""
+        """Rollouts and updates until the prompts or the minutes are used up, or a signal asks to stop."""
         config = self.config
-        if self.before is None:
-            self.before = self.evaluate()
-        began, earlier = time.perf_counter(), self.progress.seconds
-        saved = -1
-        for batch in self._batches():
-            self._update(batch)
-            self.progress.seconds = earlier + time.perf_counter() - began
-            rollouts = self.progress.prompts // config.rollout_batch
-            if rollouts % config.eval_every == 0:
-                self.after = self.evaluate()
-            if rollouts % config.save_every == 0:
-                self._save()
-                saved = rollouts
-            if config.max_minutes and self.progress.seconds > 60 * config.max_minutes:
-                break
-        if saved != self.progress.prompts // config.rollout_batch:
-            self._save()
+        with StopSignals() as signals:
+            if self.before is None:
+                self.before = self.evaluate()
+            began, earlier = time.perf_counter(), self.progress.seconds
+            for batch in self._batches():
+                if signals.received:  # who resumes reads this batch again
+                    break
+                self._update(batch)
+                self.progress.seconds = earlier + time.perf_counter() - began
+                self._evaluate_and_save()
+                if config.max_minutes and self.progress.seconds > 60 * config.max_minutes:
+                    break
+            self.directory.save(self.learner, asdict(self.progress), regular=False)
+            if signals.received:
+                self.directory.stop(signals.received, int(self.learner.step))
 
     def finish(self) -> RunResult:
         """Evaluate, write the checkpoint with the trained drafter, and sum up."""
-        evaluations = self.metrics.records("eval")
-        if self.after is None or evaluations[-1]["step"] != int(self.learner.step):
+        step = int(self.learner.step)
+        if self.evaluated != step:
             self.after = self.evaluate()
-        path = Path(self.config.out) / "checkpoint"
-        if path.exists():  # of the same run, before it was resumed
-            path = Path(self.config.out) / f"checkpoint-{int(self.learner.step)}"
-        manifest = replace(self.model.manifest, training_step=int(self.learner.step), verifier=self._verifier())
-        rewrite_checkpoint(self.checkpoint, path, manifest=manifest, **trained_parts(self.model.params))
+        path, exists = self.directory.checkpoint_path(step)
+        if not exists:
+            manifest = replace(self.model.manifest, training_step=step, verifier=self._verifier())
+            rewrite_checkpoint(self.checkpoint, path, manifest=manifest, **trained_parts(self.model.params))
+        self.directory.finish(step)
         stream = {"conversations": self.stream.conversations.summary(), "prompts": dict(self.stream.counts)}
         self._log("summary", {**asdict(self.progress), "stream": stream | (self.progress.stream or {})})
-        return RunResult(
-            self.before, self.after, int(self.learner.step), self.progress, path, self.model, self.held_out, stream
-        )
+        return RunResult(self.before, self.after, step, self.progress, path, self.model, self.held_out, stream)
 
     def evaluate(self) -> Acceptance:
         """Held-out acceptance of the drafter as it now is, logged."""
         size, generations = self.config.rollout_batch, []
-        prompts = [list(prompt.ids) for prompt in self.held_out]
-        for begin in range(0, len(prompts), size):
-            batch = prompts[begin : begin + size]
+        for begin in range(0, len(self.held_out), size):
+            batch = self.held_out[begin : begin + size]
             # The last batch is filled up so that every batch has one shape; the filling is not counted.
-            filled = batch + batch[:1] * (size - len(batch))
-            _, finished = rollout(
-                self.model, filled, self.config.decode, longest_prompt=self.config.data.max_prompt_tokens
-            )
+            _, finished = self._roll_out(self.model, batch + batch[:1] * (size - len(batch)))
             generations += finished[: len(batch)]
-        acceptance = measure_acceptance(generations)
+        acceptance, self.evaluated = measure_acceptance(generations), int(self.learner.step)
         self._log(
             "eval",
             {
@@ -211,15 +203,9 @@ class _Run:
         return acceptance
 
     def _update(self, batch: list[Prompt]) -> None:
-        """One rollout, one fast update, one metrics record."""
-        config = self.config
+        """One rollout, its updates, one metrics record; and a rollback if they ask for one."""
         began = time.perf_counter()
-        windows, generations = rollout(
-            self.model,
-            [list(prompt.ids) for prompt in batch],
-            config.decode,
-            longest_prompt=config.data.max_prompt_tokens,
-        )
+        windows, generations = self._roll_out(self.model, batch)
         rolled = time.perf_counter()
         values = self._learn_from(windows)
         self.learner = self.learner.replace(replay=push(self.learner.replay, windows))
@@ -240,8 +226,65 @@ class _Run:
                 **values,
                 "rollout_seconds": rolled - began,
                 "update_seconds": time.perf_counter() - rolled,
+                "save_seconds": self._take_save_seconds(),
             },
         )
+        self.directory.log_failed_saves(int(self.learner.step))
+        self._watch(batch, acceptance.accept_rate)
+
+    def _watch(self, batch: list[Prompt], accept_rate: float) -> None:
+        """Go back to the last good state if updates stay non-finite or the drafter has collapsed (`rollback.py`)."""
+        config, watch = self.config.rollback, self.progress.watch
+        skipped = non_finite_updates(self.learner)
+        suspected = watch.observe(accept_rate, config)
+        if config.after and skipped >= config.after:
+            self._roll_back(*self._last_good(), {"reason": f"{skipped} non-finite updates in a row"})
+        elif suspected:
+            good, step = self._last_good(best=True)
+            model = self.model.with_params(with_trainable(self.model.params, good.trainable))
+            there = measure_acceptance(self._roll_out(model, batch)[1]).accept_rate
+            values = {"accept_rate": accept_rate, "good_accept_rate": there, "snapshot": step}
+            if accept_rate < config.collapse * there:
+                self._roll_back(good, step, {"reason": "the drafter has collapsed", **values})
+            else:
+                watch.acquit(there)
+                self._log("traffic_changed", values)
+
+    def _last_good(self, *, best: bool = False) -> tuple[LearnerState, int | None]:
+        """The state of the newest (or best) snapshot that is good and its update; the start if there is none."""
+        found = self.directory.last_good(self.learner, self.progress.watch.is_good, int(self.learner.step), best=best)
+        return (self._start(), None) if found is None else (found.state, found.step)
+
+    def _roll_back(self, good: LearnerState, step: int | None, values: dict[str, Any]) -> None:
+        """Go on from `good`, the state of the snapshot `step` (None: the start)."""
+        watch = self.progress.watch
+        watch.roll_back(int(self.learner.step), step, self.config.rollback)
+        self.learner = go_on_from(good, self.learner)
+        self._take_over()
+        self._log("rollback", {**values, "snapshot": step, "rollbacks": watch.rollbacks})
+
+    def _evaluate_and_save(self) -> None:
+        """What is due after a rollout. A snapshot waits until updates are finite: it is to be a good one."""
+        config, progress = self.config, self.progress
+        rollouts, score = progress.prompts // config.rollout_batch, None
+        if rollouts % config.eval_every == 0:
+            self.after = self.evaluate()
+            score = self.after.accept_rate
+        progress.save_due |= rollouts % config.save_every == 0
+        if progress.save_due and not non_finite_updates(self.learner):
+            progress.save_due = False
+            self.directory.save(self.learner, asdict(progress), score=score)
+
+    def _roll_out(self, model: LoadedModel, batch: list[Prompt]) -> tuple[Windows, list[Generation]]:
+        prompts = [list(prompt.ids) for prompt in batch]
+        return rollout(model, prompts, self.config.decode, longest_prompt=self.config.data.max_prompt_tokens)
+
+    def _take_save_seconds(self) -> float:
+        """Seconds that learning stood still for saves since the last call."""
+        snapshots = self.directory.snapshots
+        seconds, snapshots.waited_seconds = snapshots.waited_seconds, 0.0
+        self.progress.save_seconds += seconds
+        return seconds
 
     def _learn_from(self, windows: Windows) -> dict[str, float]:
         """The fast updates of one rollout; metrics of the first, whose policy term is on-policy."""
@@ -266,7 +309,7 @@ class _Run:
         config, step = self.config.slow, int(self.learner.step)
         if not any(is_due(s, config) for s in range(step - self.config.updates_per_rollout + 1, step + 1)):
             return {}
-        shape = (config.rows, window_length(self.config.decode, self.config.data.max_prompt_tokens))
+        shape = (config.rows, self.window)
         tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
         for row, prompt in enumerate([prompt for prompt in batch if prompt.log_ids][: config.rows]):
             ids = prompt.log_ids[: shape[1]]
@@ -311,11 +354,12 @@ class _Run:
         )
         return PromptStream(ConversationStream(data.files), self.model.tokenizer, settings, state=state)
 
-    def _save(self) -> None:
-        self.metrics.flush()
-        self.snapshots.save(self.learner, asdict(self.progress))
+    def _start(self) -> LearnerState:
+        """The learner at update 0."""
+        config, params = self.config, self.model.params._replace(**self.initial)
+        replay = Replay.empty(config.replay_capacity, self.window, self.model.config.hidden_size)
+        learner = init_learner(params, config.optimizer, replay, jax.random.key(config.seed))
+        return learner.replace(slow=init_slow(params, config.slow)) if config.slow.every else learner
 
     def _log(self, kind: str, values: dict[str, Any]) -> None:
-        record = {"kind": kind, "step": int(self.learner.step), **values}
-        self.metrics.append(record)
-        self.report(kind, record)
+        self.directory.log(kind, int(self.learner.step), values)

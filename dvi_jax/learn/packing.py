@@ -32,6 +32,12 @@ class Packed:
             yield self.tokens[chosen].astype(np.int32), self.mask[chosen]
             number += 1
 
+    def hold_out(self, rows: int) -> tuple[Packed, Packed]:
+        """(rows to learn from, the last `rows`): copies of a held-out row, in a file given twice, are left out."""
+        last = {row.tobytes() for row in self.tokens[-rows:]}
+        others = np.array([row.tobytes() not in last for row in self.tokens], bool)
+        return Packed(self.tokens[others], self.mask[others]), Packed(self.tokens[-rows:], self.mask[-rows:])
+
     def save(self, path: str | Path) -> None:
         """Write a compressed .npz."""
         np.savez_compressed(path, tokens=self.tokens, mask=np.packbits(self.mask, axis=1))

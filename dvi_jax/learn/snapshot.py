@@ -1,81 +1,294 @@
 """Snapshots of a training run: everything needed to go on as if it had never stopped.
 
-One orbax step directory per snapshot: `learner` (arrays: drafter, lora_S, optimiser, replay, baseline, update count,
-rng) and `progress` (JSON: stream position, counters). Orbax commits a step atomically and off the training path.
+One directory each, named by its update, and readable with numpy alone:
+
+    arrays.npz       the learner's arrays by path: drafter, lora_S, optimiser, replay, baseline, update count, rng
+    progress.json    stream position, counters, held-out accept rate
+    CHECKSUMS.json   SHA-256 of the two
+
+A thread of its own writes it under another name, brings it to the disk and renames it, so it is there whole or not at
+all; what is damaged later is found by its checksums.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import time
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
+import numpy as np
 
+from dvi_jax.directories import PARTIAL, DamageError, hash_files, partial_directory, remove_partial, verify_files
 from dvi_jax.errors import UserError
 from dvi_jax.learn.distill import DistillState
 from dvi_jax.learn.fast_update import LearnerState
 
 State = TypeVar("State", LearnerState, DistillState)
 
+ARRAYS, PROGRESS, CHECKSUMS = "arrays.npz", "progress.json", "CHECKSUMS.json"
+
+
+class AllDamagedError(UserError):
+    """There are snapshots, and none of them is whole."""
+
+
+@dataclass(frozen=True)
+class Snapshot(Generic[State]):
+    """A snapshot that was read. `damaged` says what is wrong with those that were to be read before it."""
+
+    step: int
+    state: State
+    progress: dict[str, Any]
+    damaged: list[str]
+
+
+@dataclass(frozen=True)
+class FailedSave:
+    """A snapshot that could not be written, and why."""
+
+    step: int
+    reason: str
+
 
 class Snapshots:
-    """The newest `keep` snapshots under `directory`. Use as a context manager: leaving waits for saves."""
+    """The snapshots of one run, under `directory`. Use as a context manager: leaving waits for the save that runs.
 
-    def __init__(self, directory: str | Path, keep: int):
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep), create=True, enable_async_checkpointing=True
-        )
-        self.directory = Path(directory).absolute()
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+    Kept are the newest `keep`, the `keep_best` with the highest score, and an irregular one while it is the newest.
+    """
+
+    def __init__(self, directory: Path, keep: int, keep_best: int):
+        self.directory, self.keep, self.keep_best = directory, keep, keep_best
+        self.failed: list[FailedSave] = []  # since the caller last emptied it
+        self.waited_seconds = 0.0  # that learning stood still for saves
+        self.written_seconds = 0.0  # that the thread was at work
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
+        self._running: Future[None] | None = None
+        self._running_step = -1
 
     def __enter__(self) -> Snapshots:
+        remove_partial(self.directory)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    def __exit__(self, *error: object) -> None:
+        self.wait()
+        self._thread.shutdown()
+
+    def save(
+        self,
+        state: State,
+        progress: dict[str, Any],
+        *,
+        score: float | None = None,
+        regular: bool = True,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Save in the background under `state.step`; waits for the save before, if it still runs.
 
-    def save(self, state: State, progress: dict[str, Any]) -> None:
-        """Save asynchronously under `state.step`."""
-        # A copy of our own: the next update donates these arrays while the save may still be reading them.
-        copied = jax.tree.map(jnp.copy, _raw(state))
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(learner=ocp.args.StandardSave(copied), progress=ocp.args.JsonSave(progress)),
-        )
+        `before` is called in the thread and must succeed first. An `OSError` of either ends up in `failed`. A snapshot
+        that is not `regular`, taken because the run stops, does not count among those to keep or to go back to.
+        """
+        began = time.perf_counter()
+        self.wait()
+        step = int(state.step)
+        if step not in self.steps():
+            # A copy of our own: the next update donates these arrays while the save may still be reading them.
+            arrays = jax.tree.map(jnp.copy, _named(state))
+            document = {"progress": progress, "score": score, "regular": regular}
+            self._running_step = step
+            self._running = self._thread.submit(self._write, step, arrays, document, before)
+        self.waited_seconds += time.perf_counter() - began
 
-    def restore(self, template: State) -> tuple[State, dict[str, Any]] | None:
-        """The newest snapshot in the structure of `template`, None if there is none yet."""
-        step = self._manager.latest_step()
-        if step is None:
+    def wait(self) -> None:
+        """Return once no save runs."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        try:
+            running.result()
+        except OSError as error:
+            self.failed.append(FailedSave(self._running_step, error.strerror or str(error)))
+
+    def poll(self) -> None:
+        """Notice a save that has ended, without waiting for one that has not."""
+        if self._running is not None and self._running.done():
+            self.wait()
+
+    def steps(self, *, regular: bool = False) -> list[int]:
+        """Updates there is a snapshot of, oldest first, whole or not; `regular` leaves out the irregular ones."""
+        if not self.directory.is_dir():
+            return []
+        steps = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+        return [step for step in steps if not regular or self._document(step).get("regular", True)]
+
+    def newest(self, template: State) -> Snapshot[State] | None:
+        """The newest whole snapshot in the structure of `template`; None if there is none yet.
+
+        Damaged ones that are newer are set aside as `STEP.damaged`. If all are, `UserError`, and nothing is touched.
+        """
+        self.wait()
+        return self._first_whole(template, self.steps()[::-1])
+
+    def last_good(self, template: State, among: Callable[[int], bool], *, best: bool = False) -> Snapshot[State] | None:
+        """The newest whole regular snapshot of the steps `among` says; `best`: of the highest score first.
+
+        None if there is none.
+        """
+        self.wait()
+        steps = [step for step in self.steps(regular=True) if among(step)][::-1]
+        if best:
+            steps.sort(key=self._rank, reverse=True)
+        try:
+            return self._first_whole(template, steps)
+        except AllDamagedError:
             return None
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _raw(template))
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(learner=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
-        )
-        typed = jax.tree.map(
-            lambda old, new: jax.random.wrap_key_data(new) if _is_key(old) else new, template, restored["learner"]
-        )
-        return typed, restored["progress"]
+
+    def _first_whole(self, template: State, steps: list[int]) -> Snapshot[State] | None:
+        damaged: dict[int, str] = {}
+        for step in steps:
+            try:
+                state, progress = self._read(step, template)
+            except DamageError as error:
+                damaged[step] = str(error)
+                continue
+            for other in damaged:
+                os.replace(self.directory / str(other), _unused(self.directory / f"{other}.damaged"))
+            return Snapshot(step, state, progress, list(damaged.values()))
+        if damaged:
+            raise AllDamagedError(
+                f"no snapshot under {self.directory} is whole ({'; '.join(damaged.values())}); nothing was deleted:"
+                " put one back from a backup, or choose another out"
+            )
+        return None
+
+    def _read(self, step: int, template: State) -> tuple[State, dict[str, Any]]:
+        """Snapshot `step`: `DamageError` if it is not as it was written, `UserError` if it does not fit `template`."""
+        path = self.directory / str(step)
+        checksums = _read_json(path / CHECKSUMS)
+        if set(checksums) != {ARRAYS, PROGRESS}:
+            raise DamageError(f"{path / CHECKSUMS} is damaged: it must name {ARRAYS} and {PROGRESS}")
+        verify_files(path, checksums)
+        return _from_named(read_arrays(path / ARRAYS), template, str(path)), _read_json(path / PROGRESS)["progress"]
+
+    def _write(self, step: int, arrays: dict[str, jax.Array], document: dict, before: Callable[[], None]) -> None:
+        """The thread's work."""
+        began = time.perf_counter()
+        before()
+        with partial_directory(self.directory / str(step)) as partial:
+            write_arrays(partial / ARRAYS, jax.device_get(arrays))
+            _write_json(partial / PROGRESS, document)
+            _write_json(partial / CHECKSUMS, hash_files(partial))
+        self._prune()
+        self.written_seconds += time.perf_counter() - began
+
+    def _prune(self) -> None:
+        """Remove what need not be kept, out of sight first: a kill leaves no half of a snapshot under its name."""
+        steps, regular = self.steps(), self.steps(regular=True)
+        scored = [step for step in regular if self._document(step).get("score") is not None]
+        best = sorted(scored, key=self._rank)[len(scored) - self.keep_best :] if self.keep_best else []
+        for step in set(steps) - {steps[-1], *regular[-self.keep :], *best}:
+            hidden = self.directory / f".{step}{PARTIAL}"
+            os.replace(self.directory / str(step), hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+
+    def _rank(self, step: int) -> tuple[float, int]:
+        """Snapshots with a higher score are better, then newer ones."""
+        score = self._document(step).get("score")
+        return (-1.0 if score is None else score, step)
+
+    def _document(self, step: int) -> dict[str, Any]:
+        """What progress.json says, {} if it cannot be read."""
+        try:
+            return _read_json(self.directory / str(step) / PROGRESS)
+        except DamageError:
+            return {}
 
 
-def refuse_earlier_run(out: Path) -> None:
-    """Raise `UserError` if a run already left snapshots in `out`."""
-    snapshots = out / "snapshots"
-    if snapshots.is_dir() and any(snapshots.iterdir()):
-        raise UserError(f"{out} holds an earlier run: pass --resume to go on with it, or choose another out")
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """An uncompressed .npz, on the disk when this returns."""
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _raw(state: State) -> State:
-    """Typed PRNG keys as plain integers, which is what orbax stores."""
-    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """What `write_arrays` wrote; numpy has no name for bfloat16 and gives its bytes."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DamageError(f"{path} cannot be read: {error}") from error
+
+
+def _named(state: State) -> dict[str, jax.Array]:
+    """The arrays of a state by path; typed PRNG keys as plain integers."""
+    leaves, _ = jax.tree.flatten_with_path(state)
+    return {_name(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
+
+
+def _from_named(arrays: dict[str, np.ndarray], template: State, where: str) -> State:
+    """Arrays in the structure of `template`; the first that is missing, unknown or of another kind is a `UserError`."""
+    wanted = _named(template)
+    unknown = sorted(arrays.keys() - wanted.keys())
+    if unknown:
+        raise UserError(f"{where} does not fit these settings: it has {unknown[0]}, which they do not use")
+
+    def find(path: tuple, old: jax.Array) -> jax.Array:
+        name = _name(path)
+        if name not in arrays:
+            raise UserError(f"{where} does not fit these settings: it has no {name}")
+        array, like = arrays[name], wanted[name]
+        if array.dtype.kind == "V" and array.dtype.itemsize == like.dtype.itemsize:
+            array = array.view(like.dtype)
+        if (array.shape, array.dtype) != (like.shape, like.dtype):
+            expected = f"{like.dtype} {like.shape}"
+            raise UserError(
+                f"{where} does not fit these settings: {name} is {array.dtype} {array.shape}, they ask for {expected}"
+            )
+        # Not jnp.array, which compiles a copy for every shape: nobody else holds what was read.
+        placed = jax.device_put(array)
+        return jax.random.wrap_key_data(placed) if _is_key(old) else placed
+
+    return jax.tree.map_with_path(find, template)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _is_key(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(document, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamageError(f"{path} is missing or damaged") from error
+    if not isinstance(document, dict):
+        raise DamageError(f"{path} is damaged: it must hold an object")
+    return document
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or one beside it if that exists."""
+    count = 1
+    while path.exists():
+        count, path = count + 1, path.with_name(f"{path.stem}.damaged{count}")
+    return path

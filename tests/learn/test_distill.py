@@ -1,5 +1,8 @@
-"""Distillation: the loss against a direct computation, what moves, packing, and a whole run on a tiny model."""
+"""Distillation: the loss against a direct computation, what moves, packing, and whole runs on a tiny model."""
 
+import json
+import os
+import signal
 from dataclasses import replace
 
 import jax
@@ -12,6 +15,7 @@ from dvi_jax.config import DecodeConfig, DistillConfig
 from dvi_jax.decode.generate import generate
 from dvi_jax.errors import UserError
 from dvi_jax.learn import distill as distill_module
+from dvi_jax.learn import offline
 from dvi_jax.learn.distill import distill_loss, distill_step, init_distill
 from dvi_jax.learn.offline import distill, expected_tokens
 from dvi_jax.learn.packing import Packed, load_packed, pack
@@ -121,19 +125,21 @@ def test_expected_tokens():
     assert expected_tokens([0.5, 0.4, 0.1]) == pytest.approx(1 + 0.5 + 0.2 + 0.02)
 
 
-def test_run_learns_resumes_and_stays_lossless(make_tiny, tmp_path):
-    """A run on the model's own text: drafts get accepted, output stays; cut in two it ends at the same weights."""
-    tiny = make_tiny()
-    base = tiny.params.base["llama"]
-    tree = string_keys(base)
-    write_checkpoint(tmp_path / "model", tiny.config, tiny.manifest, jax.tree.map(np.asarray, tree))
-    prompts = np.random.default_rng(0).integers(3, 64, (40, 3)).tolist()
-    texts, _ = generate(tiny, prompts, DecodeConfig(0, 0.0, 29), eos_ids=())
-    pack([(g.output_ids, [1] * 32) for g in texts], 32, 64).save(tmp_path / "own.npz")
-    config = DistillConfig(
-        str(tmp_path / "model"),
-        str(tmp_path / "whole"),
-        (str(tmp_path / "own.npz"),),
+PROMPTS = np.random.default_rng(0).integers(3, 64, (40, 3)).tolist()
+
+
+@pytest.fixture(scope="module")
+def own_text(make_tiny, tmp_path_factory) -> DistillConfig:
+    """A run of 60 updates on the model's own text."""
+    tiny, folder = make_tiny(), tmp_path_factory.mktemp("distill")
+    tree = string_keys(tiny.params.base["llama"])
+    write_checkpoint(folder / "model", tiny.config, tiny.manifest, jax.tree.map(np.asarray, tree))
+    texts, _ = generate(tiny, PROMPTS, DecodeConfig(0, 0.0, 29), eos_ids=())
+    pack([(g.output_ids, [1] * 32) for g in texts], 32, 64).save(folder / "own.npz")
+    return DistillConfig(
+        str(folder / "model"),
+        str(folder / "run"),
+        (str(folder / "own.npz"),),
         tokens=32 * 32 * 60,
         batch_rows=32,
         row_length=32,
@@ -141,12 +147,17 @@ def test_run_learns_resumes_and_stays_lossless(make_tiny, tmp_path):
         save_every=20,
         lr=5e-3,
     )
+
+
+def test_run_learns_resumes_and_stays_lossless(own_text, tmp_path):
+    """Drafts get accepted, output stays; cut in two it ends at the same weights."""
+    config = replace(own_text, out=str(tmp_path / "whole"))
     result = distill(config)
     assert result.after[0] > result.before[0] + 0.1
     model = load(result.checkpoint)
     assert (model.manifest.drafter, model.manifest.training_step) == ("fused", 60)
-    fast, _ = generate(model, prompts[:8], DecodeConfig(3, 0.0, 29), eos_ids=())
-    plain, _ = generate(model, prompts[:8], DecodeConfig(3, 0.0, 29), plain=True, eos_ids=())
+    fast, _ = generate(model, PROMPTS[:8], DecodeConfig(3, 0.0, 29), eos_ids=())
+    plain, _ = generate(model, PROMPTS[:8], DecodeConfig(3, 0.0, 29), plain=True, eos_ids=())
     assert [g.output_ids for g in fast] == [g.output_ids for g in plain]
     assert sum(g.accepted for g in fast) > 0
 
@@ -160,5 +171,49 @@ def test_run_learns_resumes_and_stays_lossless(make_tiny, tmp_path):
     with pytest.raises(Stop):
         distill(replace(config, out=str(tmp_path / "cut")), report=stop)
     resumed = distill(replace(config, out=str(tmp_path / "cut")), resume=True)
+    again = distill(replace(config, out=str(tmp_path / "cut")), resume=True)  # nothing is left to do
+    assert again.checkpoint == resumed.checkpoint
     whole, cut = (read_checkpoint(r.checkpoint).drafter for r in (result, resumed))
     jax.tree.map(np.testing.assert_array_equal, whole, cut)
+    metrics = [without_timings(tmp_path / out / "metrics.jsonl") for out in ("whole", "cut")]
+    assert metrics[0] == metrics[1]
+
+
+def without_timings(path):
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if not name.endswith("second")} for line in lines]
+
+
+def test_a_signal_stops_it_with_a_snapshot(own_text, tmp_path):
+    def stop(kind, record):
+        if kind == "eval" and record["step"] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = replace(own_text, out=str(tmp_path / "run"))
+    with pytest.raises(SystemExit) as ended:
+        distill(config, report=stop)
+    assert ended.value.code == 143
+    assert [path.name for path in (tmp_path / "run" / "snapshots").iterdir()] == ["0"]
+    with pytest.raises(UserError, match="holds an earlier run: pass --resume"):
+        distill(config)
+
+
+def test_weights_that_are_no_numbers_are_rolled_back(own_text, tmp_path, monkeypatch):
+    """Seen when the metrics are next read, 17 updates later; it goes back to before it happened, and on."""
+
+    def overflow(graphdef, params, state, *rest, **options):
+        new, values = distill_step(graphdef, params, state, *rest, **options)
+        if int(new.step) == 23:
+            new = new.replace(trainable=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), new.trainable))
+        return new, values
+
+    monkeypatch.setattr(offline, "distill_step", overflow)
+    told = []
+    result = distill(
+        replace(own_text, out=str(tmp_path / "run")), report=lambda kind, record: told.append({"kind": kind} | record)
+    )
+    (rollback,) = [record for record in told if record["kind"] == "rollback"]
+    assert (rollback["step"], rollback["snapshot"], rollback["reason"]) == (40, 20, "17 non-finite updates in a row")
+    drafter = read_checkpoint(result.checkpoint).drafter
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(drafter))
+    assert result.after[0] > result.before[0]

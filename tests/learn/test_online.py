@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
+import jax
+import numpy as np
+
+from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.data import ConversationStream, PromptSettings, PromptStream
+from dvi_jax.learn import snapshot
 from dvi_jax.load import load
 from dvi_jax.train import main
 
@@ -53,11 +60,49 @@ def test_held_out_prompts_are_never_decoded_for_learning(
 def test_what_a_run_leaves(write_config, tmp_path):
     main(["--config", str(write_config(prompts=40, eval_every=10))])
     out = tmp_path / "run"
-    assert {path.name for path in out.iterdir()} == {"metrics.jsonl", "snapshots", "checkpoint", "curve.png"}
+    assert {path.name for path in out.iterdir()} == {"LOCK", "metrics.jsonl", "snapshots", "checkpoint", "curve.png"}
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     records = read_records(out)
     assert [record["step"] for record in records if record["kind"] == "eval"] == [0, 20, 40]
     train = [record for record in records if record["kind"] == "train"]
     assert [record["prompts"] for record in train] == list(range(2, 41, 2))
-    assert {path.name for path in (out / "snapshots").iterdir()} == {"30", "40"}  # the newest two
+    assert {path.name for path in (out / "snapshots").iterdir()} == {"30", "40"}  # the newest two, and the best
     assert load(out / "checkpoint").manifest.training_step == 40
+    waited = [record["save_seconds"] for record in train]
+    assert [index for index, seconds in enumerate(waited) if seconds] == [5, 10, 15]  # after rollouts 5, 10, 15
+    assert records[-1]["save_seconds"] == sum(waited)
+
+
+def test_the_best_snapshot_outlives_newer_ones(write_config, tmp_path):
+    main(["--config", str(write_config(prompts=100, eval_every=10))])
+    records = read_records(tmp_path / "run")
+    rates = {r["step"]: r["accept_rate"] for r in records if r["kind"] == "eval" and r["step"]}
+    best = max(rates, key=lambda step: (rates[step], step))
+    assert best < 90
+    assert {path.name for path in (tmp_path / "run" / "snapshots").iterdir()} == {str(best), "90", "100"}
+
+
+def test_a_full_disk_does_not_stop_learning(write_config, tmp_path, capsys, monkeypatch):
+    """Two saves are refused: each is one warning and one record, the snapshot before stays, the next one succeeds."""
+    write = snapshot.write_arrays
+
+    def refusing(path, arrays):
+        write(path, arrays)
+        if arrays["step"] in (20, 30):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    short = {"prompts": 40, "eval_every": 100}
+    main(["--config", str(write_config(out=str(tmp_path / "roomy"), **short))])
+    monkeypatch.setattr(snapshot, "write_arrays", refusing)
+    capsys.readouterr()
+    main(["--config", str(write_config(**short))])
+    failed = [record for record in read_records(tmp_path / "run") if record["kind"] == "failed_save"]
+    assert [(record["snapshot"], record["count"], record["reason"]) for record in failed] == [
+        (20, 1, "No space left on device"),
+        (30, 2, "No space left on device"),
+    ]
+    printed = capsys.readouterr().out
+    assert printed.count("warning: the snapshot of update") == 2
+    assert {path.name for path in (tmp_path / "run" / "snapshots").iterdir()} == {"10", "40"}
+    drafters = [read_checkpoint(tmp_path / run / "checkpoint").drafter for run in ("roomy", "run")]
+    jax.tree.map(np.testing.assert_array_equal, *drafters)

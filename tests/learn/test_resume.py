@@ -16,6 +16,7 @@ import pytest
 
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.errors import UserError
+from dvi_jax.learn.snapshot import ARRAYS, read_arrays
 from dvi_jax.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -56,11 +57,35 @@ def test_a_killed_run_resumes_bit_for_bit(write_config, tmp_path, capsys):
     assert resumed == expected
     assert resumed[-1]["stream"] == expected[-1]["stream"]
     assert resumed[-1]["prompts"] == 200
+    snapshots = [read_arrays(out / "snapshots" / "200" / ARRAYS) for out in (killed, whole)]
+    jax.tree.map(np.testing.assert_array_equal, *snapshots)  # optimiser, replay, baseline and rng among them
+    assert {"key", "baseline", "replay/cursor", "optimizer/notfinite_count"} < snapshots[0].keys()
     mine, theirs = (read_checkpoint(out / "checkpoint") for out in (killed, whole))
     assert mine.manifest == theirs.manifest
     assert mine.manifest.training_step == 200
     for part in ("drafter", "lora", "base"):
         jax.tree.map(np.testing.assert_array_equal, getattr(mine, part), getattr(theirs, part))
+
+
+def test_a_damaged_snapshot_is_told_of_and_the_one_before_used(write_config, tmp_path, capsys):
+    """The run goes on from the snapshot before and ends where it would have ended."""
+    short = {"prompts": 40, "eval_every": 100}
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    main(["--config", str(write_config(out=str(whole), **short))])
+    main(["--config", str(write_config(**short | {"prompts": 30}))])
+    os.truncate(out / "snapshots" / "30" / ARRAYS, 1000)
+    capsys.readouterr()
+    main(["--config", str(write_config(**short)), "--resume"])
+    line = (
+        f"{out}/snapshots/30/{ARRAYS} is damaged: it differs from its checksum; going on from the snapshot of update 20"
+    )
+    assert f"{line}\nresumed at update 20\n" in capsys.readouterr().out
+    told = [record for record in records(out) if record["kind"] == "damaged_snapshot"]
+    assert [record["step"] for record in told] == [20]
+    assert [record for record in records(out) if record not in told] == records(whole)
+    assert (out / "snapshots" / "30.damaged").is_dir()
+    drafters = [read_checkpoint(path).drafter for path in (out / "checkpoint-40", whole / "checkpoint")]
+    jax.tree.map(np.testing.assert_array_equal, *drafters)
 
 
 def test_a_run_killed_before_its_first_snapshot_starts_again(write_config, tmp_path):
@@ -84,12 +109,14 @@ def test_a_run_that_could_not_start_leaves_nothing_to_resume(write_config, tmp_p
 
 
 def test_a_finished_run_is_not_overwritten(write_config, tmp_path):
-    """Resumed with more prompts, it writes a second checkpoint beside the first."""
+    """Resumed with more prompts, it writes a second checkpoint beside the first; with as many, it is done."""
     out = tmp_path / "run"
     short = {"prompts": 4, "save_every": 50, "eval_every": 50}
     main(["--config", str(write_config(**short))])
     first = read_checkpoint(out / "checkpoint")
-    main(["--config", str(write_config(**short | {"prompts": 8})), "--resume"])
+    for _ in range(2):
+        main(["--config", str(write_config(**short | {"prompts": 8})), "--resume"])
+    assert {path.name for path in out.glob("checkpoint*")} == {"checkpoint", "checkpoint-8"}
     assert first.manifest.training_step == 4
     assert read_checkpoint(out / "checkpoint-8").manifest.training_step == 8
     for part in ("drafter", "lora"):

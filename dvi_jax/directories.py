@@ -1,0 +1,102 @@
+"""Directories that are there whole or not at all, and the checksums that tell when one was damaged later."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from dvi_jax.errors import UserError
+
+MANY_BYTES = 64 * 2**20
+PARTIAL = ".partial"  # how the name of a directory ends that is being written, or was when its writer died
+
+
+class DamageError(UserError):
+    """A file is missing or is not what was written."""
+
+
+@contextmanager
+def partial_directory(path: Path) -> Iterator[Path]:
+    """A temporary sibling of `path`, renamed to it when the block ends well, removed otherwise (`OSError` passes)."""
+    partial = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, path)
+        _flush_directory(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_partial(directory: Path) -> None:
+    """Remove what writers that were killed left in `directory`; nobody may be writing there."""
+    for path in directory.glob(f".*{PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def hash_files(directory: Path) -> dict[str, str]:
+    """SHA-256 in hexadecimal of every file under `directory`, by its relative path."""
+    names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    hashes = _hash_all([directory / name for name in names])
+    missing = [name for name, found in zip(names, hashes, strict=True) if found is None]
+    if missing:
+        raise OSError(errno.EIO, f"{missing[0]} cannot be read back")
+    return dict(zip(names, hashes, strict=True))
+
+
+def verify_files(directory: Path, checksums: Mapping[str, object]) -> None:
+    """Raise `DamageError` naming the first file of `checksums` that is missing from `directory` or differs.
+
+    Names that lead outside the directory are refused, and only regular files are opened.
+    """
+    names = sorted(checksums)
+    for name in names:
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or not parts.parts:
+            raise DamageError(f"{directory}: the checksums name {name!r}, which is not a file inside it")
+    for name, found in zip(names, _hash_all([directory / name for name in names]), strict=True):
+        if found is None:
+            raise DamageError(f"{directory / name} is missing or cannot be read")
+        if found != checksums[name]:
+            raise DamageError(f"{directory / name} is damaged: it differs from its checksum")
+
+
+def _hash_all(paths: Sequence[Path]) -> list[str | None]:
+    """SHA-256 of each file, None for what is no file that can be read; large ones side by side."""
+    if sum(map(_size, paths)) < MANY_BYTES:  # threads would cost more than they save
+        return [_hash_file(path) for path in paths]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter
+        return list(pool.map(_hash_file, paths))
+
+
+def _hash_file(path: Path) -> str | None:
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return 0
+
+
+def _flush_directory(path: Path) -> None:
+    """Bring a rename to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

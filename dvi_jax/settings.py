@@ -1,0 +1,130 @@
+"""Reading settings strictly: what is unknown, ill-typed, not finite or absurdly long is an error that names the key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import dacite
+import yaml
+
+from dvi_jax.errors import UserError
+
+T = TypeVar("T")
+
+MOST_YAML = 64 * 1024  # characters; real files have two thousand, and parsing is slow
+MOST_DEPTH = 20
+MOST_BITS = 4096
+MOST_MESSAGE = 300  # characters of a complaint, which may repeat the value it is about
+# What parsers make of text that is no settings: besides their own errors, Python's about dates, numbers and depth.
+MALFORMED = (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError)
+
+
+def require(condition: bool, name: str, value: object, allowed: str) -> None:
+    """Raise `UserError` saying what `name` must be unless `condition`."""
+    if not condition:
+        raise UserError(f"{name} must be {allowed}, got {_shown(value)}")
+
+
+def from_dict(cls: type[T], data: object, where: str) -> T:
+    """Build the dataclass `cls` from plain JSON/YAML values; `where` names the source in messages."""
+    if not isinstance(data, dict):
+        raise UserError(f"{where} must hold a mapping of settings, got {type(data).__name__}")
+    try:
+        built = dacite.from_dict(cls, data, dacite.Config(strict=True, cast=[tuple, float]))
+    except dacite.UnexpectedDataError as error:
+        keys = ", ".join(sorted(map(str, error.keys)))
+        raise UserError(f"{where}: unknown key {keys[:MOST_MESSAGE]}") from error
+    except (dacite.DaciteError, *MALFORMED) as error:
+        raise UserError(f"{where}: {str(error)[:MOST_MESSAGE]}") from error
+    for name, kind, value in _values(built):
+        if isinstance(value, bool) and "bool" not in kind and "dict" not in kind:
+            raise UserError(f"{where}: {name} must be of type {kind}, got {value}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where}: {name} must be a finite number, got {value}")
+    return built
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MOST_YAML + 1)
+    except OSError as error:
+        raise UserError(f"cannot read config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except ValueError as error:  # a NUL in the path
+        raise UserError(f"cannot read config {path!r}: {error}") from error
+    data = parse_yaml(text, str(path)) or {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
+    return data
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Plain values; `UserError` for what is not YAML, has object tags or aliases, or is too long or too deep."""
+    if len(text) > MOST_YAML:
+        raise UserError(f"{where}: longer than the {MOST_YAML} characters that settings may have")
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, *MALFORMED) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        problem = str(getattr(error, "problem", None) or error or type(error).__name__)
+        raise UserError(f"{where[:MOST_MESSAGE]}: not valid YAML{line}: {problem[:MOST_MESSAGE]}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Without aliases, which no settings need and which make a short text a huge value, and without deep nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed", mark)
+        if self.depth == MOST_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"nested more than {MOST_DEPTH} deep", mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)
+        if value.bit_length() > MOST_BITS:  # 0xff...: Python itself refuses to write more than 4300 digits
+            raise yaml.constructor.ConstructorError(None, None, "an absurdly large number", node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)[:MOST_MESSAGE]
+    except ValueError:  # an integer of more digits than Python writes
+        return "a huge number"
+
+
+def _values(settings: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(name, declared type, value) of every value, inside sections, tuples and dicts too."""
+    for each in fields(settings):
+        yield from _inside(prefix + each.name, str(each.type), getattr(settings, each.name))
+
+
+def _inside(name: str, kind: str, value: Any) -> Iterator[tuple[str, str, Any]]:
+    if is_dataclass(value):
+        yield from _values(value, f"{name}.")
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _inside(f"{name}.{key}", kind, part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _inside(name, kind, part)
+    else:
+        yield name, kind, value

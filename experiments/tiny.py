@@ -1,0 +1,62 @@
+"""A tiny model that speaks bytes, questions for it, and the settings of a run on both: faults show in seconds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from dvi_jax.checkpoint import Manifest, write_checkpoint
+from dvi_jax.config import DataConfig, DecodeConfig, LoRAConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from dvi_jax.model.llama import random_base
+from dvi_jax.presets import TINY
+
+SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>"]
+WORDS = ("tree", "moon", "river", "stone", "cloud", "bird")
+
+
+def write_tiny_run(folder: Path, *, questions: int, seed: int = 0, **changes: object) -> TrainConfig:
+    """A random checkpoint and `questions` questions under `folder`, and the settings of a run `folder/run` on them."""
+    _write_model(folder / "model", seed)
+    with (folder / "questions.jsonl").open("w", encoding="utf-8") as file:
+        for index in range(questions):
+            question = f"{WORDS[index % 6]} {WORDS[index // 6 % 6]} {index}?"
+            file.write(json.dumps({"messages": [{"role": "user", "content": question}]}) + "\n")
+    config = TrainConfig(
+        checkpoint=str(folder / "model"),
+        out=str(folder / "run"),
+        seed=seed,
+        prompts=questions,
+        rollout_batch=2,
+        replayed_windows=2,
+        updates_per_rollout=2,
+        positions_per_update=32,
+        replay_capacity=8,
+        eval_every=50,
+        save_every=10,
+        data=DataConfig((str(folder / "questions.jsonl"),), "first", 48, 0.02, 4),
+        decode=DecodeConfig(draft_steps=2, max_new_tokens=8),
+        lora=LoRAConfig(4, 4.0),
+        objective=ObjectiveConfig(warmup=20, ramp=40),
+        optimizer=OptimizerConfig(lora_lr=1e-2, head_lr=1e-2),
+    )
+    return replace(config, **changes)
+
+
+def _write_model(path: Path, seed: int) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {text: index for index, text in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    config = replace(
+        TINY, vocab_size=len(vocabulary), max_position_embeddings=128, tie_word_embeddings=True, eos_token_ids=(1,)
+    )
+    manifest = Manifest("random", "0" * 64, "float32", exit_layer=1)
+    base = random_base(config, jax.random.key(seed + 3), std=0.15)
+    write_checkpoint(path, config, manifest, base, tokenizer_json=tokenizer.to_str())

@@ -1,0 +1,76 @@
+"""The directory of a run: one owner, and where its checkpoint goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dvi_jax.config import DistillConfig, load_train_config
+from dvi_jax.errors import UserError
+from dvi_jax.learn.offline import distill
+from dvi_jax.learn.online import train
+from dvi_jax.learn.run_directory import RunDirectory, lock
+
+ROOT = Path(__file__).parents[2]
+HOLD = "import sys, pathlib; from dvi_jax.learn.run_directory import lock; file = lock(pathlib.Path(sys.argv[1]))"
+
+
+def run_directory(out, **options):
+    defaults = {"keep": 2, "keep_best": 0, "resume": False, "report": lambda kind, record: None}
+    return RunDirectory(out, **defaults | options)
+
+
+def test_a_second_trainer_is_refused(write_config, tmp_path):
+    """Whichever trainer it is, and whether it resumes or not; the owner is named."""
+    out = tmp_path / "run"
+    owner = rf"{out} is in use by process {os.getpid()} on {re.escape(socket.gethostname())} since \d{{4}}-\d\d-\d\dT"
+    with run_directory(out):
+        for resume in (False, True):
+            with pytest.raises(UserError, match=owner):
+                train(load_train_config(write_config()), resume=resume)
+            with pytest.raises(UserError, match=owner):
+                distill(DistillConfig("none", str(out), ("none.npz",)), resume=resume)
+    with pytest.raises(UserError, match="no checkpoint at none"):  # the directory is free again
+        distill(DistillConfig("none", str(out), ("none.npz",)))
+
+
+def test_a_killed_owner_blocks_nobody(tmp_path):
+    """The owner is another process, which SIGKILL ends without a chance to clean up."""
+    command = [sys.executable, "-c", f"{HOLD}; print('held', flush=True); sys.stdin.read()", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"in use by process {owner.pid} on "):
+            lock(tmp_path)
+        os.kill(owner.pid, signal.SIGKILL)
+    assert f"process {owner.pid} " in (tmp_path / "LOCK").read_text(encoding="utf-8")
+    lock(tmp_path).close()
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    for folder in (tmp_path / ".checkpoint.1a2b.partial" / "base", tmp_path / "snapshots" / ".40.3c4d.partial"):
+        folder.mkdir(parents=True)
+    with run_directory(tmp_path):
+        assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_checkpoint_path(tmp_path):
+    def finish(name, step):
+        (tmp_path / name).mkdir()
+        manifest = {"source": "", "source_sha256": "", "dtype": "float32", "exit_layer": 1, "training_step": step}
+        (tmp_path / name / "MANIFEST.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+    with run_directory(tmp_path) as directory:
+        assert directory.checkpoint_path(40) == (tmp_path / "checkpoint", False)
+        finish("checkpoint", 40)
+        assert directory.checkpoint_path(40) == (tmp_path / "checkpoint", True)
+        assert directory.checkpoint_path(50) == (tmp_path / "checkpoint-50", False)
+        finish("checkpoint-50", 50)
+        assert directory.checkpoint_path(50) == (tmp_path / "checkpoint-50", True)

@@ -1,0 +1,88 @@
+"""SIGTERM and SIGINT: the running update ends, a snapshot is taken; a second one ends the process at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dvi_jax.checkpoint import read_checkpoint
+from dvi_jax.config import load_train_config
+from dvi_jax.learn.online import train
+from dvi_jax.train import main
+
+ROOT = Path(__file__).parents[2]
+SHORT = {"prompts": 40, "eval_every": 10, "save_every": 5}
+
+TWICE = """
+import os, signal
+from dvi_jax.learn.signals import StopSignals
+with StopSignals() as signals:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(signals.received, flush=True)
+    os.kill(os.getpid(), signal.{second})
+    print("still here", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_goes_on_bit_for_bit(write_config, tmp_path, number, status):
+    """Stopped twice: in the first update, and between two snapshots."""
+    stopped, told = tmp_path / "stopped", []
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+
+    def stop_at(step):
+        def report(kind, record):
+            if kind == "train" and record["step"] == step:
+                os.kill(os.getpid(), number)
+            if kind == "stopped":
+                told.append(record)
+
+        return report
+
+    config = load_train_config(write_config(out=str(stopped), **SHORT))
+    for resume, step in ((False, 2), (True, 26)):
+        with pytest.raises(SystemExit) as ended:
+            train(config, resume=resume, report=stop_at(step))
+        assert ended.value.code == status
+        assert told[-1] == {"step": step, "signal": number.name, "snapshot": step}
+        assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert not (stopped / "checkpoint").exists()
+    resumed = train(config, resume=True)
+    whole = train(load_train_config(write_config(out=str(tmp_path / "whole"), **SHORT)))
+    assert resumed.updates == whole.updates == 40
+    for part in ("drafter", "lora"):
+        mine, theirs = (getattr(read_checkpoint(result.checkpoint), part) for result in (resumed, whole))
+        jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+    assert {path.name for path in (stopped / "snapshots").iterdir()} == {"30", "40"}
+
+
+def test_the_command_line_says_so(write_config, tmp_path, capsys, monkeypatch):
+    from dvi_jax.learn import online
+
+    update = online._Run._update
+
+    def update_and_signal(self, batch):
+        update(self, batch)
+        if int(self.learner.step) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(online._Run, "_update", update_and_signal)
+    with pytest.raises(SystemExit):
+        main(["--config", str(write_config(**SHORT))])
+    line = "stopped by SIGTERM after update 6; newest snapshot: update 6; --resume goes on\n"
+    assert capsys.readouterr().out.endswith(line)
+
+
+@pytest.mark.parametrize("second", ["SIGTERM", "SIGINT"])
+def test_a_second_signal_ends_the_process_at_once(second):
+    command = [sys.executable, "-c", TWICE.format(second=second)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.stdout == f"{int(signal.SIGTERM)}\n"
+    assert ended.returncode == -getattr(signal, second)

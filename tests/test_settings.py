@@ -1,0 +1,131 @@
+"""Settings that are none, hostile or absurd: one short line each, in no time and no memory."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+
+from dvi_jax.checkpoint import Manifest, read_checkpoint, read_json
+from dvi_jax.config import LlamaConfig, TrainConfig, load_train_config
+from dvi_jax.errors import UserError
+from dvi_jax.presets import TINY
+from dvi_jax.settings import MOST_YAML, from_dict
+
+LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
+
+
+def complaint_of(function, *arguments) -> str:
+    with pytest.raises(UserError) as told:
+        function(*arguments)
+    line = str(told.value)
+    assert len(line) < 1000
+    return line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 50_000, "not valid YAML at line 1: nested more than 20 deep"),
+        ("seed: " + "{a: " * 10_000, "not valid YAML at line 1: nested more than 20 deep"),
+        ("seed: 2001-99-99", "not valid YAML: month must be in 1..12"),
+        ("seed: !!int x", "not valid YAML: invalid literal"),
+        ("seed: !!timestamp x", "not valid YAML"),
+        ("seed: " + "9" * 5000, "not valid YAML: Exceeds the limit"),
+        ("checkpoint: 0x" + "f" * 4000, "not valid YAML at line 1: an absurdly large number"),
+        (LAUGHS, "not valid YAML at line 2: aliases \\(\\*name\\) are not allowed"),
+        ("a: &a {b: 1}\n<<: *a", "not valid YAML at line 2: aliases"),
+        ("checkpoint: " + "x" * MOST_YAML, f"longer than the {MOST_YAML} characters"),
+        ("trainer: [online]", r"trainer must be online or distill, got \['online'\]"),
+        ("checkpoint: c\nout: o\nlora: {alpha_s: .nan}", r"lora\.alpha_s must be a finite number, got nan"),
+        ("checkpoint: c\nout: o\nlora: {alpha_s: .inf}", r"lora\.alpha_s must be a finite number, got inf"),
+        ("checkpoint: c\nout: o\nprompts: true", "prompts must be of type int, got True"),
+        ("checkpoint: c\nout: o\nmax_minutes: 1" + "0" * 400, "int too large to convert to float"),
+        ("checkpoint: c\nout: o\ncheckpoint2: " + "x" * 5000, "unknown key checkpoint2"),
+        ("checkpoint: c\nout: o\nexit_layer: " + "x" * 5000, 'wrong value type for field "exit_layer"'),
+        ("checkpoint: c\nout: o\nrollback: {after: 6}", r"rollback\.after must be between 0 \(never\) and 5, got 6"),
+        (
+            "checkpoint: c\nout: o\nrollback: {collapse: 1.0}",
+            r"rollback\.collapse must be 0 \(never\) or a share below 1",
+        ),
+    ],
+    ids=range(19),
+)
+def test_a_training_config(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert re.search(message, complaint_of(load_train_config, path))
+
+
+def test_overrides(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("checkpoint: c\nout: o\n", encoding="utf-8")
+    assert "not valid YAML" in complaint_of(load_train_config, path, ["seed=" + "[" * 5000])
+    assert "aliases" in complaint_of(load_train_config, path, ["seed=[&a 1, *a]"])
+    assert "embedded null byte" in complaint_of(load_train_config, "a\0b")
+    config = load_train_config(path, ["decode.draft_steps=4", "max_minutes=2", "data.files=[x]"])
+    assert config == from_dict(
+        TrainConfig,
+        {"checkpoint": "c", "out": "o", "decode": {"draft_steps": 4}, "max_minutes": 2.0, "data": {"files": ["x"]}},
+        "here",
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 10**9}, "num_layers must be at least 1 and at most 1024"),
+        ({"vocab_size": 10**30}, "vocab_size must be at least 1 and at most"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1"),
+        ({"bos_token_id": True}, r"bos_token_id must be of type int \| None, got True"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number"),
+        ({"rope_scaling": {"kind": "linear", "factor": float("inf")}}, r"rope_scaling\.factor must be a finite number"),
+        (
+            {"hidden_size": int("9" * 4000) ** 2},
+            "hidden_size must be at least 1 and at most 1048576, got a huge number",
+        ),
+    ],
+)
+def test_an_architecture(changes, message):
+    assert LlamaConfig.from_json(TINY.to_json()) == TINY
+    assert re.search(message, complaint_of(LlamaConfig.from_json, TINY.to_json() | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"colour": 1}}, r"lora must be an object with alpha_d, alpha_s, rank_d, rank_s, got \['colour'\]"),
+        ({"lora": {"rank_s": 10**9}}, "rank_s must be between 0 and 4096"),
+        ({"drafter_config": {"rank": -1}}, "rank must be between 0 and 4096"),
+        ({"drafter_config": {"alpha": float("nan")}}, "alpha must be between 0 and 4096, got nan"),
+        ({"dtype": "x" * 9999}, "dtype must be float32 or bfloat16"),
+    ],
+)
+def test_a_manifest(changes, message):
+    manifest = {"source": "", "source_sha256": "", "dtype": "float32", "exit_layer": 1}
+    assert from_dict(Manifest, manifest, "here").exit_layer == 1
+    assert re.search(message, complaint_of(from_dict, Manifest, manifest | changes, "here"))
+
+
+def test_json_files(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("[" * 100_000, encoding="utf-8")
+    assert "x.json is not valid JSON" in complaint_of(read_json, path)
+    path.write_bytes(b'{"a": "\xff"}')
+    assert "x.json is not UTF-8 text (byte 7)" in complaint_of(read_json, path)
+    assert "is not a file" in complaint_of(read_json, tmp_path)
+    with path.open("wb") as file:
+        file.truncate(2**40)  # sparse: no disk has to hold it
+    assert "x.json is larger than the 32 MiB that it may have" in complaint_of(read_json, path)
+
+
+def test_texts_of_a_checkpoint(byte_checkpoint, tmp_path):
+    """Without checksums, as of an earlier version: those would tell before."""
+    copied = shutil.copytree(byte_checkpoint, tmp_path / "copied")
+    manifest = json.loads((copied / "MANIFEST.json").read_text(encoding="utf-8"))
+    del manifest["checksums"]
+    (copied / "MANIFEST.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (copied / "chat_template.jinja").write_bytes(b"\xff")
+    assert "chat_template.jinja is not UTF-8 text" in complaint_of(read_checkpoint, copied)
