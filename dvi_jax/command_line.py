@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dvi_jax.config import DecodeConfig
+from dvi_jax.decode.memory import GIB
+from dvi_jax.errors import UserError
 from dvi_jax.load import LoadedModel, enable_compilation_cache, load
 
 
@@ -22,6 +24,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threshold", type=float, default=defaults.threshold, metavar="TAU", help="stop after a less probable draft"
     )
+    parser.add_argument("--adaptive", action="store_true", help="measure what a draft costs; draft only while it pays")
+    parser.add_argument("--memory-limit", type=float, metavar="GIB", help="refuse to take more than this")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -34,6 +38,15 @@ def load_model(options: argparse.Namespace) -> LoadedModel:
         drafter_from=options.drafter_from,
         draft_vocabulary=options.draft_vocabulary,
     )
+
+
+def memory_limit(options: argparse.Namespace) -> int | None:
+    """Bytes of --memory-limit; None where the device's own memory is the limit."""
+    if options.memory_limit is None:
+        return None
+    if not options.memory_limit > 0:
+        raise UserError(f"--memory-limit must be above 0 GiB, got {options.memory_limit}")
+    return int(options.memory_limit * GIB)
 
 
 def progress_bar(things: str, console: Console) -> Progress:

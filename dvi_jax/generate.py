@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from typing import Any
 
-from dvi_jax.command_line import add_model_options, load_model
-from dvi_jax.config import DecodeConfig
+from dvi_jax.command_line import add_model_options, load_model, memory_limit
+from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.data.conversations import Message
-from dvi_jax.decode.generate import Generation, generate
+from dvi_jax.decode.cost import with_measured_cost
+from dvi_jax.decode.generate import Generation, check_prompts, generate, slots_for
+from dvi_jax.decode.memory import Sizes, plan
+from dvi_jax.decode.prefill import bucket
+from dvi_jax.decode.stream import Stream
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.load import LoadedModel
 
@@ -18,18 +23,31 @@ from dvi_jax.load import LoadedModel
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, decode one prompt, print its text (or with --json one object)."""
     options = _parser().parse_args(arguments)
+    if options.json and options.stream:
+        raise UserError("--json prints one object at the end: leave out --stream")
+    settings = DecodeConfig(options.draft_steps, options.threshold, options.max_new_tokens)
+    sampling = _sampling(options)
     model = load_model(options)
     if options.drafter not in (None, model.manifest.drafter):
         raise UserError(f"--drafter {options.drafter}: this checkpoint's drafter is {model.manifest.drafter}")
-    settings = DecodeConfig(options.draft_steps, options.threshold, options.max_new_tokens)
-    (generation,), seconds = generate(
-        model, [_prompt_ids(options, model)], settings, plain=options.plain, eos_ids=_eos_ids(options, model)
-    )
-    result = describe(generation, seconds, model)
+    prompt, eos_ids = _prompt_ids(options, model), _eos_ids(options, model)
+    check_prompts(model, [prompt], settings.max_new_tokens)
+    coupled = None if sampling is None else sampling.coupled
+    sizes = Sizes(1, slots_for(len(prompt), settings), settings.draft_steps + 1, bucket(len(prompt)), coupled=coupled)
+    print(plan(model, sizes, memory_limit(options)).describe(), file=sys.stderr)
+    if options.adaptive:
+        settings = with_measured_cost(model, prompt, settings)
+    choices = {"plain": options.plain, "eos_ids": eos_ids, "sampling": sampling}
+    if options.stream or options.stop:
+        generation, seconds, text = _streamed(model, prompt, settings, options, choices)
+    else:
+        (generation,), seconds = generate(model, [prompt], settings, **choices)
+        text = model.tokenizer.decode(generation.new_ids) if model.tokenizer else ""
+    result = describe(generation, seconds, text)
     if options.json:
         print(json.dumps(result))
     else:
-        print(result["text"])
+        print("" if options.stream else text)
         print(
             f"{len(generation.new_ids)} tokens in {generation.rounds} rounds,"
             f" {generation.accepted} of {sum(generation.drafted)} drafts accepted,"
@@ -39,9 +57,22 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def describe(generation: Generation, seconds: float, model: LoadedModel) -> dict[str, Any]:
+def _streamed(
+    model: LoadedModel, prompt: list[int], settings: DecodeConfig, options: argparse.Namespace, choices: dict[str, Any]
+) -> tuple[Generation, float, str]:
+    """Decode by pieces, printed as they come with --stream; the seconds hold whatever had to be compiled."""
+    stream = Stream(model, [prompt], settings, stop=options.stop, **choices)
+    began, text = time.perf_counter(), ""
+    for pieces in stream:
+        for piece in pieces:
+            text += piece.text
+            if options.stream:
+                print(piece.text, end="", flush=True)
+    return stream.generations[0], time.perf_counter() - began, text
+
+
+def describe(generation: Generation, seconds: float, text: str) -> dict[str, Any]:
     """The object that --json prints; `seconds` covers decoding, not the prefill and its compilation."""
-    text = model.tokenizer.decode(generation.new_ids) if model.tokenizer else ""
     return {
         "output_ids": generation.output_ids,
         "new_ids": generation.new_ids,
@@ -65,7 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids, used as they are")
     parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N")
     parser.add_argument("--drafter", metavar="NAME", help="refuse a checkpoint with another drafter")
-    parser.add_argument("--eos-id", type=int, metavar="N", help="end of sequence; -1 for none")
+    parser.add_argument("--eos-id", type=int, action="append", metavar="N", help="end of sequence; -1 for none; repeat")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeat")
+    parser.add_argument("--stream", action="store_true", help="print the text as it comes")
+    _add_sampling_options(parser)
     parser.add_argument("--plain", action="store_true", help="draft nothing, in the same compiled program")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -85,7 +119,43 @@ def _prompt_ids(options: argparse.Namespace, model: LoadedModel) -> list[int]:
 def _eos_ids(options: argparse.Namespace, model: LoadedModel) -> tuple[int, ...]:
     if options.eos_id is None:
         return model.eos_ids
-    return () if options.eos_id < 0 else (options.eos_id,)
+    return tuple(token for token in options.eos_id if token >= 0)
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    defaults = SamplingConfig()
+    group = parser.add_argument_group("sampling (greedy unless a temperature is given)")
+    group.add_argument("--temperature", type=float, metavar="T")
+    group.add_argument("--top-k", type=int, default=defaults.top_k, metavar="K", help="0 for all tokens")
+    group.add_argument("--top-p", type=float, default=defaults.top_p, metavar="P")
+    group.add_argument("--min-p", type=float, default=defaults.min_p, metavar="P")
+    group.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty, metavar="R")
+    group.add_argument("--seed", type=int, default=defaults.seed, metavar="N")
+    group.add_argument(
+        "--rejection", action="store_true", help="accept by min(1, p/q): more drafts accepted, ids depend on the drafts"
+    )
+
+
+def _sampling(options: argparse.Namespace) -> SamplingConfig | None:
+    temperature = options.temperature
+    if temperature is None:
+        temperature = 0.0
+        defaults = SamplingConfig()
+        names = ("top_k", "top_p", "min_p", "seed")
+        given = [name for name in names if getattr(options, name) != getattr(defaults, name)]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')} needs a --temperature above 0: decoding is greedy without")
+        if options.repetition_penalty == defaults.repetition_penalty:
+            return None
+    return SamplingConfig(
+        temperature=temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+        coupled=not options.rejection,
+    )
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ class Verdict(NamedTuple):
     correct: jax.Array  # bool [B, W], row i's draft equals the verifier's token
 
 
-def accept_greedy(verified: jax.Array, drafts: jax.Array, count: jax.Array, eos_ids: jax.Array) -> Verdict:
-    """Greedy acceptance, Kangaroo's rule.
+def accept(verified: jax.Array, drafts: jax.Array, count: jax.Array, eos_ids: jax.Array) -> Verdict:
+    """Kangaroo's rule: a draft is accepted where it is the verifier's token, however that was chosen.
 
     verified: int32 [B, W], the verifier's token after each row. drafts: int32 [B, W], the token drafted after each
     row, of which the first `count` [B] are real. Commit up to and with the first row that is the last one, or whose

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from dvi_jax.config import DecodeConfig
-from dvi_jax.decode.prefill import bucket, prefill
+from dvi_jax.config import DecodeConfig, SamplingConfig
+from dvi_jax.decode.prefill import bucket, cache_slots, prefill
+from dvi_jax.decode.prefix import Prefix, pad_prompts
+from dvi_jax.decode.sampling import Sampling
 from dvi_jax.decode.speculative import decode
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import UserError
 from dvi_jax.load import LoadedModel
+
+MOST_EOS_IDS = 8  # more would be another compiled program
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Generation:
     new_ids: list[int]
     accept_lengths: list[int]
     drafted: list[int]
-    finish_reason: str  # "eos" or "length"
+    finish_reason: str  # "eos", "length", or "stop" (a stop string, when streaming)
 
     @property
     def rounds(self) -> int:
@@ -46,16 +48,22 @@ def generate(
     *,
     plain: bool = False,
     eos_ids: tuple[int, ...] | None = None,
+    sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
+    prefix: Prefix | None = None,
     longest_prompt: int = 0,
 ) -> tuple[list[Generation], float]:
-    """Greedy continuations of `prompts` (token ids), as one batch, and the seconds that decoding took.
+    """Continuations of `prompts` (token ids), as one batch, and the seconds that decoding took.
 
     `plain` drafts nothing, in the same compiled program (width `draft_steps + 1`), so the ids are equal. `eos_ids`
-    replaces the model's own; `()` never stops early. `longest_prompt` gives a stream of batches one cache length.
+    replaces the model's own; `()` never stops early. `sampling`: one setting for each prompt, or one for all (row b
+    then takes seed + b); None is greedy. `prefix`: what all prompts begin with, taken in before by `make_prefix`.
+    `longest_prompt` gives a stream of batches one cache length.
     """
     eos = model.eos_ids if eos_ids is None else eos_ids
-    knobs = Knobs.make(0 if plain else settings.draft_steps, settings.threshold, eos)
-    state = jax.block_until_ready(start(model, prompts, settings, knobs, longest_prompt=longest_prompt))
+    knobs = make_knobs(settings, eos, plain=plain)
+    rows = make_sampling(model, prompts, sampling)
+    state = start(model, prompts, settings, knobs, sampling=rows, prefix=prefix, longest_prompt=longest_prompt)
+    state = jax.block_until_ready(state)
     # Compiled ahead so that `seconds` never holds a compilation; jax keeps the program, a repeat costs milliseconds.
     program = decode.lower(model.graphdef, model.decode_params, state, knobs).compile()
     began = time.perf_counter()
@@ -64,40 +72,78 @@ def generate(
     return read_generations(state, [len(p) for p in prompts], eos), seconds
 
 
+def make_knobs(settings: DecodeConfig, eos_ids: tuple[int, ...], *, plain: bool = False) -> Knobs:
+    """Run-time settings of a generation; `plain` drafts nothing."""
+    if len(eos_ids) > MOST_EOS_IDS:
+        raise UserError(f"at most {MOST_EOS_IDS} end-of-sequence ids, got {len(eos_ids)}")
+    return Knobs.make(
+        0 if plain else settings.draft_steps,
+        settings.threshold,
+        eos_ids,
+        draft_cost=settings.draft_cost,
+        room=MOST_EOS_IDS,
+    )
+
+
+def make_sampling(
+    model: LoadedModel, prompts: Sequence[Sequence[int]], sampling: SamplingConfig | Sequence[SamplingConfig] | None
+) -> Sampling | None:
+    """One row of settings for each prompt; None where all is greedy."""
+    if sampling is None:
+        return None
+    if isinstance(sampling, SamplingConfig):
+        rows = [replace(sampling, seed=(sampling.seed + row) % 2**32) for row in range(len(prompts))]
+    else:
+        rows = list(sampling)
+    if len(rows) != len(prompts):
+        raise UserError(f"{len(rows)} sampling settings for {len(prompts)} prompts")
+    if len({row.coupled for row in rows}) > 1:
+        raise UserError("the rows of a batch must agree on `coupled`")
+    check_prompts(model, prompts, 0)
+    return Sampling.make(rows, prompts, model.config.vocab_size) if rows else None
+
+
 def start(
     model: LoadedModel,
     prompts: Sequence[Sequence[int]],
     settings: DecodeConfig,
     knobs: Knobs,
     *,
+    sampling: Sampling | None = None,
+    prefix: Prefix | None = None,
     record: bool = False,
     longest_prompt: int = 0,
 ) -> DecodeState:
-    """Check the prompts, pad them and prefill. `longest_prompt` fixes the cache length for a whole stream."""
+    """Check the prompts, pad them and prefill, all but a shared `prefix`. `longest_prompt` fixes the cache length."""
     check_prompts(model, prompts, settings.max_new_tokens)
-    width = settings.draft_steps + 1
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    padded = np.zeros((len(prompts), bucket(lengths.max())), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    slots = bucket(bucket(max(longest_prompt, lengths.max())) + settings.max_new_tokens + width)
+    tokens, lengths = pad_prompts(prompts, prefix)
+    longest = max(longest_prompt, *map(len, prompts))
     return prefill(
         model.graphdef,
         model.decode_params,
-        jnp.asarray(padded),
-        jnp.asarray(lengths),
-        jnp.asarray(lengths + settings.max_new_tokens),
+        tokens,
+        lengths,
+        lengths + settings.max_new_tokens,
         knobs.eos_ids,
-        slots=slots,
-        width=width,
+        slots=slots_for(longest, settings),
+        width=settings.draft_steps + 1,
         record=record,
+        sampling=sampling,
+        prefix=prefix and prefix.filled,
     )
+
+
+def slots_for(longest_prompt: int, settings: DecodeConfig) -> int:
+    """Cache slots of a generation whose longest prompt has so many tokens."""
+    return cache_slots(bucket(longest_prompt) + settings.max_new_tokens + settings.draft_steps + 1)
 
 
 def check_prompts(model: LoadedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Raise `UserError` for an empty batch or prompt, ids outside the vocabulary, or a context that is too short."""
     config = model.config
-    if not prompts or not all(len(p) for p in prompts):
+    if not prompts:
+        raise UserError("a batch needs at least one prompt")
+    if not all(len(p) for p in prompts):
         raise UserError("a prompt needs at least one token")
     for prompt in prompts:
         if not all(0 <= token < config.vocab_size for token in prompt):

@@ -1,31 +1,93 @@
-"""Prefill: run whole prompts through the model once and set up the decode state.
+"""Prefill: run prompts through the model and set up the decode state.
 
 Prompts are padded on the right to a bucket so that a stream of prompts compiles a handful of shapes; padded rows lie
-behind the prompt, where the causal mask hides them and decoding overwrites them.
+behind the prompt, where the causal mask hides them and decoding overwrites them. Long prompts go through in chunks,
+each over the caches that the chunks before it filled: the workspace then grows with the prompt, not with its square.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dvi_jax.decode.sampling import Sampling, draw, log_probs
 from dvi_jax.decode.state import DecodeState, Signals
+from dvi_jax.model.attention import Caches, has_fused
 from dvi_jax.model.drafters import Committed
 from dvi_jax.model.speculative_llama import Params, SpeculativeLlama, join
 
+# Tokens of a prompt that go through at once. Enough that products are bound by arithmetic, not by reading weights: on
+# two CPU cores (SmolLM2's layers) 128 to 1024 take equal times; 1024 rows of a 7B model's smallest product are 128
+# tiles, one wave of an H100. Where attention writes its scores to memory, they take heads * chunk * slots * 4 bytes,
+# hence the lower number. A batch beyond 4 has shorter chunks.
+CHUNK, FUSED_CHUNK = 1024, 4096
+SMALLEST_CHUNK = 128
+
+
+class Filled(NamedTuple):
+    """How far a prefill has come. All rows are filled up to the same position, the padding of short ones included."""
+
+    position: jax.Array  # int32 scalar, slots filled
+    tokens: jax.Array  # int32 [B, S]
+    shallow: Caches
+    deep: Caches
+    trunk: Caches  # the draft pass's own, with a separate trunk, else ()
+    drafter: Any  # the drafter's state
+    newest: jax.Array  # [B, 1, D], the verifier's feature (final hidden state) in the last filled slot; zeros at first
+    hidden: jax.Array  # [B, 1, D], exit hidden state of the prompt's last token, as the drafter sees it
+    feature: jax.Array  # [B, 1, D], the verifier's feature of that token
+    features: jax.Array | None  # [B, S, D], the same of every position, where kept
+
+    @classmethod
+    def empty(cls, model: SpeculativeLlama, batch: int, slots: int, *, keep: bool) -> Filled:
+        """Nothing filled; `keep` the features of every position."""
+        llama = model.llama
+        shallow, deep = llama.init_caches(batch, slots)
+        row = jnp.zeros((batch, 1, llama.config.hidden_size), llama.dtype)
+        return cls(
+            position=jnp.int32(0),
+            tokens=jnp.zeros((batch, slots), jnp.int32),
+            shallow=shallow,
+            deep=deep,
+            trunk=llama.init_caches(batch, slots)[0] if model.separate_trunk else (),
+            drafter=model.drafter.init_state(batch, slots, llama.dtype),
+            newest=row,
+            hidden=row,
+            feature=row,
+            features=jnp.zeros((batch, slots, row.shape[2]), row.dtype) if keep else None,
+        )
+
 
 def bucket(size: int) -> int:
-    """The padded size for `size`: 16, 24, 32, 48, 64, 96, ... so that padding wastes at most a third."""
-    step = 16
+    """The padded size for `size`: on a CPU 16, 24, 32, 48, 64, 96, ..., so that padding wastes at most a third.
+
+    On accelerators powers of two from 64 on: there a program takes seconds to compile and padding milliseconds.
+    """
+    accelerated = jax.default_backend() != "cpu"
+    step = 64 if accelerated else 16
     while True:
         if size <= step:
             return step
-        if size <= step * 3 // 2:
+        if size <= step * 3 // 2 and not accelerated:
             return step * 3 // 2
         step *= 2
+
+
+def cache_slots(longest: int) -> int:
+    """Slots of a cache for sequences of `longest` tokens: a power of two from 128 on, so few programs serve all."""
+    return max(128, 1 << (longest - 1).bit_length())
+
+
+def chunk_tokens(batch: int, dtype: jnp.dtype) -> int:
+    """The most tokens of each prompt that go through the model at once."""
+    longest = chunk = FUSED_CHUNK if has_fused(dtype) else CHUNK
+    while chunk * batch > 4 * longest and chunk > SMALLEST_CHUNK:
+        chunk //= 2
+    return chunk
 
 
 @partial(jax.jit, static_argnames=("graphdef", "slots", "width", "record"))
@@ -40,65 +102,129 @@ def prefill(
     slots: int,
     width: int,
     record: bool = False,
+    sampling: Sampling | None = None,
+    prefix: Filled | None = None,
 ) -> DecodeState:
-    """Prompts int32 [B, T], right-padded, of `lengths` [B] -> state with the first new token committed.
+    """Prompts int32 [B, T], right-padded to a bucket, of `lengths` [B] -> state with the first new token committed.
 
-    `limit` [B]: prompt plus new tokens; `slots` >= max(limit) + width. `record` keeps learning signals.
+    `limit` [B]: prompt plus new tokens; `slots` >= max(limit) + width. `record` keeps learning signals. With a `prefix`
+    of P tokens (`prefix.py`), `prompts` holds what follows it, `lengths` counts it, and `slots` >= P + T.
     """
     model = join(graphdef, params)
-    llama, (batch, tokens) = model.llama, prompts.shape
-    positions = jnp.broadcast_to(jnp.arange(tokens), prompts.shape)
-    shallow, deep = llama.init_caches(batch, slots)
-    hidden, shallow = llama.shallow(prompts, shallow, positions, fresh=True)
-    normed, deep = llama.deep(hidden, deep, positions, fresh=True)
-    last = (lengths - 1)[:, None, None]
-    first_token = jnp.argmax(llama.logits(jnp.take_along_axis(normed, last, axis=1)), axis=-1)[:, 0].astype(jnp.int32)
+    filled = Filled.empty(model, prompts.shape[0], slots, keep=record)
+    if prefix is not None:
+        filled = lay(filled, prefix)
+    filled = fill(model, filled, prompts, lengths, fresh=prefix is None)
+    first_token = choose_first(model.llama.logits(filled.feature), sampling, lengths)
+    return _begin(filled, first_token, lengths, limit, eos_ids, width, sampling)
 
-    draft_hidden, trunk = _draft_trunk(model, prompts, positions, hidden, slots)
-    drafter = model.drafter.init_state(batch, slots, llama.dtype)
-    drafter = model.drafter.prefill(drafter, draft_hidden, normed, positions)
-    previous = Committed(
-        _pad_rows(jnp.take_along_axis(draft_hidden, last, axis=1), width),
-        _pad_rows(jnp.take_along_axis(normed, last, axis=1), width),
-        lengths - 1,
-        jnp.ones_like(lengths),
-    )
-    sequence = jnp.zeros((batch, slots), jnp.int32).at[:, :tokens].set(prompts)
-    sequence = sequence.at[jnp.arange(batch), lengths].set(first_token)
-    counts = jnp.zeros((batch, slots), jnp.int32)
-    return DecodeState(
-        tokens=sequence,
-        length=lengths + 1,
-        limit=limit,
-        done=(lengths + 1 >= limit) | jnp.isin(first_token, eos_ids),
+
+def choose_first(logits: jax.Array, sampling: Sampling | None, lengths: jax.Array) -> jax.Array:
+    """The first new token int32 [B] from the last prompt row's logits [B, 1, V]."""
+    if sampling is None:
+        return jnp.argmax(logits, axis=-1)[:, 0].astype(jnp.int32)
+    return draw(log_probs(logits, sampling, sampling.seen[:, None]), sampling, lengths)[:, 0]
+
+
+def lay(filled: Filled, prefix: Filled) -> Filled:
+    """`filled`, still empty, with a prefix of batch 1 in the front of every row."""
+
+    def front(empty: jax.Array, rows: jax.Array) -> jax.Array:
+        if not rows.ndim:
+            return rows
+        rows = jnp.broadcast_to(rows, (empty.shape[0], *rows.shape[1:]))
+        return jax.lax.dynamic_update_slice(empty, rows, (0,) * rows.ndim)
+
+    return jax.tree.map(front, filled, prefix._replace(features=None) if filled.features is None else prefix)
+
+
+def fill(model: SpeculativeLlama, filled: Filled, prompts: jax.Array, lengths: jax.Array, *, fresh: bool) -> Filled:
+    """Take in `prompts` int32 [B, T] behind what is filled. `lengths` [B] of the whole prompts; `fresh`: nothing is."""
+    batch, tokens = prompts.shape
+    pieces = -(-tokens // chunk_tokens(batch, model.llama.dtype))
+    if pieces == 1:
+        return _fill_chunk(model, filled, prompts, lengths, fresh=fresh)
+    if tokens % pieces:
+        raise ValueError(f"prompts of {tokens} tokens do not divide into {pieces} chunks: pad them to a bucket")
+    size = tokens // pieces
+    needed = (jnp.max(lengths) - filled.position + size - 1) // size  # chunks of padding alone are left out
+
+    def step(index: jax.Array, filled: Filled) -> Filled:
+        chunk = jax.lax.dynamic_slice_in_dim(prompts, index * size, size, axis=1)
+        return _fill_chunk(model, filled, chunk, lengths, fresh=False)
+
+    return jax.lax.fori_loop(0, jnp.minimum(needed, pieces), step, filled)
+
+
+def _fill_chunk(
+    model: SpeculativeLlama, filled: Filled, tokens: jax.Array, lengths: jax.Array, *, fresh: bool
+) -> Filled:
+    """Tokens int32 [B, T] through the whole model. `fresh`: they are the first, and see each other alone."""
+    llama, count = model.llama, tokens.shape[1]
+    positions = jnp.broadcast_to(filled.position + jnp.arange(count), tokens.shape)
+    hidden, shallow = llama.shallow(tokens, filled.shallow, positions, fresh=fresh)
+    feature, deep = llama.deep(hidden, filled.deep, positions, fresh=fresh)
+    trunk = filled.trunk
+    if model.separate_trunk:
+        hidden, trunk = llama.shallow(tokens, trunk, positions, fresh=fresh, adapted=True)
+    before = jnp.concatenate([filled.newest, feature[:, :-1]], axis=1)
+    at = (0, filled.position, 0)
+    features = None if filled.features is None else jax.lax.dynamic_update_slice(filled.features, feature, at)
+    last = lengths - 1 - filled.position
+    return Filled(
+        position=filled.position + count,
+        tokens=jax.lax.dynamic_update_slice(filled.tokens, tokens, at[:2]),
         shallow=shallow,
         deep=deep,
         trunk=trunk,
-        drafter=drafter,
-        previous=previous,
-        rounds=jnp.int32(0),
-        accept_lengths=counts,
-        drafted=counts,
-        signals=_prompt_signals(normed, slots) if record else None,
+        drafter=model.drafter.prefill(filled.drafter, hidden, before, positions),
+        newest=feature[:, -1:],
+        hidden=_pick(hidden, last, filled.hidden),
+        feature=_pick(feature, last, filled.feature),
+        features=features,
     )
 
 
-def _draft_trunk(
-    model: SpeculativeLlama, prompts: jax.Array, positions: jax.Array, hidden: jax.Array, slots: int
-) -> tuple[jax.Array, tuple]:
-    """Exit hidden state as the drafter sees it, and the separate trunk's caches (`()` when the trunk is shared)."""
-    if not model.separate_trunk:
-        return hidden, ()
-    caches, _ = model.llama.init_caches(prompts.shape[0], slots)
-    return model.llama.shallow(prompts, caches, positions, fresh=True, adapted=True)
+def _pick(rows: jax.Array, index: jax.Array, otherwise: jax.Array) -> jax.Array:
+    """rows [B, T, D] at index [B] -> [B, 1, D]; `otherwise` where it lies outside."""
+    inside = (index >= 0) & (index < rows.shape[1])
+    picked = jnp.take_along_axis(rows, jnp.clip(index, 0, rows.shape[1] - 1)[:, None, None], axis=1)
+    return jnp.where(inside[:, None, None], picked, otherwise)
 
 
-def _pad_rows(row: jax.Array, width: int) -> jax.Array:
-    return jnp.pad(row, ((0, 0), (0, width - 1), (0, 0)))
+def _begin(
+    filled: Filled,
+    first_token: jax.Array,
+    lengths: jax.Array,
+    limit: jax.Array,
+    eos_ids: jax.Array,
+    width: int,
+    sampling: Sampling | None,
+) -> DecodeState:
+    """The state before the first round, the prompts' last rows standing for the round before it."""
+    batch, slots = filled.tokens.shape
+    rows = ((0, 0), (0, width - 1), (0, 0))
+    counts = jnp.zeros((batch, slots), jnp.int32)
+    one = jnp.ones_like(lengths)
+    return DecodeState(
+        tokens=filled.tokens.at[jnp.arange(batch), lengths].set(first_token),
+        length=lengths + 1,
+        limit=limit,
+        done=(lengths + 1 >= limit) | jnp.isin(first_token, eos_ids),
+        shallow=filled.shallow,
+        deep=filled.deep,
+        trunk=filled.trunk,
+        drafter=filled.drafter,
+        previous=Committed(jnp.pad(filled.hidden, rows), jnp.pad(filled.feature, rows), lengths - 1, one),
+        rounds=jnp.int32(0),
+        accept_lengths=counts,
+        drafted=counts,
+        signals=None if filled.features is None else _prompt_signals(filled.features),
+        sampling=sampling and sampling.with_committed(first_token[:, None], one),
+    )
 
 
-def _prompt_signals(normed: jax.Array, slots: int) -> Signals:
-    """The verifier's hidden state over the prompt; the row at p - 1 predicts position p."""
-    signals = Signals.empty(normed.shape[0], slots, normed.shape[2], normed.dtype)
-    room = min(normed.shape[1], slots - 1)
-    return signals.replace(verifier_hidden=signals.verifier_hidden.at[:, 1 : room + 1].set(normed[:, :room]))
+def _prompt_signals(features: jax.Array) -> Signals:
+    """The verifier's hidden state over the prompt, [B, S, D]; the row at p - 1 predicts position p."""
+    signals = Signals.empty(*features.shape, features.dtype)
+    return signals.replace(verifier_hidden=signals.verifier_hidden.at[:, 1:].set(features[:, :-1]))

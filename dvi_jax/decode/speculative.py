@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dvi_jax.decode.accept import Verdict, accept_greedy
+from dvi_jax.decode.accept import Verdict, accept
+from dvi_jax.decode.sampling import draw_draft, draw_verified
 from dvi_jax.decode.state import NO_TOKEN, DecodeState, Knobs, Signals
 from dvi_jax.model.attention import Caches
 from dvi_jax.model.drafters import Committed
@@ -31,6 +32,8 @@ class Draft(NamedTuple):
     feature: jax.Array  # [B, 1, D], draft hidden state of the newest draft
     count: jax.Array  # int32 [B], drafts made
     active: jax.Array  # bool [B], the row drafts on
+    reach: jax.Array  # float32 [B], the drafter's probability of all its drafts
+    log_q: jax.Array | None  # float32 [B, W, V], what row i + 1 was drawn from; for rejection sampling alone
     caches: Caches  # of the draft pass: the shallow caches, or the separate trunk's
     drafter: Any
 
@@ -38,9 +41,13 @@ class Draft(NamedTuple):
 # The state is donated: the caches are updated in place, round by round, instead of being copied.
 @partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
 def decode(graphdef: nnx.GraphDef, params: Params, state: DecodeState, knobs: Knobs) -> DecodeState:
-    """Run rounds until every row has met an eos id or its limit. One device program, no host in the loop."""
+    """Run rounds until every row has met an eos id or its limit, or `until`. One program, no host in the loop."""
     model = join(graphdef, params)
-    return jax.lax.while_loop(lambda s: ~jnp.all(s.done), lambda s: speculative_round(model, s, knobs), state)
+
+    def goes_on(s: DecodeState) -> jax.Array:
+        return ~jnp.all(s.done) & (s.rounds < knobs.until)
+
+    return jax.lax.while_loop(goes_on, lambda s: speculative_round(model, s, knobs), state)
 
 
 @partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
@@ -55,15 +62,15 @@ def speculative_round(model: SpeculativeLlama, state: DecodeState, knobs: Knobs)
     verified, feature, state = verify(model, state, draft)
     # Row i's verified token stands against the draft in row i + 1.
     following = jnp.pad(draft.tokens[:, 1:], ((0, 0), (0, 1)), constant_values=NO_TOKEN)
-    verdict = accept_greedy(verified, following, draft.count, knobs.eos_ids)
+    verdict = accept(verified, following, draft.count, knobs.eos_ids)
     return commit(state, draft, verified, following, feature, verdict)
 
 
 def propose(model: SpeculativeLlama, state: DecodeState, knobs: Knobs) -> Draft:
     """Feed the pending token and then each draft through the shallow layers, one row at a time.
 
-    Stops after `draft_steps` drafts, after a draft less probable than `threshold` (which is kept, and verified), or
-    when the round could commit more than the row's limit.
+    Stops after `draft_steps` drafts, after a draft less probable than `threshold` (which is kept, and verified), when
+    the round could commit more than the row's limit, or when one more draft is not worth `draft_cost`.
     """
     width = state.previous.hidden.shape[1]
     pending = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
@@ -76,9 +83,13 @@ def propose(model: SpeculativeLlama, state: DecodeState, knobs: Knobs) -> Draft:
         feature=jnp.zeros((batch, 1, hidden_size), model.llama.dtype),
         count=jnp.zeros((batch,), jnp.int32),
         active=most > 0,
+        reach=jnp.ones((batch,), jnp.float32),
+        log_q=_no_log_q(model, state, (batch, width)),
         caches=state.trunk if model.separate_trunk else state.shallow,
         drafter=state.drafter,
     )
+
+    worth = least_reach(state, knobs.draft_cost)
 
     def row(draft: Draft) -> Draft:
         # One loop body serves the pending token and every draft, so the shallow layers are compiled once and plain and
@@ -87,8 +98,8 @@ def propose(model: SpeculativeLlama, state: DecodeState, knobs: Knobs) -> Draft:
             jnp.minimum(draft.step, 2),
             [
                 lambda d: d,
-                lambda d: _draft_token(model, state, knobs, most, d, first=True),
-                lambda d: _draft_token(model, state, knobs, most, d, first=False),
+                lambda d: _draft_token(model, state, knobs, (most, worth), d, first=True),
+                lambda d: _draft_token(model, state, knobs, (most, worth), d, first=False),
             ],
             draft,
         )
@@ -101,10 +112,36 @@ def propose(model: SpeculativeLlama, state: DecodeState, knobs: Knobs) -> Draft:
     return jax.lax.while_loop(lambda d: (d.step == 0) | jnp.any(d.active), row, empty)
 
 
+def least_reach(state: DecodeState, draft_cost: jax.Array) -> jax.Array:
+    """float32 [B]: drafting on pays while the drafts so far are all right with at least this probability.
+
+    One more draft adds reach * accept_rate tokens to a round and costs `draft_cost` rounds; it pays where that is more
+    than the row has been getting: tokens / (rounds + draft_cost * drafts). Estimates start from one round of one
+    accepted and one rejected draft.
+    """
+    live = state.accept_lengths > 0
+    rounds, tokens, drafts = (jnp.sum(x, axis=1) + 1.0 for x in (live, state.accept_lengths, state.drafted))
+    accepted = tokens - rounds + 1
+    accept_rate = accepted / (accepted + jnp.minimum(rounds, drafts - accepted + 1))
+    return draft_cost * (tokens + 1) / (rounds + draft_cost * (drafts + 1)) / accept_rate
+
+
+def _no_log_q(model: SpeculativeLlama, state: DecodeState, shape: tuple[int, int]) -> jax.Array | None:
+    if state.sampling is None or state.sampling.coupled:
+        return None
+    return jnp.zeros((*shape, model.llama.config.vocab_size), jnp.float32)
+
+
 def _draft_token(
-    model: SpeculativeLlama, state: DecodeState, knobs: Knobs, most: jax.Array, draft: Draft, *, first: bool
+    model: SpeculativeLlama,
+    state: DecodeState,
+    knobs: Knobs,
+    bounds: tuple[jax.Array, jax.Array],
+    draft: Draft,
+    *,
+    first: bool,
 ) -> Draft:
-    """Put the draft that follows row `step - 1` into row `step`."""
+    """Put the draft that follows row `step - 1` into row `step`. `bounds` [B]: most drafts, least reach."""
     hidden = jax.lax.dynamic_slice_in_dim(draft.hidden, draft.step - 1, 1, axis=1)
     position = state.length - 1 + draft.step - 1
     with jax.named_scope("drafter"):
@@ -113,17 +150,35 @@ def _draft_token(
         else:
             feature, drafter = model.drafter.next(draft.drafter, draft.feature, hidden, position)
         logits = model.drafter.logits(feature, model.draft_head())[:, 0]
-    token = model.draft_token(jnp.argmax(logits, axis=-1).astype(jnp.int32))
-    # The top token's softmax probability; exp(max - logsumexp) would lose an ulp of the largest logit.
-    confidence = 1.0 / jnp.sum(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), axis=-1)
-    count = draft.count + draft.active
+    token, confidence, log_q = _choose_draft(model, state, logits, draft)
+    most, least = bounds
+    count, reach = draft.count + draft.active, draft.reach * confidence
     return draft._replace(
         tokens=jax.lax.dynamic_update_slice_in_dim(draft.tokens, token[:, None], draft.step, axis=1),
         feature=feature.astype(draft.feature.dtype),
         count=count,
-        active=draft.active & (confidence >= knobs.threshold) & (count < most),
+        active=draft.active & (confidence >= knobs.threshold) & (count < most) & (reach >= least),
+        reach=reach,
+        log_q=log_q,
         drafter=drafter,
     )
+
+
+def _choose_draft(
+    model: SpeculativeLlama, state: DecodeState, logits: jax.Array, draft: Draft
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """From draft logits [B, Vd]: the token int32 [B], its probability, and `log_q` with its row filled."""
+    if state.sampling is None:
+        token = model.draft_token(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        # The top token's softmax probability; exp(max - logsumexp) would lose an ulp of the largest logit.
+        return token, 1.0 / jnp.sum(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), axis=-1), None
+    logits = model.over_vocabulary(logits)
+    position = state.length + draft.step - 1
+    token, log_q = draw_draft(logits, state.sampling, position, draft.tokens)
+    confidence = jnp.exp(jnp.take_along_axis(log_q, token[:, None], axis=-1)[:, 0])
+    if draft.log_q is None:
+        return token, confidence, None
+    return token, confidence, jax.lax.dynamic_update_slice_in_dim(draft.log_q, log_q[:, None], draft.step - 1, axis=1)
 
 
 def verify(model: SpeculativeLlama, state: DecodeState, draft: Draft) -> tuple[jax.Array, jax.Array, DecodeState]:
@@ -141,7 +196,13 @@ def verify(model: SpeculativeLlama, state: DecodeState, draft: Draft) -> tuple[j
         hidden = draft.hidden
         state = state.replace(shallow=draft.caches)
     feature, deep = llama.deep(hidden, state.deep, positions)
-    verified = jnp.argmax(llama.logits(feature), axis=-1).astype(jnp.int32)
+    logits = llama.logits(feature)
+    if state.sampling is None:
+        verified = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    else:
+        real = jnp.arange(width) <= draft.count[:, None]
+        rows = jnp.where(real, draft.tokens, NO_TOKEN)
+        verified = draw_verified(logits, state.sampling, state.length, rows, draft.log_q)
     return verified, feature, state.replace(deep=deep, drafter=draft.drafter)
 
 
@@ -170,6 +231,7 @@ def commit(
         ),
         drafted=jax.lax.dynamic_update_slice_in_dim(state.drafted, draft.count[:, None], state.rounds, axis=1),
         signals=signals,
+        sampling=None if state.sampling is None else state.sampling.with_committed(verified, accepted),
     )
 
 

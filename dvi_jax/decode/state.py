@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dvi_jax.decode.sampling import Sampling
 from dvi_jax.model.attention import Caches
 from dvi_jax.model.drafters import Committed
 
 NO_TOKEN = -1
+FOREVER = 2**31 - 1
 
 
 class Knobs(NamedTuple):
@@ -23,12 +25,29 @@ class Knobs(NamedTuple):
     draft_steps: jax.Array  # int32 scalar, at most W - 1
     threshold: jax.Array  # float32 scalar; drafting stops after a token less probable than this
     eos_ids: jax.Array  # int32 [E], NO_TOKEN where unused
+    draft_cost: jax.Array  # float32 scalar, in rounds that draft nothing; above 0, drafting stops where it does not pay
+    until: jax.Array  # int32 scalar, `decode` returns after this many rounds in all, finished or not
 
     @classmethod
-    def make(cls, draft_steps: int, threshold: float, eos_ids: tuple[int, ...], room: int = 8) -> Knobs:
+    def make(
+        cls,
+        draft_steps: int,
+        threshold: float,
+        eos_ids: tuple[int, ...],
+        *,
+        draft_cost: float = 0.0,
+        until: int = FOREVER,
+        room: int = 8,
+    ) -> Knobs:
         """Knobs from Python values. Up to `room` end-of-sequence ids share one compiled program."""
         padded = (*eos_ids, *[NO_TOKEN] * (room - len(eos_ids)))
-        return cls(jnp.int32(draft_steps), jnp.float32(threshold), jnp.array(padded, jnp.int32))
+        return cls(
+            jnp.int32(draft_steps),
+            jnp.float32(threshold),
+            jnp.array(padded, jnp.int32),
+            jnp.float32(draft_cost),
+            jnp.int32(until),
+        )
 
 
 @struct.dataclass
@@ -75,4 +94,5 @@ class DecodeState:
     rounds: jax.Array  # int32 scalar
     accept_lengths: jax.Array  # int32 [B, S], tokens committed in each round, 0 once a row is done
     drafted: jax.Array  # int32 [B, S], tokens drafted in each round
-    signals: Signals | None
+    signals: Signals | None = None
+    sampling: Sampling | None = None  # None: greedy, another program

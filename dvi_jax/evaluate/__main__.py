@@ -13,12 +13,13 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from dvi_jax.command_line import add_model_options, load_model, progress_bar
+from dvi_jax.command_line import add_model_options, load_model, memory_limit, progress_bar
 from dvi_jax.config import DecodeConfig
+from dvi_jax.decode.cost import with_measured_cost
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.evaluate.plots import new_figure
 from dvi_jax.evaluate.report import render_report
-from dvi_jax.evaluate.runner import Answered, PairedDecoder, check_askable, run_questions
+from dvi_jax.evaluate.runner import Answered, PairedDecoder, first_prompt, run_questions
 from dvi_jax.evaluate.spec_bench import Question, answer_line, read_questions, sha256_of
 from dvi_jax.evaluate.summary import measure, summarise
 from dvi_jax.evaluate.trace import LinesFile, trace_line
@@ -43,8 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists; choose another --out or remove it first")
     model = load_model(options)
+    if options.adaptive:
+        settings = with_measured_cost(model, first_prompt(PairedDecoder(model, settings), questions), settings)
     about = describe_run(model, settings, options, len(questions))
-    summary = evaluate(PairedDecoder(model, settings), questions, about, out, Console(stderr=True))
+    decoder = PairedDecoder(model, settings, memory_limit(options))
+    summary = evaluate(decoder, questions, about, out, Console(stderr=True))
     print(outcome(summary, out))
     return DIFFERENT if summary["differences"] else 0
 
@@ -53,7 +57,7 @@ def evaluate(
     decoder: PairedDecoder, questions: Sequence[Question], about: dict[str, Any], out: Path, console: Console
 ) -> dict[str, Any]:
     """Measure all questions; write answers, traces and metrics as they come, then summary.json and report.html."""
-    check_askable(decoder, questions)
+    first_prompt(decoder, questions)
     answers, began = [], time.perf_counter()
     draft_steps = decoder.settings.draft_steps
     display = Display(len(questions), console)
@@ -111,6 +115,7 @@ def describe_run(
         "training_step": manifest.training_step,
         "draft_steps": settings.draft_steps,
         "threshold": settings.threshold,
+        "draft_cost": settings.draft_cost,
         "max_new_tokens": settings.max_new_tokens,
         "questions_file": Path(options.questions).name,
         "questions_sha256": sha256_of(options.questions),

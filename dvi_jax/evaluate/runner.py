@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from dvi_jax.config import DecodeConfig
 from dvi_jax.data.conversations import Message
 from dvi_jax.data.template import TemplateRefusedError
-from dvi_jax.decode.generate import Generation, read_generations, start
+from dvi_jax.decode.generate import Generation, make_knobs, read_generations, slots_for, start
+from dvi_jax.decode.memory import Sizes, plan
 from dvi_jax.decode.prefill import bucket
 from dvi_jax.decode.speculative import decode
-from dvi_jax.decode.state import DecodeState, Knobs
+from dvi_jax.decode.state import DecodeState
 from dvi_jax.errors import UserError
 from dvi_jax.evaluate.spec_bench import Question
 from dvi_jax.evaluate.trace import PLAIN, SPECULATIVE, Trace, Turn
@@ -63,12 +64,10 @@ class PairedDecoder:
     run once in both modes before anything is timed.
     """
 
-    def __init__(self, model: LoadedModel, settings: DecodeConfig):
-        self.model, self.settings = model, settings
-        self._knobs = {
-            mode: Knobs.make(steps, settings.threshold, model.eos_ids)
-            for mode, steps in ((PLAIN, 0), (SPECULATIVE, settings.draft_steps))
-        }
+    def __init__(self, model: LoadedModel, settings: DecodeConfig, memory_limit: int | None = None):
+        """`memory_limit`: bytes; a prompt whose caches do not fit raises `UserError` with the numbers."""
+        self.model, self.settings, self._limit = model, settings, memory_limit
+        self._knobs = {mode: make_knobs(settings, model.eos_ids, plain=mode == PLAIN) for mode in (PLAIN, SPECULATIVE)}
         self._programs: dict[int, Any] = {}  # by cache slots
         self._warm: set[int] = set()  # prompt buckets
 
@@ -98,6 +97,11 @@ class PairedDecoder:
         padded = bucket(len(prompt))
         if padded in self._warm:
             return
+        plan(
+            self.model,
+            Sizes(1, slots_for(len(prompt), self.settings), self.settings.draft_steps + 1, padded),
+            self._limit,
+        )
         for mode, knobs in self._knobs.items():
             state = self._start(prompt, mode)
             slots = state.tokens.shape[1]
@@ -116,15 +120,15 @@ def run_questions(decoder: PairedDecoder, questions: Sequence[Question]) -> Iter
         yield hold_conversation(decoder, question, plain_first=index % 2 == 0)
 
 
-def check_askable(decoder: PairedDecoder, questions: Sequence[Question]) -> None:
-    """Raise `UserError` where not one conversation could be begun."""
+def first_prompt(decoder: PairedDecoder, questions: Sequence[Question]) -> list[int]:
+    """The first prompt that can be asked; raises `UserError` where not one conversation could be begun."""
     if decoder.model.tokenizer is None:
         raise UserError("this checkpoint has no tokenizer, which questions need: import the model with one")
     reason = ""
     for question in questions:
         prompt = conversation_prompt(decoder, [Message("user", question.turns[0])])
         if not isinstance(prompt, str):
-            return
+            return prompt
         reason = reason or prompt
     raise UserError(f"none of the {len(questions)} questions can be asked; the first: {reason}")
 

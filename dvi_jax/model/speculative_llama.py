@@ -54,6 +54,13 @@ class SpeculativeLlama(nnx.Module):
         """Token ids of rows of `draft_head`."""
         return self.draft_vocabulary["ids"][...][index] if self.draft_vocabulary else index
 
+    def over_vocabulary(self, logits: jax.Array) -> jax.Array:
+        """Logits [B, Vd] of `draft_head`'s rows -> [B, V], minus infinity where nothing is drafted."""
+        if not self.draft_vocabulary:
+            return logits
+        full = jnp.full((logits.shape[0], self.llama.config.vocab_size), -jnp.inf, logits.dtype)
+        return full.at[:, self.draft_vocabulary["ids"][...]].set(logits)
+
 
 class Params(NamedTuple):
     """Every array of a `SpeculativeLlama`, by kind: nested dicts, a pytree."""

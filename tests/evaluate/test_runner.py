@@ -10,7 +10,7 @@ from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.generate import generate
 from dvi_jax.errors import UserError
 from dvi_jax.evaluate import runner
-from dvi_jax.evaluate.runner import EARLIER_TURN, TOO_LONG, PairedDecoder, Skipped, check_askable, run_questions
+from dvi_jax.evaluate.runner import EARLIER_TURN, TOO_LONG, PairedDecoder, Skipped, first_prompt, run_questions
 from dvi_jax.evaluate.spec_bench import Question
 
 SETTINGS = DecodeConfig(draft_steps=3, max_new_tokens=20)
@@ -104,7 +104,7 @@ def test_one_program_serves_both_modes_and_all_prompts_of_its_size(model, monkey
 
     decode = runner.decode
     monkeypatch.setattr(runner, "decode", Counting)
-    questions = [Question(size, "qa", ("x" * size,)) for size in (20, 21, 22, 60, 61)]
+    questions = [Question(size, "qa", ("x" * size,)) for size in (20, 21, 22, 100, 101)]
     answers = list(run_questions(PairedDecoder(model, SETTINGS), questions))
     slots = [trace.cache_slots for a in answers for trace in (a.turns[0].plain, a.turns[0].speculative)]
     assert len(set(slots)) == 2
@@ -114,10 +114,10 @@ def test_one_program_serves_both_modes_and_all_prompts_of_its_size(model, monkey
 def test_questions_of_which_none_can_be_asked_are_refused(decoder):
     too_long = Question(1, "qa", ("x" * 500,))
     with pytest.raises(UserError, match=f"none of the 2 questions can be asked; the first: {TOO_LONG}"):
-        check_askable(decoder, [too_long, too_long])
-    check_askable(decoder, [too_long, TWO_TURNS])
+        first_prompt(decoder, [too_long, too_long])
+    first_prompt(decoder, [too_long, TWO_TURNS])
 
 
 def test_a_model_without_tokenizer_is_refused(model):
     with pytest.raises(UserError, match="no tokenizer"):
-        check_askable(PairedDecoder(replace(model, tokenizer=None), SETTINGS), [TWO_TURNS])
+        first_prompt(PairedDecoder(replace(model, tokenizer=None), SETTINGS), [TWO_TURNS])

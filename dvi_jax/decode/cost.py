@@ -1,0 +1,51 @@
+"""What a draft costs on this device, measured: the number that `DecodeConfig.draft_cost` wants."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dvi_jax.config import DecodeConfig
+from dvi_jax.decode.generate import make_knobs, start
+from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.state import DecodeState, Knobs
+from dvi_jax.load import LoadedModel
+
+ROUNDS = 6
+REPEATS = 3
+
+
+def measure_draft_cost(model: LoadedModel, state: DecodeState, settings: DecodeConfig) -> float:
+    """Seconds of a draft over seconds of a round that drafts nothing, from a few rounds of the compiled program.
+
+    `state` (just prefilled) is left as it is. 0 where nothing can be drafted.
+    """
+    plain, _ = _round_seconds(model, state, 0)
+    drafting, drafts = _round_seconds(model, state, settings.draft_steps)
+    return min(max(drafting / plain - 1, 0.0) / drafts, 1.0) if drafts else 0.0
+
+
+def with_measured_cost(model: LoadedModel, prompt: Sequence[int], settings: DecodeConfig) -> DecodeConfig:
+    """`settings` with the cost of a draft as measured behind `prompt` (token ids)."""
+    state = start(model, [prompt], settings, make_knobs(settings, ()))
+    return replace(settings, draft_cost=measure_draft_cost(model, state, settings))
+
+
+def _round_seconds(model: LoadedModel, state: DecodeState, draft_steps: int) -> tuple[float, float]:
+    """Median seconds of a round, and drafts in it. Every round drafts all it may; nothing ends a row."""
+    knobs = Knobs.make(draft_steps, 0.0, (), until=ROUNDS)
+    seconds = []
+    for _ in range(REPEATS + 1):
+        copied = jax.block_until_ready(jax.tree.map(jnp.copy, state.replace(done=jnp.zeros_like(state.done))))
+        began = time.perf_counter()
+        copied = jax.block_until_ready(decode(model.graphdef, model.decode_params, copied, knobs))
+        seconds.append(time.perf_counter() - began)
+    rounds = max(int(copied.rounds), 1)
+    drafts = float(np.max(np.sum(copied.drafted, axis=1)))
+    return statistics.median(seconds[1:]) / rounds, drafts / rounds
