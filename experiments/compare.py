@@ -55,7 +55,7 @@ def plot_comparison(summaries: dict[str, dict[str, Any]], picture: Path) -> None
     labels.sort(key=lambda label: label == "overall")  # stable: only moves the last row to the end
     figure = new_figure(9.5, 1.4 + len(labels) * (0.16 + 0.17 * len(summaries)))
     panels = figure.subplots(1, 2, sharey=True)
-    height = 0.8 / len(summaries)
+    height, size = 0.8 / len(summaries), 9 if len(summaries) < 3 else 7
     for axes, key, title in zip(
         panels, ("speedup", "tokens_per_round"), ("speed-up over plain decoding", "tokens per round"), strict=True
     ):
@@ -64,8 +64,8 @@ def plot_comparison(summaries: dict[str, dict[str, Any]], picture: Path) -> None
             values = [rows.get(label, {}).get(key) or 0 for label in labels]
             places = [place - 0.4 + height * (index + 0.5) for place in range(len(labels))]
             bars = axes.barh(places, values, height, color=COLORS[index % len(COLORS)], label=name)
-            axes.bar_label(bars, [f"{value:.2f}" if value else "" for value in values], fontsize=7, padding=2)
-        axes.axvline(1, color="#5b6570", linewidth=0.8, linestyle=":")
+            axes.bar_label(bars, [f"{value:.2f}" if value else "" for value in values], fontsize=size, padding=2)
+        axes.axvline(1, color="#1c2430", linewidth=0.9, linestyle=":")
         axes.set_yticks(range(len(labels)), labels)
         axes.set_xlabel(title)
         axes.margins(x=0.12, y=0.01)

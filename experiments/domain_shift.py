@@ -1,9 +1,12 @@
-"""Online against frozen when the traffic changes: chat, then code, then translation; accept rate over time.
+"""Online against frozen when the traffic changes: chat, then code, then translation; and what learning costs.
 
-    python -m experiments.domain_shift --config experiments/configs/domain_shift.yaml --seeds 3 --out DIR
+    python -m experiments.domain_shift --config experiments/configs/domain_shift.yaml --per-domain 512 --out DIR
 
-The config's files are the domains, in order. Both runs decode the same prompts with the same starting drafter; every
-prompt is met once, before anything was learned from it. The frozen run makes no update.
+The config's files are the domains, in order; each must give `--per-domain` prompts to learn from. All runs decode the
+same prompts with the same starting drafter; every prompt is met once, before anything was learned from it. The frozen
+run makes no update. For the cost, a third kind of run makes the same updates at a learning rate too small to move a
+weight, so that its rollouts are the frozen run's: the difference in tokens per second is what updates cost. Writes
+DIR/domain_shift.json after every run, and DIR/domain_shift.png.
 """
 
 from __future__ import annotations
@@ -12,83 +15,164 @@ import json
 import statistics
 import sys
 import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dvi_jax.config import TrainConfig, load_train_config
-from dvi_jax.errors import ArgumentParser, run_cli
-from dvi_jax.evaluate.plots import new_figure
+from dvi_jax.checkpoint import read_checkpoint
+from dvi_jax.config import TrainConfig
+from dvi_jax.data.conversations import ConversationStream
+from dvi_jax.data.prompts import PromptSettings, PromptStream
+from dvi_jax.data.tokenizer import Tokenizer
+from dvi_jax.errors import ArgumentParser, UserError, run_cli
+from dvi_jax.evaluate.plots import BLUE, new_figure
 from dvi_jax.learn.metrics import MetricsLog
 from dvi_jax.learn.online import train
 from dvi_jax.load import enable_compilation_cache
 from experiments.measure import environment
-from experiments.objectives import spread
+from experiments.objectives import online_config, recorded, spread
+
+STILL = 1e-30  # a learning rate that moves no float32 weight
+NEVER = 10**9
+COMPILING = 2  # rollouts at the beginning that are not timed
+
+Run = dict[str, list[float]]
 
 
-def main() -> int:
-    """Run online (per seed) and frozen, write DIR/domain_shift.json and .png."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run frozen, online (per seed) and for the cost; results are on the disk after every run."""
     parser = ArgumentParser(prog="python -m experiments.domain_shift", description=__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--per-domain", type=int, required=True, help="prompts in each of the config's files")
+    parser.add_argument("--per-domain", type=int, required=True, help="training prompts in each of the config's files")
+    parser.add_argument("--cost-prompts", type=int, default=512, help="prompts of the run that measures the cost")
     parser.add_argument("--out", required=True, type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     enable_compilation_cache()
-    config = load_train_config(options.config, options.set)
-    options.out.mkdir(parents=True, exist_ok=True)
-    frozen = run(replace(config, updates_per_rollout=0))
-    online = [run(replace(config, seed=seed)) for seed in range(options.seeds)]
+    config = online_config(options.config, options.set)
     domains = [Path(file).stem for file in config.data.files]
-    summary = compare(frozen, online, domains, options.per_domain)
-    result = {"environment": environment(), "config": options.config, "set": options.set, "summary": summary}
-    result |= {"frozen": frozen, "online": online}
-    (options.out / "domain_shift.json").write_text(json.dumps(result, indent=1) + "\n")
+    check_stream(config, options.per_domain)
+    options.out.mkdir(parents=True, exist_ok=True)
+    result = {"environment": environment(), "settings": recorded(config)}
+    frozen = run(replace(config, updates_per_rollout=0))
+    online: list[Run] = []
+    result |= {"domains": domains, "per_domain": options.per_domain, "frozen": frozen, "online": online}
+
+    def save() -> None:
+        (options.out / "domain_shift.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    save()
+    result["cost"] = cost_of_learning(config, frozen, options.cost_prompts)
+    for seed in range(options.seeds):
+        online.append(run(replace(config, seed=seed)))
+        result["summary"] = compare(frozen, online, domains, options.per_domain)
+        save()
+        print(f"seed {seed}: " + ", ".join(f"{d} {row['online'][-1]:.1%}" for d, row in result["summary"].items()))
     draw(frozen, online, domains, options.per_domain, options.out / "domain_shift.png")
-    for domain, row in summary.items():
+    for domain, row in result["summary"].items():
         print(f"{domain:12s} frozen {row['frozen']:.1%}  online {spread(row['online'])}")
+    cost = result["cost"]
+    print(f"tokens/s without updates {cost['off']:.0f}, with {cost['on']:.0f}: learning costs {cost['share']:.1%}")
     return 0
 
 
-def run(config: TrainConfig) -> dict[str, Any]:
-    """One run in a scratch directory: for each rollout, prompts so far, accepted and judged drafts, seconds."""
+def check_stream(config: TrainConfig, per_domain: int) -> None:
+    """Raise `UserError` unless every file gives just `per_domain` prompts and the run reads them all.
+
+    Otherwise the traffic would not change where the summary and the picture say so.
+    """
+    data = config.data
+    tokenizer = Tokenizer.from_checkpoint(read_checkpoint(config.checkpoint))
+    settings = PromptSettings(data.max_prompt_tokens, data.turns, data.held_out_fraction)
+    stream = PromptStream(ConversationStream(data.files), tokenizer, settings)
+    given = Counter(prompt.position.file for prompt in stream)
+    if any(given[index] != per_domain for index in range(len(data.files))):
+        found = ", ".join(f"{Path(file).name} {given[index]}" for index, file in enumerate(data.files))
+        left_out = ", ".join(f"{reason}: {count}" for reason, count in sorted(stream.counts.items())) or "none"
+        raise UserError(
+            f"--per-domain {per_domain}: each file must give that many prompts of at most {data.max_prompt_tokens}"
+            f" tokens, but they give {found} ({stream.conversations.summary()}; prompts left out: {left_out})"
+        )
+    if config.prompts < per_domain * len(data.files):
+        raise UserError(f"prompts is {config.prompts}: {len(data.files)} files of {per_domain} prompts need as many")
+
+
+def run(config: TrainConfig) -> Run:
+    """One run in a scratch directory: for each rollout, prompts and tokens so far, acceptance, and the clock."""
+    clock: list[float] = []
+
+    def watch(kind: str, record: dict[str, Any]) -> None:
+        if kind == "train":
+            clock.append(time.perf_counter())
+
     with tempfile.TemporaryDirectory() as scratch:
-        train(replace(config, out=f"{scratch}/run"))
+        # Neither evaluations nor snapshots between rollouts: the clock shall count rollouts and updates.
+        train(replace(config, out=f"{scratch}/run", eval_every=NEVER, save_every=NEVER), report=watch)
         records = MetricsLog(Path(scratch) / "run" / "metrics.jsonl").records("train")
-    names = ("prompts", "accept_rate", "tokens_per_round", "rollout_seconds", "update_seconds")
-    return {name: [record[name] for record in records] for name in names}
+    names = ("prompts", "new_tokens", "accept_rate", "tokens_per_round")
+    curves = {name: [record[name] for record in records] for name in names}
+    return curves | {"seconds": [now - clock[0] for now in clock]}
 
 
-def compare(frozen: dict, online: list[dict], domains: list[str], per_domain: int) -> dict[str, Any]:
+def cost_of_learning(config: TrainConfig, frozen: Run, prompts: int) -> dict[str, float]:
+    """Tokens per second without (`off`) and with updates (`on`) over the same rollouts, and the share lost."""
+    optimizer = replace(config.optimizer, lora_lr=STILL, head_lr=STILL, weight_decay=0.0)
+    still = run(replace(config, optimizer=optimizer, prompts=min(prompts, config.prompts)))
+    rollouts = len(still["prompts"])
+    if rollouts <= COMPILING:
+        raise UserError(f"--cost-prompts {prompts} gives {rollouts} rollouts: at least {COMPILING + 1} are needed")
+    same = still["accept_rate"] == frozen["accept_rate"][:rollouts]
+    off, on = tokens_per_second(frozen, rollouts), tokens_per_second(still, rollouts)
+    return {"off": off, "on": on, "share": 1 - on / off, "rollouts": rollouts - COMPILING, "same_acceptance": same}
+
+
+def tokens_per_second(run_: Run, rollouts: int) -> float:
+    """New tokens a second from the end of the compiling rollouts to the end of rollout number `rollouts`."""
+    tokens, seconds = run_["new_tokens"], run_["seconds"]
+    first, last = COMPILING - 1, rollouts - 1
+    return (tokens[last] - tokens[first]) / (seconds[last] - seconds[first])
+
+
+def compare(frozen: Run, online: list[Run], domains: list[str], per_domain: int) -> dict[str, Any]:
     """Mean accept rate over the second half of every domain."""
 
-    def mean(run: dict, index: int) -> float:
+    def mean(run_: Run, index: int) -> float:
         begin, end = (index + 0.5) * per_domain, (index + 1) * per_domain
-        pairs = zip(run["prompts"], run["accept_rate"], strict=True)
-        return statistics.mean(rate for prompts, rate in pairs if begin < prompts <= end)
+        pairs = zip(run_["prompts"], run_["accept_rate"], strict=True)
+        rates = [rate for prompts, rate in pairs if begin < prompts <= end]
+        if not rates:
+            raise UserError(f"no rollout in the second half of {domains[index]}: raise prompts or lower --per-domain")
+        return statistics.mean(rates)
 
     return {
-        domain: {"frozen": mean(frozen, index), "online": [mean(run, index) for run in online]}
+        domain: {"frozen": mean(frozen, index), "online": [mean(run_, index) for run_ in online]}
         for index, domain in enumerate(domains)
     }
 
 
-def draw(frozen: dict, online: list[dict], domains: list[str], per_domain: int, path: Path) -> None:
-    """Accept rate over prompts, smoothed over five rollouts; a line where the domain changes."""
-    figure = new_figure(8, 4)
+def draw(frozen: Run, online: list[Run], domains: list[str], per_domain: int, path: Path) -> None:
+    """Accept rate over prompts, smoothed over five rollouts: seeds' mean and range; a line where the domain changes."""
+    figure = new_figure(8, 4.2)
     axes = figure.subplots()
-    for index, run_ in enumerate(online):
-        label = "online" if not index else None
-        axes.plot(run_["prompts"], smooth(run_["accept_rate"]), color="tab:blue", alpha=0.7, label=label)
-    axes.plot(frozen["prompts"], smooth(frozen["accept_rate"]), color="tab:gray", label="frozen")
+    prompts = frozen["prompts"]
+    points = list(zip(*(smooth(run_["accept_rate"]) for run_ in online), strict=True))
+    axes.plot(prompts, smooth(frozen["accept_rate"]), color="0.45", label="frozen")
+    label = f"online, mean and range of {len(online)} seeds"
+    axes.plot(prompts, [statistics.mean(point) for point in points], color=BLUE, label=label)
+    axes.fill_between(prompts, [min(p) for p in points], [max(p) for p in points], color=BLUE, alpha=0.25)
     for index, domain in enumerate(domains):
-        axes.axvline(index * per_domain, color="0.8", linewidth=1)
-        axes.text((index + 0.5) * per_domain, 0.97, domain, transform=axes.get_xaxis_transform(), ha="center", va="top")
+        axes.axvline(index * per_domain, color="0.75", linewidth=1)
+        axes.text((index + 0.5) * per_domain, 0.98, domain, transform=axes.get_xaxis_transform(), ha="center", va="top")
+    axes.margins(y=0.12)
     axes.set_xlabel("prompts served")
-    axes.set_ylabel("accept rate (%)")
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+    axes.set_ylabel("drafts accepted (%), mean of 5 rollouts")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    figure.savefig(path)
 
 
 def smooth(rates: list[float], width: int = 5) -> list[float]:

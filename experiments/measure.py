@@ -11,6 +11,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvi_jax.checkpoint import Manifest
-from dvi_jax.config import DecodeConfig, LlamaConfig
-from dvi_jax.decode.generate import start
+from dvi_jax.config import LlamaConfig
+from dvi_jax.decode.memory import Sizes, abstract_state
 from dvi_jax.decode.speculative import decode
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.load import LoadedModel, build_model
+from dvi_jax.model.drafters import Committed
 from dvi_jax.model.llama import random_base
-from dvi_jax.model.speculative_llama import split
+from dvi_jax.model.speculative_llama import Params, split
 
 
 def environment() -> dict[str, str]:
@@ -42,8 +45,11 @@ def environment() -> dict[str, str]:
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """A command's options for its result: names of files and folders without where they lay on this machine."""
     paths = {"checkpoint", "data", "drafter_from"}
-    values = {name: value for name, value in vars(options).items() if name != "out"}
-    return {name: Path(value).name if name in paths and value else value for name, value in values.items()}
+    values = {name: value for name, value in vars(options).items() if name != "out" and not callable(value)}
+    return {
+        name: Path(value).name if isinstance(value, Path) or (name in paths and value) else value
+        for name, value in values.items()
+    }
 
 
 def median_seconds(function: Callable[[], Any], repeats: int = 5) -> float:
@@ -72,6 +78,42 @@ def random_model(config: LlamaConfig, dtype: str, exit_layer: int, drafter: str 
     return LoadedModel(config, manifest, *split(build_model(config, manifest, base)))
 
 
+def abstract_model(config: LlamaConfig, dtype: str, exit_layer: int, drafter: str = "exit_head") -> LoadedModel:
+    """The same with shapes in place of arrays: to compile for, or to count, without any memory."""
+    made = []
+
+    def params() -> Params:
+        made.append(random_model(config, dtype, exit_layer, drafter))
+        return made[0].params
+
+    shapes = jax.eval_shape(params)
+    return made[0].with_params(shapes)
+
+
+def filled_state(model: LoadedModel, batch: int, slots: int, width: int, length: int, new_tokens: int) -> DecodeState:
+    """A state after a prompt of `length` random tokens, made without a prefill: the caches hold a pattern.
+
+    For timing, which no value changes but accept lengths. Decoding goes on for `new_tokens`, which must fit in `slots`.
+    """
+    empty = jax.tree.map(_pattern, abstract_state(model, Sizes(batch, slots, width, prompt=16)))
+    count = jnp.full((batch,), length, jnp.int32)
+    tokens = jax.random.randint(jax.random.key(0), (batch, slots), 3, model.config.vocab_size, jnp.int32)
+    previous = Committed(empty.previous.hidden, empty.previous.feature, count - 1, jnp.ones_like(count))
+    return empty.replace(tokens=tokens, length=count + 1, limit=count + new_tokens, previous=previous)
+
+
+def _pattern(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros for integers; for floats finite values that differ, since zeros alone would spare the device power."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    return _waves(leaf.shape, leaf.dtype)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _waves(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return jnp.sin(jnp.arange(prod(shape), dtype=jnp.float32)).reshape(shape).astype(dtype)
+
+
 @dataclass(frozen=True)
 class Floor:
     """Fewest bytes a round must read: weights once for each pass over them, and the keys and values in the context."""
@@ -81,65 +123,68 @@ class Floor:
     verify_bytes: int  # deep weights and head
     kv_bytes: int  # per position, all layers
 
-    def bytes(self, drafts: int, context: float) -> float:
+    def bytes(self, drafts: float, context: float) -> float:
         """Bytes of a round that drafts `drafts` tokens at a mean context length."""
         return self.row_bytes * (drafts + 1) + self.draft_bytes * drafts + self.verify_bytes + self.kv_bytes * context
 
 
 def floor_of(model: LoadedModel, batch: int = 1) -> Floor:
     """The floor of a model's rounds; gathers from the embedding are not counted."""
-    config, base = model.config, model.params.base["llama"]
-    layers = [sum(leaf.nbytes for leaf in jax.tree.leaves(base["layers"][i])) for i in range(config.num_layers)]
-    head = base["embed" if config.tie_word_embeddings else "head"].nbytes
-    drafter = sum(leaf.nbytes for leaf in jax.tree.leaves((model.params.drafter, model.params.lora_s)))
+    config, params = model.config, model.decode_params  # what is read: the drafter in the decoding dtype
+    base = params.base["llama"]
+    layers = [_bytes(base["layers"][i]) for i in range(config.num_layers)]
+    head = base["embed" if config.tie_word_embeddings else "head"]
+    draft_head = params.base.get("draft_vocabulary", {}).get("head", head)
     exit_layer, item = model.manifest.exit_layer, jnp.dtype(model.manifest.dtype).itemsize
     return Floor(
         row_bytes=sum(layers[:exit_layer]),
-        draft_bytes=head + drafter,
-        verify_bytes=sum(layers[exit_layer:]) + head,
+        draft_bytes=_bytes((draft_head, params.drafter, params.lora_s)),
+        verify_bytes=sum(layers[exit_layer:]) + head.nbytes,
         kv_bytes=batch * 2 * config.num_kv_heads * config.head_dim * item * config.num_layers,
     )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 @dataclass(frozen=True)
 class Timing:
     """Medians over repetitions of one setting."""
 
-    compile_seconds: float
     round_ms: float
+    spread: float  # (slowest - fastest repetition) / median
     rounds: int
-    tokens_per_second: float
+    drafted_per_round: float
     tokens_per_round: float
-    state: DecodeState  # of the last repetition
+    tokens_per_second: float
+
+
+def compile_decode(model: LoadedModel, state: DecodeState) -> tuple[jax.stages.Compiled, float]:
+    """The decode loop compiled for states like this one, and the seconds that tracing and compiling took."""
+    began = time.perf_counter()
+    program = decode.lower(model.graphdef, model.decode_params, state, Knobs.make(0, 0.0, ())).compile()
+    return program, time.perf_counter() - began
 
 
 def time_decode(
-    model: LoadedModel,
-    prompts: list[list[int]],
-    settings: DecodeConfig,
-    *,
-    plain: bool = False,
-    repeats: int = 5,
-    prepare: Callable[[DecodeState], DecodeState] = lambda state: state,
+    program: jax.stages.Compiled, model: LoadedModel, fresh: Callable[[], DecodeState], drafts: int, repeats: int
 ) -> Timing:
-    """Decode `prompts` repeatedly, no eos; `prepare` may change the prefilled state."""
-    knobs = Knobs.make(0 if plain else settings.draft_steps, settings.threshold, ())
-    began = time.perf_counter()
-    program = decode.lower(model.graphdef, model.decode_params, start(model, prompts, settings, knobs), knobs).compile()
-    compile_seconds = time.perf_counter() - began
-    times = []
+    """Decode `fresh()` states to their limits with `drafts` drafts a round and no end-of-sequence id."""
+    knobs, times, state = Knobs.make(drafts, 0.0, ()), [], None
     for _ in range(repeats + 1):
-        state = jax.block_until_ready(prepare(start(model, prompts, settings, knobs)))
+        del state  # two states at once might not fit
+        state = jax.block_until_ready(fresh())
         began = time.perf_counter()
         state = jax.block_until_ready(program(model.decode_params, state, knobs))
         times.append(time.perf_counter() - began)
-    seconds, rounds = statistics.median(times[1:]), int(state.rounds)
-    tokens = int(np.sum(state.accept_lengths))
+    seconds, (batch,) = statistics.median(times[1:]), state.length.shape
+    rounds, tokens, drafted = int(state.rounds), int(np.sum(state.accept_lengths)), int(np.sum(state.drafted))
     return Timing(
-        compile_seconds=compile_seconds,
         round_ms=1e3 * seconds / rounds,
+        spread=(max(times[1:]) - min(times[1:])) / seconds,
         rounds=rounds,
+        drafted_per_round=drafted / rounds / batch,
+        tokens_per_round=tokens / rounds / batch,
         tokens_per_second=tokens / seconds,
-        tokens_per_round=tokens / rounds / len(prompts),
-        state=state,
     )

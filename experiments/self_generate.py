@@ -1,71 +1,147 @@
 """The verifier's own replies to many prompts, as packed text for distillation.
 
-    python -m experiments.self_generate --checkpoint CKPT --prompts prompts.npz --out replies.npz
+    python -m experiments.self_generate --checkpoint CKPT --prompts prompts.npz --row-length 1024 --out replies.npz
 
 Greedy replies are what a drafter has to predict at run time; text of other writers is further from it. `prompts.npz`
-holds `lengths` int32 [N] and `ids`, all prompts end to end (experiments/pack.py writes it).
+holds `lengths` int32 [N] and `ids`, all prompts end to end (experiments/prompts.py writes it). Every row of the result
+holds whole prompts with their replies, so that no reply is learned without what it answers; replies alone are marked.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.generate import generate
-from dvi_jax.errors import ArgumentParser, run_cli
-from dvi_jax.learn.packing import pack
+from dvi_jax.decode.prefill import bucket
+from dvi_jax.errors import ArgumentParser, UserError, run_cli
+from dvi_jax.learn.packing import Packed
 from dvi_jax.load import enable_compilation_cache, load
 
+MOST_ROWS = 512  # of a batch: more gain nothing on one GPU
 
-def main() -> int:
-    """Decode batch by batch, prompts of like length together, and save prompt + reply with the reply marked."""
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts decoded together, filled up to a fixed size by repeating the first; only `count` are kept."""
+
+    prompts: list[list[int]]
+    count: int
+    longest: int  # of its length class: fixes the shapes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Decode batch by batch in random order, so that a run cut short by `--max-seconds` is a fair sample; save."""
     parser = ArgumentParser(prog="python -m experiments.self_generate", description=__doc__)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--prompts", required=True)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--limit", type=int, default=0, help="prompts to use, 0 for all")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--row-length", type=int, default=512)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 384, 768, 1024], help="length classes")
+    parser.add_argument("--batch-tokens", type=int, default=81920, help="prompt and reply positions of a batch")
+    parser.add_argument("--new-tokens", type=int, default=120)
+    parser.add_argument("--row-length", type=int, default=1024)
     parser.add_argument("--max-seconds", type=float, default=1e9)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     enable_compilation_cache()
     model = load(options.checkpoint)
     prompts = read_prompts(options.prompts, options.limit)
+    classes = by_length(prompts, options.lengths)
+    too_long = len(prompts) - sum(map(len, classes.values()))
+    print(f"{len(prompts) - too_long} prompts, {too_long} longer than {max(options.lengths)} tokens left out")
+    batches = [
+        batch
+        for longest, prompts in classes.items()
+        for batch in deal(prompts, longest, batch_rows(options.batch_tokens, longest + options.new_tokens))
+    ]
     settings = DecodeConfig(0, 0.0, options.new_tokens)
     sequences, new_tokens, began = [], 0, time.perf_counter()
-    batches = [prompts[i : i + options.batch] for i in range(0, len(prompts) - options.batch + 1, options.batch)]
-    order = np.random.default_rng(0).permutation(len(batches))
-    for done, index in enumerate(order):
+    for done, index in enumerate(np.random.default_rng(0).permutation(len(batches)), 1):
         batch = batches[index]
-        generations, _ = generate(model, batch, settings, plain=True, longest_prompt=len(prompts[-1]))
-        for prompt, generation in zip(batch, generations, strict=True):
-            mask = [False] * len(prompt) + [True] * len(generation.new_ids)
-            sequences.append((generation.output_ids, mask))
+        generations, _ = generate(model, batch.prompts, settings, plain=True, longest_prompt=batch.longest)
+        for prompt, generation in zip(batch.prompts[: batch.count], generations, strict=False):
+            sequences.append((generation.output_ids, len(prompt)))
             new_tokens += len(generation.new_ids)
         seconds = time.perf_counter() - began
-        if done % 10 == 0:
-            print(
-                f"{done + 1} of {len(batches)} batches, {new_tokens} tokens, {new_tokens / seconds:.0f} tokens/s",
-                flush=True,
-            )
+        print(f"{done} of {len(batches)} batches, {new_tokens} tokens, {seconds:.0f} s", flush=True)
         if seconds > options.max_seconds:
             break
-    packed = pack(sequences, options.row_length, model.config.vocab_size)
+    packed = pack_whole(sequences, options.row_length, model.config.vocab_size)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     packed.save(options.out)
-    print(f"{options.out}: {packed.tokens.shape[0]} rows of {options.row_length}, {packed.mask.mean():.0%} replies")
+    rows, share = len(packed.tokens), packed.mask.mean()
+    print(f"{options.out}: {len(sequences)} replies in {rows} rows of {options.row_length}, {share:.0%} reply tokens")
     return 0
 
 
 def read_prompts(path: str, limit: int) -> list[list[int]]:
-    """The prompts, longest last, so that batches hold like lengths."""
-    with np.load(path) as file:
-        ends = np.cumsum(file["lengths"])
-        prompts = np.split(file["ids"], ends[:-1])
-    return sorted((prompt.tolist() for prompt in (prompts[:limit] if limit else prompts)), key=len)
+    """The first `limit` prompts (0: all) as token ids."""
+    try:
+        with np.load(path) as file:
+            ends = np.cumsum(file["lengths"])
+            prompts = np.split(file["ids"], ends[:-1])
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} does not hold prompts (.npz with lengths and ids): {error}") from error
+    return [prompt.tolist() for prompt in (prompts[:limit] if limit else prompts)]
+
+
+def by_length(prompts: Sequence[list[int]], lengths: Sequence[int]) -> dict[int, list[list[int]]]:
+    """Prompts by the smallest of `lengths` they fit into; those longer than all are left out."""
+    classes: dict[int, list[list[int]]] = {longest: [] for longest in sorted(lengths)}
+    for prompt in prompts:
+        longest = next((length for length in classes if len(prompt) <= length), None)
+        if longest is not None:
+            classes[longest].append(prompt)
+    if not any(classes.values()):
+        raise UserError(f"no prompt has at most {max(lengths)} tokens: give --lengths up to the longest")
+    return {longest: found for longest, found in classes.items() if found}
+
+
+def batch_rows(tokens: int, length: int) -> int:
+    """The largest power of two of rows of `length` within `tokens`, at most `MOST_ROWS`."""
+    return min(2 ** ((max(tokens // length, 1)).bit_length() - 1), MOST_ROWS)
+
+
+def deal(prompts: Sequence[list[int]], longest: int, rows: int) -> Iterator[Batch]:
+    """Batches of `rows`, the longest prompts dealt out one to each: all batches of a class pad to the same length.
+
+    Prompts are padded to the bucket of the longest beside them, and every other bucket is another program to compile.
+    """
+    rows = min(rows, bucket(len(prompts)))
+    number = -(-len(prompts) // rows)
+    ordered = sorted(prompts, key=len, reverse=True)
+    for index in range(number):
+        dealt = ordered[index::number]
+        yield Batch(dealt + dealt[:1] * (rows - len(dealt)), len(dealt), longest)
+
+
+def pack_whole(sequences: Sequence[tuple[list[int], int]], row_length: int, vocab_size: int) -> Packed:
+    """Rows of whole sequences (ids, prompt tokens); the rest of a row is filled with token 0, unmarked.
+
+    Longest first, each into the fullest row that has room. A sequence longer than a row loses its beginning.
+    """
+    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index][0]), reverse=True)
+    tokens = np.zeros((len(sequences), row_length), np.uint16 if vocab_size <= 2**16 else np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    free = np.full(len(sequences), row_length)
+    for index in order:
+        ids, prompt_length = sequences[index]
+        prompt_length -= max(len(ids) - row_length, 0)
+        ids = ids[-row_length:]
+        row = int(np.argmin(np.where(free >= len(ids), free, row_length + 1)))
+        begin = row_length - free[row]
+        tokens[row, begin : begin + len(ids)] = ids
+        mask[row, begin + max(prompt_length, 0) : begin + len(ids)] = True
+        free[row] -= len(ids)
+    used = free < row_length
+    return Packed(tokens[used], mask[used])
 
 
 if __name__ == "__main__":

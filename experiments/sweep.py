@@ -1,15 +1,19 @@
 """Draft steps and threshold against speed, on held-out prompts of a conversation file.
 
     python -m experiments.sweep --checkpoint CKPT --drafter-from DIR --data FILE --out sweep.json
+    python -m experiments.sweep --checkpoint CKPT --drafter-from DIR --data heldout.jsonl --all --out sweep.json
 
 Used to choose the two settings without touching evaluation questions. The threshold and the number of drafts are
-run-time arguments; only a wider round is another program.
+run-time arguments; only a wider round is another program. `--all` takes every conversation of the file, up to its last
+question (experiments/prompts.py writes such a file), and tells tokens per round by the kind of prompt, too. With
+`--out`, the JSON is written after every setting and a picture beside it at the end.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,59 +22,96 @@ from rich.table import Table
 
 from dvi_jax.config import DecodeConfig
 from dvi_jax.data.conversations import ConversationStream
-from dvi_jax.data.prompts import PromptSettings, PromptStream
-from dvi_jax.decode.generate import generate
+from dvi_jax.data.prompts import PromptSettings, PromptStream, context_of_turn
+from dvi_jax.data.tokenizer import Tokenizer
+from dvi_jax.decode.generate import Generation, generate
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.evaluate.acceptance import measure_acceptance
+from dvi_jax.evaluate.plots import new_figure
 from dvi_jax.load import LoadedModel, enable_compilation_cache, load
+from experiments.compare import COLORS
 from experiments.measure import environment, settings_of
 
-MAX_PROMPT_TOKENS = 192
 
-
-def main() -> int:
-    """Measure every pair, print a table, write the JSON."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure every pair, print a table, write the JSON after each."""
     parser = ArgumentParser(prog="python -m experiments.sweep", description=__doc__)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--drafter-from")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--all", action="store_true", help="every conversation of the file, not its held-out share")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts at most")
+    parser.add_argument("--max-prompt-tokens", type=int, default=192)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--draft-steps", type=int, nargs="+", default=[2, 3, 4, 6, 8])
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.0, 0.2, 0.3, 0.4, 0.5, 0.6])
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     enable_compilation_cache()
     model = load(options.checkpoint, drafter_from=options.drafter_from)
     if model.tokenizer is None:
         raise UserError(f"{options.checkpoint} has no tokenizer")
-    settings = PromptSettings(MAX_PROMPT_TOKENS, held_out_fraction=0.02)
-    stream = PromptStream(ConversationStream(options.data), model.tokenizer, settings)
-    prompts = [list(prompt.ids) for prompt in stream.held_out_prompts(options.prompts)]
-    rows = []
+    read = every_prompt if options.all else held_out_prompts
+    prompts = read(options.data, model.tokenizer, options.prompts, options.max_prompt_tokens)
+    result = {"environment": environment(), "settings": settings_of(options), "prompts": len(prompts)}
+    result["rows"] = []
     for steps in options.draft_steps:
-        plain = decode_all(model, prompts, DecodeConfig(steps, 0.0, options.new_tokens), plain=True)
+        plain = decode_all(model, list(prompts.values()), DecodeConfig(steps, 0.0, options.new_tokens), plain=True)
         for threshold in options.thresholds:
-            fast = decode_all(model, prompts, DecodeConfig(steps, threshold, options.new_tokens), plain=False)
-            rows.append({"draft_steps": steps, "threshold": threshold, **compare(plain, fast)})
-    result = {"environment": environment(), "prompts": len(prompts), "settings": settings_of(options), "rows": rows}
+            settings = DecodeConfig(steps, threshold, options.new_tokens)
+            fast = decode_all(model, list(prompts.values()), settings, plain=False)
+            row = {"draft_steps": steps, "threshold": threshold, **compare(plain, fast)}
+            if options.all:
+                row["tokens_per_round_by_kind"] = by_kind(list(prompts), fast["generations"])
+            result["rows"].append(row)
+            if options.out:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    show(rows)
+        draw(result["rows"], options.out.with_suffix(".png"))
+    show(result["rows"])
     return 0
+
+
+def held_out_prompts(file: str, tokenizer: Tokenizer, count: int, longest: int) -> dict[str, list[int]]:
+    """Conversation id -> ids of the first held-out prompts of a stream."""
+    stream = PromptStream(ConversationStream(file), tokenizer, PromptSettings(longest, held_out_fraction=0.02))
+    found = {prompt.conversation_id: list(prompt.ids) for prompt in stream.held_out_prompts(count)}
+    return found or _refuse(file, longest)
+
+
+def every_prompt(file: str, tokenizer: Tokenizer, count: int, longest: int) -> dict[str, list[int]]:
+    """Conversation id -> ids up to the last question, of the conversations that fit, evenly over the whole file."""
+    found = {}
+    for conversation in ConversationStream(file):
+        turns = sum(message.role == "user" for message in conversation.messages)
+        ids = tokenizer.chat(context_of_turn(conversation.messages, turns - 1))
+        if len(ids) <= longest:
+            found[conversation.id] = ids
+    chosen = list(found)[:: max(-(-len(found) // count), 1)]
+    return {name: found[name] for name in chosen} or _refuse(file, longest)
+
+
+def _refuse(file: str, longest: int) -> dict[str, list[int]]:
+    raise UserError(f"{file} has no held-out prompt of at most {longest} tokens")
 
 
 def decode_all(model: LoadedModel, prompts: list[list[int]], settings: DecodeConfig, *, plain: bool) -> dict[str, Any]:
     """Every prompt alone; seconds of decoding and acceptance over all. The first prompt is decoded once before."""
-    generations, seconds = [], 0.0
+    generations, seconds, longest = [], [], max(map(len, prompts))
     for prompt in [prompts[0], *prompts]:
-        (generation,), took = generate(model, [prompt], settings, plain=plain, longest_prompt=MAX_PROMPT_TOKENS)
+        (generation,), took = generate(model, [prompt], settings, plain=plain, longest_prompt=longest)
         generations.append(generation)
-        seconds += took
-        if len(generations) == 1:
-            warm_up = took
-    return {"generations": generations[1:], "seconds": seconds - warm_up}
+        seconds.append(took)
+    return {"generations": generations[1:], "seconds": sum(seconds[1:])}
+
+
+def by_kind(names: list[str], generations: list[Generation]) -> dict[str, float]:
+    """Mean tokens per round of the prompts whose ids have the same beginning, as in `summary-12`."""
+    kinds: dict[str, list[Generation]] = {}
+    for name, generation in zip(names, generations, strict=True):
+        kinds.setdefault(name.rsplit("-", 1)[0], []).append(generation)
+    return {kind: measure_acceptance(found).tokens_per_round for kind, found in kinds.items()}
 
 
 def compare(plain: dict[str, Any], fast: dict[str, Any]) -> dict[str, Any]:
@@ -86,6 +127,29 @@ def compare(plain: dict[str, Any], fast: dict[str, Any]) -> dict[str, Any]:
         "speedup": plain["seconds"] / fast["seconds"],
         "identical": sum(a.output_ids == b.output_ids for a, b in pairs),
     }
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Speed-up, and tokens and drafts of a round, over the threshold: one line for each number of draft steps."""
+    figure = new_figure(8, 3.6)
+    left, right = figure.subplots(1, 2)
+    for color, steps in zip(COLORS, sorted({row["draft_steps"] for row in rows}), strict=False):
+        own = sorted((row for row in rows if row["draft_steps"] == steps), key=lambda row: row["threshold"])
+        places = [row["threshold"] for row in own]
+        left.plot(places, [row["speedup"] for row in own], "o-", color=color, label=f"{steps} draft steps")
+        for key, style, name in (("tokens_per_round", "o-", "committed"), ("drafts_per_round", "s--", "drafted")):
+            label = f"{name}, {steps} draft steps"
+            right.plot(places, [row[key] for row in own], style, color=color, label=label)
+    left.set_ylabel("speed-up over plain decoding (times)")
+    right.set_ylabel("tokens per round")
+    left.axhline(1, color="0.4", linewidth=0.8, linestyle=":", label="as fast as plain")
+    for axes in (left, right):
+        axes.set_xlabel("threshold (drafting stops below this probability)")
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+        axes.grid(color="0.9", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9, loc="lower left")
+    figure.savefig(path)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
