@@ -8,7 +8,8 @@ ways to use it:
   very tokens of plain sampling with that seed, whatever the drafter; drafts agree with probability at least
   (1 - TV) / (1 + TV) for the total variation TV of p and q (Daliri et al., arXiv 2408.07978).
 * rejection: accept with probability min(1, p/q), else draw from the normalised positive part of p - q (Leviathan et
-  al., arXiv 2211.17192). The distribution is p's, the tokens depend on the drafts, of which 1 - TV are accepted.
+  al., arXiv 2211.17192). The distribution is p's, the tokens depend on the drafts, of which 1 - TV are accepted. The
+  drafter's own noise also depends on how many drafts its round has already.
 
 Letters: B batch, R rows of logits in this call, V vocabulary, W rows of a round.
 """

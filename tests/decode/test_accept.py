@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvi_jax.decode.accept import accept_greedy
+from dvi_jax.decode.accept import accept
 
 
 def by_loop(verified, drafts, count, eos_ids):
@@ -24,7 +24,7 @@ def test_accept(data):
     count = data.draw(st.integers(0, 4))
     eos_ids = data.draw(st.sampled_from([(), (2,), (0, 3)]))
     padded = jnp.array([*eos_ids, -1, -1][:2], jnp.int32)
-    verdict = accept_greedy(jnp.array([verified]), jnp.array([drafts]), jnp.array([count]), padded)
+    verdict = accept(jnp.array([verified]), jnp.array([drafts]), jnp.array([count]), padded)
     length, stopped = by_loop(verified, drafts, count, eos_ids)
     assert int(verdict.accept_length[0]) == length
     assert bool(verdict.stopped[0]) == stopped

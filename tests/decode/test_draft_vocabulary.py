@@ -6,13 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dvi_jax.config import DecodeConfig
-from dvi_jax.decode.generate import generate
+from dvi_jax.config import DecodeConfig, SamplingConfig
+from dvi_jax.decode.generate import generate, make_knobs, make_sampling, read_generations, start
+from dvi_jax.decode.speculative import decode
 from dvi_jax.errors import UserError
 from dvi_jax.learn.rollout import rollout
 from dvi_jax.load import with_draft_vocabulary
 
 SETTINGS, PROMPTS = DecodeConfig(3, 0.0, 40), [[5, 9, 2], [7, 7, 1]]
+SAMPLING = SamplingConfig(temperature=3.0, repetition_penalty=1.1)
 
 
 def restricted(model, ids, tmp_path):
@@ -50,3 +52,19 @@ def test_ids_stay_integers_in_bfloat16(make_tiny, tmp_path):
 def test_bad_vocabularies(make_tiny, tmp_path, ids):
     with pytest.raises(UserError, match="token ids"):
         restricted(make_tiny(), ids, tmp_path)
+
+
+def test_sampled_drafts_stay_inside(make_close, run_rows, tmp_path):
+    """At temperature 3 anything is drawn: drafts from a third of the vocabulary, ids as sampled from all of it."""
+    model, prompts = make_close(), [[5, 9, 2], [40] * 9, [7]]
+    few, settings = restricted(model, list(range(0, 64, 3)), tmp_path), DecodeConfig(3, 0.0, 30)
+    knobs = make_knobs(settings, ())
+    state = start(few, prompts, settings, knobs, sampling=make_sampling(few, prompts, SAMPLING), record=True)
+    state = decode(few.graphdef, few.decode_params, state, knobs)
+    proposals = np.asarray(state.signals.proposal)
+    proposals = proposals[proposals >= 0]
+    assert len(set(proposals.tolist())) > 10
+    assert not (proposals % 3).any()
+    ids = [row.new_ids for row in read_generations(state, [3, 9, 1], ())]
+    assert any(token % 3 for row in ids for token in row)
+    assert ids == [row.new_ids for row in run_rows(model, prompts, SAMPLING, draft_steps=0)]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dvi_jax.config import DecodeConfig
+from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.decode.generate import generate, start
 from dvi_jax.decode.speculative import decode_round
 from dvi_jax.decode.state import Knobs
@@ -99,24 +99,32 @@ def _drafters(model: LoadedModel, train_noise) -> list[tuple[str, Params]]:
     ]
 
 
-def test_batch_rows_equal_their_plain_batch(make_tiny, train_noise):
-    """Rows of different lengths and accept lengths; each equals the same row of the plain batch."""
-    model = make_tiny()
-    model = model.with_params(_drafters(model, train_noise)[2][1])
-    prompts = [[3], [5, 9, 2, 60, 11], [7] * 20]
-    settings = DecodeConfig(3, 0.0, 40)
-    plain, _ = generate(model, prompts, settings, plain=True, eos_ids=(17,))
-    fast, _ = generate(model, prompts, settings, eos_ids=(17,))
-    assert [g.output_ids for g in fast] == [g.output_ids for g in plain]
-    assert len({g.rounds for g in fast}) > 1
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_coupled_sampling(make_close, train_noise, run_rows, dtype):
+    """Sampled ids, too, are the plain ones of that seed, whatever drafts, how much, and when it stops."""
+    settings = [
+        SamplingConfig(temperature=0.8, top_p=0.9, seed=5),
+        SamplingConfig(temperature=1.3, top_k=20, repetition_penalty=1.2, seed=6),
+        SamplingConfig(temperature=1.0, min_p=0.05, seed=7),
+    ]
+    model, prompts = make_close(dtype), [[5, 9, 2], [40] * 9, [7]]
+    plain = [row.new_ids for row in run_rows(model, prompts, settings, draft_steps=0)]
+    lengths = set()
+    for std in (0.0, 0.05, 2.0):
+        drafting = model.with_params(train_noise(model.params, "drafter", "lora_s", std=std))
+        for knobs in ({}, {"draft_steps": 1}, {"threshold": 0.6}, {"draft_cost": 0.2}):
+            rows = run_rows(drafting, prompts, settings, **knobs)
+            assert [row.new_ids for row in rows] == plain
+            lengths |= {length for row in rows for length in row.accept_lengths}
+    assert lengths == {1, 2, 3, 4}
 
 
-def test_neighbours_do_not_matter(make_tiny):
-    model, settings = make_tiny(), DecodeConfig(3, 0.0, 24)
-    first, _ = generate(model, [[5, 9, 2], [7, 7, 1]], settings, eos_ids=())
-    other, _ = generate(model, [[5, 9, 2], [40, 3, 22]], settings, eos_ids=())
-    assert first[0] == other[0]
-    assert first[1] != other[1]
+def test_temperature_zero_is_greedy(make_close, run_rows):
+    model, prompts = make_close(), [[5, 9, 2], [40] * 9, [7]]
+    greedy = [row.new_ids for row in run_rows(model, prompts)]
+    for coupled in (True, False):
+        rows = run_rows(model, prompts, SamplingConfig(temperature=0, top_p=0.5, coupled=coupled))
+        assert [row.new_ids for row in rows] == greedy
 
 
 def test_threshold_stops_drafting_and_keeps_the_output(make_tiny):
