@@ -19,7 +19,8 @@ def test_train_export_import(make_tiny, helpers, tmp_path):
     base = tiny.params.base["llama"]
     tree = string_keys(base)
     write_checkpoint(tmp_path / "model", TINY, tiny.manifest, jax.tree.map(np.asarray, tree))
-    pack([(list(range(64)) * 4, [1] * 256)], 16, 64).save(tmp_path / "text.npz")
+    tokens = np.random.default_rng(0).integers(0, 64, 256).tolist()
+    pack([(tokens, [1] * 256)], 16, 64).save(tmp_path / "text.npz")
     settings = {"drafter": "kangaroo", "tokens": 128, "batch_rows": 4, "row_length": 16, "eval_rows": 4}
     config = DistillConfig(str(tmp_path / "model"), str(tmp_path / "run"), (str(tmp_path / "text.npz"),), **settings)
     trained = read_checkpoint(distill(config).checkpoint)

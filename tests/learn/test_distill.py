@@ -217,3 +217,13 @@ def test_weights_that_are_no_numbers_are_rolled_back(own_text, tmp_path, monkeyp
     drafter = read_checkpoint(result.checkpoint).drafter
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(drafter))
     assert result.after[0] > result.before[0]
+
+
+def test_a_held_out_row_is_never_learned_from():
+    """Not even where the file that holds it was given twice."""
+    once = Packed(np.arange(24, dtype=np.uint16).reshape(6, 4), np.ones((6, 4), bool))
+    twice = Packed(np.concatenate([once.tokens, once.tokens]), np.concatenate([once.mask, once.mask]))
+    learned, held_out = twice.hold_out(2)
+    assert held_out.tokens.tolist() == once.tokens[-2:].tolist()
+    assert learned.tokens.tolist() == once.tokens[:4].tolist() * 2
+    assert learned.mask.shape == learned.tokens.shape
