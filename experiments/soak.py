@@ -196,7 +196,9 @@ def draw(samples: Sequence[Sample], warm_up: float, picture: Path) -> None:
         panel.axvline(warm_up, color="0.8", zorder=0)
         panel.set_ylabel(label)
         panel.set_xlabel("minutes")
-        panel.set_ylim(bottom=0)
+        # Compiling, before the warm-up is over, would flatten the rest.
+        settled = [getattr(s, name) for s in samples if s.minutes >= warm_up]
+        panel.set_ylim(0, 1.2 * max(settled, default=1) or 1)
     figure.savefig(picture)
 
 
