@@ -26,7 +26,7 @@ from conversion.importing import import_model
 from dvi_jax.checkpoint import read_json
 from dvi_jax.config import DecodeConfig, TrainConfig, load_train_config
 from dvi_jax.data import ConversationStream, Message
-from dvi_jax.decode.generate import Generation, read_generations, start
+from dvi_jax.decode.generate import Generation, make_knobs, read_generations, start
 from dvi_jax.decode.speculative import decode
 from dvi_jax.decode.state import Knobs
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
@@ -172,7 +172,7 @@ def _prepare(
     model: LoadedModel, prompt: list[int], settings: DecodeConfig, longest_prompt: int, *, plain: bool
 ) -> tuple[Any, Any, Knobs]:
     """The compiled loop (jax keeps it), the prefilled state and the knobs of one generation."""
-    knobs = Knobs.make(0 if plain else settings.draft_steps, settings.threshold, model.eos_ids)
+    knobs = make_knobs(settings, model.eos_ids, plain=plain)
     state = jax.block_until_ready(start(model, [prompt], settings, knobs, longest_prompt=longest_prompt))
     return decode.lower(model.graphdef, model.decode_params, state, knobs).compile(), state, knobs
 

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from dvi_jax.config import DecodeConfig
-from dvi_jax.decode.generate import Generation, read_generations, start
+from dvi_jax.decode.generate import Generation, make_knobs, read_generations, start
 from dvi_jax.decode.speculative import decode
-from dvi_jax.decode.state import Knobs
 from dvi_jax.learn.replay import Windows, read_windows
 from dvi_jax.load import LoadedModel
 
@@ -21,7 +20,7 @@ def rollout(
 
     Every rollout of a run has the same cache and window length, whatever its prompts, so the loop compiles once.
     """
-    knobs = Knobs.make(settings.draft_steps, settings.threshold, model.eos_ids)
+    knobs = make_knobs(settings, model.eos_ids)
     state = start(model, prompts, settings, knobs, record=True, longest_prompt=longest_prompt)
     state = decode(model.graphdef, model.decode_params, state, knobs)
     lengths = [len(prompt) for prompt in prompts]
