@@ -21,11 +21,8 @@ WORDS = ("tree", "moon", "river", "stone", "cloud", "bird")
 
 def write_tiny_run(folder: Path, *, questions: int, seed: int = 0, **changes: object) -> TrainConfig:
     """A random checkpoint and `questions` questions under `folder`, and the settings of a run `folder/run` on them."""
-    _write_model(folder / "model", seed)
-    with (folder / "questions.jsonl").open("w", encoding="utf-8") as file:
-        for index in range(questions):
-            question = f"{WORDS[index % 6]} {WORDS[index // 6 % 6]} {index}?"
-            file.write(json.dumps({"messages": [{"role": "user", "content": question}]}) + "\n")
+    write_tiny_model(folder / "model", seed=seed)
+    write_questions(folder / "questions.jsonl", questions)
     config = TrainConfig(
         checkpoint=str(folder / "model"),
         out=str(folder / "run"),
@@ -47,16 +44,28 @@ def write_tiny_run(folder: Path, *, questions: int, seed: int = 0, **changes: ob
     return replace(config, **changes)
 
 
-def _write_model(path: Path, seed: int) -> None:
+def write_questions(path: Path, count: int) -> None:
+    """Different questions, one conversation each."""
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(count):
+            question = f"{WORDS[index % 6]} {WORDS[index // 6 % 6]} {index}?"
+            file.write(json.dumps({"messages": [{"role": "user", "content": question}]}) + "\n")
+
+
+def write_tiny_model(path: Path, *, seed: int = 0) -> None:
+    """A random checkpoint that speaks bytes, with room for 128 tokens."""
+    config = replace(TINY, vocab_size=258, max_position_embeddings=128, tie_word_embeddings=True, eos_token_ids=(1,))
+    manifest = Manifest("random", "0" * 64, "float32", exit_layer=1)
+    base = random_base(config, jax.random.key(seed + 3), std=0.15)
+    write_checkpoint(path, config, manifest, base, tokenizer_json=byte_tokenizer_json())
+
+
+def byte_tokenizer_json() -> str:
+    """A byte-level tokenizer: ids 0 and 1 are the special tokens, every other id is one byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {text: index for index, text in enumerate([*SPECIAL_TOKENS, *alphabet])}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
-    config = replace(
-        TINY, vocab_size=len(vocabulary), max_position_embeddings=128, tie_word_embeddings=True, eos_token_ids=(1,)
-    )
-    manifest = Manifest("random", "0" * 64, "float32", exit_layer=1)
-    base = random_base(config, jax.random.key(seed + 3), std=0.15)
-    write_checkpoint(path, config, manifest, base, tokenizer_json=tokenizer.to_str())
+    return tokenizer.to_str()

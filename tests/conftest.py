@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 import yaml
-from tokenizers import decoders as token_decoders
-from tokenizers import models, pre_tokenizers
 
-from dvi_jax.checkpoint import Manifest, write_checkpoint
+from dvi_jax.checkpoint import Manifest
 from dvi_jax.load import LoadedModel, build_model, enable_compilation_cache, load
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import Params, split
 from dvi_jax.presets import TINY
+from experiments.tiny import byte_tokenizer_json, write_questions, write_tiny_model
 
 GOLDEN = Path(__file__).parent / "golden"
-WORDS = ("tree", "moon", "river", "stone", "cloud", "bird")
-SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>"]
 
 
 def tiny_model(dtype: str = "float32", seed: int = 0, lora: dict | None = None) -> LoadedModel:
@@ -66,22 +62,14 @@ def train_noise() -> Callable[..., Params]:
 @pytest.fixture(scope="session")
 def tokenizer_json() -> str:
     """A byte-level tokenizer: ids 0 and 1 are the special tokens, every other id is one byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {text: index for index, text in enumerate([*SPECIAL_TOKENS, *alphabet])}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = token_decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL_TOKENS)
-    return tokenizer.to_str()
+    return byte_tokenizer_json()
 
 
 @pytest.fixture(scope="session")
-def byte_checkpoint(tmp_path_factory, tokenizer_json) -> Path:
+def byte_checkpoint(tmp_path_factory) -> Path:
     """A tiny random model that speaks bytes, with room for 128 tokens."""
-    config = replace(TINY, vocab_size=258, max_position_embeddings=128, tie_word_embeddings=True, eos_token_ids=(1,))
     path = tmp_path_factory.mktemp("bytes") / "tiny"
-    base = random_base(config, jax.random.key(3), std=0.15)
-    write_checkpoint(path, config, Manifest("random", "0" * 64, "float32", 1), base, tokenizer_json=tokenizer_json)
+    write_tiny_model(path)
     return path
 
 
@@ -89,10 +77,7 @@ def byte_checkpoint(tmp_path_factory, tokenizer_json) -> Path:
 def conversations(tmp_path_factory) -> Path:
     """300 different questions, one conversation each."""
     path = tmp_path_factory.mktemp("stream") / "conversations.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for index in range(300):
-            question = f"{WORDS[index % 6]} {WORDS[index // 6 % 6]} {index}?"
-            file.write(json.dumps({"messages": [{"role": "user", "content": question}]}) + "\n")
+    write_questions(path, 300)
     return path
 
 

@@ -42,6 +42,7 @@ class Tokenizer:
         eos_token_ids: Sequence[int] = (),
     ):
         self._tokenizer = load_tokenizer(tokenizer_json)
+        self._shown: dict[int, bool] = {}  # of ids asked for
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(eos_token_ids)
         tokens = {
@@ -70,6 +71,20 @@ class Tokenizer:
     def token_id(self, text: str) -> int | None:
         """The id of one token, None if there is no such token."""
         return self._tokenizer.token_to_id(text)
+
+    @functools.cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids that are one byte of a character (byte fallback, as in Llama 2); decoding reads runs of them as UTF-8."""
+        ids = (self.token_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(token for token in ids if token is not None)
+
+    def is_shown(self, token: int) -> bool:
+        """Whether decoding takes it in: it leaves out special tokens and ids without a token."""
+        if token not in self._shown:
+            is_known = 0 <= token < self.vocab_size and self._tokenizer.id_to_token(token) is not None
+            is_special = self.decode([token]) != self.decode([token], skip_special_tokens=False)
+            self._shown[token] = is_known and not is_special
+        return self._shown[token]
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text; `add_special_tokens` adds what tokenizer.json puts around it (such as bos)."""

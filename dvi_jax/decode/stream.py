@@ -6,7 +6,7 @@ iterator cancels: at most the stretch under way is still computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -16,11 +16,15 @@ import numpy as np
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.decode.generate import Generation, make_knobs, make_sampling, read_generations, start
+from dvi_jax.decode.prefix import Prefix
 from dvi_jax.decode.speculative import decode
 from dvi_jax.errors import UserError
 from dvi_jax.load import LoadedModel
 
-UNFINISHED = "\ufffd"  # what a tokenizer gives for bytes that are not yet a character
+UNFINISHED = "\ufffd"  # what a tokenizer gives for bytes that are not a character, or not yet
+# Ids decoded once more before new ones. Each is a byte or more: three end any character begun before them, so that the
+# fourth reads as it does in the whole.
+_CONTEXT = 4
 
 
 @dataclass(frozen=True)
@@ -33,22 +37,93 @@ class Piece:
     finish_reason: str | None
 
 
+class StreamedText:
+    """The text of ids that come bit by bit, up to the first stop string; the whole is never decoded again.
+
+    Text is given as soon as nothing that follows can change it: neither complete a character or a stop string, nor be a
+    byte that spoils the bytes before it (of byte fallback, decoders show a run as a whole, or as so many `UNFINISHED`).
+    `stop_ids` are ids that stop where they come, as a stop string does.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), stop_ids: Collection[int] = ()):
+        self._tokenizer, self._stops, self._stop_ids = tokenizer, tuple(stops), frozenset(stop_ids)
+        self._window: list[int] = []  # the last ids whose text is sure, and new ones
+        self._known = 0  # characters of the window's text that were taken before
+        self._run: list[int] = []  # ids after the window, all of them bytes
+        self._waiting = ""  # sure, but it may be the beginning of a stop string
+        self.stopped = False
+
+    def add(self, ids: Sequence[int], *, last: bool = False) -> tuple[int, str]:
+        """Take in ids, the last ones of all if `last`: how many of them count, and the text that is new.
+
+        Those after the one that completes a stop string do not count; nothing may be added once `stopped`.
+        """
+        if not self._may_stop(ids):
+            self._settle(ids)
+            return len(ids), self._waiting + self._ahead() if last else self._give()
+        given = ""
+        # One by one (a run of bytes as a whole each time): the id that first completes a stop string decides.
+        for count, token in enumerate(ids, 1):
+            self._settle([token])
+            ahead = self._ahead()
+            found = _find(self._waiting + ahead.rstrip(UNFINISHED), self._stops)
+            if found is not None or token in self._stop_ids:
+                self.stopped = True
+                return count, given + (self._waiting + ahead)[:found]
+            given += self._give()
+        return len(ids), given + (self._waiting + self._ahead() if last else "")
+
+    def _may_stop(self, ids: Sequence[int]) -> bool:
+        """Whether a stop may hide in these ids. Bytes can make one that later bytes spoil; other text stays."""
+        if not self._stop_ids.isdisjoint(ids):
+            return True
+        if not self._stops:
+            return False
+        if not self._tokenizer.byte_ids.isdisjoint(ids):
+            return True
+        return _find(self._waiting + self._ahead(ids), self._stops) is not None
+
+    def _ahead(self, ids: Sequence[int] = ()) -> str:
+        """The text after what waits, that of `ids` too, as it reads if nothing follows."""
+        shown = filter(self._tokenizer.is_shown, ids)
+        return self._tokenizer.decode([*self._window, *self._run, *shown])[self._known :]
+
+    def _settle(self, ids: Sequence[int]) -> None:
+        """Take in ids; the text that has become sure waits."""
+        for token in filter(self._tokenizer.is_shown, ids):
+            self._run.append(token)
+            if token not in self._tokenizer.byte_ids:
+                self._window += self._run
+                self._run = []
+        text = self._tokenizer.decode(self._window)
+        unsure = text.endswith(UNFINISHED)  # only the last one may be a character that is not complete
+        self._waiting += text[self._known : len(text) - unsure]
+        self._window = self._window[-_CONTEXT:]
+        self._known = len(self._tokenizer.decode(self._window)) - unsure
+
+    def _give(self) -> str:
+        """What waits, without the beginning of a stop string at its end."""
+        size = len(self._waiting) - _held_back(self._waiting, self._stops)
+        given, self._waiting = self._waiting[:size], self._waiting[size:]
+        return given
+
+
 @dataclass
 class _Row:
-    """How much of one row the caller has got."""
+    """One row as far as the caller has got it."""
 
     prompt_length: int
-    given: int = 0  # new tokens
-    text: str = ""
+    text: StreamedText | None
+    ids: list[int] = field(default_factory=list)  # new ones
     finish_reason: str | None = None
-    ids: list[int] = field(default_factory=list)
 
 
 class Stream:
     """Iterate for lists of `Piece`, one list every `every` rounds; afterwards `generations` holds the whole rows.
 
     `stop`: strings that end a row; neither the string nor anything after it is in the text, and `new_ids` end with the
-    token that completed it. Other arguments as for `generate`.
+    token that completed it. Special tokens are no text, but a stop string that is one ends a row at that token. Other
+    arguments as for `generate`.
     """
 
     def __init__(
@@ -60,6 +135,7 @@ class Stream:
         plain: bool = False,
         eos_ids: tuple[int, ...] | None = None,
         sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
+        prefix: Prefix | None = None,
         stop: Sequence[str] = (),
         every: int = 8,
     ):
@@ -69,12 +145,12 @@ class Stream:
             raise UserError("stop strings need a tokenizer, which this checkpoint lacks")
         if not all(stop):
             raise UserError("a stop string must not be empty")
-        self._model, self._every, self._stop = model, every, tuple(stop)
+        self._model, self._every = model, every
         self._eos = model.eos_ids if eos_ids is None else eos_ids
         self._knobs = make_knobs(settings, self._eos, plain=plain)
         rows = make_sampling(model, prompts, sampling)
-        self._state = start(model, prompts, settings, self._knobs, sampling=rows)
-        self._rows = [_Row(len(prompt)) for prompt in prompts]
+        self._state = start(model, prompts, settings, self._knobs, sampling=rows, prefix=prefix)
+        self._rows = [_Row(len(prompt), self._new_text(stop)) for prompt in prompts]
         self.generations: list[Generation] = []
 
     def __iter__(self) -> Iterator[list[Piece]]:
@@ -100,40 +176,31 @@ class Stream:
             self._state = decode(self._model.graphdef, self._model.decode_params, self._state, knobs)
         return jnp.copy(self._state.tokens), jnp.copy(self._state.length), jnp.copy(self._state.done)
 
+    def _new_text(self, stop: Sequence[str]) -> StreamedText | None:
+        tokenizer = self._model.tokenizer
+        if tokenizer is None:
+            return None
+        ids = {string: tokenizer.token_id(string) for string in stop}
+        special = [token for token in ids.values() if token is not None and not tokenizer.is_shown(token)]
+        return StreamedText(tokenizer, stop, set(special).difference(self._eos))  # "eos" stays the reason it was
+
     def _take(self, index: int, sequence: np.ndarray, done: bool) -> Piece | None:
         """What is new of a row whose sequence (prompt included) is now this."""
         row = self._rows[index]
         if row.finish_reason is not None:
             return None
-        fresh = sequence[row.prompt_length + row.given :].tolist()
-        row.ids += fresh
-        row.given += len(fresh)
+        fresh, text = sequence[row.prompt_length + len(row.ids) :].tolist(), ""
         if done:
-            row.finish_reason = "eos" if row.ids[-1] in self._eos else "length"
-        before = len(row.text)
-        if self._model.tokenizer is not None:
-            self._extend(row, self._model.tokenizer)
-        kept = fresh[: max(len(fresh) - (row.given - len(row.ids)), 0)]
-        if not kept and len(row.text) == before and row.finish_reason is None:
+            row.finish_reason = "eos" if sequence[-1] in self._eos else "length"
+        if row.text is not None:
+            count, text = row.text.add(fresh, last=done)
+            fresh = fresh[:count]
+            if row.text.stopped:
+                row.finish_reason = "stop"
+        row.ids += fresh
+        if not fresh and not text and row.finish_reason is None:
             return None
-        return Piece(index, kept, row.text[before:], row.finish_reason)
-
-    def _extend(self, row: _Row, tokenizer: Tokenizer) -> None:
-        """Bring the row's text up to date, holding back what may yet change or become a stop string."""
-        text = tokenizer.decode(row.ids)
-        if _find(text, self._stop) is not None:
-            row.finish_reason = "stop"
-            # The token that first completes one decides, so that the text does not depend on where a round ended.
-            while len(row.ids) > 1 and _find(shorter := tokenizer.decode(row.ids[:-1]), self._stop) is not None:
-                row.ids.pop()
-                text = shorter
-            row.text = text[: _find(text, self._stop)]
-            return
-        if row.finish_reason is None:
-            text = text.rstrip(UNFINISHED)
-            text = text[: len(text) - _held_back(text, self._stop)]
-        if len(text) > len(row.text):
-            row.text = text
+        return Piece(index, fresh, text, row.finish_reason)
 
     def _whole(self) -> list[Generation]:
         """The rows as `generate` gives them; a row that a stop string ended is cut there."""
