@@ -187,10 +187,15 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with clipping by global norm; `head_lr` is for the drafter's own weights (norm, scale)."""
+    """AdamW with clipping by global norm; `head_lr` is for the drafter's own weights (norm, scale).
+
+    The rates rise linearly over the first `warmup` updates; `b2` is the decay of Adam's second moment.
+    """
 
     lora_lr: float = 2e-4
     head_lr: float = 5e-4
+    warmup: int = 20
+    b2: float = 0.999
     weight_decay: float = 0.0
     clip_norm: float = 1.0
 
@@ -198,6 +203,8 @@ class OptimizerConfig:
         require(
             self.lora_lr > 0 and self.head_lr > 0, "optimizer.lora_lr/head_lr", (self.lora_lr, self.head_lr), "above 0"
         )
+        require(self.warmup >= 0, "optimizer.warmup", self.warmup, "0 (none) or above")
+        require(0 <= self.b2 < 1, "optimizer.b2", self.b2, "in [0, 1)")
         require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "above 0")
 
 
@@ -246,7 +253,9 @@ class RollbackConfig:
 class TrainConfig:
     """One online training run. `eval_every` and `save_every` count rollouts; `max_minutes` 0 means no limit.
 
-    `keep_best` snapshots are kept by held-out accept rate, of those taken right after an evaluation.
+    Every `update_every` rollouts come `updates_per_rollout` updates, each on `positions_per_update` positions of
+    `fresh_windows` windows of the newest rollout (0: all) and `replayed_windows` of those before. What falls due in
+    between waits. `keep_best` snapshots are kept by held-out accept rate, of those taken right after an evaluation.
     """
 
     checkpoint: str
@@ -255,8 +264,10 @@ class TrainConfig:
     seed: int = 0
     prompts: int = 2000
     rollout_batch: int = 8
-    replayed_windows: int = 8
+    update_every: int = 1
     updates_per_rollout: int = 1
+    fresh_windows: int = 0
+    replayed_windows: int = 8
     positions_per_update: int = 512
     replay_capacity: int = 256
     eval_every: int = 50
@@ -276,6 +287,7 @@ class TrainConfig:
         for name in (
             "prompts",
             "rollout_batch",
+            "update_every",
             "positions_per_update",
             "replay_capacity",
             "eval_every",
@@ -283,8 +295,14 @@ class TrainConfig:
             "keep_checkpoints",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(self.updates_per_rollout >= 0, "updates_per_rollout", self.updates_per_rollout, "0 or above")
-        require(self.replayed_windows >= 0, "replayed_windows", self.replayed_windows, "0 or above")
+        for name in ("updates_per_rollout", "replayed_windows", "keep_best"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or above")
+        require(
+            0 <= self.fresh_windows <= self.rollout_batch,
+            "fresh_windows",
+            self.fresh_windows,
+            f"0 (all) or above, at most rollout_batch={self.rollout_batch}",
+        )
         require(
             self.rollout_batch <= self.replay_capacity,
             "replay_capacity",
@@ -292,15 +310,15 @@ class TrainConfig:
             f"at least rollout_batch={self.rollout_batch}",
         )
         window = self.data.max_prompt_tokens + self.decode.max_new_tokens - 1
+        most = (self.fresh_windows or self.rollout_batch) * window
         require(
-            self.positions_per_update <= self.rollout_batch * window,
+            self.positions_per_update <= most,
             "positions_per_update",
             self.positions_per_update,
-            f"at most rollout_batch * (max_prompt_tokens + max_new_tokens - 1) = {self.rollout_batch * window}",
+            f"at most {most}: fresh windows * (max_prompt_tokens + max_new_tokens - 1)",
         )
         require(self.decode.draft_steps >= 1, "decode.draft_steps", self.decode.draft_steps, "at least 1 to learn")
         require(self.max_minutes >= 0, "max_minutes", self.max_minutes, "0 (no limit) or above")
-        require(self.keep_best >= 0, "keep_best", self.keep_best, "0 or above")
 
 
 @dataclass(frozen=True)

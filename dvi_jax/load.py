@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,12 @@ class LoadedModel:
     def decode_params(self) -> Params:
         """`params` for decoding: all in the weights' dtype, so that a draft does not convert its drafter first."""
         dtype = jnp.dtype(self.manifest.dtype)
-
-        def cast(leaf: jax.Array) -> jax.Array:
-            is_other = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != dtype
-            return leaf.astype(dtype) if is_other else leaf
-
-        return jax.tree.map(cast, self.params)
+        leaves, tree = jax.tree.flatten(self.params)
+        others = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != dtype]
+        # One call for all of them, after every update; the arrays that are right already are not touched.
+        for i, leaf in zip(others, _cast([leaves[i] for i in others], dtype), strict=True):
+            leaves[i] = leaf
+        return jax.tree.unflatten(tree, leaves)
 
     def with_params(self, params: Params) -> LoadedModel:
         """The same model with other arrays, e.g. after learning."""
@@ -147,6 +147,11 @@ def enable_compilation_cache() -> None:
     root = Path(os.environ.get("DVI_JAX_CACHE", Path.home() / ".cache" / "dvi_jax"))
     jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _cast(leaves: list[jax.Array], dtype: jnp.dtype) -> list[jax.Array]:
+    return [leaf.astype(dtype) for leaf in leaves]
 
 
 def _fill(template: dict, saved: dict | None, where: str) -> dict:

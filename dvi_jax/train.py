@@ -58,7 +58,8 @@ class Display:
                 f"  tokens per round {record['tokens_per_round']:.3f}"
             )
         elif kind == "train":
-            note = f"kl {record.get('kl', 0.0):.3f}  accept rate {record['accept_rate']:.1%}"
+            kl = f"kl {record['kl']:.3f}  " if "kl" in record else ""
+            note = f"{kl}accept rate {record['accept_rate']:.1%}"
             self.bar.update(self.task, completed=record["prompts"], note=note)
             if not self.console.is_terminal and record["step"] % PLAIN_EVERY == 0:
                 self.console.print(f"update {record['step']:5d}  {record['prompts']} prompts  {note}")

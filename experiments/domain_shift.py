@@ -37,7 +37,7 @@ from experiments.objectives import online_config, recorded, spread
 
 STILL = 1e-30  # a learning rate that moves no float32 weight
 NEVER = 10**9
-COMPILING = 2  # rollouts at the beginning that are not timed
+COMPILING = 2  # updates at the beginning, with the rollouts before them, that are not timed
 
 Run = dict[str, list[float]]
 
@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{domain:12s} frozen {row['frozen']:.1%}  online {spread(row['online'])}")
     cost = result["cost"]
     print(f"tokens/s without updates {cost['off']:.0f}, with {cost['on']:.0f}: learning costs {cost['share']:.1%}")
+    print(f"a rollout takes {cost['rollout_seconds']:.4f} s, updates for it {cost['update_seconds']:.4f} s")
     return 0
 
 
@@ -102,7 +103,10 @@ def check_stream(config: TrainConfig, per_domain: int) -> None:
 
 
 def run(config: TrainConfig) -> Run:
-    """One run in a scratch directory: for each rollout, prompts and tokens so far, acceptance, and the clock."""
+    """One run in a scratch directory: for each rollout, prompts and tokens so far, acceptance, and the clock.
+
+    `seconds` is when its record was written, after the next updates; what the parts took is in the other two.
+    """
     clock: list[float] = []
 
     def watch(kind: str, record: dict[str, Any]) -> None:
@@ -113,27 +117,37 @@ def run(config: TrainConfig) -> Run:
         # Neither evaluations nor snapshots between rollouts: the clock shall count rollouts and updates.
         train(replace(config, out=f"{scratch}/run", eval_every=NEVER, save_every=NEVER), report=watch)
         records = MetricsLog(Path(scratch) / "run" / "metrics.jsonl").records("train")
-    names = ("prompts", "new_tokens", "accept_rate", "tokens_per_round")
+    names = ("prompts", "new_tokens", "accept_rate", "tokens_per_round", "rollout_seconds", "update_seconds")
     curves = {name: [record[name] for record in records] for name in names}
     return curves | {"seconds": [now - clock[0] for now in clock]}
 
 
 def cost_of_learning(config: TrainConfig, frozen: Run, prompts: int) -> dict[str, float]:
-    """Tokens per second without (`off`) and with updates (`on`) over the same rollouts, and the share lost."""
+    """Tokens per second without (`off`) and with updates (`on`) over the same rollouts, and the share lost.
+
+    `rollout_seconds` and `update_seconds`: means over the rollouts of the run with updates, to see where it is lost.
+    """
     optimizer = replace(config.optimizer, lora_lr=STILL, head_lr=STILL, weight_decay=0.0)
     still = run(replace(config, optimizer=optimizer, prompts=min(prompts, config.prompts)))
-    rollouts = len(still["prompts"])
-    if rollouts <= COMPILING:
-        raise UserError(f"--cost-prompts {prompts} gives {rollouts} rollouts: at least {COMPILING + 1} are needed")
+    rollouts, untimed = len(still["prompts"]), COMPILING * config.update_every
+    if rollouts <= untimed:
+        raise UserError(f"--cost-prompts {prompts} gives {rollouts} rollouts: at least {untimed + 1} are needed")
     same = still["accept_rate"] == frozen["accept_rate"][:rollouts]
-    off, on = tokens_per_second(frozen, rollouts), tokens_per_second(still, rollouts)
-    return {"off": off, "on": on, "share": 1 - on / off, "rollouts": rollouts - COMPILING, "same_acceptance": same}
+    off, on = (tokens_per_second(each, untimed, rollouts) for each in (frozen, still))
+    parts = {name: statistics.mean(still[name][untimed:]) for name in ("rollout_seconds", "update_seconds")}
+    return {
+        "off": off,
+        "on": on,
+        "share": 1 - on / off,
+        "rollouts": rollouts - untimed,
+        "same_acceptance": same,
+    } | parts
 
 
-def tokens_per_second(run_: Run, rollouts: int) -> float:
-    """New tokens a second from the end of the compiling rollouts to the end of rollout number `rollouts`."""
+def tokens_per_second(run_: Run, untimed: int, rollouts: int) -> float:
+    """New tokens a second from the end of rollout number `untimed` to the end of rollout number `rollouts`."""
     tokens, seconds = run_["new_tokens"], run_["seconds"]
-    first, last = COMPILING - 1, rollouts - 1
+    first, last = untimed - 1, rollouts - 1
     return (tokens[last] - tokens[first]) / (seconds[last] - seconds[first])
 
 

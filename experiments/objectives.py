@@ -93,7 +93,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         result = train(replace(config, out=f"{scratch}/run"))
         metrics = MetricsLog(Path(scratch) / "run" / "metrics.jsonl")
         evaluations, rollbacks = metrics.records("eval"), metrics.records("rollback")
-    prompts_per_update = config.rollout_batch / max(config.updates_per_rollout, 1)
+    prompts_per_update = config.rollout_batch * config.update_every / max(config.updates_per_rollout, 1)
     return {
         "prompts": [round(record["step"] * prompts_per_update) for record in evaluations],
         "accept_rate": [record["accept_rate"] for record in evaluations],
@@ -120,7 +120,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.plot(prompts, [statistics.mean(point) for point in points], color=color, label=name)
         axes.fill_between(prompts, [min(p) for p in points], [max(p) for p in points], color=color, alpha=0.2)
     last = max(seeds[0]["prompts"][-1] for seeds in runs.values())
-    prompts_per_update = settings["rollout_batch"] / max(settings["updates_per_rollout"], 1)
+    rollouts_per_update = settings.get("update_every", 1) / max(settings["updates_per_rollout"], 1)  # earlier: not said
+    prompts_per_update = settings["rollout_batch"] * rollouts_per_update
     begin = prompts_per_update * settings["objective"]["warmup"]
     end = begin + prompts_per_update * settings["objective"]["ramp"]
     if begin < last:

@@ -2,7 +2,12 @@
 
     python -m experiments.pack --checkpoint CKPT --data FILE --row-length 1024 --out text1024.npz
 
-Conversations whose first question falls into the held-out share are left out. Prompts come from experiments/prompts.py.
+Conversations whose first question falls into the held-out share are left out. With `--domain chat` only those that are
+chat throughout are taken (experiments/domains.py), for a warm start that has met neither code nor translation:
+
+    python -m experiments.pack ... --domain chat --unseen chat.jsonl code.jsonl translation.jsonl --out chat1024.npz
+
+`--unseen` names the streams (experiments/prompts.py) of which nothing may be in it.
 """
 
 from __future__ import annotations
@@ -13,14 +18,12 @@ from pathlib import Path
 
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.data.conversations import Conversation, ConversationStream
-from dvi_jax.data.prompts import PromptSettings, from_first_question, is_held_out
+from dvi_jax.data.prompts import from_first_question, is_held_out
 from dvi_jax.data.template import TemplateRefusedError
 from dvi_jax.data.tokenizer import Tokenizer
-from dvi_jax.errors import ArgumentParser, run_cli
+from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.learn.packing import pack
-
-HELD_OUT_FRACTION = 0.02
-SALT = PromptSettings(1).salt
+from experiments.domains import HELD_OUT_FRACTION, SALT, chat_alone, question_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,21 +34,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, help="the .npz to write")
     parser.add_argument("--row-length", type=int, default=512)
     parser.add_argument("--held-out-fraction", type=float, default=HELD_OUT_FRACTION)
+    parser.add_argument("--domain", choices=("all", "chat"), default="all")
+    parser.add_argument("--unseen", nargs="+", default=[], metavar="FILE", help="with --domain chat: share no text")
     options = parser.parse_args(arguments)
+    if options.unseen and options.domain == "all":
+        raise UserError("--unseen goes with --domain chat; all conversations share text with the streams made of them")
     checkpoint = read_checkpoint(options.checkpoint)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     conversations = training_conversations(options.data, options.held_out_fraction)
+    if options.domain == "chat":
+        conversations = chat_alone(conversations, options.unseen)
     packed = pack(encoded(conversations, tokenizer), options.row_length, checkpoint.config.vocab_size)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     packed.save(options.out)
     rows, answers = len(packed.tokens), packed.mask.mean()
     print(f"{options.out}: {rows} rows of {options.row_length}, {packed.tokens.size} tokens, {answers:.0%} answers")
     return 0
-
-
-def question_of(conversation: Conversation) -> str:
-    """The first user message, whose hash decides on which side a conversation is."""
-    return next(message.content for message in conversation.messages if message.role == "user")
 
 
 def training_conversations(files: Sequence[str], fraction: float) -> Iterator[Conversation]:

@@ -34,9 +34,18 @@ from dvi_jax.data.prompts import context_of_turn, is_held_out
 from dvi_jax.data.template import TemplateRefusedError
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
-from experiments.pack import HELD_OUT_FRACTION, SALT, question_of
+from experiments.domains import (
+    CODE,
+    HELD_OUT_FRACTION,
+    INTO_LANGUAGES,
+    SALT,
+    domain_of,
+    language_of,
+    purpose,
+    question_of,
+    sentences,
+)
 
-DOMAIN_FRACTION = 0.35  # of the training conversations, kept out of prompts.npz and used for the domains
 OBJECTIVES_FRACTION = 0.05  # held_out_fraction of configs/objectives.yaml; its held-out share contains the one here
 SHORT_TOKENS, OBJECTIVES_TOKENS = 128, 192  # longest prompt of the domain files and of conversations.jsonl
 
@@ -85,20 +94,7 @@ FROM_REQUESTS = (
     "{sentence}\n\nHow would that read in English?",
     "I got this message in {language}. What does it say in English?\n\n{sentence}",
 )
-INTO_LANGUAGES = ("Spanish", "French", "German", "Italian", "Portuguese", "Dutch", "Swedish", "Polish", "Russian")
-INTO_LANGUAGES += ("Chinese", "Japanese", "Turkish", "Hindi")
-COMMON_WORDS = {
-    "English": "the of and to in is that for it you are with this on be as can your i a",
-    "German": "der die und ist nicht das ein eine mit für auf den von zu im sie ich wie werden auch",
-    "French": "le la les et est des une pour dans que qui pas sur avec du vous il plus au ce",
-    "Spanish": "el los las y es una para que con del por en se un su como más de la lo",
-    "Italian": "il che di e per un una non con sono del della gli le in è nel come da",
-    "Portuguese": "o os as e um uma para que com não do da em de por mais como é se no",
-    "Dutch": "de het een en van is niet dat met voor op te zijn je in ook aan als er",
-}
-WORD_SETS = {language: frozenset(words.split()) for language, words in COMMON_WORDS.items()}
 
-CODE = re.compile(r"```|\b(python|java(script)?|code|function|sql|html|css|c\+\+|script|regex|api|bash|react)\b", re.I)
 REASONING = re.compile(
     r"\b(how (many|much|long|far|old)|calculate|compute|solve|probability|equation|percent|average|ratio|sum of|total"
     r"|prove|value of|per (hour|day|year|month))\b",
@@ -148,13 +144,6 @@ def by_purpose(stream: Iterable[Conversation], rng: np.random.Generator) -> dict
     for conversation in stream:
         parts[purpose(question_of(conversation))] += candidates(conversation, rng)
     return {name: [found[i] for i in rng.permutation(len(found))] for name, found in parts.items()}
-
-
-def purpose(question: str) -> str:
-    """What a conversation that opens with `question` is for."""
-    if is_held_out(question, HELD_OUT_FRACTION, SALT):
-        return "held out"
-    return "domains" if is_held_out(question, DOMAIN_FRACTION, "domains") else "replies"
 
 
 def candidates(conversation: Conversation, rng: np.random.Generator) -> Iterator[Candidate]:
@@ -248,20 +237,6 @@ def reasoning_questions(messages: tuple[Message, ...]) -> list[str]:
     return [t for t in texts if REASONING.search(t) and re.search(r"\d", t) and not NOT_REASONING.search(t)][:3]
 
 
-def sentences(text: str) -> list[str]:
-    """Whole sentences of 30 to 220 characters on one line."""
-    parts = re.split(r"(?<=[.!?])\s+|\n+", text)
-    return [p for p in parts if 30 <= len(p) <= 220 and p[0].isupper() and p[-1] in ".!?" and "`" not in p]
-
-
-def language_of(sentence: str) -> str | None:
-    """The language whose most common words make up a fourth of the words, and clearly more than any other's."""
-    words = re.findall(r"[^\W\d_]+", sentence.lower())
-    shares = {language: sum(word in common for word in words) for language, common in WORD_SETS.items()}
-    (best, most), (_, second) = Counter(shares).most_common(2)
-    return best if most >= max(3, len(words) / 4, second + 2) else None
-
-
 def choose(
     found: Iterable[Candidate],
     tokenizer: Tokenizer,
@@ -320,11 +295,10 @@ def write_domains(out: Path, found: list[Candidate], tokenizer: Tokenizer, train
     """One file for each domain: `train` prompts to learn from and some held-out ones."""
     domains: dict[str, list[Candidate]] = {"chat": [], "code": [], "translation": []}
     for candidate in found:
-        text = candidate.messages[-1].content
         if candidate.family == "translation":
             domains["translation"].append(candidate)
-        elif candidate.family == "first" and "translat" not in text.lower():
-            domains["code" if CODE.search(text) else "chat"].append(candidate)
+        elif candidate.family == "first" and (domain := domain_of(candidate.messages[-1].content)):
+            domains[domain].append(candidate)
     for domain, inside in domains.items():
         chosen = sides(inside, tokenizer, SHORT_TOKENS, HELD_OUT_FRACTION, (train, 32))
         write_records(out / f"{domain}.jsonl", chosen, domain)

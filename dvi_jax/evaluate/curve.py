@@ -18,11 +18,18 @@ def plot_learning_curve(metrics: str | Path, picture: str | Path) -> None:
     import matplotlib.pyplot as plt
 
     records = [json.loads(line) for line in Path(metrics).read_text(encoding="utf-8").splitlines()]
-    updates = [record for record in records if record["kind"] == "train"]
+    rollouts = [record for record in records if record["kind"] == "train"]
+    updates = [record for record in rollouts if "kl" in record]  # the others had no update of their own
     evaluations = [record for record in records if record["kind"] == "eval"]
     steps = [record["step"] for record in updates]
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), constrained_layout=True)
-    top.plot(steps, [100 * r["accept_rate"] for r in updates], color="0.75", linewidth=1, label="rollouts")
+    top.plot(
+        [r["step"] for r in rollouts],
+        [100 * r["accept_rate"] for r in rollouts],
+        color="0.75",
+        linewidth=1,
+        label="rollouts",
+    )
     top.plot(
         [r["step"] for r in evaluations],
         [100 * r["accept_rate"] for r in evaluations],

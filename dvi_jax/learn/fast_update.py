@@ -8,6 +8,7 @@ windows, T window length, M positions used, J drafts unrolled, D hidden, V vocab
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -40,10 +41,19 @@ class LearnerState:
     slow: SlowState | None = None  # of a verifier with a lora_D; the fast update passes it on
 
 
+@dataclass(frozen=True)
+class Batch:
+    """How much an update looks at: windows of the newest rollout (0: all), windows of the replay, positions in all."""
+
+    fresh: int
+    replayed: int
+    positions: int
+
+
 class Positions(NamedTuple):
     """M positions picked from a batch of windows, flat."""
 
-    draft_logits: jax.Array  # float32 [J, M, V], for each draft of a round the drafter can tell apart
+    draft_logits: list[jax.Array]  # J times float32 [M, V], for each draft of a round the drafter can tell apart
     verifier_logits: jax.Array  # float32 [M, V]
     proposal: jax.Array  # int32 [M]
     reward: jax.Array  # int8 [M]
@@ -53,13 +63,23 @@ class Positions(NamedTuple):
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW with its own rate for lora_S and for the drafter's weights, clipped by global norm.
+    """AdamW with its own rate for lora_S and for the drafter's weights, warmed up linearly, clipped by global norm.
 
-    Non-finite gradients skip the update and are counted (`optimizer.py`).
+    Adam's first steps move every weight by the whole rate, whatever its gradient: without warm-up they cost a trained
+    drafter more than many updates bring back. Update n has n / `warmup` of the rate; the count is part of the state, as
+    are the moments, so a drafter that is rolled back to its start warms up again. Non-finite gradients skip the update
+    and are counted (`optimizer.py`).
     """
+
+    def adamw(rate: float) -> optax.GradientTransformation:
+        def warmed_up(done: jax.Array) -> jax.Array:
+            return rate * jnp.minimum((done + 1) / max(config.warmup, 1), 1.0)
+
+        return optax.adamw(warmed_up, b2=config.b2, weight_decay=config.weight_decay)
+
     rates = {"drafter": config.head_lr, "lora_s": config.lora_lr}
-    adamw = {name: optax.adamw(rate, weight_decay=config.weight_decay) for name, rate in rates.items()}
-    return guarded(optax.multi_transform(adamw, _labels), config.clip_norm)
+    by_part = {name: adamw(rate) for name, rate in rates.items()}
+    return guarded(optax.multi_transform(by_part, _labels), config.clip_norm)
 
 
 def _labels(tree: Trainable) -> dict[str, str]:
@@ -80,7 +100,7 @@ def with_trainable(params: Params, trainable: Trainable) -> Params:
 
 @partial(
     jax.jit,
-    static_argnames=("graphdef", "objective", "optimizer", "replayed", "positions"),
+    static_argnames=("graphdef", "objective", "optimizer", "size"),
     donate_argnames="state",
 )
 def fast_update(
@@ -92,25 +112,20 @@ def fast_update(
     *,
     objective: ObjectiveConfig,
     optimizer: OptimizerConfig,
-    replayed: int,
-    positions: int,
+    size: Batch,
 ) -> tuple[LearnerState, dict[str, jax.Array]]:
-    """One update on the `fresh` rollout and `replayed` windows of the replay, at `positions` positions in all.
+    """One update on windows of the `fresh` rollout and of the replay.
 
     The policy term uses the fresh windows alone, and only while the drafter is still the one that made them
     (`is_current`, bool): proposals of another drafter would bias it. Returns the new state and scalar metrics.
     """
     key, sample_key, pick_key = jax.random.split(state.key, 3)
-    batch, on_policy = fresh, jnp.broadcast_to(is_current, fresh.length.shape)
-    if replayed:
-        old = sample(state.replay, sample_key, replayed)
-        batch = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), fresh, old)
-        on_policy = jnp.concatenate([on_policy, jnp.zeros(old.length.shape, bool)])
+    batch, on_policy = choose_windows(state.replay, fresh, is_current, sample_key, size)
     weights = kl_to_rl(state.step, objective)
 
     def loss_of(trainable: Trainable) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = join(graphdef, with_trainable(params, trainable))
-        picked = evaluate_positions(model, batch, on_policy, pick_key, objective, positions)
+        picked = evaluate_positions(model, batch, on_policy, pick_key, objective, size.positions)
         return fast_loss(picked, state.baseline, weights, objective)
 
     grads, metrics = jax.grad(loss_of, has_aux=True)(state.trainable)
@@ -139,37 +154,68 @@ def fast_update(
     return new, metrics
 
 
+def choose_windows(
+    replay: Replay, fresh: Windows, is_current: jax.Array, key: jax.Array, size: Batch
+) -> tuple[Windows, jax.Array]:
+    """The windows of an update, and for each whether its drafter is the present one, bool [N].
+
+    The shallow layers and the drafter run over every position of a window, so fewer windows make a cheaper update.
+    """
+    total = fresh.length.shape[0]
+    if 0 < size.fresh < total:
+        rows = jax.random.permutation(jax.random.fold_in(key, 1), total)[: size.fresh]
+        fresh = jax.tree.map(lambda x: x[rows], fresh)
+    on_policy = jnp.broadcast_to(is_current, fresh.length.shape)
+    if not size.replayed:
+        return fresh, on_policy
+    old = sample(replay, key, size.replayed)
+    on_policy = jnp.concatenate([on_policy, jnp.zeros(old.length.shape, bool)])
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), fresh, old), on_policy
+
+
 def fast_loss(
     picked: Positions, baseline: jax.Array, weights: tuple[jax.Array, jax.Array], config: ObjectiveConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The weighted sum of the four terms, and each term by name.
+    """The weighted sum of the four terms, and each term by name (no entropy where it has no weight).
 
     KL is a mean over the unrolled drafts, draft j weighted `unroll_decay`^j; the other terms take the draft that acted.
     """
-    teacher, unrolled = picked.verifier_logits, len(picked.draft_logits)
+    teacher = jax.lax.stop_gradient(picked.verifier_logits)
     top = jnp.argmax(teacher, axis=-1)
-    accepted = picked.valid * (picked.reward == 1)
-    acted = jnp.clip(picked.step, 0, unrolled - 1).astype(jnp.int32)
-    logits = jnp.take_along_axis(picked.draft_logits, acted[None, :, None], axis=0)[0]
-    decay = config.unroll_decay ** jnp.arange(unrolled)
-    kl = [objectives.kl_divergence(teacher, x, picked.valid, config.kl_temperature) for x in picked.draft_logits]
+    drafts = [_draft_rows(logits, teacher, top, picked.proposal, config) for logits in picked.draft_logits]
+    rows = jax.tree.map(lambda *of_drafts: jnp.stack(of_drafts), *drafts)  # [J, M] each
+    decay = config.unroll_decay ** jnp.arange(len(drafts))
+    kl = jnp.sum(decay[:, None] * rows.pop("kl"), axis=0) / jnp.sum(decay)
+    step = jnp.clip(picked.step, 0, len(drafts) - 1).astype(jnp.int32)
+    acted = {name: jnp.take_along_axis(values, step[None], axis=0)[0] for name, values in rows.items()}
+    reward = picked.reward.astype(jnp.float32)
     terms = {
-        "kl": jnp.sum(decay * jnp.stack(kl)) / jnp.sum(decay),
-        "pg": objectives.policy_gradient(
-            logits, picked.proposal, picked.reward.astype(jnp.float32), baseline, picked.on_policy
-        ),
-        "ce": objectives.cross_entropy(logits, top, accepted),
-        "entropy": objectives.entropy(logits, picked.valid),
+        "kl": objectives.masked_mean(kl, picked.valid) * config.kl_temperature**2,
+        "pg": objectives.policy_gradient(acted["proposal"], reward, baseline, picked.on_policy),
+        "ce": -objectives.masked_mean(acted["top"], picked.valid * (picked.reward == 1)),
     }
-    loss = (
-        weights[0] * terms["kl"]
-        + weights[1] * terms["pg"]
-        + config.ce_weight * terms["ce"]
-        - config.entropy_weight * terms["entropy"]
-    )
+    loss = weights[0] * terms["kl"] + weights[1] * terms["pg"] + config.ce_weight * terms["ce"]
+    if config.entropy_weight:
+        terms["entropy"] = objectives.masked_mean(acted["entropy"], picked.valid)
+        loss -= config.entropy_weight * terms["entropy"]
     first = jnp.argmax(picked.draft_logits[0], axis=-1)
     agreement = objectives.masked_mean((first == top).astype(jnp.float32), picked.valid)
     return loss, terms | {"loss": loss, "agreement": agreement, "positions": jnp.sum(picked.valid)}
+
+
+def _draft_rows(
+    logits: jax.Array, teacher: jax.Array, top: jax.Array, proposal: jax.Array, config: ObjectiveConfig
+) -> dict[str, jax.Array]:
+    """What the terms need of one draft's logits [M, V], each [M], whether or not that draft was the one that acted.
+
+    To choose among sums is free; to choose among the logits would copy them, and going backward scatter.
+    """
+    rows = {
+        "kl": objectives.kl_rows(teacher / config.kl_temperature, logits / config.kl_temperature),
+        "top": objectives.token_log_prob(logits, top),
+        "proposal": objectives.token_log_prob(logits, proposal),
+    }
+    return rows | {"entropy": objectives.entropy_rows(logits)} if config.entropy_weight else rows
 
 
 def evaluate_positions(
@@ -204,7 +250,7 @@ def evaluate_positions(
         return values.reshape(-1, *values.shape[2:])[chosen]
 
     return Positions(
-        draft_logits=jnp.stack([model.drafter.logits(pick(draft), llama.head_weight()) for draft in drafts]),
+        draft_logits=[model.drafter.logits(pick(draft), llama.head_weight()) for draft in drafts],
         verifier_logits=llama.logits(pick(teacher)),
         proposal=pick(proposal),
         reward=pick(jnp.where(valid, reward, -1)),

@@ -21,41 +21,50 @@ def kl_divergence(teacher: jax.Array, student: jax.Array, mask: jax.Array, tempe
     The gradient reaches the student alone. The square keeps gradients of one size over temperatures
     (arXiv 1503.02531, section 2.1).
     """
-    log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher).astype(jnp.float32) / temperature)
-    log_q = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
-    return masked_mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), mask) * temperature**2
+    teacher = jax.lax.stop_gradient(teacher).astype(jnp.float32)
+    rows = kl_rows(teacher / temperature, student.astype(jnp.float32) / temperature)
+    return masked_mean(rows, mask) * temperature**2
 
 
 def kl_from(logits: jax.Array, reference: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean KL(p || p_reference) over logits [M, V], in nats: what holds a moving model to a frozen one."""
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    log_q = jax.nn.log_softmax(jax.lax.stop_gradient(reference).astype(jnp.float32))
-    return masked_mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), mask)
+    reference = jax.lax.stop_gradient(reference).astype(jnp.float32)
+    return masked_mean(kl_rows(logits.astype(jnp.float32), reference), mask)
 
 
-def policy_gradient(
-    logits: jax.Array, proposals: jax.Array, rewards: jax.Array, baseline: jax.Array, mask: jax.Array
-) -> jax.Array:
+def policy_gradient(log_prob: jax.Array, rewards: jax.Array, baseline: jax.Array, mask: jax.Array) -> jax.Array:
     """REINFORCE: -mean[(r - b) log p_draft(proposed token)] over judged positions (DVI, L_pg).
 
-    logits [M, V]; proposals int [M]; rewards float [M] in {0, 1}. Only valid for proposals of the current drafter.
+    log_prob [M] of the proposals; rewards float [M] in {0, 1}. Only valid for proposals of the current drafter.
     """
-    log_p = token_log_prob(logits, proposals)
-    return -masked_mean((rewards - jax.lax.stop_gradient(baseline)) * log_p, mask)
+    return -masked_mean((rewards - jax.lax.stop_gradient(baseline)) * log_prob, mask)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean -log p(target) over the masked positions; logits [M, V], targets int [M]."""
-    return -masked_mean(token_log_prob(logits, targets), mask)
+    return -masked_mean(token_log_prob(logits.astype(jnp.float32), targets), mask)
 
 
-def entropy(logits: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean entropy of softmax(logits) in nats."""
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return masked_mean(-jnp.sum(jnp.exp(log_p) * log_p, axis=-1), mask)
+# What follows gives [M] for float32 logits [M, V], by sums over V alone. With log sum exp taken apart, a gradient is
+# one expression for each entry, which XLA makes in one pass: few arrays [M, V] are ever written.
+
+
+def kl_rows(teacher: jax.Array, student: jax.Array) -> jax.Array:
+    """KL(p_teacher || p_student) in nats: the cross-entropy of the two less the teacher's entropy."""
+    p = jax.nn.softmax(teacher)
+    return _cross_entropy_rows(p, student) - _cross_entropy_rows(p, teacher)
+
+
+def entropy_rows(logits: jax.Array) -> jax.Array:
+    """Entropy of softmax(logits) in nats."""
+    return _cross_entropy_rows(jax.nn.softmax(logits), logits)
 
 
 def token_log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """log softmax(logits)[token], float32 [M]; negative tokens (no proposal) give the first entry, to be masked."""
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return jnp.take_along_axis(log_p, jnp.maximum(tokens, 0)[:, None], axis=-1)[:, 0]
+    """log softmax(logits)[token]; for negative tokens (no proposal) a number, to be masked."""
+    is_token = jnp.arange(logits.shape[-1]) == tokens[:, None]  # a gather's gradient would be a scatter
+    return jnp.sum(jnp.where(is_token, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _cross_entropy_rows(p: jax.Array, logits: jax.Array) -> jax.Array:
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(p * logits, axis=-1)

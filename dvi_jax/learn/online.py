@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dvi_jax.checkpoint import Checkpoint, read_checkpoint, rewrite_checkpoint
@@ -25,7 +24,7 @@ from dvi_jax.data.prompts import Prompt, PromptSettings, PromptStream
 from dvi_jax.decode.generate import Generation
 from dvi_jax.errors import UserError
 from dvi_jax.evaluate.acceptance import Acceptance, measure_acceptance
-from dvi_jax.learn.fast_update import LearnerState, fast_update, init_learner, with_trainable
+from dvi_jax.learn.fast_update import Batch, LearnerState, fast_update, init_learner, with_trainable
 from dvi_jax.learn.replay import Replay, Windows, push
 from dvi_jax.learn.rollback import Watch, go_on_from, non_finite_updates
 from dvi_jax.learn.rollout import rollout, window_length
@@ -157,10 +156,10 @@ class _Run:
             if self.before is None:
                 self.before = self.evaluate()
             began, earlier = time.perf_counter(), self.progress.seconds
-            for batch in self._batches():
-                if signals.received:  # who resumes reads this batch again
+            for batches in self._cycles():
+                if signals.received:  # who resumes reads these batches again
                     break
-                self._update(batch)
+                self._update(batches)
                 self.progress.seconds = earlier + time.perf_counter() - began
                 self._evaluate_and_save()
                 if config.max_minutes and self.progress.seconds > 60 * config.max_minutes:
@@ -202,53 +201,64 @@ class _Run:
         )
         return acceptance
 
-    def _update(self, batch: list[Prompt]) -> None:
-        """One rollout, its updates, one metrics record; and a rollback if they ask for one."""
-        began = time.perf_counter()
-        windows, generations = self._roll_out(self.model, batch)
-        rolled = time.perf_counter()
-        values = self._learn_from(windows)
-        self.learner = self.learner.replace(replay=push(self.learner.replay, windows))
-        values |= self._learn_slowly(batch)
+    def _update(self, batches: list[list[Prompt]]) -> None:
+        """One cycle: a rollout of each batch, the updates after the last, a record for each; maybe a rollback."""
+        records: list[dict[str, Any]] = []
+        for batch in batches:
+            began = time.perf_counter()
+            windows, generations = self._roll_out(self.model, batch)
+            rolled = time.perf_counter()
+            values = self._learn(windows, batches) if batch is batches[-1] else {}
+            self.learner = self.learner.replace(replay=push(self.learner.replay, windows))
+            record = self._count(generations)  # while the device is at work
+            record |= self._fetch(values) | {"rollout_seconds": rolled - began}
+            records.append(record | {"update_seconds": time.perf_counter() - rolled})
         self._take_over()
-        acceptance = measure_acceptance(generations)
-        new_tokens = sum(len(generation.new_ids) for generation in generations)
-        self.progress.prompts += len(batch)
-        self.progress.new_tokens += new_tokens
         self.progress.stream = self.stream.state()
-        self._log(
-            "train",
-            {
-                "prompts": self.progress.prompts,
-                "new_tokens": self.progress.new_tokens,
-                "accept_rate": acceptance.accept_rate,
-                "tokens_per_round": acceptance.tokens_per_round,
-                **values,
-                "rollout_seconds": rolled - began,
-                "update_seconds": time.perf_counter() - rolled,
-                "save_seconds": self._take_save_seconds(),
-            },
-        )
+        for record in records:
+            self._log("train", record | {"save_seconds": self._take_save_seconds()})
         self.directory.log_failed_saves(int(self.learner.step))
-        self._watch(batch, acceptance.accept_rate)
+        for batch, record in zip(batches, records, strict=True):
+            if self._watch(batch, record["accept_rate"]):
+                break  # the rollouts after it are of the drafter that was replaced
 
-    def _watch(self, batch: list[Prompt], accept_rate: float) -> None:
+    def _count(self, generations: list[Generation]) -> dict[str, Any]:
+        """Add a rollout to the progress: what its record says of it."""
+        acceptance, progress = measure_acceptance(generations), self.progress
+        progress.prompts += len(generations)
+        progress.new_tokens += sum(len(generation.new_ids) for generation in generations)
+        return {
+            "prompts": progress.prompts,
+            "new_tokens": progress.new_tokens,
+            "accept_rate": acceptance.accept_rate,
+            "tokens_per_round": acceptance.tokens_per_round,
+        }
+
+    def _fetch(self, values: dict[str, jax.Array]) -> dict[str, float]:
+        """Metrics on the host, in one transfer with what else is asked for after an update (arrays keep their copy)."""
+        state = self.learner
+        values, _, _ = jax.device_get((values, state.step, state.optimizer.notfinite_count))
+        return {name: float(value) for name, value in values.items()}
+
+    def _watch(self, batch: list[Prompt], accept_rate: float) -> bool:
         """Go back to the last good state if updates stay non-finite or the drafter has collapsed (`rollback.py`)."""
         config, watch = self.config.rollback, self.progress.watch
         skipped = non_finite_updates(self.learner)
         suspected = watch.observe(accept_rate, config)
         if config.after and skipped >= config.after:
             self._roll_back(*self._last_good(), {"reason": f"{skipped} non-finite updates in a row"})
-        elif suspected:
+            return True
+        if suspected:
             good, step = self._last_good(best=True)
             model = self.model.with_params(with_trainable(self.model.params, good.trainable))
             there = measure_acceptance(self._roll_out(model, batch)[1]).accept_rate
             values = {"accept_rate": accept_rate, "good_accept_rate": there, "snapshot": step}
             if accept_rate < config.collapse * there:
                 self._roll_back(good, step, {"reason": "the drafter has collapsed", **values})
-            else:
-                watch.acquit(there)
-                self._log("traffic_changed", values)
+                return True
+            watch.acquit(there)
+            self._log("traffic_changed", values)
+        return False
 
     def _last_good(self, *, best: bool = False) -> tuple[LearnerState, int | None]:
         """The state of the newest (or best) snapshot that is good and its update; the start if there is none."""
@@ -264,16 +274,20 @@ class _Run:
         self._log("rollback", {**values, "snapshot": step, "rollbacks": watch.rollbacks})
 
     def _evaluate_and_save(self) -> None:
-        """What is due after a rollout. A snapshot waits until updates are finite: it is to be a good one."""
-        config, progress = self.config, self.progress
-        rollouts, score = progress.prompts // config.rollout_batch, None
-        if rollouts % config.eval_every == 0:
+        """What fell due in a cycle. A snapshot waits until updates are finite: it is to be a good one."""
+        config, progress, score = self.config, self.progress, None
+        if self._fell_due(config.eval_every):
             self.after = self.evaluate()
             score = self.after.accept_rate
-        progress.save_due |= rollouts % config.save_every == 0
+        progress.save_due |= self._fell_due(config.save_every)
         if progress.save_due and not non_finite_updates(self.learner):
             progress.save_due = False
             self.directory.save(self.learner, asdict(progress), score=score)
+
+    def _fell_due(self, every: int) -> bool:
+        """Whether the number of one of the cycle's rollouts is a multiple of `every`."""
+        rollouts = self.progress.prompts // self.config.rollout_batch
+        return rollouts // every > (rollouts - self.config.update_every) // every
 
     def _roll_out(self, model: LoadedModel, batch: list[Prompt]) -> tuple[Windows, list[Generation]]:
         prompts = [list(prompt.ids) for prompt in batch]
@@ -286,32 +300,33 @@ class _Run:
         self.progress.save_seconds += seconds
         return seconds
 
-    def _learn_from(self, windows: Windows) -> dict[str, float]:
-        """The fast updates of one rollout; metrics of the first, whose policy term is on-policy."""
-        config, first = self.config, {}
+    def _learn(self, windows: Windows, batches: list[list[Prompt]]) -> dict[str, jax.Array]:
+        """The fast updates of one cycle and the slow one if due; metrics, of the first fast one (it is on-policy)."""
+        config, values, step = self.config, {}, int(self.learner.step)
+        size = Batch(config.fresh_windows, config.replayed_windows, config.positions_per_update)
         for index in range(config.updates_per_rollout):
-            self.learner, values = fast_update(
+            self.learner, found = fast_update(
                 self.model.graphdef,
                 self.model.params,
                 self.learner,
                 windows,
-                jnp.array(index == 0),
+                np.array(index == 0),
                 objective=config.objective,
                 optimizer=config.optimizer,
-                replayed=config.replayed_windows,
-                positions=config.positions_per_update,
+                size=size,
             )
-            first = first or values
-        return {name: float(value) for name, value in first.items()}
+            values = values or found
+        done = range(step + 1, step + config.updates_per_rollout + 1)
+        if any(is_due(number, config.slow) for number in done):
+            values |= self._learn_slowly([prompt for batch in batches for prompt in batch])
+        return values
 
-    def _learn_slowly(self, batch: list[Prompt]) -> dict[str, float]:
-        """A slow update on the log's answers to this batch, if one fell due with the last fast updates."""
-        config, step = self.config.slow, int(self.learner.step)
-        if not any(is_due(s, config) for s in range(step - self.config.updates_per_rollout + 1, step + 1)):
-            return {}
+    def _learn_slowly(self, prompts: list[Prompt]) -> dict[str, jax.Array]:
+        """A slow update on the log's answers to `prompts`."""
+        config = self.config.slow
         shape = (config.rows, self.window)
         tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-        for row, prompt in enumerate([prompt for prompt in batch if prompt.log_ids][: config.rows]):
+        for row, prompt in enumerate([prompt for prompt in prompts if prompt.log_ids][: config.rows]):
             ids = prompt.log_ids[: shape[1]]
             tokens[row, : len(ids)], mask[row, : len(ids)] = ids, prompt.log_mask[: shape[1]]
         if not mask.any():
@@ -320,7 +335,7 @@ class _Run:
             self.model.graphdef, self.model.params, self.learner.slow, tokens, mask, config=config
         )
         self.learner = self.learner.replace(slow=slow)
-        return {name: float(value) for name, value in values.items()}
+        return values
 
     def _take_over(self) -> None:
         """Decode with what was learned."""
@@ -338,14 +353,14 @@ class _Run:
             else self.checkpoint.manifest.verifier
         )
 
-    def _batches(self) -> Iterator[list[Prompt]]:
-        """Batches of `rollout_batch` prompts; a shorter tail of the stream is left out."""
-        prompts = iter(self.stream)
-        while self.progress.prompts + self.config.rollout_batch <= self.config.prompts:
-            batch = list(itertools.islice(prompts, self.config.rollout_batch))
-            if len(batch) < self.config.rollout_batch:
+    def _cycles(self) -> Iterator[list[list[Prompt]]]:
+        """`update_every` batches of `rollout_batch` prompts at a time; a shorter tail of the stream is left out."""
+        prompts, size, count = iter(self.stream), self.config.rollout_batch, self.config.update_every
+        while self.progress.prompts + count * size <= self.config.prompts:
+            batches = [list(itertools.islice(prompts, size)) for _ in range(count)]
+            if len(batches[-1]) < size:
                 return
-            yield batch
+            yield batches
 
     def _open_stream(self, state: dict | None) -> PromptStream:
         data = self.config.data

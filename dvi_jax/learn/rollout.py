@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
+import numpy as np
 
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.generate import Generation, make_knobs, read_generations, start
@@ -24,7 +24,7 @@ def rollout(
     state = start(model, prompts, settings, knobs, record=True, longest_prompt=longest_prompt)
     state = decode(model.graphdef, model.decode_params, state, knobs)
     lengths = [len(prompt) for prompt in prompts]
-    windows = read_windows(state, jnp.array(lengths, jnp.int32), window=window_length(settings, longest_prompt))
+    windows = read_windows(state, np.array(lengths, np.int32), window=window_length(settings, longest_prompt))
     return windows, read_generations(state, lengths, model.eos_ids)
 
 

@@ -120,15 +120,21 @@ def write_domains(folder: Path, *names: str, ids: tuple[str, ...]) -> dict:
 
 
 def test_domain_shift(write_config, tmp_path, capsys):
-    """The run for the cost decodes exactly as the frozen one does; the picture is drawn again from the result."""
+    """The run for the cost decodes exactly as the frozen one does; the picture is drawn again from the result.
+
+    An update follows every other rollout.
+    """
     data = write_domains(tmp_path, "chat", "code", ids=("chat", "code"))
-    config, out = write_config(prompts=16, data=data), tmp_path / "out"
-    sizes = ["--per-domain", "8", "--seeds", "1", "--cost-prompts", "8"]
+    config, out = write_config(prompts=16, update_every=2, data=data), tmp_path / "out"
+    sizes = ["--per-domain", "8", "--seeds", "1", "--cost-prompts", "12"]
     assert domain_shift.main(["--config", str(config), "--out", str(out), *sizes]) == 0
     result = json.loads((out / "domain_shift.json").read_text(encoding="utf-8"))
     assert result["cost"]["same_acceptance"]
     assert result["cost"]["rollouts"] == 2
     frozen, (online,) = result["frozen"], result["online"]
+    for name in ("rollout_seconds", "update_seconds"):
+        assert len(online[name]) == 8
+        assert min(*online[name], result["cost"][name]) > 0
     assert frozen["prompts"] == online["prompts"] == list(range(2, 18, 2))
     assert frozen["new_tokens"] == online["new_tokens"]
     assert set(result["summary"]) == {"chat", "code"}
@@ -166,7 +172,7 @@ def test_second_halves_of_the_domains():
 
 def test_tokens_per_second_leaves_the_compiling_rollouts_out():
     run = {"new_tokens": [10, 20, 40, 70, 110], "seconds": [0.0, 50.0, 51.0, 52.0, 60.0]}
-    assert domain_shift.tokens_per_second(run, 4) == (70 - 20) / (52 - 50)
+    assert domain_shift.tokens_per_second(run, 2, 4) == (70 - 20) / (52 - 50)
 
 
 def test_sweep_over_every_prompt_of_a_file(byte_checkpoint, tmp_path):

@@ -8,10 +8,13 @@ import re
 import numpy as np
 import pytest
 
+from dvi_jax.data.conversations import Conversation, Message, StreamPosition
 from dvi_jax.data.prompts import is_held_out
+from dvi_jax.errors import UserError
 from dvi_jax.load import load
+from experiments.domains import chat_alone, language_of, purpose, sentences
 from experiments.pack import main as pack_main
-from experiments.prompts import FAMILIES, language_of, main, sentences
+from experiments.prompts import FAMILIES, main
 
 NUMBERS = range(1000)
 LONGEST = 4000
@@ -131,3 +134,55 @@ def test_packed_text_leaves_out_the_held_out_share(log, byte_checkpoint, tmp_pat
     text = load(byte_checkpoint).tokenizer.decode(tokens.ravel().tolist())
     kept = set(NUMBERS) - held_out_numbers()
     assert len(kept ^ marks_in(text)) <= 1  # the last, incomplete row is left out
+
+
+PROMPT = "Tell me in a few words what the weather was like on Tuesday last week"
+CHAT = ("What is a good name for a small grey cat?", "Smoky is a good name for it, and so is Misty.")
+OTHERS = {
+    "a fence": (CHAT[0], "Like this: ``` cat = 1 ```"),
+    "asked for code": ("Write a function that names a cat.", CHAT[1]),
+    "asked for a program later": (*CHAT, "How would an algorithm choose one?", CHAT[1]),
+    "code without a fence": (CHAT[0], "Call it so:\nname(cat);\nand then feed it."),
+    "asked to translate": ("Please translate this for the owner of the cat.", CHAT[1]),
+    "a language": ("What is the cat called in French?", CHAT[1]),
+    "a foreign answer": (CHAT[0], "Das ist eine Katze und sie ist nicht sehr alt."),
+    "another script": (CHAT[0], "\u5c0f\u732b\u7684\u540d\u5b57"),
+    "a language without a list": (CHAT[0], "Kucing itu kecil serta abu abu dengan ekor panjang. " * 5),
+    "a prompt of a stream": (PROMPT.upper(), CHAT[1]),
+    "text of a prompt": (CHAT[0], "Well, " + PROMPT[8:-12] + "Monday."),
+}
+
+
+def spoken(texts: tuple[str, ...], name: str = "c") -> Conversation:
+    messages = tuple(Message(("user", "assistant")[n % 2], text) for n, text in enumerate(texts))
+    return Conversation(name, messages, StreamPosition())
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_chat_alone_leaves_out(kind, tmp_path):
+    stream = tmp_path / "stream.jsonl"
+    stream.write_text(json.dumps({"messages": [{"role": "user", "content": PROMPT}]}) + "\n", encoding="utf-8")
+    kept = chat_alone([spoken(OTHERS[kind], "other"), spoken(CHAT, "chat")], [str(stream)])
+    assert [conversation.id for conversation in kept] == ["chat"]
+
+
+def test_chat_alone_has_no_conversation_that_a_stream_may_be_made_of():
+    questions = [f"What is a good name for cat number {number}?" for number in range(200)]
+    kept = {c.messages[0].content for c in chat_alone([spoken((q, CHAT[1])) for q in questions], [])}
+    assert kept == {q for q in questions if purpose(q) == "replies"}
+    assert 90 < len(kept) < 160
+
+
+def test_packed_chat_shares_no_text_with_the_streams(log, made, byte_checkpoint, tmp_path):
+    streams = [str(made[0] / f"{name}.jsonl") for name in ("chat", "code", "translation")]
+    arguments = ["--checkpoint", str(byte_checkpoint), "--data", str(log), "--out", str(tmp_path / "chat.npz")]
+    assert pack_main([*arguments, "--domain", "chat", "--unseen", *streams]) == 0
+    with np.load(tmp_path / "chat.npz") as file:
+        text = load(byte_checkpoint).tokenizer.decode(file["tokens"].ravel().tolist())
+    kept, used = marks_in(text), set.union(*(made[2][f"{name}.jsonl"] for name in ("chat", "code", "translation")))
+    assert len(kept) > 100
+    assert not kept & used
+    assert "python" not in text
+    assert "Das ist" not in text
+    with pytest.raises(UserError, match="--domain chat"):
+        pack_main([*arguments, "--unseen", *streams])

@@ -7,16 +7,25 @@ import pytest
 
 from dvi_jax.config import DecodeConfig, ObjectiveConfig, OptimizerConfig
 from dvi_jax.decode.generate import generate
-from dvi_jax.learn.fast_update import fast_update, init_learner, with_trainable
+from dvi_jax.learn.fast_update import (
+    Batch,
+    Positions,
+    choose_windows,
+    fast_loss,
+    fast_update,
+    init_learner,
+    make_optimizer,
+    with_trainable,
+)
 from dvi_jax.learn.replay import Replay, Windows, push, sample
 from dvi_jax.learn.rollout import rollout, window_length
 
 SETTINGS = DecodeConfig(3, 0.0, 24)
-OPTIMIZER = OptimizerConfig(lora_lr=5e-3, head_lr=5e-3)
+OPTIMIZER = OptimizerConfig(lora_lr=5e-3, head_lr=5e-3, warmup=0)
 PROMPTS = [[5, 9, 2], [7, 7, 1, 30, 4]]
 
 
-def update(model, learner, windows, objective, current=True, replayed=0):
+def update(model, learner, windows, objective, current=True, replayed=0, fresh=0):
     return fast_update(
         model.graphdef,
         model.params,
@@ -25,8 +34,7 @@ def update(model, learner, windows, objective, current=True, replayed=0):
         jnp.array(current),
         objective=objective,
         optimizer=OPTIMIZER,
-        replayed=replayed,
-        positions=40,
+        size=Batch(fresh, replayed, 40),
     )
 
 
@@ -114,6 +122,95 @@ def test_non_finite_gradient_is_skipped(make_tiny):
     learner, metrics = update(model, learner, poisoned, ObjectiveConfig())
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, learner.trainable))
     assert int(metrics["skipped_updates"]) == 1
+
+
+def test_warm_up_by_hand():
+    """Update n moves by n / warmup of the rate, each part by its own; an update that is skipped does not count."""
+    config = OptimizerConfig(lora_lr=0.3, head_lr=0.1, warmup=2, b2=0.9, weight_decay=0.1, clip_norm=1e9)
+    optimizer, rng = make_optimizer(config), np.random.default_rng(0)
+    weights = {"drafter": {"norm": jnp.array([1.0, -2.0])}, "lora_s": {"a": jnp.array([0.5])}}
+    by_hand = {"drafter": np.array([1.0, -2.0]), "lora_s": np.array([0.5])}
+    moments = {name: (np.zeros_like(w), np.zeros_like(w)) for name, w in by_hand.items()}
+    state = optimizer.init(weights)
+    for number, share in enumerate((0.5, 1.0, 1.0), 1):
+        grads = jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape), jnp.float32), weights)
+        for gradients in (grads, jax.tree.map(lambda g: g * jnp.nan, grads)):
+            updates, state = optimizer.update(gradients, state, weights)
+            weights = jax.tree.map(jnp.add, weights, updates)
+        for name, rate in (("drafter", 0.1), ("lora_s", 0.3)):
+            g = np.asarray(jax.tree.leaves(grads[name])[0], np.float64)
+            m, v = moments[name] = 0.9 * moments[name][0] + 0.1 * g, 0.9 * moments[name][1] + 0.1 * g * g
+            step = m / (1 - 0.9**number) / (np.sqrt(v / (1 - 0.9**number)) + 1e-8)
+            by_hand[name] = by_hand[name] - share * rate * (step + 0.1 * by_hand[name])
+            np.testing.assert_allclose(jax.tree.leaves(weights[name])[0], by_hand[name], rtol=1e-5)
+    assert int(state.total_notfinite) == 3
+
+
+@pytest.mark.parametrize(("drafts", "temperature", "entropy_weight"), [(3, 1.0, 0.0), (3, 2.0, 0.3), (1, 1.0, 0.3)])
+def test_loss_and_gradient_are_those_of_the_formula(drafts, temperature, entropy_weight):
+    """The module's formula from the probabilities themselves, each term on the draft and the positions it is for."""
+    config = ObjectiveConfig(kl_temperature=temperature, entropy_weight=entropy_weight, ce_weight=0.7, unroll_decay=0.5)
+    rng, count, vocab = np.random.default_rng(0), 24, 9
+    logits = jnp.asarray(3 * rng.normal(size=(drafts, count, vocab)), jnp.float32)
+    teacher = jnp.asarray(3 * rng.normal(size=(count, vocab)), jnp.float32)
+    reward, proposal = np.arange(count) % 3 - 1, rng.integers(0, vocab, count)
+    step, valid = rng.integers(0, 4, count), rng.integers(0, 2, count)  # more drafts may act than are unrolled
+    picked = Positions(
+        draft_logits=list(logits),
+        verifier_logits=teacher,
+        proposal=jnp.asarray(np.where(reward < 0, -1, proposal), jnp.int32),
+        reward=jnp.asarray(reward, jnp.int8),
+        step=jnp.asarray(step, jnp.int8),
+        valid=jnp.asarray(valid, jnp.float32),
+        on_policy=jnp.asarray(reward >= 0, jnp.float32),
+    )
+
+    def formula(logits):
+        p, rows = jax.nn.softmax(teacher / temperature), np.arange(count)
+        kl = jnp.sum(p * jnp.log(p / jax.nn.softmax(logits / temperature)), axis=-1)[:, valid == 1].mean(axis=1)
+        decay = np.array([1, 0.5, 0.25])[:drafts]
+        q = jax.nn.softmax(logits[np.minimum(step, drafts - 1), rows])
+        policy = ((reward - 0.4) * jnp.log(q[rows, proposal]))[reward >= 0]
+        accepted = (reward == 1) & (valid == 1)
+        terms = {
+            "kl": temperature**2 * (decay * kl).sum() / decay.sum(),
+            "pg": -policy.mean(),
+            "ce": -jnp.log(q[rows, teacher.argmax(-1)])[accepted].mean(),
+            "entropy": -jnp.sum(q * jnp.log(q), axis=-1)[valid == 1].mean(),
+        }
+        loss = 0.6 * terms["kl"] + 0.3 * terms["pg"] + 0.7 * terms["ce"] - entropy_weight * terms["entropy"]
+        return loss, terms
+
+    def loss(logits):
+        return fast_loss(picked._replace(draft_logits=list(logits)), jnp.float32(0.4), (0.6, 0.3), config)
+
+    (expected, expected_terms), expected_grad = jax.jit(jax.value_and_grad(formula, has_aux=True))(logits)
+    (value, terms), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(logits)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert expected_terms.keys() - terms.keys() == ({"entropy"} if not entropy_weight else set())
+    for name in expected_terms.keys() & terms.keys():
+        np.testing.assert_allclose(terms[name], expected_terms[name], rtol=1e-5)
+    assert np.abs(expected_grad).max(axis=(1, 2)).min() > 1e-3  # every draft has one
+    np.testing.assert_allclose(grad, expected_grad, atol=1e-6)
+
+
+def test_windows_of_an_update():
+    """As many different fresh windows as asked for, another choice each time; then old ones, off-policy."""
+    fresh, old = (Windows.empty(6, 4, 2) for _ in range(2))
+    fresh = fresh.replace(tokens=jnp.broadcast_to(jnp.arange(6)[:, None], (6, 4)))
+    replay = push(Replay.empty(9, 4, 2), old.replace(tokens=jnp.full((6, 4), 99)))
+    chosen = []
+    for seed in range(4):
+        windows, on_policy = choose_windows(replay, fresh, jnp.array(True), jax.random.key(seed), Batch(4, 3, 1))
+        assert on_policy.tolist() == [True] * 4 + [False] * 3
+        assert (windows.tokens[4:] == 99).all()
+        chosen.append(tuple(sorted(windows.tokens[:4, 0].tolist())))
+        assert len(set(chosen[-1])) == 4
+        assert set(chosen[-1]) <= set(range(6))
+    assert len(set(chosen)) > 1
+    windows, on_policy = choose_windows(replay, fresh, jnp.array(False), jax.random.key(0), Batch(0, 0, 1))
+    assert windows.tokens[:, 0].tolist() == list(range(6))
+    assert not on_policy.any()
 
 
 def test_replay_is_a_ring():

@@ -8,10 +8,13 @@ import os
 
 import jax
 import numpy as np
+import pytest
 
 from dvi_jax.checkpoint import read_checkpoint
+from dvi_jax.config import load_train_config
 from dvi_jax.data import ConversationStream, PromptSettings, PromptStream
-from dvi_jax.learn import snapshot
+from dvi_jax.errors import UserError
+from dvi_jax.learn import online, snapshot
 from dvi_jax.load import load
 from dvi_jax.train import main
 
@@ -38,13 +41,11 @@ def test_held_out_prompts_are_never_decoded_for_learning(
     write_config, byte_checkpoint, conversations, tmp_path, monkeypatch
 ):
     """Every prompt of every rollout that precedes an update, against the prompts kept apart."""
-    from dvi_jax.learn import online
-
     learned, original = [], online._Run._update
 
-    def watched(self, batch):
-        learned.extend(prompt.ids for prompt in batch)
-        return original(self, batch)
+    def watched(self, batches):
+        learned.extend(prompt.ids for batch in batches for prompt in batch)
+        return original(self, batches)
 
     monkeypatch.setattr(online._Run, "_update", watched)
     main(["--config", str(write_config(prompts=40, eval_every=1000, save_every=1000))])
@@ -73,13 +74,61 @@ def test_what_a_run_leaves(write_config, tmp_path):
     assert records[-1]["save_seconds"] == sum(waited)
 
 
+def test_updates_every_third_rollout(write_config, tmp_path, monkeypatch):
+    """The newest rollout is fresh and on-policy, the two before it lie in the replay; what falls due waits for them."""
+    rolled, updates = [], []
+    roll_out, update = online.rollout, online.fast_update
+
+    def watched_rollout(*arguments, **options):
+        windows, generations = roll_out(*arguments, **options)
+        rolled.append(np.asarray(windows.tokens))
+        return windows, generations
+
+    def watched_update(graphdef, params, state, fresh, is_current, **options):
+        replay = np.asarray(state.replay.windows.tokens)[: int(state.replay.size)]
+        updates.append((bool(is_current), replay, np.asarray(fresh.tokens)))
+        return update(graphdef, params, state, fresh, is_current, **options)
+
+    monkeypatch.setattr(online, "rollout", watched_rollout)
+    monkeypatch.setattr(online, "fast_update", watched_update)
+    settings = {"update_every": 3, "prompts": 29, "eval_every": 4, "save_every": 5}
+    main(["--config", str(write_config(**settings))])
+    records = read_records(tmp_path / "run")
+    train = [record for record in records if record["kind"] == "train"]
+    assert [record["prompts"] for record in train] == list(range(2, 25, 2))  # 13 and 14 are left out
+    assert [record["step"] for record in train] == [2, 2, 2, 4, 4, 4, 6, 6, 6, 8, 8, 8]
+    assert ["kl" in record for record in train] == [False, False, True] * 4
+    # Rollouts 4, 8 and 12 are followed by updates 4, 6 and 8; rollouts 5 and 10 by updates 4 and 8.
+    assert [record["step"] for record in records if record["kind"] == "eval"] == [0, 4, 6, 8]
+    assert {path.name for path in (tmp_path / "run" / "snapshots").iterdir()} == {"4", "8"}
+    assert [is_current for is_current, _, _ in updates] == [True, False] * 4
+    first, second, third = rolled[2:5]  # after the two of the evaluation
+    np.testing.assert_array_equal(updates[0][1], np.concatenate([first, second]))
+    np.testing.assert_array_equal(updates[0][2], third)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("update_every=0", "update_every must be at least 1, got 0"),
+        ("fresh_windows=3", r"fresh_windows must be 0 \(all\) or above, at most rollout_batch=2, got 3"),
+        ("fresh_windows=1 positions_per_update=56", "positions_per_update must be at most 55: fresh windows"),
+        ("optimizer.warmup=-1", r"optimizer.warmup must be 0 \(none\) or above, got -1"),
+        ("optimizer.b2=1.0", r"optimizer.b2 must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_settings_that_cannot_be(write_config, setting, message):
+    with pytest.raises(UserError, match=message):
+        load_train_config(write_config(), setting.split())
+
+
 def test_the_best_snapshot_outlives_newer_ones(write_config, tmp_path):
-    main(["--config", str(write_config(prompts=100, eval_every=10))])
+    main(["--config", str(write_config(prompts=80, eval_every=10))])
     records = read_records(tmp_path / "run")
     rates = {r["step"]: r["accept_rate"] for r in records if r["kind"] == "eval" and r["step"]}
     best = max(rates, key=lambda step: (rates[step], step))
-    assert best < 90
-    assert {path.name for path in (tmp_path / "run" / "snapshots").iterdir()} == {str(best), "90", "100"}
+    assert best < 70
+    assert {path.name for path in (tmp_path / "run" / "snapshots").iterdir()} == {str(best), "70", "80"}
 
 
 def test_a_full_disk_does_not_stop_learning(write_config, tmp_path, capsys, monkeypatch):

@@ -48,6 +48,15 @@ def test_verifier_learns_from_the_log(write_config, answered, tmp_path):
     assert [g.output_ids for g in fast] != [g.output_ids for g in before]
 
 
+def test_slow_updates_are_counted_in_fast_ones(write_config, answered, tmp_path):
+    """With two fast updates every third rollout, every eighth update is every twelfth rollout."""
+    slow = {"every": 8, "rank_d": 2, "rows": 2, "lr": 3e-3}
+    config = write_config(prompts=48, update_every=3, eval_every=1000, save_every=1000, slow=slow)
+    train(load_train_config(config, [f"data.files=[{answered}]"]))
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["prompts"]) for r in records if "slow_ce" in r] == [(8, 24), (16, 48)]
+
+
 def test_slow_updates_need_a_lora_d(write_config):
     config = load_train_config(write_config(slow={"every": 8}))
     with pytest.raises(UserError, match=r"slow\.every needs a verifier with a lora_D: set slow\.rank_d"):

@@ -16,6 +16,7 @@ import pytest
 
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.errors import UserError
+from dvi_jax.learn import online
 from dvi_jax.learn.snapshot import ARRAYS, read_arrays
 from dvi_jax.train import main
 
@@ -44,13 +45,15 @@ def kill_after(config: Path, out: Path, rollouts: int) -> None:
 
 
 def test_a_killed_run_resumes_bit_for_bit(write_config, tmp_path, capsys):
+    """Killed while the learning rate still rises."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    config = write_config(out=str(killed))
+    optimizer = {"lora_lr": 1e-2, "head_lr": 1e-2, "warmup": 150}
+    config = write_config(out=str(killed), optimizer=optimizer)
     kill_after(config, killed, 23)
     assert not (killed / "checkpoint").exists()
     assert main(["--config", str(config), "--resume"]) == 0
     assert "resumed at update" in capsys.readouterr().out
-    assert main(["--config", str(write_config(out=str(whole)))]) == 0
+    assert main(["--config", str(write_config(out=str(whole), optimizer=optimizer))]) == 0
 
     resumed, expected = records(killed), records(whole)
     assert len(expected) == 100 + 6 + 1  # rollouts, evaluations at 0, 20, ... 100, the summary
@@ -65,6 +68,33 @@ def test_a_killed_run_resumes_bit_for_bit(write_config, tmp_path, capsys):
     assert mine.manifest.training_step == 200
     for part in ("drafter", "lora", "base"):
         jax.tree.map(np.testing.assert_array_equal, getattr(mine, part), getattr(theirs, part))
+
+
+def test_a_run_killed_between_two_updates_resumes_bit_for_bit(write_config, tmp_path, monkeypatch):
+    """An update every third rollout: the rollouts before the kill that no update followed are made again."""
+    settings = {"update_every": 3, "fresh_windows": 1, "prompts": 60, "eval_every": 10}
+    roll_out = online._Run._roll_out
+
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    def killed_in_rollout_20(self, model, batch):
+        if self.progress.prompts == 2 * 19:
+            raise Killed
+        return roll_out(self, model, batch)
+
+    killed = write_config(out=str(tmp_path / "killed"), **settings)
+    monkeypatch.setattr(online._Run, "_roll_out", killed_in_rollout_20)
+    with pytest.raises(Killed):
+        main(["--config", str(killed)])
+    monkeypatch.undo()
+    assert records(tmp_path / "killed")[-1]["prompts"] == 36
+    main(["--config", str(killed), "--resume"])
+    main(["--config", str(write_config(out=str(tmp_path / "whole"), **settings))])
+    assert records(tmp_path / "killed") == records(tmp_path / "whole")
+    assert len([record for record in records(tmp_path / "whole") if record["kind"] == "train"]) == 30
+    snapshots = [read_arrays(tmp_path / run / "snapshots" / "20" / ARRAYS) for run in ("killed", "whole")]
+    jax.tree.map(np.testing.assert_array_equal, *snapshots)
 
 
 def test_a_damaged_snapshot_is_told_of_and_the_one_before_used(write_config, tmp_path, capsys):

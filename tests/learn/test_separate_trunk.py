@@ -7,12 +7,12 @@ import pytest
 
 from dvi_jax.config import DecodeConfig, ObjectiveConfig, OptimizerConfig
 from dvi_jax.decode.generate import generate
-from dvi_jax.learn.fast_update import fast_update, init_learner, with_trainable
+from dvi_jax.learn.fast_update import Batch, fast_update, init_learner, with_trainable
 from dvi_jax.learn.replay import Replay
 from dvi_jax.learn.rollout import rollout, window_length
 
 SETTINGS, PROMPTS = DecodeConfig(3, 0.0, 24), [[5, 9, 2], [7, 7, 1, 30, 4]]
-OPTIMIZER = OptimizerConfig(lora_lr=5e-3, head_lr=5e-3)
+OPTIMIZER = OptimizerConfig(lora_lr=5e-3, head_lr=5e-3, warmup=0)
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def learned(model, updates):
         windows, _ = rollout(model, PROMPTS, SETTINGS, longest_prompt=8)
         learner, metrics = fast_update(
             model.graphdef, model.params, learner, windows, jnp.array(True),
-            objective=ObjectiveConfig(warmup=1000), optimizer=OPTIMIZER, replayed=0, positions=40,
+            objective=ObjectiveConfig(warmup=1000), optimizer=OPTIMIZER, size=Batch(0, 0, 40),
         )  # fmt: skip
         model = model.with_params(with_trainable(model.params, learner.trainable))
     return model, metrics
