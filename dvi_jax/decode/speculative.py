@@ -38,13 +38,8 @@ class Draft(NamedTuple):
     drafter: Any
 
 
-# Kernels that do not wait for one another, such as the writes of keys and of values, run side by side. Other backends
-# ignore it.
-COMPILER_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-
-
 # The state is donated: the caches are updated in place, round by round, instead of being copied.
-@partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",), compiler_options=COMPILER_OPTIONS)
+@partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
 def decode(graphdef: nnx.GraphDef, params: Params, state: DecodeState, knobs: Knobs) -> DecodeState:
     """Run rounds until every row has met an eos id or its limit, or `until`. One program, no host in the loop."""
     model = join(graphdef, params)
@@ -55,7 +50,7 @@ def decode(graphdef: nnx.GraphDef, params: Params, state: DecodeState, knobs: Kn
     return jax.lax.while_loop(goes_on, lambda s: speculative_round(model, s, knobs), state)
 
 
-@partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",), compiler_options=COMPILER_OPTIONS)
+@partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
 def decode_round(graphdef: nnx.GraphDef, params: Params, state: DecodeState, knobs: Knobs) -> DecodeState:
     """One round alone, for callers that look at every round."""
     return speculative_round(join(graphdef, params), state, knobs)
