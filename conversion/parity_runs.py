@@ -19,14 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from flax import nnx
 
 from conversion.parity_inputs import Case
 from dvi_jax.config import DecodeConfig, LlamaConfig
 from dvi_jax.decode.generate import generate
 from dvi_jax.decode.prefill import bucket
 from dvi_jax.load import load
-from dvi_jax.model.speculative_llama import Params, join
+from dvi_jax.model.speculative_llama import Definition, Params, join
 from kangaroo_ref import kangaroo_generate, load_kangaroo, prompt_stages
 from kangaroo_ref.upstream import TRANSFORMERS_VERSION, Upstream, load_upstream
 
@@ -107,7 +106,7 @@ class Jax:
         # Padded to a bucket on the right, where causality hides it: prompts of many lengths share a compilation.
         padded = np.zeros((1, bucket(len(prompt))), np.int32)
         padded[0, : len(prompt)] = prompt
-        stages = jax.device_get(_jax_stages(self.model.graphdef, self.model.params, jnp.asarray(padded)))
+        stages = jax.device_get(_jax_stages(self.model.definition, self.model.params, jnp.asarray(padded)))
         return {name: array[0, : len(prompt)] for name, array in stages.items()}
 
     def decode(self, prompt: Sequence[int], settings: Settings) -> Decoded:
@@ -117,9 +116,9 @@ class Jax:
         return Decoded(done.output_ids, done.accept_lengths, done.drafted)
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def _jax_stages(graphdef: nnx.GraphDef, params: Params, prompt: jax.Array) -> dict[str, jax.Array]:
-    model = join(graphdef, params)
+@partial(jax.jit, static_argnames="definition")
+def _jax_stages(definition: Definition, params: Params, prompt: jax.Array) -> dict[str, jax.Array]:
+    model = join(definition, params)
     positions = jnp.arange(prompt.shape[1])[None]
     hidden_exit, _ = model.llama.shallow(prompt, None, positions)
     hidden_last, _ = model.llama.deep(hidden_exit, None, positions)

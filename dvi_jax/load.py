@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from dvi_jax.checkpoint import (
     Checkpoint,
@@ -27,7 +26,7 @@ from dvi_jax.errors import UserError
 from dvi_jax.model.drafters import build_drafter
 from dvi_jax.model.llama import Llama
 from dvi_jax.model.lora import inject_dual_lora
-from dvi_jax.model.speculative_llama import Params, SpeculativeLlama, join, split
+from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join, split
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class LoadedModel:
 
     config: LlamaConfig
     manifest: Manifest
-    graphdef: nnx.GraphDef
+    definition: Definition
     params: Params
     tokenizer: Tokenizer | None = None
 
@@ -87,10 +86,10 @@ def with_draft_vocabulary(model: LoadedModel, path: str | Path) -> LoadedModel:
     ids = read_json(Path(path))
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
         raise UserError(f"{path} must be a JSON list of token ids")
-    module = join(model.graphdef, model.params)
+    module = join(model.definition, model.params)
     module.restrict_drafts([*ids, *model.eos_ids])
-    graphdef, params = split(module)
-    return replace(model, graphdef=graphdef, params=params)
+    definition, params = split(module)
+    return replace(model, definition=definition, params=params)
 
 
 def from_checkpoint(checkpoint: Checkpoint, *, exit_layer: int | None = None, seed: int = 0) -> LoadedModel:
@@ -110,9 +109,9 @@ def from_checkpoint(checkpoint: Checkpoint, *, exit_layer: int | None = None, se
             )
     model = build_model(config, manifest, jax.tree.map(jnp.asarray, checkpoint.base), seed=seed)
     manifest = replace(manifest, drafter_config=model.drafter.config())
-    graphdef, params = split(model)
+    definition, params = split(model)
     params = restore_trained(params, checkpoint.drafter, checkpoint.lora, str(checkpoint.path))
-    return LoadedModel(config, manifest, graphdef, params, tokenizer)
+    return LoadedModel(config, manifest, definition, params, tokenizer)
 
 
 def build_model(config: LlamaConfig, manifest: Manifest, base: dict[str, Any], *, seed: int = 0) -> SpeculativeLlama:

@@ -174,7 +174,7 @@ def _prepare(
     """The compiled loop (jax keeps it), the prefilled state and the knobs of one generation."""
     knobs = make_knobs(settings, model.eos_ids, plain=plain)
     state = jax.block_until_ready(start(model, [prompt], settings, knobs, longest_prompt=longest_prompt))
-    return decode.lower(model.graphdef, model.decode_params, state, knobs).compile(), state, knobs
+    return decode.lower(model.definition, model.decode_params, state, knobs).compile(), state, knobs
 
 
 def show(result: RunResult, timing: Comparison, config: TrainConfig, console: Console) -> None:

@@ -157,7 +157,7 @@ def measure(pair: Pair, config: DecodeConfig, threshold: float, repeats: int) ->
     began = time.perf_counter()
     programs = [
         decode.lower(
-            pair.model.graphdef, pair.model.decode_params, start(pair.model, [prompt], config, knobs), knobs
+            pair.model.definition, pair.model.decode_params, start(pair.model, [prompt], config, knobs), knobs
         ).compile()
         for prompt in pair.prompts
     ]
@@ -247,12 +247,12 @@ def _random_pair(options: argparse.Namespace) -> Pair:
         torch.cuda.synchronize()  # JAX reads the same memory on another stream
     options_ = {"num_heads": config.num_heads, "num_kv_heads": config.num_heads, "rms_norm_eps": config.rms_norm_eps}
     manifest = Manifest("random", "", "bfloat16", options.exit_layer, "kangaroo", options_)
-    graphdef, params = split(build_model(config, manifest, jax.tree.map(jnp.from_dlpack, base)))
+    definition, params = split(build_model(config, manifest, jax.tree.map(jnp.from_dlpack, base)))
     params = restore_trained(params, jax.tree.map(jnp.from_dlpack, drafter), None, "the random adapter")
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(config.vocab_size, (options.prompt_length,), generator=generator).tolist()
     return Pair(
-        f"{options.shapes} shapes, random", reference, LoadedModel(config, manifest, graphdef, params), [prompt]
+        f"{options.shapes} shapes, random", reference, LoadedModel(config, manifest, definition, params), [prompt]
     )
 
 

@@ -56,10 +56,10 @@ def main() -> int:
 
 def with_scripted_drafter(model: LoadedModel) -> LoadedModel:
     """`model` with the drafter that follows a script."""
-    module = join(model.graphdef, model.params)
+    module = join(model.definition, model.params)
     module.drafter = Scripted(model.config)
-    graphdef, params = split(module)
-    return LoadedModel(model.config, model.manifest, graphdef, params)
+    definition, params = split(module)
+    return LoadedModel(model.config, model.manifest, definition, params)
 
 
 def check(model: LoadedModel, prompts: list[list[int]], settings: DecodeConfig, rng: np.random.Generator) -> dict:
@@ -91,7 +91,7 @@ def run(
     state = start(model, prompts, settings, knobs, record=True)
     if script is not None:
         state = state.replace(drafter=script)
-    return jax.block_until_ready(decode(model.graphdef, model.decode_params, state, knobs))
+    return jax.block_until_ready(decode(model.definition, model.decode_params, state, knobs))
 
 
 def same(plain: DecodeState, fast: DecodeState) -> bool:

@@ -163,7 +163,7 @@ class Timing:
 def compile_decode(model: LoadedModel, state: DecodeState) -> tuple[jax.stages.Compiled, float]:
     """The decode loop compiled for states like this one, and the seconds that tracing and compiling took."""
     began = time.perf_counter()
-    program = decode.lower(model.graphdef, model.decode_params, state, Knobs.make(0, 0.0, ())).compile()
+    program = decode.lower(model.definition, model.decode_params, state, Knobs.make(0, 0.0, ())).compile()
     return program, time.perf_counter() - began
 
 

@@ -44,7 +44,7 @@ def _round_seconds(model: LoadedModel, state: DecodeState, draft_steps: int) -> 
     for _ in range(REPEATS + 1):
         copied = jax.block_until_ready(jax.tree.map(jnp.copy, state.replace(done=jnp.zeros_like(state.done))))
         began = time.perf_counter()
-        copied = jax.block_until_ready(decode(model.graphdef, model.decode_params, copied, knobs))
+        copied = jax.block_until_ready(decode(model.definition, model.decode_params, copied, knobs))
         seconds.append(time.perf_counter() - began)
     rounds = max(int(copied.rounds), 1)
     drafts = float(np.max(np.sum(copied.drafted, axis=1)))

@@ -65,7 +65,7 @@ def generate(
     state = start(model, prompts, settings, knobs, sampling=rows, prefix=prefix, longest_prompt=longest_prompt)
     state = jax.block_until_ready(state)
     # Compiled ahead so that `seconds` never holds a compilation; jax keeps the program, a repeat costs milliseconds.
-    program = decode.lower(model.graphdef, model.decode_params, state, knobs).compile()
+    program = decode.lower(model.definition, model.decode_params, state, knobs).compile()
     began = time.perf_counter()
     state = jax.block_until_ready(program(model.decode_params, state, knobs))
     seconds = time.perf_counter() - began
@@ -119,7 +119,7 @@ def start(
     tokens, lengths = pad_prompts(prompts, prefix)
     longest = max(longest_prompt, *map(len, prompts))
     return prefill(
-        model.graphdef,
+        model.definition,
         model.decode_params,
         tokens,
         lengths,

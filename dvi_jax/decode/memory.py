@@ -183,7 +183,7 @@ def workspace_bytes(program: jax.stages.Compiled, made: int) -> int:
 def abstract_state(model: LoadedModel, sizes: Sizes) -> DecodeState:
     """Shapes and types of the state that a prefill returns; nothing is computed."""
     arrays, options, statics = _prefill_arguments(model, sizes)
-    return jax.eval_shape(lambda a, o: prefill(model.graphdef, *a, **o, **statics), arrays, options)
+    return jax.eval_shape(lambda a, o: prefill(model.definition, *a, **o, **statics), arrays, options)
 
 
 def lower_programs(model: LoadedModel, sizes: Sizes) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
@@ -192,8 +192,8 @@ def lower_programs(model: LoadedModel, sizes: Sizes) -> tuple[jax.stages.Lowered
     knobs = jax.eval_shape(lambda: Knobs.make(0, 0.0, ()))
     state = abstract_state(model, sizes)
     return (
-        prefill.lower(model.graphdef, *arrays, **options, **statics),
-        decode.lower(model.graphdef, arrays[0], state, knobs),
+        prefill.lower(model.definition, *arrays, **options, **statics),
+        decode.lower(model.definition, arrays[0], state, knobs),
     )
 
 
@@ -218,7 +218,7 @@ def _abstract_prefix(model: LoadedModel, sizes: Sizes) -> Filled | None:
     if not sizes.prefix:
         return None
     tokens, length = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, sizes.prefix), (1,)))
-    return jax.eval_shape(partial(fill_prefix, model.graphdef), _decode_params(model), tokens, length)
+    return jax.eval_shape(partial(fill_prefix, model.definition), _decode_params(model), tokens, length)
 
 
 def _decode_params(model: LoadedModel) -> Params:

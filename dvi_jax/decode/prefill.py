@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from dvi_jax.decode.sampling import Sampling, draw, log_probs
 from dvi_jax.decode.state import DecodeState, Signals
 from dvi_jax.model.attention import Caches, has_fused
 from dvi_jax.model.drafters import Committed
-from dvi_jax.model.speculative_llama import Params, SpeculativeLlama, join
+from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
 
 # Tokens of a prompt that go through at once. Enough that products are bound by arithmetic, not by reading weights: on
 # two CPU cores (SmolLM2's layers) 128 to 1024 take equal times; 1024 rows of a 7B model's smallest product are 128
@@ -90,9 +89,9 @@ def chunk_tokens(batch: int, dtype: jnp.dtype) -> int:
     return chunk
 
 
-@partial(jax.jit, static_argnames=("graphdef", "slots", "width", "record"))
+@partial(jax.jit, static_argnames=("definition", "slots", "width", "record"))
 def prefill(
-    graphdef: nnx.GraphDef,
+    definition: Definition,
     params: Params,
     prompts: jax.Array,
     lengths: jax.Array,
@@ -110,7 +109,7 @@ def prefill(
     `limit` [B]: prompt plus new tokens; `slots` >= max(limit) + width. `record` keeps learning signals. With a `prefix`
     of P tokens (`prefix.py`), `prompts` holds what follows it, `lengths` counts it, and `slots` >= P + T.
     """
-    model = join(graphdef, params)
+    model = join(definition, params)
     filled = Filled.empty(model, prompts.shape[0], slots, keep=record)
     if prefix is not None:
         filled = lay(filled, prefix)

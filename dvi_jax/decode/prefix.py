@@ -13,12 +13,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from dvi_jax.decode.prefill import Filled, bucket, fill
 from dvi_jax.errors import UserError
 from dvi_jax.load import LoadedModel
-from dvi_jax.model.speculative_llama import Params, join
+from dvi_jax.model.speculative_llama import Definition, Params, join
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,13 @@ def make_prefix(model: LoadedModel, ids: Sequence[int]) -> Prefix:
         raise UserError(f"prefix ids must be between 0 and {config.vocab_size - 1}")
     tokens = _pad([ids])
     length = jnp.array([len(ids)], jnp.int32)
-    return Prefix(tuple(ids), fill_prefix(model.graphdef, model.decode_params, tokens, length))
+    return Prefix(tuple(ids), fill_prefix(model.definition, model.decode_params, tokens, length))
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def fill_prefix(graphdef: nnx.GraphDef, params: Params, tokens: jax.Array, length: jax.Array) -> Filled:
+@partial(jax.jit, static_argnames="definition")
+def fill_prefix(definition: Definition, params: Params, tokens: jax.Array, length: jax.Array) -> Filled:
     """Tokens int32 [1, T], padded to a bucket, of `length` [1]. The padding's slots are overwritten later."""
-    model = join(graphdef, params)
+    model = join(definition, params)
     filled = fill(model, Filled.empty(model, *tokens.shape, keep=True), tokens, length, fresh=True)
     return filled._replace(position=length[0], newest=filled.feature)
 

@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from dvi_jax.decode.accept import Verdict, accept
 from dvi_jax.decode.sampling import draw_draft, draw_verified
 from dvi_jax.decode.state import NO_TOKEN, DecodeState, Knobs, Signals
 from dvi_jax.model.attention import Caches
 from dvi_jax.model.drafters import Committed
-from dvi_jax.model.speculative_llama import Params, SpeculativeLlama, join
+from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
 
 
 class Draft(NamedTuple):
@@ -39,10 +38,10 @@ class Draft(NamedTuple):
 
 
 # The state is donated: the caches are updated in place, round by round, instead of being copied.
-@partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
-def decode(graphdef: nnx.GraphDef, params: Params, state: DecodeState, knobs: Knobs) -> DecodeState:
+@partial(jax.jit, static_argnames=("definition",), donate_argnames=("state",))
+def decode(definition: Definition, params: Params, state: DecodeState, knobs: Knobs) -> DecodeState:
     """Run rounds until every row has met an eos id or its limit, or `until`. One program, no host in the loop."""
-    model = join(graphdef, params)
+    model = join(definition, params)
 
     def goes_on(s: DecodeState) -> jax.Array:
         return ~jnp.all(s.done) & (s.rounds < knobs.until)
@@ -50,10 +49,10 @@ def decode(graphdef: nnx.GraphDef, params: Params, state: DecodeState, knobs: Kn
     return jax.lax.while_loop(goes_on, lambda s: speculative_round(model, s, knobs), state)
 
 
-@partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
-def decode_round(graphdef: nnx.GraphDef, params: Params, state: DecodeState, knobs: Knobs) -> DecodeState:
+@partial(jax.jit, static_argnames=("definition",), donate_argnames=("state",))
+def decode_round(definition: Definition, params: Params, state: DecodeState, knobs: Knobs) -> DecodeState:
     """One round alone, for callers that look at every round."""
-    return speculative_round(join(graphdef, params), state, knobs)
+    return speculative_round(join(definition, params), state, knobs)
 
 
 def speculative_round(model: SpeculativeLlama, state: DecodeState, knobs: Knobs) -> DecodeState:

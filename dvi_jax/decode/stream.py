@@ -173,7 +173,7 @@ class Stream:
         """Dispatch the next rounds (before the first: none). Copies of tokens, lengths, done: the state is donated."""
         if stretch:
             knobs = self._knobs._replace(until=jnp.int32(stretch * self._every))
-            self._state = decode(self._model.graphdef, self._model.decode_params, self._state, knobs)
+            self._state = decode(self._model.definition, self._model.decode_params, self._state, knobs)
         return jnp.copy(self._state.tokens), jnp.copy(self._state.length), jnp.copy(self._state.done)
 
     def _new_text(self, stop: Sequence[str]) -> StreamedText | None:

@@ -107,7 +107,7 @@ class PairedDecoder:
             slots = state.tokens.shape[1]
             if slots not in self._programs:
                 self._programs[slots] = decode.lower(
-                    self.model.graphdef, self.model.decode_params, state, knobs
+                    self.model.definition, self.model.decode_params, state, knobs
                 ).compile()
             few = state.replace(limit=jnp.minimum(state.limit, state.length + 3 * (self.settings.draft_steps + 1)))
             jax.block_until_ready(self._programs[slots](self.model.decode_params, few, knobs))

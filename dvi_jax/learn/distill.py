@@ -20,13 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx, struct
+from flax import struct
 
 from dvi_jax.config import DistillConfig
 from dvi_jax.learn import objectives
 from dvi_jax.learn.fast_update import Trainable, with_trainable
 from dvi_jax.learn.optimizer import guarded
-from dvi_jax.model.speculative_llama import Params, SpeculativeLlama, join
+from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
 
 CHUNK = 2048  # positions whose logits over the vocabulary are in memory at a time
 
@@ -53,9 +53,9 @@ def init_distill(params: Params, config: DistillConfig) -> DistillState:
     return DistillState(trainable, make_optimizer(config).init(trainable), jnp.int32(0))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "config"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("definition", "config"), donate_argnames="state")
 def distill_step(
-    graphdef: nnx.GraphDef,
+    definition: Definition,
     params: Params,
     state: DistillState,
     tokens: jax.Array,
@@ -66,7 +66,7 @@ def distill_step(
     """One update on tokens int32 [B, T] where `mask` bool [B, T] marks tokens worth predicting."""
 
     def loss_of(trainable: Trainable) -> tuple[jax.Array, dict[str, Any]]:
-        return distill_loss(join(graphdef, with_trainable(params, trainable)), tokens, mask, config)
+        return distill_loss(join(definition, with_trainable(params, trainable)), tokens, mask, config)
 
     grads, metrics = jax.grad(loss_of, has_aux=True)(state.trainable)
     updates, optimizer = make_optimizer(config).update(grads, state.optimizer, state.trainable)
@@ -74,12 +74,12 @@ def distill_step(
     return DistillState(optax.apply_updates(state.trainable, updates), optimizer, state.step + 1), metrics
 
 
-@partial(jax.jit, static_argnames=("graphdef", "config"))
+@partial(jax.jit, static_argnames=("definition", "config"))
 def distill_metrics(
-    graphdef: nnx.GraphDef, params: Params, tokens: jax.Array, mask: jax.Array, *, config: DistillConfig
+    definition: Definition, params: Params, tokens: jax.Array, mask: jax.Array, *, config: DistillConfig
 ) -> dict[str, jax.Array]:
     """Loss and agreement without an update, for held-out rows."""
-    return distill_loss(join(graphdef, params), tokens, mask, config)[1]
+    return distill_loss(join(definition, params), tokens, mask, config)[1]
 
 
 def distill_loss(

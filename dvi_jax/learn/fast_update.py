@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx, struct
+from flax import struct
 
 from dvi_jax.config import ObjectiveConfig, OptimizerConfig
 from dvi_jax.learn import objectives
@@ -23,7 +23,7 @@ from dvi_jax.learn.optimizer import guarded
 from dvi_jax.learn.replay import Replay, Windows, sample
 from dvi_jax.learn.schedule import kl_to_rl
 from dvi_jax.learn.slow_update import SlowState
-from dvi_jax.model.speculative_llama import Params, SpeculativeLlama, join
+from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
 
 Trainable = dict[str, dict]
 
@@ -100,11 +100,11 @@ def with_trainable(params: Params, trainable: Trainable) -> Params:
 
 @partial(
     jax.jit,
-    static_argnames=("graphdef", "objective", "optimizer", "size"),
+    static_argnames=("definition", "objective", "optimizer", "size"),
     donate_argnames="state",
 )
 def fast_update(
-    graphdef: nnx.GraphDef,
+    definition: Definition,
     params: Params,
     state: LearnerState,
     fresh: Windows,
@@ -124,7 +124,7 @@ def fast_update(
     weights = kl_to_rl(state.step, objective)
 
     def loss_of(trainable: Trainable) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model = join(graphdef, with_trainable(params, trainable))
+        model = join(definition, with_trainable(params, trainable))
         picked = evaluate_positions(model, batch, on_policy, pick_key, objective, size.positions)
         return fast_loss(picked, state.baseline, weights, objective)
 

@@ -145,10 +145,13 @@ class _Run:
                     break
                 tokens, mask = next(batches)
                 self.state, values = distill_step(
-                    self.model.graphdef, self.model.params, self.state, tokens, mask, config=self.compiled_for
+                    self.model.definition, self.model.params, self.state, tokens, mask, config=self.compiled_for
                 )
+                is_logged = step % config.log_every == 0 or step == config.steps
+                if is_logged:
+                    jax.block_until_ready(values)  # a clock read earlier would count dispatching alone
                 self.seconds = earlier + time.perf_counter() - began
-                if step % config.log_every == 0 or step == config.steps:
+                if is_logged:
                     self._log_update(step, values, (step - logged) / (time.perf_counter() - since))
                     since, logged = time.perf_counter(), step
                 if step % config.save_every == 0:
@@ -181,10 +184,7 @@ class _Run:
         return self.model.with_params(with_trainable(self.model.params, self.state.trainable))
 
     def _log_update(self, step: int, metrics: dict[str, jax.Array], updates_per_second: float) -> None:
-        """A metrics record; and a rollback if too many updates in a row were non-finite (`rollback.py`).
-
-        Only here does the host wait for the device.
-        """
+        """A metrics record; and a rollback if too many updates in a row were non-finite (`rollback.py`)."""
         values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
         tokens = self.config.batch_rows * self.config.row_length
         rate = updates_per_second * tokens
@@ -220,7 +220,7 @@ def _evaluate(model: LoadedModel, rows: Packed, config: DistillConfig) -> dict[s
     for begin in range(0, len(rows.tokens) - size + 1, size):
         tokens = jnp.asarray(rows.tokens[begin : begin + size].astype(np.int32))
         mask = jnp.asarray(rows.mask[begin : begin + size])
-        parts.append(distill_metrics(model.graphdef, model.params, tokens, mask, config=config))
+        parts.append(distill_metrics(model.definition, model.params, tokens, mask, config=config))
     weights = np.array([part["positions"] for part in parts])
     mean = jax.tree.map(lambda *x: np.average(np.stack(x), axis=0, weights=weights).tolist(), *parts)
     return {"kl": mean["kl"], "agreement": mean["agreement"], "tokens_per_round": expected_tokens(mean["agreement"])}

@@ -306,7 +306,7 @@ class _Run:
         size = Batch(config.fresh_windows, config.replayed_windows, config.positions_per_update)
         for index in range(config.updates_per_rollout):
             self.learner, found = fast_update(
-                self.model.graphdef,
+                self.model.definition,
                 self.model.params,
                 self.learner,
                 windows,
@@ -332,7 +332,7 @@ class _Run:
         if not mask.any():
             return {}
         slow, values = slow_update(
-            self.model.graphdef, self.model.params, self.learner.slow, tokens, mask, config=config
+            self.model.definition, self.model.params, self.learner.slow, tokens, mask, config=config
         )
         self.learner = self.learner.replace(slow=slow)
         return values

@@ -22,7 +22,7 @@ def rollout(
     """
     knobs = make_knobs(settings, model.eos_ids)
     state = start(model, prompts, settings, knobs, record=True, longest_prompt=longest_prompt)
-    state = decode(model.graphdef, model.decode_params, state, knobs)
+    state = decode(model.definition, model.decode_params, state, knobs)
     lengths = [len(prompt) for prompt in prompts]
     windows = read_windows(state, np.array(lengths, np.int32), window=window_length(settings, longest_prompt))
     return windows, read_generations(state, lengths, model.eos_ids)

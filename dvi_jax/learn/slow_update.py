@@ -13,12 +13,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx, struct
+from flax import struct
 
 from dvi_jax.config import SlowConfig
 from dvi_jax.learn import objectives
 from dvi_jax.learn.optimizer import guarded
-from dvi_jax.model.speculative_llama import Params, SpeculativeLlama, join
+from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
 
 
 @struct.dataclass
@@ -46,17 +46,17 @@ def is_due(fast_step: int, config: SlowConfig) -> bool:
     return config.every > 0 and fast_step > 0 and fast_step % config.every == 0
 
 
-@partial(jax.jit, static_argnames=("graphdef", "config"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("definition", "config"), donate_argnames="state")
 def slow_update(
-    graphdef: nnx.GraphDef, params: Params, state: SlowState, tokens: jax.Array, mask: jax.Array, *, config: SlowConfig
+    definition: Definition, params: Params, state: SlowState, tokens: jax.Array, mask: jax.Array, *, config: SlowConfig
 ) -> tuple[SlowState, dict[str, jax.Array]]:
     """One update on tokens int32 [B, T]; `mask` bool [B, T] marks the tokens to learn. Returns state and metrics."""
     # The frozen verifier is the same model with a lora_D that adds nothing.
-    frozen = join(graphdef, params._replace(lora_d=jax.tree.map(jnp.zeros_like, params.lora_d)))
+    frozen = join(definition, params._replace(lora_d=jax.tree.map(jnp.zeros_like, params.lora_d)))
     reference = jax.lax.stop_gradient(verifier_logits(frozen, tokens))
 
     def loss_of(lora_d: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits = verifier_logits(join(graphdef, params._replace(lora_d=lora_d)), tokens)
+        logits = verifier_logits(join(definition, params._replace(lora_d=lora_d)), tokens)
         return slow_loss(logits, reference, tokens, mask, config.beta)
 
     grads, metrics = jax.grad(loss_of, has_aux=True)(state.lora_d)

@@ -20,7 +20,7 @@ TOKENS = jnp.array([[5, 9, 2, 7, 1, 60]])
 
 def logits_of(path):
     model = load(path)
-    return verifier_logits(join(model.graphdef, model.params), TOKENS)
+    return verifier_logits(join(model.definition, model.params), TOKENS)
 
 
 def test_merged_export_is_the_adapted_verifier(make_tiny, train_noise, tmp_path):

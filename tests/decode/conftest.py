@@ -49,7 +49,7 @@ def run_rows():
         state = start(model, prompts, DecodeConfig(3, 0.0, 30), knobs, sampling=sampling, longest_prompt=9)
         lengths = [len(prompt) for prompt in prompts]
         state = state.replace(limit=jnp.array(lengths, jnp.int32) + jnp.array(budgets, jnp.int32))
-        state = decode(model.graphdef, model.decode_params, state, knobs)
+        state = decode(model.definition, model.decode_params, state, knobs)
         return read_generations(state, lengths, tuple(knobs.eos_ids.tolist()))
 
     return run

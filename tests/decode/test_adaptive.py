@@ -80,7 +80,7 @@ def test_measuring_leaves_the_state_usable(make_close, run_rows, sampled):
     assert 0 <= measure_draft_cost(model, state, settings) <= 1
     assert measure_draft_cost(model, state.replace(limit=state.length), settings) == 0  # no room for a draft
     assert int(state.rounds) == 0
-    state = decode(model.graphdef, model.decode_params, state, knobs)
+    state = decode(model.definition, model.decode_params, state, knobs)
     assert read_generations(state, [3, 9, 1], ()) == run_rows(model, prompts, sampling)
 
 

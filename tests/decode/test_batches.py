@@ -90,7 +90,7 @@ def test_a_finished_row_stays_as_it_is(make_close):
     )
     end, seen = len(PROMPTS[0]) + 4, []
     while not bool(state.done.all()):
-        state = decode(model.graphdef, model.decode_params, state, knobs._replace(until=state.rounds + 1))
+        state = decode(model.definition, model.decode_params, state, knobs._replace(until=state.rounds + 1))
         if bool(state.done[0]):
             caches = [np.asarray(array[0, :, : end - 1]) for array in jax.tree.leaves((state.shallow, state.deep))]
             counts = [np.asarray(x[0]) for x in (state.length, state.accept_lengths, state.drafted)]

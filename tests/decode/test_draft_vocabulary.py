@@ -60,7 +60,7 @@ def test_sampled_drafts_stay_inside(make_close, run_rows, tmp_path):
     few, settings = restricted(model, list(range(0, 64, 3)), tmp_path), DecodeConfig(3, 0.0, 30)
     knobs = make_knobs(settings, ())
     state = start(few, prompts, settings, knobs, sampling=make_sampling(few, prompts, SAMPLING), record=True)
-    state = decode(few.graphdef, few.decode_params, state, knobs)
+    state = decode(few.definition, few.decode_params, state, knobs)
     proposals = np.asarray(state.signals.proposal)
     proposals = proposals[proposals >= 0]
     assert len(set(proposals.tolist())) > 10

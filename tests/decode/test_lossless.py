@@ -65,7 +65,7 @@ def test_every_accept_length_bit_for_bit(make_tiny, train_noise, dtype, trunk):
             state = start(model.with_params(params), [prompt], settings, knobs)
             rows = {}
             while not bool(state.done.all()):
-                state = decode_round(model.graphdef, params, state, knobs)
+                state = decode_round(model.definition, params, state, knobs)
                 begin, count = int(state.previous.start[0]), int(state.previous.count[0])
                 seen.add(count)
                 for i in range(count):

@@ -53,12 +53,12 @@ def begin(
     arguments = tokens, lengths, lengths + 64, KNOBS.eos_ids
     filled = None if prefix is None else prefix.filled
     return prefill(
-        model.graphdef, model.decode_params, *arguments, slots=slots, width=WIDTH, record=True, prefix=filled
+        model.definition, model.decode_params, *arguments, slots=slots, width=WIDTH, record=True, prefix=filled
     )
 
 
 def finish(model: LoadedModel, state: DecodeState) -> list[list[int]]:
-    state = decode(model.graphdef, model.decode_params, state, KNOBS)
+    state = decode(model.definition, model.decode_params, state, KNOBS)
     return [row[:length].tolist() for row, length in zip(state.tokens, state.length, strict=True)]
 
 
@@ -136,7 +136,7 @@ def test_workspace_grows_with_the_prompt_not_its_square(make_tiny, monkeypatch):
         prefill.clear_cache()
         prompts, count = jnp.zeros((1, tokens), jnp.int32), jnp.full((1,), tokens, jnp.int32)
         arguments = model.decode_params, prompts, count, count + 8, KNOBS.eos_ids
-        program = prefill.lower(model.graphdef, *arguments, slots=2 * tokens, width=WIDTH).compile()
+        program = prefill.lower(model.definition, *arguments, slots=2 * tokens, width=WIDTH).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     half, full, whole = workspace(64, 512), workspace(64, 1024), workspace(1024, 1024)
@@ -202,7 +202,7 @@ def test_refusals(make_tiny):
         make_prefix(model, [64])
     with pytest.raises(ValueError, match="pad them to a bucket"):
         prefill.lower(
-            model.graphdef,
+            model.definition,
             model.decode_params,
             jnp.zeros((1, 1025), jnp.int32),
             *[jnp.ones(1, jnp.int32)] * 2,

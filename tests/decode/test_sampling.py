@@ -219,7 +219,7 @@ def models():
     drafter = {"drafter": untrained.params.drafter["drafter"] | {"scale": jnp.float32(-2)}}
     deep = base["layers"]["1"]
     shallow = {**base, "layers": {**base["layers"], "1": {**deep, "out": 0 * deep["out"], "down": 0 * deep["down"]}}}
-    module = join(untrained.graphdef, untrained.params)
+    module = join(untrained.definition, untrained.params)
     module.restrict_drafts([0, 3])
     return {
         "untrained": untrained,
@@ -238,7 +238,7 @@ def exact(models):
 
     @jax.jit
     def forward(params):
-        llama = join(models["untrained"].graphdef, params).llama
+        llama = join(models["untrained"].definition, params).llama
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         return llama.logits(llama.deep(llama.shallow(jnp.asarray(ids), None, positions)[0], None, positions)[0])
 

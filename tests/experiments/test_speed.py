@@ -69,7 +69,7 @@ def test_floor_counts_what_decoding_reads():
 
 def test_abstract_model_has_the_shapes_of_the_real_one(model):
     shapes = abstract_model(TINY, "float32", 2)
-    assert shapes.graphdef == model.graphdef
+    assert shapes.definition == model.definition
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes.params) == jax.tree.map(
         lambda x: (x.shape, x.dtype), model.params
     )

@@ -38,7 +38,7 @@ def fused(make_tiny) -> LoadedModel:
 
 def test_loss_is_the_weighted_kl(fused, monkeypatch):
     """Against log-softmax in numpy over all positions at once; the chunks must not matter."""
-    model = join(fused.graphdef, fused.params)
+    model = join(fused.definition, fused.params)
     positions = jnp.broadcast_to(jnp.arange(9), (3, 9))
     hidden, _ = model.llama.shallow(TOKENS, None, positions)
     feature, _ = model.llama.deep(hidden, None, positions)
@@ -68,7 +68,7 @@ def test_sgp_learns_the_text_through_the_shallow_layers(make_tiny):
     state, losses = init_distill(model.params, config), []
     before = jax.tree.map(np.asarray, state.trainable)
     for _ in range(40):
-        state, metrics = distill_step(model.graphdef, model.params, state, TOKENS, MASK, config=config)
+        state, metrics = distill_step(model.definition, model.params, state, TOKENS, MASK, config=config)
         losses.append((float(metrics["loss"]), float(metrics["verifier_ce"])))
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, jax.tree.map(np.asarray, state.trainable))
     assert all(jax.tree.leaves(moved))
@@ -85,7 +85,7 @@ def test_every_drafter_weight_moves_and_nothing_else(fused):
     state = init_distill(fused.params, CONFIG)
     before = jax.tree.map(np.asarray, state.trainable)
     for _ in range(2):  # the first step of a warm-up has rate 0
-        state, _ = distill_step(fused.graphdef, fused.params, state, TOKENS, MASK, config=CONFIG)
+        state, _ = distill_step(fused.definition, fused.params, state, TOKENS, MASK, config=CONFIG)
     after = jax.tree.map(np.asarray, state.trainable)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), before, after)))
     assert set(state.trainable) == {"drafter", "lora_s"}
@@ -201,8 +201,8 @@ def test_a_signal_stops_it_with_a_snapshot(own_text, tmp_path):
 def test_weights_that_are_no_numbers_are_rolled_back(own_text, tmp_path, monkeypatch):
     """Seen when the metrics are next read, 17 updates later; it goes back to before it happened, and on."""
 
-    def overflow(graphdef, params, state, *rest, **options):
-        new, values = distill_step(graphdef, params, state, *rest, **options)
+    def overflow(definition, params, state, *rest, **options):
+        new, values = distill_step(definition, params, state, *rest, **options)
         if int(new.step) == 23:
             new = new.replace(trainable=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), new.trainable))
         return new, values
@@ -227,3 +227,24 @@ def test_a_held_out_row_is_never_learned_from():
     assert held_out.tokens.tolist() == once.tokens[-2:].tolist()
     assert learned.tokens.tolist() == once.tokens[:4].tolist() * 2
     assert learned.mask.shape == learned.tokens.shape
+
+
+def test_tokens_per_second_count_the_device(own_text, tmp_path, monkeypatch):
+    """A clock that moves while the host waits for an update, and at no other time, must be what rates are told by."""
+    now = [0.0]
+
+    def wait(values):
+        now[0] += 10.0
+        return values
+
+    monkeypatch.setattr(offline.jax, "block_until_ready", wait)
+    monkeypatch.setattr(offline.time, "perf_counter", lambda: now[0])
+    config = replace(own_text, out=str(tmp_path / "run"), log_every=5)
+    tokens = 20 * config.batch_rows * config.row_length
+    told = []
+    result = distill(
+        replace(config, tokens=tokens), report=lambda kind, record: told.append(record) if kind == "train" else None
+    )
+    per_log = 5 * config.batch_rows * config.row_length
+    assert [record["tokens_per_second"] for record in told] == [pytest.approx(per_log / 10)] * 4
+    assert result.seconds == 40.0

@@ -27,7 +27,7 @@ PROMPTS = [[5, 9, 2], [7, 7, 1, 30, 4]]
 
 def update(model, learner, windows, objective, current=True, replayed=0, fresh=0):
     return fast_update(
-        model.graphdef,
+        model.definition,
         model.params,
         learner,
         windows,
@@ -49,7 +49,7 @@ def test_windows_hold_what_the_loop_did(make_tiny):
     windows, generations = rollout(model, PROMPTS, SETTINGS, longest_prompt=8)
     from dvi_jax.model.speculative_llama import join
 
-    llama = join(model.graphdef, model.params).llama
+    llama = join(model.definition, model.params).llama
     for row, generation in enumerate(generations):
         length = len(generation.output_ids)
         assert int(windows.length[row]) == length

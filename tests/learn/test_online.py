@@ -84,10 +84,10 @@ def test_updates_every_third_rollout(write_config, tmp_path, monkeypatch):
         rolled.append(np.asarray(windows.tokens))
         return windows, generations
 
-    def watched_update(graphdef, params, state, fresh, is_current, **options):
+    def watched_update(definition, params, state, fresh, is_current, **options):
         replay = np.asarray(state.replay.windows.tokens)[: int(state.replay.size)]
         updates.append((bool(is_current), replay, np.asarray(fresh.tokens)))
-        return update(graphdef, params, state, fresh, is_current, **options)
+        return update(definition, params, state, fresh, is_current, **options)
 
     monkeypatch.setattr(online, "rollout", watched_rollout)
     monkeypatch.setattr(online, "fast_update", watched_update)

@@ -139,8 +139,8 @@ def test_a_collapsed_drafter_goes_back_to_the_best(write_config, tmp_path, monke
     """From update 60 on every update ruins the drafter, until it is rolled back."""
     update = online.fast_update
 
-    def ruin(graphdef, params, state, *rest, **options):
-        new, values = update(graphdef, params, state, *rest, **options)
+    def ruin(definition, params, state, *rest, **options):
+        new, values = update(definition, params, state, *rest, **options)
         if int(new.step) >= 60 and not rolled_back:
             new = new.replace(trainable=jax.tree.map(lambda x: -jnp.ones_like(x), new.trainable))
         return new, values

@@ -25,7 +25,7 @@ def learned(model, updates):
     for _ in range(updates):
         windows, _ = rollout(model, PROMPTS, SETTINGS, longest_prompt=8)
         learner, metrics = fast_update(
-            model.graphdef, model.params, learner, windows, jnp.array(True),
+            model.definition, model.params, learner, windows, jnp.array(True),
             objective=ObjectiveConfig(warmup=1000), optimizer=OPTIMIZER, size=Batch(0, 0, 40),
         )  # fmt: skip
         model = model.with_params(with_trainable(model.params, learner.trainable))

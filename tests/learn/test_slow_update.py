@@ -47,7 +47,7 @@ def test_only_lora_d_moves_and_it_learns(adapted):
     base = jax.tree.map(np.asarray, adapted.params.base)
     losses = []
     for _ in range(30):
-        state, metrics = slow_update(adapted.graphdef, adapted.params, state, TOKENS, MASK, config=config)
+        state, metrics = slow_update(adapted.definition, adapted.params, state, TOKENS, MASK, config=config)
         losses.append((float(metrics["slow_ce"]), float(metrics["slow_kl"])))
     assert losses[0][1] == pytest.approx(0.0, abs=1e-6)
     assert losses[-1][0] < 0.5 * losses[0][0]
@@ -61,7 +61,7 @@ def test_lossless_relative_to_the_verifier_as_it_now_is(adapted):
     """After slow updates the output differs from before, and speculative still equals plain."""
     config, state = SlowConfig(every=1, lr=3e-2), init_slow(adapted.params, SlowConfig(every=1, lr=3e-2))
     for _ in range(20):
-        state, _ = slow_update(adapted.graphdef, adapted.params, state, TOKENS, MASK, config=config)
+        state, _ = slow_update(adapted.definition, adapted.params, state, TOKENS, MASK, config=config)
     moved = adapted.with_params(adapted.params._replace(lora_d=state.lora_d))
     settings, prompts = DecodeConfig(3, 0.0, 24), [[5, 9, 2], [7, 1, 1]]
     before, _ = generate(adapted, prompts, settings, eos_ids=())
@@ -77,6 +77,6 @@ def test_fast_update_does_not_see_lora_d(adapted):
 
     trainable = init_distill(adapted.params, DistillConfig("c", "o", ("d",))).trainable
     assert set(trainable) == {"drafter", "lora_s"}
-    logits = verifier_logits(join(adapted.graphdef, adapted.params), TOKENS)
+    logits = verifier_logits(join(adapted.definition, adapted.params), TOKENS)
     noisy = adapted.params._replace(lora_s=jax.tree.map(lambda x: x + 1.0, adapted.params.lora_s))
-    np.testing.assert_array_equal(verifier_logits(join(adapted.graphdef, noisy), TOKENS), logits)
+    np.testing.assert_array_equal(verifier_logits(join(adapted.definition, noisy), TOKENS), logits)

@@ -13,7 +13,7 @@ from dvi_jax.presets import TINY
 
 def test_golden_stages(golden):
     """Prompts padded on the right to one length, so that one compilation serves all."""
-    llama = join(golden.model.graphdef, golden.model.params).llama
+    llama = join(golden.model.definition, golden.model.params).llama
     longest = max(len(run["prompt"]) for run in golden.runs)
     positions = jnp.arange(longest)[None]
 
@@ -33,7 +33,7 @@ def test_golden_stages(golden):
 def test_cached_rows_equal_one_pass(make_tiny):
     """Row by row through the caches gives what one causal pass gives."""
     model = make_tiny()
-    llama = join(model.graphdef, model.params).llama
+    llama = join(model.definition, model.params).llama
     tokens = jnp.array([[5, 9, 2, 7, 1, 3], [8, 8, 4, 0, 6, 2]])
     positions = jnp.broadcast_to(jnp.arange(6), tokens.shape)
     hidden, _ = llama.shallow(tokens, None, positions)
@@ -48,7 +48,7 @@ def test_cached_rows_equal_one_pass(make_tiny):
 @pytest.mark.parametrize("exit_layer", [1, 2, 3])
 def test_exit_layer_does_not_change_the_model(make_tiny, exit_layer):
     model = make_tiny()
-    base = join(model.graphdef, model.params).llama
+    base = join(model.definition, model.params).llama
     tokens, positions = jnp.array([[3, 1, 4, 1, 5]]), jnp.arange(5)[None]
     expected = base.deep(base.shallow(tokens, None, positions)[0], None, positions)[0]
     tree = {name: value for name, value in model.params.base["llama"].items() if name != "layers"}

@@ -15,7 +15,7 @@ TOKENS, POSITIONS = jnp.array([[5, 9, 2, 7]]), jnp.arange(4)[None]
 @pytest.fixture
 def injected(make_tiny):
     model = make_tiny()
-    module = inject_dual_lora(join(model.graphdef, model.params), rank_s=3, rank_d=2, key=jax.random.key(7))
+    module = inject_dual_lora(join(model.definition, model.params), rank_s=3, rank_d=2, key=jax.random.key(7))
     return model, module
 
 
@@ -26,7 +26,7 @@ def final(module, adapted=False):
 
 def test_fresh_sets_change_nothing(injected):
     model, module = injected
-    np.testing.assert_array_equal(final(module, adapted=True), final(join(model.graphdef, model.params)))
+    np.testing.assert_array_equal(final(module, adapted=True), final(join(model.definition, model.params)))
     assert module.separate_trunk
 
 
@@ -43,25 +43,25 @@ def test_sets_are_separate_and_counted(injected):
 
 def test_lora_s_acts_in_the_draft_pass_alone(injected, train_noise):
     _, module = injected
-    graphdef, params = split(module)
+    definition, params = split(module)
     before = final(module)
-    moved = join(graphdef, train_noise(params, "lora_s"))
+    moved = join(definition, train_noise(params, "lora_s"))
     np.testing.assert_array_equal(final(moved), before)
     assert np.abs(final(moved, adapted=True) - before).max() > 1e-3
-    deep = join(graphdef, train_noise(params, "lora_d"))
+    deep = join(definition, train_noise(params, "lora_d"))
     assert np.abs(final(deep) - before).max() > 1e-3
 
 
 def test_merge_equals_adapted(injected, train_noise, make_tiny):
     """Folding a trained lora_D into the base weights gives the adapted model's output."""
     model, module = injected
-    graphdef, params = split(module)
+    definition, params = split(module)
     params = train_noise(params, "lora_d")
-    expected = final(join(graphdef, params))
+    expected = final(join(definition, params))
     base = model.params.base["llama"]
     tree = string_keys(base)
     merged = merge_lora(jax.tree.map(np.asarray, tree), params.lora_d["llama"], scale=1.0)
     assert merged["layers"]["0"]["qkv"] is not None
     layers = {i: jax.tree.map(jnp.asarray, merged["layers"][str(i)]) for i in range(4)}
     plain = model.params._replace(base={"llama": {**base, "layers": layers}})
-    np.testing.assert_allclose(final(join(model.graphdef, plain)), expected, atol=2e-4)
+    np.testing.assert_allclose(final(join(model.definition, plain)), expected, atol=2e-4)

@@ -142,7 +142,7 @@ def build_jax(config, tensors, adapter, exit_layer):
 
     options = {"num_heads": config.num_heads, "num_kv_heads": config.num_heads, "rms_norm_eps": config.rms_norm_eps}
     manifest = Manifest("random", "", "float32", exit_layer, "kangaroo", options)
-    graphdef, params = split(build_model(config, manifest, fused(tensors, config)))
+    definition, params = split(build_model(config, manifest, fused(tensors, config)))
     layer = "layers.0.self_attn"
     drafter = {
         "attn_norm": adapter["layers.0.input_layernorm.weight"].numpy(),
@@ -150,7 +150,7 @@ def build_jax(config, tensors, adapter, exit_layer):
         "out": adapter[f"{layer}.o_proj.weight"].numpy(),
         "norm": adapter["norm.weight"].numpy(),
     }
-    return LoadedModel(config, manifest, graphdef, restore_trained(params, drafter, None, "the random adapter"))
+    return LoadedModel(config, manifest, definition, restore_trained(params, drafter, None, "the random adapter"))
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,7 @@ def test_stage_tensors_equal_the_original(golden, imported):
 
     @jax.jit
     def stages(params, prompt):
-        model = join(imported.graphdef, params)
+        model = join(imported.definition, params)
         positions = jnp.arange(prompt.shape[1])[None]
         hidden, _ = model.llama.shallow(prompt, None, positions)
         last, _ = model.llama.deep(hidden, None, positions)

@@ -67,7 +67,7 @@ def decode_in_jax(model, run, eos_id):
     length = len(run["prompt"])
     padded = jnp.asarray([run["prompt"] + [0] * (LONGEST_PROMPT - length)], jnp.int32)
     state = prefill(
-        model.graphdef,
+        model.definition,
         model.params,
         padded,
         jnp.asarray([length], jnp.int32),
@@ -76,7 +76,7 @@ def decode_in_jax(model, run, eos_id):
         slots=SLOTS,
         width=MOST_STEPS + 1,
     )
-    state = decode(model.graphdef, model.params, state, knobs)
+    state = decode(model.definition, model.params, state, knobs)
     return read_generations(state, [length], eos_ids)[0]
 
 
