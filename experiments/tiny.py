@@ -52,12 +52,14 @@ def write_questions(path: Path, count: int) -> None:
             file.write(json.dumps({"messages": [{"role": "user", "content": question}]}) + "\n")
 
 
-def write_tiny_model(path: Path, *, seed: int = 0) -> None:
-    """A random checkpoint that speaks bytes, with room for 128 tokens."""
-    config = replace(TINY, vocab_size=258, max_position_embeddings=128, tie_word_embeddings=True, eos_token_ids=(1,))
+def write_tiny_model(path: Path, *, seed: int = 0, context: int = 128, chat_template: str | None = None) -> None:
+    """A random checkpoint that speaks bytes, with room for `context` tokens."""
+    sizes = {"vocab_size": 258, "max_position_embeddings": context}
+    config = replace(TINY, **sizes, tie_word_embeddings=True, eos_token_ids=(1,))
     manifest = Manifest("random", "0" * 64, "float32", exit_layer=1)
     base = random_base(config, jax.random.key(seed + 3), std=0.15)
-    write_checkpoint(path, config, manifest, base, tokenizer_json=byte_tokenizer_json())
+    texts = {"tokenizer_json": byte_tokenizer_json(), "chat_template": chat_template}
+    write_checkpoint(path, config, manifest, base, **texts)
 
 
 def byte_tokenizer_json() -> str:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import jax
 import pytest
 
-from dvi_jax.checkpoint import Manifest, write_checkpoint
 from dvi_jax.evaluate.trace import PLAIN, SPECULATIVE, Trace, Turn
 from dvi_jax.load import LoadedModel, load
-from dvi_jax.model.llama import random_base
-from dvi_jax.presets import TINY
+from experiments.tiny import write_tiny_model
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}:{{ message['content'] }}<|im_end|>{% endfor %}"
@@ -32,15 +28,10 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory, tokenizer_json) -> Path:
+def checkpoint(tmp_path_factory) -> Path:
     """A random model whose drafter is right about half of the time."""
-    config = replace(
-        TINY, vocab_size=258, max_position_embeddings=CONTEXT, tie_word_embeddings=True, eos_token_ids=(1,)
-    )
     path = tmp_path_factory.mktemp("evaluate") / "tiny"
-    base = random_base(config, jax.random.key(3), std=0.15)
-    manifest = Manifest("random", "0" * 64, "float32", 1)
-    write_checkpoint(path, config, manifest, base, tokenizer_json=tokenizer_json, chat_template=CHAT_TEMPLATE)
+    write_tiny_model(path, context=CONTEXT, chat_template=CHAT_TEMPLATE)
     return path
 
 
