@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dvi_jax.errors import ArgumentParser, run_cli
+from dvi_jax.errors import ArgumentParser, add_debug, run_cli
 
 
 def main() -> int:
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (importer, exporter):
         command.add_argument("--from", dest="source", type=Path, required=True, help="what to read")
         command.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
-        command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        add_debug(command)
     return parser
 
 

@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from dvi_jax.config import DecodeConfig
-from dvi_jax.errors import ArgumentParser, UserError, run_cli
+from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
 
 if TYPE_CHECKING:  # they pull in jax and torch: imported where used, so that --help does not wait for them
     from conversion.parity_compare import Comparison, Row
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--eos-id", type=int, metavar="N", help="end of sequence (default: the model's); -1 for none")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there too")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     return parser
 
 

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.memory import GIB
-from dvi_jax.errors import UserError
+from dvi_jax.errors import UserError, add_debug
 from dvi_jax.load import LoadedModel, enable_compilation_cache, load
 
 
@@ -26,7 +26,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--adaptive", action="store_true", help="measure what a draft costs; draft only while it pays")
     parser.add_argument("--memory-limit", type=float, metavar="GIB", help="refuse to take more than this")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
 
 
 def load_model(options: argparse.Namespace) -> LoadedModel:

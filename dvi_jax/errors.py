@@ -23,6 +23,11 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message} (see --help)")
 
 
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """The option that `run_cli` looks for."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
 def run_cli(main: Callable[[], int | None]) -> int:
     """Run `main`; a `UserError` becomes one line on stderr and exit status 2.
 

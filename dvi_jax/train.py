@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dvi_jax.command_line import progress_bar
 from dvi_jax.config import DistillConfig, TrainConfig, load_train_config
-from dvi_jax.errors import ArgumentParser, UserError, run_cli
+from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
 from dvi_jax.evaluate.curve import plot_learning_curve
 from dvi_jax.learn.offline import distill
 from dvi_jax.learn.online import RunResult, train
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE.yaml", help="settings (experiments/configs/)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--resume", action="store_true", help="go on from the newest snapshot in the run's `out`")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     options = parser.parse_args(arguments)
     config = load_train_config(options.config, options.set)
     enable_compilation_cache()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dvi_jax.checkpoint import read_json
-from dvi_jax.errors import ArgumentParser, UserError, run_cli
+from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
 from dvi_jax.evaluate.plots import category_rows, new_figure
 from dvi_jax.evaluate.summary import FORMAT_VERSION
 
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m experiments.compare", description="Put several evaluations side by side.")
     parser.add_argument("evaluations", nargs="+", metavar="[NAME=]EVALUATION")
     parser.add_argument("--out", required=True, metavar="DIR", help="gets comparison.md and comparison.png")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     options = parser.parse_args(arguments)
     summaries = read_summaries(options.evaluations)
     text, out = overview(summaries), Path(options.out)

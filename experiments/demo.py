@@ -29,7 +29,7 @@ from dvi_jax.data import ConversationStream, Message
 from dvi_jax.decode.generate import Generation, make_knobs, read_generations, start
 from dvi_jax.decode.speculative import decode
 from dvi_jax.decode.state import Knobs
-from dvi_jax.errors import ArgumentParser, UserError, run_cli
+from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
 from dvi_jax.learn.online import RunResult
 from dvi_jax.load import LoadedModel, enable_compilation_cache, load
 from dvi_jax.train import run
@@ -238,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", metavar="FILE", help="conversations to learn from (default: ShareGPT)")
     parser.add_argument("--out", default="demo", metavar="DIR", help="folder of models and runs (default demo)")
     parser.add_argument("--minutes", type=float, metavar="M", help="longest time to train (default as in demo.yaml)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     return parser
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.evaluate.plots import new_figure
 from experiments.compare import COLORS
+from experiments.measure import write_result
 
 POINTS = 60  # of a stage, at most
 INSIDE = 0.5  # million tokens
@@ -40,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not separator:
             raise UserError(f"a stage is NAME=METRICS, got {argument!r}")
         stages.append(read_stage(name, Path(path), seen=name in options.seen))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"stages": stages}, indent=1) + "\n", encoding="utf-8")
+    write_result(options.out, {"stages": stages})
     draw(stages, options.out.with_suffix(".png"))
     for stage in stages:
         begin, end = stage["held_out"]

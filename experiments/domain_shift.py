@@ -11,7 +11,6 @@ DIR/domain_shift.json after every run, and DIR/domain_shift.png.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from dvi_jax.evaluate.plots import BLUE, new_figure
 from dvi_jax.learn.metrics import MetricsLog
 from dvi_jax.learn.online import train
 from dvi_jax.load import enable_compilation_cache
-from experiments.measure import environment
+from experiments.measure import environment, write_result
 from experiments.objectives import online_config, recorded, spread
 
 STILL = 1e-30  # a learning rate that moves no float32 weight
@@ -57,22 +56,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     domains = [Path(file).stem for file in config.data.files]
     check_stream(config, options.per_domain)
     options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "domain_shift.json"
     result = {"environment": environment(), "settings": recorded(config)}
     frozen = run(replace(config, updates_per_rollout=0))
     online: list[Run] = []
     result |= {"domains": domains, "per_domain": options.per_domain, "frozen": frozen, "online": online}
 
-    def save() -> None:
-        (options.out / "domain_shift.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-    save()
+    write_result(path, result)
     result["cost"] = cost_of_learning(config, frozen, options.cost_prompts)
     for seed in range(options.seeds):
         online.append(run(replace(config, seed=seed)))
         result["summary"] = compare(frozen, online, domains, options.per_domain)
-        save()
+        write_result(path, result)
         print(f"seed {seed}: " + ", ".join(f"{d} {row['online'][-1]:.1%}" for d, row in result["summary"].items()))
-    draw(frozen, online, domains, options.per_domain, options.out / "domain_shift.png")
+    draw(frozen, online, domains, options.per_domain, path.with_suffix(".png"))
     for domain, row in result["summary"].items():
         print(f"{domain:12s} frozen {row['frozen']:.1%}  online {spread(row['online'])}")
     cost = result["cost"]

@@ -12,7 +12,6 @@ DIR/drafters_curves.png and DIR/drafters_layers.png.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -35,7 +34,7 @@ from dvi_jax.learn.offline import distill
 from dvi_jax.load import LoadedModel, enable_compilation_cache
 from dvi_jax.model.drafters import DRAFTERS
 from experiments.compare import COLORS
-from experiments.measure import environment
+from experiments.measure import environment, write_result
 from experiments.objectives import recorded
 from experiments.sweep import every_prompt
 
@@ -98,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if spec in decoded:
             record["decoded"] = decode(model, options.data, options.prompts, decoding)
         result["runs"][str(spec)] = record
-        (options.out / "drafters.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_result(options.out / "drafters.json", result)
         print(f"{spec}: held-out agreement {record['held_out'][0]:.3f}, {record['seconds']:.0f} s", flush=True)
     draw_both(result["runs"], options.out)
     show(result["runs"])

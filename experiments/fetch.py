@@ -17,7 +17,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dvi_jax.errors import UserError, run_cli
+from dvi_jax.errors import UserError, add_debug, run_cli
 
 PIP_TIMEOUT_SECONDS = 600
 
@@ -119,7 +119,7 @@ def main() -> None:
     """Fetch both files and print where they are."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder to keep the files in")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     cache = parser.parse_args().cache
     print(fetch_model(cache))
     print(fetch_conversations(cache))

@@ -12,7 +12,6 @@ whichever is faster here: its threads wait for one another, which a busy machine
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -40,10 +39,11 @@ from dvi_jax.config import DecodeConfig, LlamaConfig
 from dvi_jax.decode.generate import read_generations, start
 from dvi_jax.decode.speculative import decode
 from dvi_jax.decode.state import Knobs
-from dvi_jax.errors import ArgumentParser, UserError, run_cli
+from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
 from dvi_jax.load import LoadedModel, build_model, load, restore_trained
 from dvi_jax.model.llama import base_shapes
 from dvi_jax.model.speculative_llama import split
+from experiments.measure import write_result
 from kangaroo_ref import KangarooModel, ModelConfig, build_kangaroo, load_kangaroo, prefill, spec_decode_step
 
 SHAPES = {
@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: experiments/results/")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     return parser
 
 
@@ -363,11 +363,7 @@ def _write(path: Path, pair: Pair, measurements: Sequence[Measurement], options:
             for m in measurements
         ],
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    write_result(path, result)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,12 @@ from rich.table import Table
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.config import TrainConfig
 from dvi_jax.directories import PARTIAL
-from dvi_jax.errors import ArgumentParser, UserError, run_cli
+from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
 from dvi_jax.learn.online import train
 from dvi_jax.learn.snapshot import ARRAYS, read_arrays
 from dvi_jax.load import enable_compilation_cache
 from dvi_jax.settings import from_dict
-from experiments.measure import environment
+from experiments.measure import environment, write_result
 from experiments.tiny import write_tiny_run
 
 FORK = multiprocessing.get_context("fork")
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = {"environment": environment()} | summarise(trajectories, duration)
     show(report, Console())
     if options.out:
-        Path(options.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_result(Path(options.out), report)
     return DIFFERENT if report["differences"] else 0
 
 
@@ -228,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--questions", type=int, default=500, metavar="N", help="length of the stream")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", metavar="FILE.json", help="write what the table says, too")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     return parser
 
 

@@ -8,7 +8,6 @@ token ids and every bit of the verifier's final hidden state (whose head gives t
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -26,7 +25,7 @@ from dvi_jax.load import LoadedModel, enable_compilation_cache
 from dvi_jax.model.scripted import Scripted
 from dvi_jax.model.speculative_llama import join, split
 from dvi_jax.presets import SHAPES
-from experiments.measure import environment, random_model, settings_of
+from experiments.measure import environment, random_model, settings_of, write_result
 
 
 def main() -> int:
@@ -48,9 +47,8 @@ def main() -> int:
     for row in rows:
         print(row)
     if options.out:
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         result = {"environment": environment(), "settings": settings_of(options), "rows": rows}
-        Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+        write_result(Path(options.out), result)
     return 0 if all(row["equal"] for row in rows) else 1
 
 

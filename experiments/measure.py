@@ -1,4 +1,4 @@
-"""What the speed experiments share: device facts, copy bandwidth, byte floors, and timed rounds.
+"""What experiments share: device facts, results on disk, copy bandwidth, byte floors, and timed rounds.
 
 Times are medians of repetitions after a first one that compiles; every reading waits for the device.
 """
@@ -6,6 +6,7 @@ Times are medians of repetitions after a first one that compiles; every reading 
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import statistics
 import time
@@ -26,6 +27,7 @@ from dvi_jax.config import LlamaConfig
 from dvi_jax.decode.memory import Sizes, abstract_state
 from dvi_jax.decode.speculative import decode
 from dvi_jax.decode.state import DecodeState, Knobs
+from dvi_jax.errors import UserError
 from dvi_jax.load import LoadedModel, build_model
 from dvi_jax.model.drafters import Committed
 from dvi_jax.model.llama import random_base
@@ -50,6 +52,15 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         name: Path(value).name if isinstance(value, Path) or (name in paths and value) else value
         for name, value in values.items()
     }
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result as JSON; `UserError` where that is not possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def median_seconds(function: Callable[[], Any], repeats: int = 5) -> float:

@@ -9,7 +9,6 @@ its drafter does. Writes DIR/objectives.json after every run, and DIR/objectives
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from dvi_jax.learn.metrics import MetricsLog
 from dvi_jax.learn.online import train
 from dvi_jax.load import enable_compilation_cache
 from experiments.compare import COLORS
-from experiments.measure import environment
+from experiments.measure import environment, write_result
 
 
 def variants(base: ObjectiveConfig) -> dict[str, ObjectiveConfig]:
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, objective in variants(config.objective).items():
             record = run(replace(config, objective=objective, seed=seed))
             runs[name].append(record)
-            (options.out / "objectives.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_result(options.out / "objectives.json", result)
             last, seconds = record["accept_rate"][-1], record["seconds"]
             print(f"{name}, seed {seed}: accept rate {last:.1%}, {seconds:.0f} s", flush=True)
     draw(result, options.out / "objectives.png")

@@ -29,6 +29,7 @@ from transformers import LlamaForCausalLM
 from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.presets import SHAPES
+from experiments.measure import settings_of, write_result
 
 COMPILE_MODE = "reduce-overhead"
 # What a missing compiler, an older transformers and a device that is too small raise; a defect of ours still shows.
@@ -56,8 +57,7 @@ def main() -> int:
             print(json.dumps(row), flush=True)
             result["rows"].append(row)
             if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                write_result(options.out, result)
         del peer
         gc.collect()
         if torch.cuda.is_available():
@@ -71,11 +71,6 @@ def environment() -> dict[str, str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {"device": device, **versions, "python": platform.python_version()}
-
-
-def settings_of(options: Any) -> dict[str, Any]:
-    """The command's options, without where the result lies."""
-    return {name: value for name, value in vars(options).items() if name != "out"}
 
 
 class Peer:

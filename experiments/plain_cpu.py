@@ -8,7 +8,6 @@ the `convert` extra (transformers 4.33.3). Exit status 1 if the token ids differ
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -26,7 +25,7 @@ from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.generate import generate
 from dvi_jax.errors import ArgumentParser, run_cli
 from dvi_jax.load import enable_compilation_cache, load
-from experiments.measure import environment
+from experiments.measure import environment, write_result
 
 
 def main() -> int:
@@ -63,7 +62,7 @@ def main() -> int:
     if options.out:
         facts = environment() | {"torch": torch.__version__, "cores": os.cpu_count()}
         result = {"environment": facts, "ms_per_token": per_token, "seconds": times, "equal_ids": equal}
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_result(options.out, result)
     return 0 if equal else 1
 
 

@@ -36,6 +36,7 @@ from experiments.measure import (
     random_model,
     settings_of,
     time_decode,
+    write_result,
 )
 from experiments.trace_events import Instruction, Trace, instructions, newest_trace, read_trace
 
@@ -78,8 +79,7 @@ def main() -> int:
         result["profiles"].append(profile)
         show(profile, result["environment"])
         if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_result(options.out, result)
     return 0
 
 

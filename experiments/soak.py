@@ -28,11 +28,11 @@ from rich.table import Table
 
 from dvi_jax.config import TrainConfig, load_train_config
 from dvi_jax.data.conversations import StreamLimits
-from dvi_jax.errors import ArgumentParser, UserError, run_cli
+from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
 from dvi_jax.evaluate.plots import new_figure
 from dvi_jax.learn.online import train
 from dvi_jax.load import enable_compilation_cache
-from experiments.measure import environment
+from experiments.measure import environment, write_result
 from experiments.tiny import write_tiny_run
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
         "events": sampler.events,
         "samples": [asdict(sample) for sample in sampler.samples],
     }
-    (options.out / "soak.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_result(options.out / "soak.json", report)
     draw(sampler.samples, options.warm_up, options.out / "soak.png")
     show(report, console)
     return GREW if report["grew"] else 0
@@ -223,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE.yaml", help="settings of an online run (default: a tiny model)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     return parser
 
 

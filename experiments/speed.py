@@ -34,7 +34,7 @@ from dvi_jax.decode.memory import Sizes, lower_programs
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.load import LoadedModel, enable_compilation_cache, load
 from dvi_jax.presets import SHAPES
-from experiments.measure import abstract_model, copy_bandwidth, environment, random_model, settings_of
+from experiments.measure import abstract_model, copy_bandwidth, environment, random_model, settings_of, write_result
 from experiments.speed_suite import PARTS, Case, findings, measure, suite
 
 COLUMNS = {
@@ -134,7 +134,8 @@ def run_cases(options: argparse.Namespace, cases: list[Case]) -> int:
             result["rows"].append(row)
             line = " ".join(f"{name}={form.format(row[name])}" for name, form in COLUMNS.items())
             print(f"{time.perf_counter() - began:6.1f} s {case.part}: {line}", flush=True)
-            _write(options.out, result)
+            if options.out:
+                write_result(options.out, result)
     show(result)
     return 0
 
@@ -159,7 +160,8 @@ def run_compile(options: argparse.Namespace) -> int:
                 rows.append(row)
                 print(json.dumps(row), flush=True)
                 head = {"environment": row["environment"], "settings": settings_of(options)}
-                _write(options.out, head | {"compile": rows})
+                if options.out:
+                    write_result(options.out, head | {"compile": rows})
     return 0
 
 
@@ -217,12 +219,6 @@ def show(result: dict[str, Any]) -> None:
     Console(width=140).print(table)
     for name, value in findings(rows).items():
         print(f"{name}: {value:.3f}")
-
-
-def _write(path: Path | None, result: dict[str, Any]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ question (experiments/prompts.py writes such a file), and tells tokens per round
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from dvi_jax.evaluate.acceptance import measure_acceptance
 from dvi_jax.evaluate.plots import new_figure
 from dvi_jax.load import LoadedModel, enable_compilation_cache, load
 from experiments.compare import COLORS
-from experiments.measure import environment, settings_of
+from experiments.measure import environment, settings_of, write_result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 row["tokens_per_round_by_kind"] = by_kind(list(prompts), fast["generations"])
             result["rows"].append(row)
             if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                write_result(options.out, result)
     if options.out:
         draw(result["rows"], options.out.with_suffix(".png"))
     show(result["rows"])
