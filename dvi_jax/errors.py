@@ -23,6 +23,17 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message} (see --help)")
 
 
+def at_least_one(text: str) -> int:
+    """argparse's `type` for counts."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text!r}")
+    return number
+
+
 def add_debug(parser: argparse.ArgumentParser) -> None:
     """The option that `run_cli` looks for."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

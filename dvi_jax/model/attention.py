@@ -1,6 +1,7 @@
 """Rotary position embedding, the static KV cache, and attention over it.
 
-Letters: B batch, T tokens in this call, S cache slots, N query heads, K KV heads, G = N/K, H head size.
+Letters: P parts of a product, B batch, T tokens in this call, S cache slots, N query heads, K KV heads, G = N/K,
+H head size.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from dvi_jax.config import LlamaConfig, RopeScaling
 from dvi_jax.model import decode_attention
+from dvi_jax.model.products import precision, total
 
 
 class LayerCache(NamedTuple):
@@ -76,14 +78,19 @@ def apply_rope(x: jax.Array, tables: Rope) -> jax.Array:
 def attend_cached(
     qkv: jax.Array, heads: Heads, rope: Rope, cache: LayerCache, positions: jax.Array
 ) -> tuple[jax.Array, LayerCache]:
-    """Rows at consecutive `positions` [B, T] into the cache, and their attention over it: [B, T, N*H], cache."""
-    query, key, value = split_heads(qkv, heads, rope)
+    """Rows qkv [P, B, T, (N+2K)H] at consecutive `positions` [B, T] into the cache, and their attention over it.
+
+    -> [B, T, N*H], cache.
+    """
+    dtype = cache.key.dtype
+    if decode_attention.is_supported(qkv.shape[2] * heads[0] // heads[1], heads[2], dtype):
+        mixed, key, value = decode_attention.cached_attention(by_head(qkv, heads), rope, *cache, positions)
+        return mixed, LayerCache(key, value)
+    query, key, value = split_heads(total(qkv, dtype), heads, rope)
     cache = write_rows(cache, key, value, positions[:, 0])
-    if decode_attention.is_supported(qkv.shape[1] * heads[0] // heads[1], heads[2], qkv.dtype):
-        return decode_attention.cached_attention(by_head(qkv, heads), rope, *cache, positions), cache
     mask = cached_mask(positions, cache.key.shape[2])
     # Rounds stay with the einsum, in which no row depends on the rows beside it.
-    if qkv.shape[1] > MOST_ROUND_ROWS and has_fused(query.dtype):
+    if query.shape[1] > MOST_ROUND_ROWS and has_fused(dtype):
         return fused_attention(query, *cache, mask=mask[:, None]), cache
     return attend(query, *cache, mask), cache
 
@@ -91,8 +98,8 @@ def attend_cached(
 def attend_fresh(
     qkv: jax.Array, heads: Heads, rope: Rope, cache: LayerCache | None, positions: jax.Array
 ) -> tuple[jax.Array, LayerCache | None]:
-    """The same where nothing lies in the cache yet, or there is none: rows see the rows of this call alone."""
-    query, key, value = split_heads(qkv, heads, rope)
+    """The same where nothing lies in the cache yet, or there is none: rows see the rows of this call alone. P is 1."""
+    query, key, value = split_heads(qkv[0], heads, rope)
     if cache is not None:
         cache = write_rows(cache, key, value, positions[:, 0])
     if has_fused(query.dtype):
@@ -112,7 +119,7 @@ def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, **rule: 
 
 
 def by_head(qkv: jax.Array, heads: Heads) -> jax.Array:
-    """Fused [B, T, (N+2K)H] -> [B, T, N+2K, H]: queries, then keys, then values."""
+    """Fused [..., (N+2K)H] -> [..., N+2K, H]: queries, then keys, then values."""
     n, k, h = heads
     return qkv.reshape(*qkv.shape[:-1], n + 2 * k, h)
 
@@ -152,8 +159,3 @@ def wide_einsum(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
 def cached_mask(positions: jax.Array, slots: int) -> jax.Array:
     """bool [B, T, S]: the row at position p sees slots 0..p."""
     return jnp.arange(slots) <= positions[..., None]
-
-
-def precision(x: jax.Array) -> jax.lax.Precision:
-    """Full precision for float32 operands: accelerators would otherwise round them to TF32."""
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT

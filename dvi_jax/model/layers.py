@@ -1,8 +1,7 @@
-"""Parts shared by the Llama and the drafters: linear maps with optional LoRA, RMSNorm, and the decoder block.
+"""The decoder block, and the LoRA that its products may have.
 
-Weights are stored [out, in] and contracted on their last axis, so that a matrix-vector product reads them as they lie
-in memory. q/k/v and gate/up are fused: fewer kernels, larger reads. Letters as in `attention.py`, and D hidden,
-F feed-forward, V vocabulary, R LoRA rank.
+q/k/v and gate/up are fused: fewer kernels, larger reads. Letters as in `attention.py`, and P parts of a product,
+D hidden, F feed-forward, V vocabulary, R LoRA rank.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from flax import nnx
 
 from dvi_jax.model import attention
 from dvi_jax.model.attention import LayerCache
+from dvi_jax.model.products import linear, part_count, split_linear, total
+from dvi_jax.model.residual import Residual
 from dvi_jax.model.variables import Base, DeepLoRA
 
 
@@ -39,25 +40,6 @@ class LoRA(nnx.Module):
         return linear(down, self.b[...].astype(x.dtype)) * self.scale
 
 
-def linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """x [..., in] times weight [out, in] -> [..., out]; accumulated in float32, given in `out_dtype` or x's dtype."""
-    result = jax.lax.dot_general(
-        x,
-        weight,
-        (((x.ndim - 1,), (1,)), ((), ())),
-        precision=attention.precision(x),
-        preferred_element_type=jnp.float32,
-    )
-    return result.astype(out_dtype or x.dtype)
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm with float32 statistics; cast back to x's dtype *before* the weight, as Hugging Face does."""
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return weight.astype(x.dtype) * normed.astype(x.dtype)
-
-
 class Block(nnx.Module):
     """One Llama decoder layer: RMSNorm, attention, residual, RMSNorm, SwiGLU, residual."""
 
@@ -71,31 +53,37 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        residual: Residual,
         rope: attention.Rope,
         cache: LayerCache | None,
         positions: jax.Array,
         *,
         adapted: bool,
         fresh: bool,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """x [B, T, D] at consecutive `positions` [B, T] -> (x, cache). `fresh`: nothing lies in the cache yet."""
+    ) -> tuple[Residual, LayerCache | None]:
+        """Rows at consecutive `positions` [B, T] -> (residual, cache). `fresh`: nothing lies in the cache yet."""
+
+        def project(name: str, x: jax.Array, split: bool = residual.kernels) -> jax.Array:
+            return self._project(name, x, adapted, split)
+
+        residual, normed = residual.normed(self.attn_norm[...], self.eps)
         attend = attention.attend_fresh if fresh else attention.attend_cached
-        normed = rms_norm(x, self.attn_norm[...], self.eps)
-        qkv = self._project("qkv", normed, adapted)
+        qkv = project("qkv", normed)
         with jax.named_scope("attention"):
             mixed, cache = attend(qkv, self.heads, rope, cache, positions)
-        x = x + self._project("out", mixed, adapted)
+        residual = residual.plus(project("out", mixed))
         with jax.named_scope("mlp"):
-            normed = rms_norm(x, self.mlp_norm[...], self.eps)
-            gate, up = jnp.split(self._project("gate_up", normed, adapted), 2, axis=-1)
-            x = x + self._project("down", jax.nn.silu(gate) * up, adapted)
-        return x, cache
+            residual, normed = residual.normed(self.mlp_norm[...], self.eps)
+            # Not split: SwiGLU is XLA's, and parts would cost it more than their kernel saves.
+            gate, up = jnp.split(total(project("gate_up", normed, split=False), normed.dtype), 2, axis=-1)
+            return residual.plus(project("down", jax.nn.silu(gate) * up)), cache
 
-    def _project(self, name: str, x: jax.Array, adapted: bool) -> jax.Array:
-        y = linear(x, getattr(self, name)[...])
+    def _project(self, name: str, x: jax.Array, adapted: bool, split: bool) -> jax.Array:
+        """x [B, T, in] times the weight `name`, in parts where kernels add them up: [P, B, T, out]."""
+        weight = getattr(self, name)[...]
+        parts = split_linear(x, weight, part_count(x.shape[0] * x.shape[1], weight.shape) if split else 1)
         adapter = self.lora.get(name)
         # lora_D is part of the verifier; lora_S acts only in the draft pass.
         if adapter is not None and (adapted or isinstance(adapter.a, DeepLoRA)):
-            y = y + adapter(x)
-        return y
+            return (total(parts, x.dtype) + adapter(x))[None]
+        return parts

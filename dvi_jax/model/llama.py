@@ -15,7 +15,9 @@ from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import UserError
 from dvi_jax.model import attention
 from dvi_jax.model.attention import Caches, LayerCache
-from dvi_jax.model.layers import Block, linear, rms_norm
+from dvi_jax.model.layers import Block
+from dvi_jax.model.products import linear
+from dvi_jax.model.residual import Residual, has_kernel
 from dvi_jax.model.variables import Base
 
 
@@ -91,15 +93,16 @@ class Llama(nnx.Module):
         """Embedding and layers below `exit_layer`: int tokens [B, T] -> exit hidden state [B, T, D] (not normed)."""
         with jax.named_scope("shallow"):
             x = self.embed[...][tokens]
-            return self._run(self.layers[: self.exit_layer], x, caches, positions, **options)
+            residual, caches = self._run(self.layers[: self.exit_layer], x, caches, positions, **options)
+            return residual.total(), caches
 
     def deep(
         self, hidden: jax.Array, caches: Caches | None, positions: jax.Array, **options: Any
     ) -> tuple[jax.Array, Caches | None]:
         """Layers from `exit_layer` on and the final norm: exit hidden [B, T, D] -> normed final hidden [B, T, D]."""
         with jax.named_scope("deep"):
-            x, caches = self._run(self.layers[self.exit_layer :], hidden, caches, positions, **options)
-            return rms_norm(x, self.norm[...], self.config.rms_norm_eps), caches
+            residual, caches = self._run(self.layers[self.exit_layer :], hidden, caches, positions, **options)
+            return residual.normed(self.norm[...], self.config.rms_norm_eps)[1], caches
 
     def logits(self, normed: jax.Array) -> jax.Array:
         """LM head: normed hidden [..., D] -> float32 logits [..., V]."""
@@ -124,7 +127,7 @@ class Llama(nnx.Module):
         *,
         adapted: bool = False,
         fresh: bool = False,
-    ) -> tuple[jax.Array, Caches | None]:
+    ) -> tuple[Residual, Caches | None]:
         """Run `layers` on x [B, T, D] at consecutive `positions` [B, T].
 
         Without caches, or when `fresh` (a prefill: nothing lies in the caches yet), rows see only the rows of this
@@ -134,8 +137,10 @@ class Llama(nnx.Module):
         frequencies = attention.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         rope = attention.rope_tables(frequencies, positions)
         fresh = fresh or caches is None
+        # A prefill has rows enough, and where there is no cache something may be differentiated.
+        residual = Residual(x, kernels=not fresh and has_kernel(x.shape[0] * x.shape[1], x.dtype))
         updated: list[LayerCache | None] = []
         for layer, cache in zip(layers, caches or (None,) * len(layers), strict=True):
-            x, cache = layer(x, rope, cache, positions, adapted=adapted, fresh=fresh)
+            residual, cache = layer(residual, rope, cache, positions, adapted=adapted, fresh=fresh)
             updated.append(cache)
-        return x, (None if caches is None else tuple(updated))
+        return residual, (None if caches is None else tuple(updated))

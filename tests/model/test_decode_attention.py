@@ -7,44 +7,46 @@ import pytest
 
 from dvi_jax.model import attention, decode_attention
 from dvi_jax.model.decode_attention import CHUNK, WHOLE, cached_attention
+from dvi_jax.model.products import total
 
 TOKENS = 4
-# name: query heads, KV heads, head size, cache slots, first position of each batch row
+# name: parts of the product, query heads, KV heads, head size, cache slots, first position of each batch row
 SHAPES = {
-    "one query head per KV head, whole": (2, 2, 32, 128, (61, 0)),  # 61 .. 64 cross from one block to the next
-    "three, whole": (3, 1, 64, WHOLE, (WHOLE - TOKENS, 300)),
+    "one query head per KV head, whole": (1, 2, 2, 32, 128, (61, 0)),  # 61 .. 64 cross from one block to the next
+    "three, whole": (2, 3, 1, 64, WHOLE, (WHOLE - TOKENS, 300)),
     # Rows that end in different chunks, the last of which is cut short.
-    "three, split": (6, 2, 32, WHOLE + 76, (CHUNK - 2, WHOLE + 72)),
+    "three, split": (4, 6, 2, 32, WHOLE + 76, (CHUNK - 2, WHOLE + 72)),
 }
 
 
 class Case:
-    """Random rows, keys and values in bfloat16, the compiled kernel, and its result for them."""
+    """Random rows, keys and values, the compiled kernel, and its result for them."""
 
-    def __init__(self, heads, kv_heads, size, slots, starts):
-        self.heads, self.size, self.slots = heads, size, slots
+    def __init__(self, parts, heads, kv_heads, size, slots, starts):
+        self.heads, self.kv_heads, self.size, self.slots = heads, kv_heads, size, slots
         self.starts = np.array(starts, np.int32)
-        shapes = (len(starts), TOKENS, heads + 2 * kv_heads, size), *[(len(starts), kv_heads, slots, size)] * 2
         keys = jax.random.split(jax.random.key(0), 3)
-        arrays = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
-        self.qkv, self.key, self.value = arrays
+        rows, shape = (parts, len(starts), TOKENS, heads + 2 * kv_heads, size), (len(starts), kv_heads, slots, size)
+        self.qkv = jax.random.normal(keys[0], rows, jnp.float32 if parts > 1 else jnp.bfloat16) / np.sqrt(parts)
+        self.key, self.value = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[1:])
         self.kernel = jax.jit(lambda *arrays: cached_attention(*arrays, interpret=True))
-        self.mixed = self(self.qkv)
+        self.mixed, *self.cache = self(self.qkv)
 
     def positions(self, starts):
         positions = jnp.asarray(starts)[:, None] + jnp.arange(TOKENS, dtype=jnp.int32)
         return positions, attention.rope_tables(attention.rope_frequencies(self.size, 10000.0, None), positions)
 
-    def __call__(self, qkv, key=None, value=None, starts=None):
-        """The kernel's attention, with some inputs other than the case's."""
+    def __call__(self, qkv, cache=None, starts=None):
+        """Attention and caches by the kernel, with some inputs other than the case's."""
         positions, rope = self.positions(self.starts if starts is None else starts)
-        key, value = self.key if key is None else key, self.value if value is None else value
-        return np.asarray(self.kernel(qkv, rope, key, value, positions))
+        return [np.asarray(x) for x in self.kernel(qkv, rope, *(cache or (self.key, self.value)), positions)]
 
     def by_einsum(self):
         positions, rope = self.positions(self.starts)
-        query = attention.apply_rope(self.qkv[:, :, : self.heads], rope)
-        return attention.attend(query, self.key, self.value, attention.cached_mask(positions, self.slots))
+        whole = total(self.qkv, jnp.bfloat16).reshape(len(self.starts), TOKENS, -1)
+        query, key, value = attention.split_heads(whole, (self.heads, self.kv_heads, self.size), rope)
+        cache = attention.write_rows(attention.LayerCache(self.key, self.value), key, value, positions[:, 0])
+        return attention.attend(query, *cache, attention.cached_mask(positions, self.slots)), *cache
 
 
 @pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES.keys())
@@ -53,36 +55,51 @@ def case(request):
 
 
 def test_equals_the_einsum(case):
-    """To a step of bfloat16 (2**-7 of the number) and the rounding of its weights (2**-8)."""
-    expected = np.asarray(jax.jit(case.by_einsum)())
-    assert case.mixed.dtype == expected.dtype == jnp.bfloat16
-    assert np.abs(expected.astype(np.float32)).max() > 0.1
-    np.testing.assert_allclose(case.mixed.astype(np.float32), expected.astype(np.float32), rtol=2**-7, atol=2**-8)
+    """To a step of bfloat16 (2**-7 of the number) and the rounding of its weights (2**-8); values to the bit."""
+    expected = [np.asarray(x) for x in jax.jit(case.by_einsum)()]
+    assert np.abs(expected[0].astype(np.float32)).max() > 0.1
+    for found, right in zip((case.mixed, *case.cache), expected, strict=True):
+        assert found.dtype == right.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(np.float32), right.astype(np.float32), rtol=2**-7, atol=2**-8)
+    np.testing.assert_array_equal(case.cache[1], expected[2])
+
+
+def test_writes_new_rows_only(case):
+    new = case.starts[:, None] <= np.arange(case.slots)
+    new &= np.arange(case.slots) < case.starts[:, None] + TOKENS
+    for before, after in zip((case.key, case.value), case.cache, strict=True):
+        changed = (np.asarray(before) != after).any(axis=(1, 3))
+        np.testing.assert_array_equal(changed, new)
 
 
 def test_rows_do_not_meet(case):
-    """New queries for one row, and for all of the other batch row: the remaining rows keep every bit."""
+    """Another query changes its own row alone; other keys and values change their row and those after it."""
     for row in range(TOKENS):
-        mixed = case(case.qkv.at[0, row].multiply(-3).at[1].add(1))
+        mixed, *cache = case(case.qkv.at[:, 0, row, : case.heads].multiply(-3).at[:, 1].add(1))
         kept = [other for other in range(TOKENS) if other != row]
         np.testing.assert_array_equal(mixed[0, kept], case.mixed[0, kept])
         assert (mixed[0, row] != case.mixed[0, row]).any()
+        for found, expected in zip(cache, case.cache, strict=True):
+            np.testing.assert_array_equal(found[0], expected[0])
+        mixed, *_ = case(case.qkv.at[:, 0, row, case.heads :].multiply(-3))
+        np.testing.assert_array_equal(mixed[0, :row], case.mixed[0, :row])
+        assert (mixed[0, row:] != case.mixed[0, row:]).any(axis=-1).all()
 
 
 def test_later_slots_do_not_matter(case):
-    """What lies behind a row's position, stale but finite, changes no bit of it; what lies at it does."""
-    for row in range(TOKENS):
-        behind = (np.arange(case.slots) > case.starts[:, None] + row)[:, None, :, None]
-        key, value = (jnp.where(behind, jnp.bfloat16(300), array) for array in (case.key, case.value))
-        mixed = case(case.qkv, key, value)
-        np.testing.assert_array_equal(mixed[:, : row + 1], case.mixed[:, : row + 1])
-        assert row == TOKENS - 1 or (mixed[:, row + 1] != case.mixed[:, row + 1]).any(axis=-1).all()
+    """What lies behind the last row, stale but finite, changes no bit; what lies before the first does."""
+    slot = np.arange(case.slots)
+    for place, matters in ((slot >= case.starts[:, None] + TOKENS, False), (slot < case.starts[:, None], True)):
+        cache = [jnp.where(place[:, None, :, None], jnp.bfloat16(3), array) for array in (case.key, case.value)]
+        mixed, *_ = case(case.qkv, cache)
+        changed = (mixed != case.mixed).any(axis=-1)
+        np.testing.assert_array_equal(changed, (matters & place.any(axis=1))[:, None] & np.ones(TOKENS, bool))
 
 
 def test_a_row_may_be_any_of_a_call(case):
     """Plain decoding has each row first in a call of its own; speculative decoding has them all in one."""
     for row in range(1, TOKENS):
-        mixed = case(jnp.roll(case.qkv, -row, axis=1), starts=case.starts + row)
+        mixed, *_ = case(jnp.roll(case.qkv, -row, axis=2), case.cache, starts=case.starts + row)
         np.testing.assert_array_equal(mixed[:, 0], case.mixed[:, row])
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dvi_jax.model.layers import linear
+from dvi_jax.model.products import linear
 
 
 class Committed(NamedTuple):

@@ -10,7 +10,8 @@ from flax import nnx
 
 from dvi_jax.config import LlamaConfig
 from dvi_jax.model.drafters.base import Committed, Drafter
-from dvi_jax.model.layers import LoRA, rms_norm
+from dvi_jax.model.layers import LoRA
+from dvi_jax.model.residual import rms_norm
 from dvi_jax.model.variables import DrafterParam, ShallowLoRA
 
 

@@ -18,7 +18,8 @@ from dvi_jax.config import LlamaConfig
 from dvi_jax.model import attention
 from dvi_jax.model.attention import LayerCache
 from dvi_jax.model.drafters.base import Committed, Drafter
-from dvi_jax.model.layers import linear, rms_norm
+from dvi_jax.model.products import linear
+from dvi_jax.model.residual import rms_norm
 from dvi_jax.model.variables import DrafterParam
 
 
@@ -89,7 +90,8 @@ class Fused(Drafter):
     ) -> tuple[jax.Array, LayerCache]:
         """Rows [B, T, D] at consecutive `positions` [B, T] through the layer and its cache."""
         x = self._fuse(hidden, feature)
-        mixed, cache = attention.attend_cached(*self._qkv(x, positions), cache, positions)
+        qkv, heads, rope = self._qkv(x, positions)
+        mixed, cache = attention.attend_cached(qkv[None], heads, rope, cache, positions)
         return self._finish(x, mixed), cache
 
     def _fuse(self, hidden: jax.Array, feature: jax.Array) -> jax.Array:

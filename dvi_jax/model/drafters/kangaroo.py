@@ -11,7 +11,8 @@ from dvi_jax.config import LlamaConfig
 from dvi_jax.model import attention
 from dvi_jax.model.attention import LayerCache
 from dvi_jax.model.drafters.base import Committed, Drafter
-from dvi_jax.model.layers import linear, rms_norm
+from dvi_jax.model.products import linear
+from dvi_jax.model.residual import rms_norm
 from dvi_jax.model.variables import DrafterParam
 
 
@@ -70,14 +71,16 @@ class Kangaroo(Drafter):
         return self._run(state, hidden, position[:, None])
 
     def unroll(self, hidden: jax.Array, feature: jax.Array, positions: jax.Array, steps: int) -> list[jax.Array]:
-        mixed, _ = attention.attend_fresh(*self._qkv(hidden, positions), None, positions)
+        qkv, heads, rope = self._qkv(hidden, positions)
+        mixed, _ = attention.attend_fresh(qkv[None], heads, rope, None, positions)
         return [self._finish(hidden, mixed)]
 
     def config(self) -> dict[str, Any]:
         return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "rms_norm_eps": self.eps}
 
     def _run(self, cache: LayerCache, hidden: jax.Array, positions: jax.Array) -> tuple[jax.Array, LayerCache]:
-        mixed, cache = attention.attend_cached(*self._qkv(hidden, positions), cache, positions)
+        qkv, heads, rope = self._qkv(hidden, positions)
+        mixed, cache = attention.attend_cached(qkv[None], heads, rope, cache, positions)
         return self._finish(hidden, mixed), cache
 
     def _qkv(self, hidden: jax.Array, positions: jax.Array) -> tuple[jax.Array, attention.Heads, attention.Rope]:

@@ -1,0 +1,104 @@
+"""The residual stream and its norms.
+
+Beside a product of a few rows a small kernel costs a launch and little else. So on a GPU a decoding round takes sum and
+norm together, in one kernel written in Pallas for Triton, which also adds up the parts of the product before.
+
+Letters: P parts, B batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from dvi_jax.model.products import total
+
+MOST_ROWS = 1024  # B * T beyond which a round is no longer short of work
+MOST_WARPS = 32
+Ref = Any  # a pointer into an array; indexing gives another, `plt.load` and `plt.store` use it
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A residual stream, and what is still to be added to it."""
+
+    x: jax.Array  # [B, T, D]
+    added: jax.Array | None = None  # parts of a product, [P, B, T, D]
+    kernels: bool = False  # few rows, on a device with kernels for them, and nothing is differentiated
+
+    def plus(self, parts: jax.Array) -> Residual:
+        """The stream with `parts` [P, B, T, D] to be added."""
+        return replace(self, x=self.total(), added=parts)
+
+    def total(self) -> jax.Array:
+        """The stream with everything added: [B, T, D]."""
+        return self.x if self.added is None else self.x + total(self.added, self.x.dtype)
+
+    def normed(self, weight: jax.Array, eps: float) -> tuple[Residual, jax.Array]:
+        """The stream with everything added, and its RMSNorm with `weight` [D]: [B, T, D]."""
+        if self.kernels and self.added is not None:
+            x, normed = add_and_norm(self.x, self.added, weight, eps)
+        else:
+            x = self.total()
+            normed = rms_norm(x, weight, eps)
+        return replace(self, x=x, added=None), normed
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm with float32 statistics; cast back to x's dtype *before* the weight, as Hugging Face does."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return weight.astype(x.dtype) * normed.astype(x.dtype)
+
+
+def has_kernel(rows: int, dtype: jnp.dtype) -> bool:
+    """Whether `add_and_norm` takes this many rows of this type on the default backend."""
+    return jax.default_backend() == "gpu" and jnp.dtype(dtype).itemsize == 2 and rows <= MOST_ROWS
+
+
+@partial(jax.jit, static_argnames=("eps", "interpret"))  # traced and lowered once for all layers
+def add_and_norm(
+    x: jax.Array, parts: jax.Array, weight: jax.Array, eps: float, *, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """x [B, T, D] plus the sum of `parts` [P, B, T, D], and the RMSNorm of that, both in x's dtype.
+
+    `interpret` runs the kernel on any device, for tests. It has no derivative.
+    """
+    shape, size = x.shape, x.shape[-1]
+    rows = x.size // size
+    warps = min(MOST_WARPS, max(4, pl.next_power_of_2(size) // 128))
+    summed, normed = pl.pallas_call(
+        partial(_kernel, eps=eps),
+        grid=(rows,),
+        out_shape=[jax.ShapeDtypeStruct((rows, size), x.dtype)] * 2,
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
+        interpret=interpret,
+        name="add_and_norm",
+    )(x.reshape(rows, size), parts.reshape(len(parts), rows, size), weight)
+    return summed.reshape(shape), normed.reshape(shape)
+
+
+def _kernel(x: Ref, parts: Ref, weight: Ref, summed: Ref, normed: Ref, *, eps: float) -> None:
+    """One row; rounded where XLA's sum, addition and norm would round."""
+    row, (_, size), dtype = pl.program_id(0), x.shape, x.dtype
+    lane = jnp.arange(pl.next_power_of_2(size))
+    inside = lane < size
+
+    def load(ref: Ref, *at: Any) -> jax.Array:
+        return plt.load(ref.at[(*at, lane)], mask=inside, other=0.0).astype(jnp.float32)
+
+    scales = load(weight).astype(dtype)  # asked for first: it waits for nothing
+    added = load(parts, 0, row)
+    for part in range(1, parts.shape[0]):
+        added += load(parts, part, row)
+    here = (load(x, row) + added.astype(dtype).astype(jnp.float32)).astype(dtype)
+    wide = here.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.sum(wide * wide) / size + eps)
+    plt.store(summed.at[row, lane], here, mask=inside)
+    plt.store(normed.at[row, lane], scales * (wide * scale).astype(dtype), mask=inside)

@@ -1,0 +1,67 @@
+"""Sum and norm in one kernel, interpreted, against NumPy and against the same in several steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dvi_jax.model import residual as module
+from dvi_jax.model.residual import Residual, add_and_norm, rms_norm
+
+EPS = 1e-5
+
+
+def arrays(parts, size):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, weight = (
+        jax.random.normal(keys[0], (2, 3, size), jnp.bfloat16),
+        jax.random.normal(keys[1], (size,), jnp.bfloat16),
+    )
+    return x, jax.random.normal(keys[2], (parts, 2, 3, size), jnp.float32 if parts > 1 else jnp.bfloat16), weight
+
+
+@pytest.mark.parametrize(("parts", "size"), [(1, 64), (4, 96), (2, 1000)])
+def test_kernel_equals_the_formula(parts, size):
+    """The sum to the bit (in float64, rounded twice as the steps do); the norm to a step of bfloat16."""
+    x, added, weight = arrays(parts, size)
+    summed, normed = add_and_norm(x, added, weight, EPS, interpret=True)
+    product = np.asarray(added, np.float64).sum(0).astype(jnp.bfloat16)
+    expected = (np.asarray(x, np.float64) + product.astype(np.float64)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(summed), expected)
+    wide = expected.astype(np.float64)
+    formula = wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + EPS) * np.asarray(weight, np.float64)
+    np.testing.assert_allclose(np.asarray(normed, np.float64), formula, rtol=2.0**-6, atol=0)
+    np.testing.assert_array_equal(normed, rms_norm(summed, weight, EPS))
+
+
+def test_rows_do_not_meet():
+    x, added, weight = arrays(2, 96)
+    before = add_and_norm(x, added, weight, EPS, interpret=True)
+    after = add_and_norm(x.at[1, 2].multiply(-2), added.at[:, 1, 2].add(1), weight, EPS, interpret=True)
+    for old, new in zip(before, after, strict=True):
+        same = np.asarray(old == new).all(axis=-1)
+        np.testing.assert_array_equal(same, [[True] * 3, [True, True, False]])
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_residual_stream(monkeypatch, kernels):
+    """With kernels or without, a stream is its start and everything added, each product rounded before it is added."""
+    monkeypatch.setattr(module, "add_and_norm", lambda *args: add_and_norm(*args, interpret=True))
+    x, first, weight = arrays(1, 96)
+    _, second, _ = arrays(4, 96)
+    stream = Residual(x, kernels=kernels)
+    stream, normed = stream.normed(weight, EPS)
+    np.testing.assert_array_equal(normed, rms_norm(x, weight, EPS))
+    stream, _ = stream.plus(first).normed(weight, EPS)
+    stream, normed = stream.plus(second).normed(weight, EPS)
+    expected = x + first[0] + jnp.sum(second, axis=0).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(stream.total(), expected)
+    np.testing.assert_array_equal(normed, rms_norm(expected, weight, EPS))
+
+
+def test_what_the_kernel_takes(monkeypatch):
+    assert not module.has_kernel(6, jnp.bfloat16)  # on the CPU, where this runs
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert module.has_kernel(6, jnp.bfloat16)
+    assert not module.has_kernel(6, jnp.float32)
+    assert not module.has_kernel(5000, jnp.bfloat16)
