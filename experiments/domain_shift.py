@@ -26,7 +26,7 @@ from dvi_jax.config import TrainConfig
 from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import PromptSettings, PromptStream
 from dvi_jax.data.tokenizer import Tokenizer
-from dvi_jax.errors import ArgumentParser, UserError, run_cli
+from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
 from dvi_jax.evaluate.plots import BLUE, new_figure
 from dvi_jax.learn.metrics import MetricsLog
 from dvi_jax.learn.online import train
@@ -46,9 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m experiments.domain_shift", description=__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--per-domain", type=int, required=True, help="training prompts in each of the config's files")
-    parser.add_argument("--cost-prompts", type=int, default=512, help="prompts of the run that measures the cost")
+    parser.add_argument("--seeds", type=at_least_one, default=3)
+    parser.add_argument(
+        "--per-domain", type=at_least_one, required=True, help="training prompts in each of the config's files"
+    )
+    parser.add_argument(
+        "--cost-prompts", type=at_least_one, default=512, help="prompts of the run that measures the cost"
+    )
     parser.add_argument("--out", required=True, type=Path)
     options = parser.parse_args(arguments)
     enable_compilation_cache()

@@ -34,7 +34,8 @@ def draw(result: Any, path: Path) -> list[Path]:
     picture, keys = path.with_suffix(".png"), set(result) if isinstance(result, dict) else set()
     if "overall" in keys:
         settings = result["settings"]
-        name = f"{settings['drafter']}, {settings['draft_steps']} drafts, threshold {settings['threshold']:g}"
+        stop = "adaptive" if settings.get("draft_cost") else f"threshold {settings['threshold']:g}"
+        name = f"{settings['drafter']}, {settings['draft_steps']} drafts, {stop}"
         plot_comparison({name: result}, picture)
     elif "stages" in keys:
         distill_curve.draw(result["stages"], picture)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dvi_jax.config import DistillConfig, ObjectiveConfig, TrainConfig, load_train_config
-from dvi_jax.errors import ArgumentParser, UserError, run_cli
+from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
 from dvi_jax.evaluate.plots import new_figure
 from dvi_jax.learn.metrics import MetricsLog
 from dvi_jax.learn.online import train
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m experiments.objectives", description=__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=at_least_one, default=3)
     parser.add_argument("--out", required=True, type=Path)
     options = parser.parse_args(arguments)
     enable_compilation_cache()

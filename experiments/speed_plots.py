@@ -32,7 +32,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         if not panel(axes, rows):
             axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, color=GREY)
         elif axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
+            axes.legend(frameon=False, fontsize=8, ncols=2)
     facts = result["environment"]
     figure.suptitle(f"{facts['device']}, jax {facts['jax']}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,14 +40,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _drafts(axes: Axes, rows: Rows) -> bool:
-    """Milliseconds of a round over its drafts: the widest program of every shape."""
-    found = [row for row in rows if row["batch"] == 1 and row["width"] > 1 and row["context"] < 1024]
+    """Milliseconds of a round over its drafts: the widest program of every shape, at its short context."""
+    found = [row for row in rows if row["batch"] == 1 and row["width"] > 1 and not row["part"].endswith("-context")]
     for shape, own in _by_shape(found):
         widest = max(row["width"] for row in own)
         _lines(axes, shape, "drafted_per_round", [row for row in own if row["width"] == widest])
     axes.set_xlabel("drafts per round (measured mean)")
     axes.set_ylabel("ms per round")
     axes.set_yscale("log")
+    if found:  # room for the names above the lines
+        axes.set_ylim(top=4 * max(row["round_ms"] for row in found))
     return bool(found)
 
 
@@ -59,7 +61,7 @@ def _contexts(axes: Axes, rows: Rows) -> bool:
         _lines(axes, shape, "context", [row for row in own if row["slots"] == longest])
     axes.set_xlabel("context (tokens)")
     axes.set_ylabel("ms per token")
-    axes.set_yscale("log")
+    axes.set_ylim(bottom=0)
     return bool(found)
 
 

@@ -21,6 +21,7 @@ from dvi_jax.errors import UserError
 
 _MATMUL = re.compile(r"gemm|gemv|nvjet|cutlass|cublas|xmma|(^|_)dot($|_)|matmul|splitk", re.IGNORECASE)
 _COPY = re.compile(r"^mem(cpy|set)", re.IGNORECASE)
+_COPY_NUMBER = re.compile(r"__\d+$")  # XLA numbers the kernels of one name that it compiled more than once
 _DRIVER_CALL = re.compile(r"^(cu|cuda)[A-Z]\w+$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*)$")
 _CONTROL = ("while", "conditional", "call")  # their time is that of the instructions inside
@@ -80,7 +81,7 @@ class Event:
         found = self.instruction(program)
         is_matmul = bool(_MATMUL.search(sanitized(self.name)))
         if found is None:
-            return "matrix product, library kernel" if is_matmul else f"unknown: {self.name[:40]}"
+            return "matrix product, library kernel" if is_matmul else f"kernel {_COPY_NUMBER.sub('', self.name)[:40]}"
         if is_matmul or found.op_name.endswith("dot_general"):
             return f"{found.part}: matrix product {'x'.join(map(str, found.weight))}"
         return f"{found.part}: the rest"
@@ -95,9 +96,16 @@ class Trace:
     lines: dict[str, int]  # every line of the trace with its number of events: what there was to read
 
     def without_control(self, program: dict[str, Instruction]) -> Trace:
-        """The trace less loops and branches themselves, which the CPU lists beside what runs inside them."""
+        """The trace less loops and branches themselves, which the CPU lists beside what runs inside them.
+
+        Copies stay: a GPU's are noted under the loop whose condition they take to the host.
+        """
         found = ((event, event.instruction(program)) for event in self.device)
-        kept = [event for event, instruction in found if instruction is None or instruction.opcode not in _CONTROL]
+        kept = [
+            event
+            for event, instruction in found
+            if event.is_copy or instruction is None or instruction.opcode not in _CONTROL
+        ]
         return replace(self, device=kept)
 
     def coverage(self) -> tuple[float, float, list[float]]:

@@ -260,3 +260,10 @@ def test_the_two_ablations_differ_in_their_text_alone():
     text, replies = (load_train_config(configs / f"ablation_{name}.yaml") for name in ("text", "replies"))
     assert text.data != replies.data
     assert replace(text, out="", data=()) == replace(replies, out="", data=())
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "many"])
+@pytest.mark.parametrize("command", [objectives, domain_shift])
+def test_counts_are_checked_before_anything_runs(command, count):
+    with pytest.raises(UserError, match=f"--seeds: expected a number of 1 or more, got '{count}'"):
+        command.main(["--config", "none.yaml", "--out", "none", "--per-domain", "8", "--seeds", count])
