@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import sys
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from dvi_jax.archives import DAMAGED, read_npz
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.generate import generate
 from dvi_jax.decode.prefill import bucket
@@ -84,11 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read_prompts(path: str, limit: int) -> list[list[int]]:
     """The first `limit` prompts (0: all) as token ids."""
     try:
-        with np.load(path) as file:
-            ends = np.cumsum(file["lengths"])
-            prompts = np.split(file["ids"], ends[:-1])
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        arrays = read_npz(path, "lengths", "ids")
+    except DAMAGED as error:
         raise UserError(f"{path} does not hold prompts (.npz with lengths and ids): {error}") from error
+    lengths, ids = arrays["lengths"], arrays["ids"]
+    whole = all(array.ndim == 1 and array.size and array.dtype.kind in "iu" for array in (lengths, ids))
+    if not whole or lengths.min() < 1 or lengths.sum() != len(ids) or ids.min() < 0:
+        raise UserError(f"{path} does not hold prompts: lengths of 1 or more must add up to the number of ids")
+    prompts = np.split(ids, np.cumsum(lengths)[:-1])
     return [prompt.tolist() for prompt in (prompts[:limit] if limit else prompts)]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from dvi_jax.archives import DAMAGED, read_npz
 from dvi_jax.errors import UserError
 
 
@@ -60,15 +60,23 @@ def pack(sequences: Iterable[tuple[Sequence[int], Sequence[bool]]], row_length: 
 
 def load_packed(paths: Sequence[str | Path]) -> Packed:
     """Read what `Packed.save` wrote; several files of one row length are joined."""
-    parts = []
-    for path in paths:
-        try:
-            with np.load(path) as file:
-                tokens = file["tokens"]
-                parts.append((tokens, np.unpackbits(file["mask"], axis=1, count=tokens.shape[1]).astype(bool)))
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is not packed data (.npz with tokens and mask): {error}") from error
+    parts = [_load(path) for path in paths]
     lengths = {tokens.shape[1] for tokens, _ in parts}
     if len(lengths) != 1:
         raise UserError(f"packed files of one row length are needed, got lengths {sorted(lengths)}")
     return Packed(np.concatenate([t for t, _ in parts]), np.concatenate([m for _, m in parts]))
+
+
+def _load(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask, both [N, T], of one file."""
+    wrong = f"{path} is not packed data (.npz with tokens and mask)"
+    try:
+        arrays = read_npz(path, "tokens", "mask")
+    except DAMAGED as error:
+        raise UserError(f"{wrong}: {error}") from error
+    tokens, bits = arrays["tokens"], arrays["mask"]
+    if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu" or tokens.min() < 0:
+        raise UserError(f"{wrong}: tokens must be rows of ids, got {tokens.dtype} {list(tokens.shape)}")
+    if bits.dtype != np.uint8 or bits.shape != (len(tokens), -(-tokens.shape[1] // 8)):
+        raise UserError(f"{wrong}: the mask must have a bit for each token, got {bits.dtype} {list(bits.shape)}")
+    return tokens, np.unpackbits(bits, axis=1, count=tokens.shape[1]).astype(bool)

@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import time
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dvi_jax.archives import DAMAGED, read_npz
 from dvi_jax.directories import PARTIAL, DamageError, hash_files, partial_directory, remove_partial, verify_files
 from dvi_jax.errors import UserError
 from dvi_jax.learn.distill import DistillState
@@ -223,9 +223,8 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """What `write_arrays` wrote; numpy has no name for bfloat16 and gives its bytes."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        return read_npz(path)
+    except DAMAGED as error:
         raise DamageError(f"{path} cannot be read: {error}") from error
 
 

@@ -231,6 +231,15 @@ def torch_file() -> Parser:
     )
 
 
+def packed_text() -> Parser:
+    """What `trainer: distill` learns from, packed before."""
+    from dvi_jax.learn.packing import load_packed
+
+    words = (b"<u2", b"|u1", b"<f4", b"|O", b"(2, 12)", b"(2, 2)", b"()", b"(-1, 2)", b"True", b"\x93NUMPY")
+    found = [{"text.npz": seed} for seed in seeds.packed_seeds()]
+    return Parser("packed text", tuple(found), lambda folder: load_packed([folder / "text.npz"]), words)
+
+
 def _read_all(source: Any) -> None:
     """Every row of every tensor of a `TensorSource` that has rows."""
     for name, shape in source.shapes.items():
@@ -248,6 +257,7 @@ _MAKERS = (
     tokenizer,
     model_directory,
     torch_file,
+    packed_text,
 )
 # Made on demand: each imports what it needs.
 PARSERS: dict[str, Callable[[], Parser]] = {

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import zstandard
 
 from experiments.fuzz.mutate import Seed, text_seed
@@ -292,6 +293,19 @@ def torch_seeds() -> list[Seed]:
     for index, address in enumerate(addresses):
         data = data.replace(address, str(index).zfill(len(address)).encode())
     return [Seed(_instructions(entries[name]), _zipped(entries, name)), Seed((data,))]
+
+
+def packed_seeds() -> list[Seed]:
+    """Packed text, compressed as it is written, and split at the header of each of its two arrays."""
+    arrays = {"tokens": np.arange(24, dtype=np.uint16).reshape(2, 12), "mask": np.full((2, 2), 240, np.uint8)}
+    compressed, entries = io.BytesIO(), {}
+    np.savez_compressed(compressed, **arrays)
+    for name, array in arrays.items():
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        entries[f"{name}.npy"] = buffer.getvalue()
+    split = [text_seed(data, _zipped(entries, name)) for name, data in entries.items()]
+    return [Seed((compressed.getvalue(),)), *split]
 
 
 def _instructions(data: bytes) -> tuple[bytes, ...]:

@@ -12,7 +12,7 @@ from dvi_jax.decode.generate import generate
 from dvi_jax.errors import UserError
 from dvi_jax.learn.packing import load_packed
 from dvi_jax.load import load
-from experiments.self_generate import batch_rows, by_length, deal, main, pack_whole
+from experiments.self_generate import batch_rows, by_length, deal, main, pack_whole, read_prompts
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=40))
@@ -92,3 +92,16 @@ def test_a_file_without_prompts(byte_checkpoint, tmp_path):
     np.savez(tmp_path / "text.npz", tokens=np.zeros((1, 4)))
     with pytest.raises(UserError, match="does not hold prompts"):
         main(["--checkpoint", str(byte_checkpoint), "--prompts", str(tmp_path / "text.npz"), "--out", "never.npz"])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ids"),
+    [([2, 2], [1, 2, 3]), ([3, 0], [1, 2, 3]), ([], []), ([1.0], [1.0]), ([2], [1, -1]), ([[1]], [1])],
+)
+def test_prompts_whose_lengths_do_not_fit_are_refused(tmp_path, lengths, ids):
+    np.savez(tmp_path / "x.npz", lengths=np.array(lengths), ids=np.array(ids))
+    with pytest.raises(UserError, match=r"x\.npz does not hold prompts: lengths of 1 or more must add up"):
+        read_prompts(tmp_path / "x.npz", 0)
+    np.savez(tmp_path / "x.npz", lengths=np.array([2, 1]), ids=np.array([5, 6, 7]))
+    assert read_prompts(tmp_path / "x.npz", 0) == [[5, 6], [7]]
+    assert read_prompts(tmp_path / "x.npz", 1) == [[5, 6]]

@@ -111,6 +111,24 @@ def test_packed_files(tmp_path):
         load_packed([tmp_path / "b.npz"])
 
 
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"tokens": np.ones((2, 9), int)}, "mask is not a file in the archive"),
+        ({"tokens": np.ones(9, int), "mask": np.ones(2, np.uint8)}, r"rows of ids, got int64 \[9\]"),
+        ({"tokens": np.ones((2, 9)), "mask": np.ones((2, 2), np.uint8)}, r"rows of ids, got float64 \[2, 9\]"),
+        ({"tokens": -np.ones((2, 9), int), "mask": np.ones((2, 2), np.uint8)}, "rows of ids"),
+        ({"tokens": np.ones((0, 9), int), "mask": np.ones((0, 2), np.uint8)}, "rows of ids"),
+        ({"tokens": np.ones((2, 9), int), "mask": np.ones((2, 9), bool)}, r"a bit for each token, got bool \[2, 9\]"),
+        ({"tokens": np.ones((2, 9), int), "mask": np.ones((2, 1), np.uint8)}, "a bit for each token"),
+    ],
+)
+def test_other_arrays_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(UserError, match=rf"x\.npz is not packed data .*{message}"):
+        load_packed([tmp_path / "x.npz"])
+
+
 def test_batches_cover_every_row_each_epoch_and_can_skip():
     packed = Packed(np.arange(12).reshape(6, 2), np.ones((6, 2), bool))
     batches = packed.batches(2, seed=5)
