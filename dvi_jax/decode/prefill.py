@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from dvi_jax.decode.sampling import Sampling, draw, log_probs
 from dvi_jax.decode.state import DecodeState, Signals
-from dvi_jax.model.attention import Caches, has_fused
+from dvi_jax.model.attention import Caches
 from dvi_jax.model.drafters import Committed
+from dvi_jax.model.products import has_fused
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
 
 # Tokens of a prompt that go through at once. Enough that products are bound by arithmetic, not by reading weights: on

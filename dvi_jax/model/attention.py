@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from dvi_jax.config import LlamaConfig, RopeScaling
 from dvi_jax.model import decode_attention
-from dvi_jax.model.products import precision, total
+from dvi_jax.model.products import has_fused, precision, total
 
 
 class LayerCache(NamedTuple):
@@ -105,11 +105,6 @@ def attend_fresh(
     if has_fused(query.dtype):
         return fused_attention(query, key, value, is_causal=True), cache
     return attend(query, key, value, positions[:, None, :] <= positions[:, :, None]), cache
-
-
-def has_fused(dtype: jnp.dtype) -> bool:
-    """Whether the default backend has `fused_attention` for this type."""
-    return jax.default_backend() == "gpu" and jnp.dtype(dtype).itemsize == 2
 
 
 def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, **rule: Any) -> jax.Array:

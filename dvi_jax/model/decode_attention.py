@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from dvi_jax.model.products import has_fused
+
 CHUNK = 512  # slots of a chunk
 WHOLE = 1024  # caches up to here are one chunk: a short context is not worth a second kernel
 BLOCK = 64  # slots of one step inside a chunk
@@ -39,7 +41,7 @@ def is_supported(rows: int, head_dim: int, dtype: jnp.dtype) -> bool:
     """Whether the kernel takes `rows` = T * G rows of 16-bit heads of this size on the default backend."""
     half = head_dim // 2
     sizes_fit = rows <= MOST_ROWS and half >= SMALLEST and half & (half - 1) == 0
-    return jax.default_backend() == "gpu" and jnp.dtype(dtype).itemsize == 2 and sizes_fit
+    return has_fused(dtype) and sizes_fit
 
 
 @partial(jax.jit, static_argnames=("interpret",))  # traced and lowered once for all layers: seconds of every start

@@ -62,3 +62,8 @@ def _divides(count: int, width: int) -> bool:
 def precision(x: jax.Array) -> jax.lax.Precision:
     """Full precision for float32 operands: accelerators would otherwise round them to TF32."""
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def has_fused(dtype: jnp.dtype) -> bool:
+    """Whether the default backend has fused kernels, cuDNN's attention and our own, for arrays of this type."""
+    return jax.default_backend() == "gpu" and jnp.dtype(dtype).itemsize == 2
