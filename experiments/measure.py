@@ -33,6 +33,8 @@ from dvi_jax.model.drafters import Committed
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import Params, split
 
+WAKE_SECONDS = 1.0
+
 
 def environment() -> dict[str, str]:
     """Device and versions, for the head of a result."""
@@ -61,9 +63,6 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
-WAKE_SECONDS = 1.0
 
 
 def median_seconds(function: Callable[[], Any], repeats: int = 5) -> float:

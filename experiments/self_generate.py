@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dvi_jax.archives import DAMAGED, read_npz
+from dvi_jax.archives import DAMAGED_NPZ, read_npz
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.generate import generate
 from dvi_jax.decode.prefill import bucket
@@ -85,7 +85,7 @@ def read_prompts(path: str, limit: int) -> list[list[int]]:
     """The first `limit` prompts (0: all) as token ids."""
     try:
         arrays = read_npz(path, "lengths", "ids")
-    except DAMAGED as error:
+    except DAMAGED_NPZ as error:
         raise UserError(f"{path} does not hold prompts (.npz with lengths and ids): {error}") from error
     lengths, ids = arrays["lengths"], arrays["ids"]
     whole = all(array.ndim == 1 and array.size and array.dtype.kind in "iu" for array in (lengths, ids))

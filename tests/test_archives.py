@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from dvi_jax.archives import DAMAGED, read_npz
+from dvi_jax.archives import DAMAGED_NPZ, read_npz
 
 
 def damaged(whole: bytes):
@@ -27,7 +27,7 @@ def test_every_byte(tmp_path, save):
         path.write_bytes(data)
         try:
             read_npz(path)
-        except DAMAGED as error:
+        except DAMAGED_NPZ as error:
             refused.add(type(error).__name__)
     assert {"BadZipFile", "EOFError", "RuntimeError", "NotImplementedError", "ValueError"} <= refused
 
@@ -36,5 +36,5 @@ def test_other_files(tmp_path):
     np.save(tmp_path / "one.npy", np.arange(3))
     np.savez(tmp_path / "objects.npz", a=np.array([{}], object))
     for name in ("one.npy", "objects.npz", "none.npz"):
-        with pytest.raises(DAMAGED):
+        with pytest.raises(DAMAGED_NPZ):
             read_npz(tmp_path / name)

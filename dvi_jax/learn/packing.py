@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dvi_jax.archives import DAMAGED, read_npz
+from dvi_jax.archives import DAMAGED_NPZ, read_npz
 from dvi_jax.errors import UserError
 
 
@@ -72,7 +72,7 @@ def _load(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     wrong = f"{path} is not packed data (.npz with tokens and mask)"
     try:
         arrays = read_npz(path, "tokens", "mask")
-    except DAMAGED as error:
+    except DAMAGED_NPZ as error:
         raise UserError(f"{wrong}: {error}") from error
     tokens, bits = arrays["tokens"], arrays["mask"]
     if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu" or tokens.min() < 0:

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvi_jax.archives import DAMAGED, read_npz
+from dvi_jax.archives import DAMAGED_NPZ, read_npz
 from dvi_jax.directories import PARTIAL, DamageError, hash_files, partial_directory, remove_partial, verify_files
 from dvi_jax.errors import UserError
 from dvi_jax.learn.distill import DistillState
@@ -224,7 +224,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """What `write_arrays` wrote; numpy has no name for bfloat16 and gives its bytes."""
     try:
         return read_npz(path)
-    except DAMAGED as error:
+    except DAMAGED_NPZ as error:
         raise DamageError(f"{path} cannot be read: {error}") from error
 
 
