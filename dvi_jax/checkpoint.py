@@ -39,7 +39,7 @@ MOST_OPTION = 4096  # a rank, a number of heads: a manifest alone must not make 
 MOST_TEXT = 32 * 2**20  # bytes of a text file of a checkpoint
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What the arrays are and where they came from. `verifier` names the model that "lossless" is relative to."""
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.memory import GIB
 from dvi_jax.errors import UserError, add_debug
-from dvi_jax.load import LoadedModel, enable_compilation_cache, load
+from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

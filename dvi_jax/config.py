@@ -85,7 +85,7 @@ class LlamaConfig:
         return from_dict(cls, data, where)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
     """How one generation drafts. `draft_steps + 1` rows are verified in every round.
 
@@ -138,19 +138,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(self.turns in ("first", "all"), "data.turns", self.turns, "first or all")
         require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens", self.max_prompt_tokens, "at least 1")
-        require(0 < self.held_out_fraction < 1, "data.held_out_fraction", self.held_out_fraction, "between 0 and 1")
+        require(
+            0 <= self.held_out_fraction < 1, "data.held_out_fraction", self.held_out_fraction, "at least 0 and below 1"
+        )
         require(self.held_out_prompts >= 1, "data.held_out_prompts", self.held_out_prompts, "at least 1")
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """lora_S of a drafter that the checkpoint does not hold yet. Rank 0 leaves it out."""
-
-    rank_s: int = 64
-    alpha_s: float = 64.0
-
-    def __post_init__(self) -> None:
-        require(self.rank_s >= 0, "lora.rank_s", self.rank_s, "0 or above")
 
 
 @dataclass(frozen=True)
@@ -262,6 +253,8 @@ class TrainConfig:
 
     checkpoint: str
     out: str
+    drafter: str | None = None
+    drafter_options: dict[str, Any] = field(default_factory=dict, hash=False)
     exit_layer: int | None = None
     seed: int = 0
     prompts: int = 2000
@@ -279,7 +272,6 @@ class TrainConfig:
     max_minutes: float = 0.0
     data: DataConfig = field(default_factory=DataConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     slow: SlowConfig = field(default_factory=SlowConfig)
@@ -336,6 +328,7 @@ class DistillConfig:
     out: str
     data: tuple[str, ...]
     drafter: str = "fused"
+    drafter_options: dict[str, Any] = field(default_factory=dict, hash=False)
     exit_layer: int | None = None
     tokens: int = 30_000_000
     row_length: int = 512

@@ -11,13 +11,13 @@ from typing import Any
 from dvi_jax.command_line import add_model_options, load_model, memory_limit
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.data.conversations import Message
+from dvi_jax.decode.batch import Generation, check_prompts, generate_batch, slots_for
 from dvi_jax.decode.cost import with_measured_cost
-from dvi_jax.decode.generate import Generation, check_prompts, generate, slots_for
-from dvi_jax.decode.memory import Sizes, plan
+from dvi_jax.decode.memory import Sizes, measure_memory
 from dvi_jax.decode.prefill import bucket
 from dvi_jax.decode.stream import Stream
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
-from dvi_jax.load import LoadedModel
+from dvi_jax.loading import LoadedModel
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.json and options.stream:
         raise UserError("--json prints one object at the end: leave out --stream")
-    settings = DecodeConfig(options.draft_steps, options.threshold, options.max_new_tokens)
+    settings = DecodeConfig(
+        draft_steps=options.draft_steps, threshold=options.threshold, max_new_tokens=options.max_new_tokens
+    )
     sampling = _sampling(options)
     model = load_model(options)
     if options.drafter not in (None, model.manifest.drafter):
@@ -34,14 +36,14 @@ def main(arguments: list[str] | None = None) -> int:
     check_prompts(model, [prompt], settings.max_new_tokens)
     coupled = None if sampling is None else sampling.coupled
     sizes = Sizes(1, slots_for(len(prompt), settings), settings.draft_steps + 1, bucket(len(prompt)), coupled=coupled)
-    print(plan(model, sizes, memory_limit(options)).describe(), file=sys.stderr)
+    print(measure_memory(model, sizes, memory_limit(options)).describe(), file=sys.stderr)
     if options.adaptive:
         settings = with_measured_cost(model, prompt, settings)
     choices = {"plain": options.plain, "eos_ids": eos_ids, "sampling": sampling}
     if options.stream or options.stop:
         generation, seconds, text = _streamed(model, prompt, settings, options, choices)
     else:
-        (generation,), seconds = generate(model, [prompt], settings, **choices)
+        (generation,), seconds = generate_batch(model, [prompt], settings, **choices)
         text = model.tokenizer.decode(generation.new_ids) if model.tokenizer else ""
     result = describe(generation, seconds, text)
     if options.json:

@@ -14,9 +14,9 @@ from dvi_jax.command_line import progress_bar
 from dvi_jax.config import DistillConfig, TrainConfig, load_train_config
 from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
 from dvi_jax.evaluate.curve import plot_learning_curve
-from dvi_jax.learn.offline import distill
-from dvi_jax.learn.online import RunResult, train
-from dvi_jax.load import enable_compilation_cache
+from dvi_jax.learn.offline import train_offline
+from dvi_jax.learn.online import OnlineResult, train_online
+from dvi_jax.loading import enable_compilation_cache
 
 PLAIN_EVERY = 10  # updates between two lines where the output is not a terminal
 
@@ -70,11 +70,11 @@ def say(console: Console, text: str) -> None:
     console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
-def run(config: TrainConfig, *, resume: bool, console: Console) -> RunResult:
+def run(config: TrainConfig, *, resume: bool, console: Console) -> OnlineResult:
     """Train with a display and leave the learning curve beside the metrics."""
     display = Display(config, console)
     with display.bar:
-        result = train(config, resume=resume, report=display)
+        result = train_online(config, resume=resume, report=display)
     try:
         plot_learning_curve(f"{config.out}/metrics.jsonl", f"{config.out}/curve.png")
     except UserError as error:  # the run is done and saved; matplotlib is an extra
@@ -101,7 +101,7 @@ def run_distillation(config: DistillConfig, *, resume: bool, console: Console) -
                 f"  {record['tokens_per_second']:.0f} tokens/s  loss {record['loss']:.3f}  agreement {agreement}"
             )
 
-    result = distill(config, resume=resume, report=report)
+    result = train_offline(config, resume=resume, report=report)
     console.print(
         f"{result.tokens / 1e6:.1f}M tokens in {result.seconds:.0f} s"
         f" ({result.tokens / result.seconds:.0f} tokens/s, compilation included)"

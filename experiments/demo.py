@@ -26,12 +26,12 @@ from conversion.importing import import_model
 from dvi_jax.checkpoint import read_json
 from dvi_jax.config import DecodeConfig, TrainConfig, load_train_config
 from dvi_jax.data import ConversationStream, Message
-from dvi_jax.decode.generate import Generation, make_knobs, read_generations, start
-from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.batch import Generation, make_knobs, read_generations, start
+from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import Knobs
 from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
-from dvi_jax.learn.online import RunResult
-from dvi_jax.load import LoadedModel, enable_compilation_cache, load
+from dvi_jax.learn.online import OnlineResult
+from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
 from dvi_jax.train import run
 from experiments.fetch import fetch_conversations, fetch_model
 
@@ -174,10 +174,10 @@ def _prepare(
     """The compiled loop (jax keeps it), the prefilled state and the knobs of one generation."""
     knobs = make_knobs(settings, model.eos_ids, plain=plain)
     state = jax.block_until_ready(start(model, [prompt], settings, knobs, longest_prompt=longest_prompt))
-    return decode.lower(model.definition, model.decode_params, state, knobs).compile(), state, knobs
+    return decode_rounds.lower(model.definition, model.decode_params, state, knobs).compile(), state, knobs
 
 
-def show(result: RunResult, timing: Comparison, config: TrainConfig, console: Console) -> None:
+def show(result: OnlineResult, timing: Comparison, config: TrainConfig, console: Console) -> None:
     """The closing table, what it means for speed here, and where everything lies."""
     before, after = result.before, result.after
     table = Table(title=f"{len(result.held_out)} held-out prompts, {result.updates} updates")

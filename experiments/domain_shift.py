@@ -24,13 +24,13 @@ from typing import Any
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.config import TrainConfig
 from dvi_jax.data.conversations import ConversationStream
-from dvi_jax.data.prompts import PromptSettings, PromptStream
+from dvi_jax.data.prompts import PromptStream
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
 from dvi_jax.evaluate.plots import BLUE, new_figure
 from dvi_jax.learn.metrics import MetricsLog
-from dvi_jax.learn.online import train
-from dvi_jax.load import enable_compilation_cache
+from dvi_jax.learn.online import train_online
+from dvi_jax.loading import enable_compilation_cache
 from experiments.measure import environment, write_result
 from experiments.objectives import online_config, recorded, spread
 
@@ -89,8 +89,7 @@ def check_stream(config: TrainConfig, per_domain: int) -> None:
     """
     data = config.data
     tokenizer = Tokenizer.from_checkpoint(read_checkpoint(config.checkpoint))
-    settings = PromptSettings(data.max_prompt_tokens, data.turns, data.held_out_fraction)
-    stream = PromptStream(ConversationStream(data.files), tokenizer, settings)
+    stream = PromptStream(ConversationStream(data.files), tokenizer, data)
     given = Counter(prompt.position.file for prompt in stream)
     if any(given[index] != per_domain for index in range(len(data.files))):
         found = ", ".join(f"{Path(file).name} {given[index]}" for index, file in enumerate(data.files))
@@ -116,7 +115,7 @@ def run(config: TrainConfig) -> Run:
 
     with tempfile.TemporaryDirectory() as scratch:
         # Neither evaluations nor snapshots between rollouts: the clock shall count rollouts and updates.
-        train(replace(config, out=f"{scratch}/run", eval_every=NEVER, save_every=NEVER), report=watch)
+        train_online(replace(config, out=f"{scratch}/run", eval_every=NEVER, save_every=NEVER), report=watch)
         records = MetricsLog(Path(scratch) / "run" / "metrics.jsonl").records("train")
     names = ("prompts", "new_tokens", "accept_rate", "tokens_per_round", "rollout_seconds", "update_seconds")
     curves = {name: [record[name] for record in records] for name in names}

@@ -11,11 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from dvi_jax.data.conversations import Conversation, ConversationStream, Message
-from dvi_jax.data.prompts import PromptSettings, is_held_out
+from dvi_jax.data.prompts import HELD_OUT_SALT, is_held_out
 
 HELD_OUT_FRACTION = 0.02
 DOMAIN_FRACTION = 0.35  # of the training conversations, used for the domains' streams and for nothing else
-SALT = PromptSettings(1).salt
 SHARED_WORDS = 8  # that many words in a row, in a prompt and in a conversation, are no accident
 FOREIGN_SHARE = 0.01  # of a message's characters that may be letters outside ASCII
 ENGLISH_SHARE, ENGLISH_WORDS = 0.06, 30  # the least share of `COMMON_WORDS` in a message of so many words
@@ -58,7 +57,7 @@ def question_of(conversation: Conversation) -> str:
 
 def purpose(question: str) -> str:
     """What a conversation that opens with `question` is for: `held out`, `domains` or `replies`."""
-    if is_held_out(question, HELD_OUT_FRACTION, SALT):
+    if is_held_out(question, HELD_OUT_FRACTION, HELD_OUT_SALT):
         return "held out"
     return "domains" if is_held_out(question, DOMAIN_FRACTION, "domains") else "replies"
 

@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from dvi_jax.config import DecodeConfig, DistillConfig, load_train_config
-from dvi_jax.decode.generate import generate
+from dvi_jax.decode.acceptance import measure_acceptance
+from dvi_jax.decode.batch import generate_batch
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
-from dvi_jax.evaluate.acceptance import measure_acceptance
 from dvi_jax.evaluate.plots import new_figure
 from dvi_jax.learn.metrics import MetricsLog
-from dvi_jax.learn.offline import distill
-from dvi_jax.load import LoadedModel, enable_compilation_cache
+from dvi_jax.learn.offline import train_offline
+from dvi_jax.loading import LoadedModel, enable_compilation_cache
 from dvi_jax.model.drafters import DRAFTERS
 from experiments.compare import COLORS
 from experiments.measure import environment, write_result
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     decoded = specs if options.decode == ["all"] else [Spec.parse(text) for text in options.decode]
     if decoded and not options.data:
         raise UserError("--decode needs --data: a file of held-out prompts")
-    decoding = DecodeConfig(options.draft_steps, 0.0, options.new_tokens)
+    decoding = DecodeConfig(draft_steps=options.draft_steps, max_new_tokens=options.new_tokens)
     options.out.mkdir(parents=True, exist_ok=True)
     result = {"environment": environment(), "settings": recorded(config), "runs": {}}
     for spec in specs:
@@ -108,7 +108,7 @@ def run(config: DistillConfig, spec: Spec) -> tuple[dict[str, Any], LoadedModel]
     """Distil one drafter in a scratch directory: its curve, held-out agreement, speed; and the model with it."""
     settings = replace(config, drafter=spec.drafter, exit_layer=spec.exit_layer, shallow_rank=spec.shallow_rank)
     with tempfile.TemporaryDirectory() as scratch:
-        result = distill(replace(settings, out=f"{scratch}/run"))
+        result = train_offline(replace(settings, out=f"{scratch}/run"))
         updates = MetricsLog(Path(scratch) / "run" / "metrics.jsonl").records("train")
     params = result.model.params
     record = {
@@ -129,8 +129,8 @@ def decode(model: LoadedModel, file: str, count: int, settings: DecodeConfig) ->
     if model.tokenizer is None:
         raise UserError("decoding prompts needs a checkpoint with a tokenizer")
     prompts = list(every_prompt(file, model.tokenizer, count, 192).values())
-    plain, _ = generate(model, prompts, settings, plain=True)
-    fast, _ = generate(model, prompts, settings)
+    plain, _ = generate_batch(model, prompts, settings, plain=True)
+    fast, _ = generate_batch(model, prompts, settings)
     acceptance = measure_acceptance(fast)
     return {
         "prompts": len(prompts),

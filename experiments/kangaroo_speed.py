@@ -31,16 +31,16 @@ from rich.console import Console
 from rich.table import Table
 
 from conversion.layout import HF_NAMES, base_slots
-from conversion.parity_inputs import choose_prompts, make_case
+from conversion.parity.inputs import choose_prompts, make_case
 from conversion.tensors import get_path
 from dvi_jax import presets
 from dvi_jax.checkpoint import Manifest
 from dvi_jax.config import DecodeConfig, LlamaConfig
-from dvi_jax.decode.generate import read_generations, start
-from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.batch import read_generations, start
+from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import Knobs
 from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
-from dvi_jax.load import LoadedModel, build_model, load, restore_trained
+from dvi_jax.loading import LoadedModel, build_model, load, restore_trained
 from dvi_jax.model.llama import base_shapes
 from dvi_jax.model.speculative_llama import split
 from experiments.measure import write_result
@@ -112,7 +112,7 @@ class Measurement:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, measure, print the table, write the JSON; 1 if the accept lengths differ."""
     options = _parser().parse_args(arguments)
-    config = DecodeConfig(options.draft_steps, max_new_tokens=options.max_new_tokens)
+    config = DecodeConfig(draft_steps=options.draft_steps, max_new_tokens=options.max_new_tokens)
     if options.repeats < 1 or options.limit < 1:
         raise UserError("--repeats and --limit must be at least 1")
     # Two frameworks share the card: JAX must not reserve most of it. Read when its backend starts, which is later.
@@ -156,7 +156,7 @@ def measure(pair: Pair, config: DecodeConfig, threshold: float, repeats: int) ->
     knobs = Knobs.make(config.draft_steps, threshold, ())
     began = time.perf_counter()
     programs = [
-        decode.lower(
+        decode_rounds.lower(
             pair.model.definition, pair.model.decode_params, start(pair.model, [prompt], config, knobs), knobs
         ).compile()
         for prompt in pair.prompts
@@ -246,7 +246,14 @@ def _random_pair(options: argparse.Namespace) -> Pair:
     if device == "cuda":
         torch.cuda.synchronize()  # JAX reads the same memory on another stream
     options_ = {"num_heads": config.num_heads, "num_kv_heads": config.num_heads, "rms_norm_eps": config.rms_norm_eps}
-    manifest = Manifest("random", "", "bfloat16", options.exit_layer, "kangaroo", options_)
+    manifest = Manifest(
+        source="random",
+        source_sha256="",
+        dtype="bfloat16",
+        exit_layer=options.exit_layer,
+        drafter="kangaroo",
+        drafter_config=options_,
+    )
     definition, params = split(build_model(config, manifest, jax.tree.map(jnp.from_dlpack, base)))
     params = restore_trained(params, jax.tree.map(jnp.from_dlpack, drafter), None, "the random adapter")
     generator = torch.Generator().manual_seed(1)

@@ -32,9 +32,9 @@ from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.config import TrainConfig
 from dvi_jax.directories import PARTIAL
 from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
-from dvi_jax.learn.online import train
+from dvi_jax.learn.online import train_online
 from dvi_jax.learn.snapshot import ARRAYS, read_arrays
-from dvi_jax.load import enable_compilation_cache
+from dvi_jax.loading import enable_compilation_cache
 from dvi_jax.settings import from_dict
 from experiments.measure import environment, write_result
 from experiments.tiny import write_tiny_run
@@ -120,7 +120,7 @@ def _live(config: TrainConfig, out: Path, seconds: float | None = None) -> bool:
 
 def _run(config: TrainConfig) -> None:
     """In the child: train or go on, then leave the digest of what came of it."""
-    result = train(config, resume=True)
+    result = train_online(config, resume=True)
     document = json.dumps(digest(Path(config.out), result.checkpoint))
     (Path(config.out) / ENDING).write_text(document, encoding="utf-8")
 

@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvi_jax.config import DecodeConfig
-from dvi_jax.decode.generate import start
-from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.batch import start
+from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import ArgumentParser, run_cli
-from dvi_jax.load import LoadedModel, enable_compilation_cache
-from dvi_jax.model.scripted import Scripted
+from dvi_jax.loading import LoadedModel, enable_compilation_cache
 from dvi_jax.model.speculative_llama import join, split
 from dvi_jax.presets import SHAPES
 from experiments.measure import environment, random_model, settings_of, write_result
+from experiments.scripted import Scripted
 
 
 def main() -> int:
@@ -43,7 +43,10 @@ def main() -> int:
     model = with_scripted_drafter(random_model(SHAPES[options.shape], options.dtype, 2))
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, model.config.vocab_size, (options.batch, options.prompt)).tolist()
-    rows = [check(model, prompts, DecodeConfig(s, 0.0, options.new_tokens), rng) for s in options.draft_steps]
+    rows = [
+        check(model, prompts, DecodeConfig(draft_steps=s, max_new_tokens=options.new_tokens), rng)
+        for s in options.draft_steps
+    ]
     for row in rows:
         print(row)
     if options.out:
@@ -89,7 +92,7 @@ def run(
     state = start(model, prompts, settings, knobs, record=True)
     if script is not None:
         state = state.replace(drafter=script)
-    return jax.block_until_ready(decode(model.definition, model.decode_params, state, knobs))
+    return jax.block_until_ready(decode_rounds(model.definition, model.decode_params, state, knobs))
 
 
 def same(plain: DecodeState, fast: DecodeState) -> bool:
@@ -98,8 +101,8 @@ def same(plain: DecodeState, fast: DecodeState) -> bool:
     if not np.array_equal(lengths, fast.length):
         return False
     pairs = zip(
-        (np.asarray(plain.tokens), bits(plain.signals.verifier_hidden)),
-        (np.asarray(fast.tokens), bits(fast.signals.verifier_hidden)),
+        (np.asarray(plain.tokens), bits(plain.signals.features.final)),
+        (np.asarray(fast.tokens), bits(fast.signals.features.final)),
         strict=True,
     )
     return all(np.array_equal(a[row, :length], b[row, :length]) for a, b in pairs for row, length in enumerate(lengths))

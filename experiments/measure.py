@@ -25,10 +25,10 @@ import numpy as np
 from dvi_jax.checkpoint import Manifest
 from dvi_jax.config import LlamaConfig
 from dvi_jax.decode.memory import Sizes, abstract_state
-from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import UserError
-from dvi_jax.load import LoadedModel, build_model
+from dvi_jax.loading import LoadedModel, build_model
 from dvi_jax.model.drafters import Committed
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import Params, split
@@ -89,7 +89,9 @@ def copy_bandwidth(gigabytes: float) -> float:
 def random_model(config: LlamaConfig, dtype: str, exit_layer: int, drafter: str = "exit_head") -> LoadedModel:
     """Random weights of a published shape, made on the device; the drafter untrained."""
     options = {"rank": 0} if drafter == "exit_head" else {}
-    manifest = Manifest("random", "", dtype, exit_layer, drafter, options)
+    manifest = Manifest(
+        source="random", source_sha256="", dtype=dtype, exit_layer=exit_layer, drafter=drafter, drafter_config=options
+    )
     base = random_base(config, jax.random.key(0), jnp.dtype(dtype))
     return LoadedModel(config, manifest, *split(build_model(config, manifest, base)))
 
@@ -114,7 +116,7 @@ def filled_state(model: LoadedModel, batch: int, slots: int, width: int, length:
     empty = jax.tree.map(_pattern, abstract_state(model, Sizes(batch, slots, width, prompt=16)))
     count = jnp.full((batch,), length, jnp.int32)
     tokens = jax.random.randint(jax.random.key(0), (batch, slots), 3, model.config.vocab_size, jnp.int32)
-    previous = Committed(empty.previous.hidden, empty.previous.feature, count - 1, jnp.ones_like(count))
+    previous = Committed(empty.committed.hidden, empty.committed.features, count - 1, jnp.ones_like(count))
     return empty.replace(tokens=tokens, length=count + 1, limit=count + new_tokens, previous=previous)
 
 
@@ -179,7 +181,7 @@ class Timing:
 def compile_decode(model: LoadedModel, state: DecodeState) -> tuple[jax.stages.Compiled, float]:
     """The decode loop compiled for states like this one, and the seconds that tracing and compiling took."""
     began = time.perf_counter()
-    program = decode.lower(model.definition, model.decode_params, state, Knobs.make(0, 0.0, ())).compile()
+    program = decode_rounds.lower(model.definition, model.decode_params, state, Knobs.make(0, 0.0, ())).compile()
     return program, time.perf_counter() - began
 
 

@@ -21,8 +21,8 @@ from dvi_jax.config import DistillConfig, ObjectiveConfig, TrainConfig, load_tra
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
 from dvi_jax.evaluate.plots import new_figure
 from dvi_jax.learn.metrics import MetricsLog
-from dvi_jax.learn.online import train
-from dvi_jax.load import enable_compilation_cache
+from dvi_jax.learn.online import train_online
+from dvi_jax.loading import enable_compilation_cache
 from experiments.compare import COLORS
 from experiments.measure import environment, write_result
 
@@ -89,7 +89,7 @@ def recorded(config: TrainConfig | DistillConfig) -> dict[str, Any]:
 def run(config: TrainConfig) -> dict[str, Any]:
     """One training run in a scratch directory; its held-out curve over the prompts learned from."""
     with tempfile.TemporaryDirectory() as scratch:
-        result = train(replace(config, out=f"{scratch}/run"))
+        result = train_online(replace(config, out=f"{scratch}/run"))
         metrics = MetricsLog(Path(scratch) / "run" / "metrics.jsonl")
         evaluations, rollbacks = metrics.records("eval"), metrics.records("rollback")
     prompts_per_update = config.rollout_batch * config.update_every / max(config.updates_per_rollout, 1)

@@ -22,9 +22,9 @@ from rich.table import Table
 
 from conversion.importing import import_model
 from dvi_jax.config import DecodeConfig
-from dvi_jax.decode.generate import generate
+from dvi_jax.decode.batch import generate_batch
 from dvi_jax.errors import ArgumentParser, run_cli
-from dvi_jax.load import enable_compilation_cache, load
+from dvi_jax.loading import enable_compilation_cache, load
 from experiments.measure import environment, write_result
 
 
@@ -44,14 +44,17 @@ def main() -> int:
         model = load(Path(scratch) / "model")
     peer = load_peer(options.hf)
     prompt = list(range(100, 100 + options.prompt_tokens))
-    settings = {f"width {width}": DecodeConfig(width - 1, 0.0, options.new_tokens) for width in options.widths}
+    settings = {
+        f"width {width}": DecodeConfig(draft_steps=width - 1, max_new_tokens=options.new_tokens)
+        for width in options.widths
+    }
     times: dict[str, list[float]] = {name: [] for name in ("transformers", *settings)}
     ids: dict[str, list[int]] = {}
     for repeat in range(options.repeats + 1):
         ids["transformers"], seconds = decode_peer(peer, prompt, options.new_tokens)
         times["transformers"].append(seconds)
         for name, setting in settings.items():
-            (generation,), seconds = generate(model, [prompt], setting, plain=True, eos_ids=())
+            (generation,), seconds = generate_batch(model, [prompt], setting, plain=True, eos_ids=())
             ids[name] = generation.new_ids
             times[name].append(seconds)
         if not repeat:  # the first of each warms up

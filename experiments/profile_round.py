@@ -25,7 +25,7 @@ from rich.table import Table
 
 from dvi_jax.decode.state import Knobs
 from dvi_jax.errors import ArgumentParser, run_cli
-from dvi_jax.load import LoadedModel, enable_compilation_cache, load
+from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
 from dvi_jax.presets import SHAPES
 from experiments.measure import (
     compile_decode,

@@ -19,13 +19,13 @@ import numpy as np
 
 from dvi_jax.archives import DAMAGED_NPZ, read_npz
 from dvi_jax.config import DecodeConfig
-from dvi_jax.decode.generate import generate
+from dvi_jax.decode.batch import generate_batch
 from dvi_jax.decode.prefill import bucket
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.learn.packing import Packed
-from dvi_jax.load import enable_compilation_cache, load
+from dvi_jax.loading import enable_compilation_cache, load
 
-MOST_ROWS = 512  # of a batch: more gain nothing on one GPU
+MOST_SEQUENCES = 512  # of a batch: more gain nothing on one GPU
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for longest, prompts in classes.items()
         for batch in deal(prompts, longest, batch_rows(options.batch_tokens, longest + options.new_tokens))
     ]
-    settings = DecodeConfig(0, 0.0, options.new_tokens)
+    settings = DecodeConfig(draft_steps=0, max_new_tokens=options.new_tokens)
     sequences, new_tokens, began = [], 0, time.perf_counter()
     for done, index in enumerate(np.random.default_rng(0).permutation(len(batches)), 1):
         batch = batches[index]
-        generations, _ = generate(model, batch.prompts, settings, plain=True, longest_prompt=batch.longest)
+        generations, _ = generate_batch(model, batch.prompts, settings, plain=True, longest_prompt=batch.longest)
         for prompt, generation in zip(batch.prompts[: batch.count], generations, strict=False):
             sequences.append((generation.output_ids, len(prompt)))
             new_tokens += len(generation.new_ids)
@@ -108,8 +108,8 @@ def by_length(prompts: Sequence[list[int]], lengths: Sequence[int]) -> dict[int,
 
 
 def batch_rows(tokens: int, length: int) -> int:
-    """The largest power of two of rows of `length` within `tokens`, at most `MOST_ROWS`."""
-    return min(2 ** ((max(tokens // length, 1)).bit_length() - 1), MOST_ROWS)
+    """The largest power of two of rows of `length` within `tokens`, at most `MOST_SEQUENCES`."""
+    return min(2 ** ((max(tokens // length, 1)).bit_length() - 1), MOST_SEQUENCES)
 
 
 def deal(prompts: Sequence[list[int]], longest: int, rows: int) -> Iterator[Batch]:

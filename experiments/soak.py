@@ -30,8 +30,8 @@ from dvi_jax.config import TrainConfig, load_train_config
 from dvi_jax.data.conversations import StreamLimits
 from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
 from dvi_jax.evaluate.plots import new_figure
-from dvi_jax.learn.online import train
-from dvi_jax.load import enable_compilation_cache
+from dvi_jax.learn.online import train_online
+from dvi_jax.loading import enable_compilation_cache
 from experiments.measure import environment, write_result
 from experiments.tiny import write_tiny_run
 
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     jax.monitoring.register_event_duration_secs_listener(sampler.count_compilation)
     with tempfile.TemporaryDirectory() as scratch:
         config = replace(_config(options, Path(scratch)), max_minutes=options.minutes)
-        train(config, report=sampler)
+        train_online(config, report=sampler)
     jax.monitoring.unregister_event_duration_listener(sampler.count_compilation)
     settled = [sample for sample in sampler.samples if sample.minutes >= options.warm_up]
     if len(settled) < 3:

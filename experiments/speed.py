@@ -32,7 +32,7 @@ from rich.table import Table
 
 from dvi_jax.decode.memory import Sizes, lower_programs
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
-from dvi_jax.load import LoadedModel, enable_compilation_cache, load
+from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
 from dvi_jax.presets import SHAPES
 from experiments.measure import abstract_model, copy_bandwidth, environment, random_model, settings_of, write_result
 from experiments.speed_suite import PARTS, Case, findings, measure, suite

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from dvi_jax.decode.memory import workspace_bytes
-from dvi_jax.load import LoadedModel
+from dvi_jax.loading import LoadedModel
 from experiments.measure import compile_decode, filled_state, floor_of, time_decode
 
 LONG = 16384

@@ -19,15 +19,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dvi_jax.config import DecodeConfig
+from dvi_jax.config import DataConfig, DecodeConfig
 from dvi_jax.data.conversations import ConversationStream
-from dvi_jax.data.prompts import PromptSettings, PromptStream, context_of_turn
+from dvi_jax.data.prompts import PromptStream, context_of_turn
 from dvi_jax.data.tokenizer import Tokenizer
-from dvi_jax.decode.generate import Generation, generate
+from dvi_jax.decode.acceptance import measure_acceptance
+from dvi_jax.decode.batch import Generation, generate_batch
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
-from dvi_jax.evaluate.acceptance import measure_acceptance
 from dvi_jax.evaluate.plots import new_figure
-from dvi_jax.load import LoadedModel, enable_compilation_cache, load
+from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
 from experiments.compare import COLORS
 from experiments.measure import environment, settings_of, write_result
 
@@ -55,9 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = {"environment": environment(), "settings": settings_of(options), "prompts": len(prompts)}
     result["rows"] = []
     for steps in options.draft_steps:
-        plain = decode_all(model, list(prompts.values()), DecodeConfig(steps, 0.0, options.new_tokens), plain=True)
+        plain = decode_all(
+            model,
+            list(prompts.values()),
+            DecodeConfig(draft_steps=steps, max_new_tokens=options.new_tokens),
+            plain=True,
+        )
         for threshold in options.thresholds:
-            settings = DecodeConfig(steps, threshold, options.new_tokens)
+            settings = DecodeConfig(draft_steps=steps, threshold=threshold, max_new_tokens=options.new_tokens)
             fast = decode_all(model, list(prompts.values()), settings, plain=False)
             row = {"draft_steps": steps, "threshold": threshold, **compare(plain, fast)}
             if options.all:
@@ -73,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def held_out_prompts(file: str, tokenizer: Tokenizer, count: int, longest: int) -> dict[str, list[int]]:
     """Conversation id -> ids of the first held-out prompts of a stream."""
-    stream = PromptStream(ConversationStream(file), tokenizer, PromptSettings(longest, held_out_fraction=0.02))
+    stream = PromptStream(
+        ConversationStream(file), tokenizer, DataConfig(max_prompt_tokens=longest, held_out_fraction=0.02)
+    )
     found = {prompt.conversation_id: list(prompt.ids) for prompt in stream.held_out_prompts(count)}
     return found or _refuse(file, longest)
 
@@ -98,7 +105,7 @@ def decode_all(model: LoadedModel, prompts: list[list[int]], settings: DecodeCon
     """Every prompt alone; seconds of decoding and acceptance over all. The first prompt is decoded once before."""
     generations, seconds, longest = [], [], max(map(len, prompts))
     for prompt in [prompts[0], *prompts]:
-        (generation,), took = generate(model, [prompt], settings, plain=plain, longest_prompt=longest)
+        (generation,), took = generate_batch(model, [prompt], settings, plain=plain, longest_prompt=longest)
         generations.append(generation)
         seconds.append(took)
     return {"generations": generations[1:], "seconds": sum(seconds[1:])}

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from dvi_jax.checkpoint import Manifest, write_checkpoint
-from dvi_jax.config import DataConfig, DecodeConfig, LoRAConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from dvi_jax.config import DataConfig, DecodeConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from dvi_jax.model.llama import random_base
 from dvi_jax.presets import TINY
 
@@ -37,7 +37,7 @@ def write_tiny_run(folder: Path, *, questions: int, seed: int = 0, **changes: ob
         save_every=10,
         data=DataConfig((str(folder / "questions.jsonl"),), "first", 48, 0.02, 4),
         decode=DecodeConfig(draft_steps=2, max_new_tokens=8),
-        lora=LoRAConfig(4, 4.0),
+        drafter_options={"rank": 4, "alpha": 4.0},
         objective=ObjectiveConfig(warmup=20, ramp=40),
         optimizer=OptimizerConfig(lora_lr=1e-2, head_lr=1e-2),
     )
@@ -56,7 +56,7 @@ def write_tiny_model(path: Path, *, seed: int = 0, context: int = 128, chat_temp
     """A random checkpoint that speaks bytes, with room for `context` tokens."""
     sizes = {"vocab_size": 258, "max_position_embeddings": context}
     config = replace(TINY, **sizes, tie_word_embeddings=True, eos_token_ids=(1,))
-    manifest = Manifest("random", "0" * 64, "float32", exit_layer=1)
+    manifest = Manifest(source="random", source_sha256="0" * 64, dtype="float32", exit_layer=1)
     base = random_base(config, jax.random.key(seed + 3), std=0.15)
     texts = {"tokenizer_json": byte_tokenizer_json(), "chat_template": chat_template}
     write_checkpoint(path, config, manifest, base, **texts)

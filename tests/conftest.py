@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from dvi_jax.checkpoint import Manifest
-from dvi_jax.load import LoadedModel, build_model, enable_compilation_cache, load
+from dvi_jax.loading import LoadedModel, build_model, enable_compilation_cache, load
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import Params, split
 from dvi_jax.presets import TINY
@@ -26,7 +26,15 @@ GOLDEN = Path(__file__).parent / "golden"
 def tiny_model(dtype: str = "float32", seed: int = 0, lora: dict | None = None) -> LoadedModel:
     """A random model; matrices are wide enough apart that greedy tokens vary."""
     base = random_base(TINY, jax.random.key(seed), jnp.dtype(dtype), std=0.3)
-    manifest = Manifest("random", "", dtype, 2, "exit_head", {"rank": 4, "alpha": 4.0}, lora or {})
+    manifest = Manifest(
+        source="random",
+        source_sha256="",
+        dtype=dtype,
+        exit_layer=2,
+        drafter="exit_head",
+        drafter_config={"rank": 4, "alpha": 4.0},
+        lora=lora or {},
+    )
     return LoadedModel(TINY, manifest, *split(build_model(TINY, manifest, base, seed=seed)))
 
 
@@ -104,7 +112,7 @@ def write_config(byte_checkpoint, conversations, tmp_path) -> Callable[..., Path
                 "held_out_prompts": 4,
             },
             "decode": {"draft_steps": 2, "max_new_tokens": 8},
-            "lora": {"rank_s": 4, "alpha_s": 4},
+            "drafter_options": {"rank": 4, "alpha": 4},
             "objective": {"warmup": 20, "ramp": 40},
             "optimizer": {"lora_lr": 1e-2, "head_lr": 1e-2},
         }

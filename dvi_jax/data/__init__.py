@@ -12,7 +12,6 @@ from dvi_jax.data.conversations import StreamPosition as StreamPosition
 
 # Prompts to train on and prompts kept apart
 from dvi_jax.data.prompts import Prompt as Prompt
-from dvi_jax.data.prompts import PromptSettings as PromptSettings
 from dvi_jax.data.prompts import PromptStream as PromptStream
 from dvi_jax.data.prompts import is_held_out as is_held_out
 

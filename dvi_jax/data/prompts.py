@@ -11,7 +11,9 @@ import hashlib
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
+from dvi_jax.config import DataConfig
 from dvi_jax.data.conversations import Conversation, ConversationStream, Message, StreamPosition
 from dvi_jax.data.template import TemplateRefusedError
 from dvi_jax.data.tokenizer import Tokenizer
@@ -20,27 +22,7 @@ from dvi_jax.errors import UserError
 TOO_LONG_PROMPT = "prompt too long"
 REFUSED_BY_TEMPLATE = "refused by the chat template"
 HELD_OUT = "held out"
-TURNS = ("first", "all")
-
-
-@dataclass(frozen=True)
-class PromptSettings:
-    """How conversations become prompts: from the first user turn, or from all, with the log's context."""
-
-    max_prompt_tokens: int
-    turns: str = "first"
-    held_out_fraction: float = 0.05
-    salt: str = "held-out"
-    system: str | None = None
-    with_log: bool = False  # keep the log's own answer to every prompt
-
-    def __post_init__(self):
-        if self.turns not in TURNS:
-            raise UserError(f"turns must be one of {', '.join(TURNS)}, not {self.turns!r}")
-        if not 0 <= self.held_out_fraction < 1:
-            raise UserError(f"held_out_fraction must be at least 0 and below 1, not {self.held_out_fraction}")
-        if self.max_prompt_tokens < 1:
-            raise UserError(f"max_prompt_tokens must be at least 1, not {self.max_prompt_tokens}")
+HELD_OUT_SALT = "held-out"
 
 
 @dataclass(frozen=True)
@@ -75,11 +57,17 @@ class PromptStream:
         self,
         conversations: ConversationStream,
         tokenizer: Tokenizer,
-        settings: PromptSettings,
+        settings: DataConfig,
         *,
-        state: dict | None = None,
+        system: str | None = None,
+        with_log: bool = False,
+        state: dict[str, Any] | None = None,
     ):
-        self.settings = settings
+        """`settings`: which turns, how long, what is held out (its `files` are `conversations`').
+
+        `system` replaces the conversations' own system messages; `with_log` keeps the log's answer to every prompt.
+        """
+        self.settings, self.system, self.with_log = settings, system, with_log
         self.position, self.given, self.counts = conversations.start, 0, collections.Counter()
         if state is not None:
             self.position, self.given, self.counts = _parse_state(state)
@@ -101,7 +89,7 @@ class PromptStream:
             limit = self.settings.max_prompt_tokens
             raise UserError(f"no prompt of at most {limit} tokens in {self.conversations.summary()} ({reasons})")
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this stream (JSON): the position after the last prompt, the counts."""
         return {"position": self.position.to_json(), "given": self.given, "counts": dict(self.counts)}
 
@@ -128,7 +116,7 @@ class PromptStream:
 
     def _is_held_out(self, conversation: Conversation) -> bool:
         first = next(message for message in conversation.messages if message.role == "user")
-        return is_held_out(first.content, self.settings.held_out_fraction, self.settings.salt)
+        return is_held_out(first.content, self.settings.held_out_fraction, HELD_OUT_SALT)
 
     def _train_prompts(self, conversation: Conversation, first_turn: int) -> Iterator[Prompt]:
         turns = self._turns(conversation)[first_turn:]
@@ -159,12 +147,12 @@ class PromptStream:
         """The prompt of a user turn, or the reason why there is none."""
         messages = context_of_turn(conversation.messages, turn)
         try:
-            ids = self._tokenizer.chat(messages, system=self.settings.system)
+            ids = self._tokenizer.chat(messages, system=self.system)
         except TemplateRefusedError:
             return REFUSED_BY_TEMPLATE
         if len(ids) > self.settings.max_prompt_tokens:
             return TOO_LONG_PROMPT
-        log_ids, log_mask = self._log(conversation, turn) if self.settings.with_log else ((), ())
+        log_ids, log_mask = self._log(conversation, turn) if self.with_log else ((), ())
         return Prompt(tuple(ids), conversation.id, self._position_after(conversation, turn), log_ids, log_mask)
 
     def _log(self, conversation: Conversation, turn: int) -> tuple[tuple[int, ...], tuple[bool, ...]]:
@@ -174,7 +162,7 @@ class PromptStream:
         if not following or following[0].role != "assistant":
             return (), ()
         try:
-            ids, mask = self._tokenizer.encode_conversation([*asked, following[0]], system=self.settings.system)
+            ids, mask = self._tokenizer.encode_conversation([*asked, following[0]], system=self.system)
         except TemplateRefusedError:
             return (), ()
         return tuple(ids), tuple(mask)
@@ -193,7 +181,7 @@ def context_of_turn(messages: tuple[Message, ...], turn: int) -> list[Message]:
     return kept[: users[turn] + 1]
 
 
-def _parse_state(state: dict) -> tuple[StreamPosition, int, collections.Counter[str]]:
+def _parse_state(state: dict[str, Any]) -> tuple[StreamPosition, int, collections.Counter[str]]:
     if not isinstance(state, dict) or set(state) != {"position", "given", "counts"}:
         raise UserError("the state of a prompt stream is an object with position, given and counts")
     position, given, counts = StreamPosition.from_json(state["position"]), state["given"], state["counts"]

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvi_jax.config import DecodeConfig
-from dvi_jax.decode.generate import make_knobs, start
-from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.batch import make_knobs, start
+from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
-from dvi_jax.load import LoadedModel
+from dvi_jax.loading import LoadedModel
 
 ROUNDS = 6
 REPEATS = 3
@@ -44,7 +44,7 @@ def _round_seconds(model: LoadedModel, state: DecodeState, draft_steps: int) -> 
     for _ in range(REPEATS + 1):
         copied = jax.block_until_ready(jax.tree.map(jnp.copy, state.replace(done=jnp.zeros_like(state.done))))
         began = time.perf_counter()
-        copied = jax.block_until_ready(decode(model.definition, model.decode_params, copied, knobs))
+        copied = jax.block_until_ready(decode_rounds(model.definition, model.decode_params, copied, knobs))
         seconds.append(time.perf_counter() - began)
     rounds = max(int(copied.rounds), 1)
     drafts = float(np.max(np.sum(copied.drafted, axis=1)))

@@ -22,10 +22,10 @@ from dvi_jax.config import SamplingConfig
 from dvi_jax.decode.prefill import Filled, prefill
 from dvi_jax.decode.prefix import fill_prefix
 from dvi_jax.decode.sampling import Sampling
-from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import UserError
-from dvi_jax.load import LoadedModel
+from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Params
 
 GIB, MIB = 2**30, 2**20
@@ -103,7 +103,7 @@ class Budget:
         )
 
 
-def account(model: LoadedModel, sizes: Sizes) -> Budget:
+def estimate_memory(model: LoadedModel, sizes: Sizes) -> Budget:
     """The memory of one generation, its workspace estimated.
 
     The model's arrays may be `jax.ShapeDtypeStruct`s: a model can be judged before it is loaded. A prefix counts as
@@ -129,12 +129,12 @@ def account(model: LoadedModel, sizes: Sizes) -> Budget:
     )
 
 
-def plan(model: LoadedModel, sizes: Sizes, limit: int | None = None) -> Budget:
+def measure_memory(model: LoadedModel, sizes: Sizes, limit: int | None = None) -> Budget:
     """Compile both programs of a generation and give its exact memory.
 
     Raises `UserError` as `check` does: before compiling where weights and caches alone are too much.
     """
-    budget = account(model, sizes)
+    budget = estimate_memory(model, sizes)
     check(budget, limit)
     programs = [lowered.compile() for lowered in lower_programs(model, sizes)]
     exact = replace(
@@ -193,7 +193,7 @@ def lower_programs(model: LoadedModel, sizes: Sizes) -> tuple[jax.stages.Lowered
     state = abstract_state(model, sizes)
     return (
         prefill.lower(model.definition, *arrays, **options, **statics),
-        decode.lower(model.definition, arrays[0], state, knobs),
+        decode_rounds.lower(model.definition, arrays[0], state, knobs),
     )
 
 

@@ -17,14 +17,15 @@ from dvi_jax.decode.sampling import Sampling, draw, log_probs
 from dvi_jax.decode.state import DecodeState, Signals
 from dvi_jax.model.attention import Caches
 from dvi_jax.model.drafters import Committed
-from dvi_jax.model.products import has_fused
+from dvi_jax.model.features import Features
+from dvi_jax.model.products import has_gpu_kernels
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
 
 # Tokens of a prompt that go through at once. Enough that products are bound by arithmetic, not by reading weights: on
 # two CPU cores (SmolLM2's layers) 128 to 1024 take equal times; 1024 rows of a 7B model's smallest product are 128
 # tiles, one wave of an H100. Where attention writes its scores to memory, they take heads * chunk * slots * 4 bytes,
 # hence the lower number. A batch beyond 4 has shorter chunks.
-CHUNK, FUSED_CHUNK = 1024, 4096
+LONGEST_CHUNK, LONGEST_CUDNN_CHUNK = 1024, 4096
 SMALLEST_CHUNK = 128
 
 
@@ -37,17 +38,18 @@ class Filled(NamedTuple):
     deep: Caches
     trunk: Caches  # the draft pass's own, with a separate trunk, else ()
     drafter: Any  # the drafter's state
-    newest: jax.Array  # [B, 1, D], the verifier's feature (final hidden state) in the last filled slot; zeros at first
+    frontier: Features  # [B, 1, ...], of the last filled slot; zeros at first
     hidden: jax.Array  # [B, 1, D], exit hidden state of the prompt's last token, as the drafter sees it
-    feature: jax.Array  # [B, 1, D], the verifier's feature of that token
-    features: jax.Array | None  # [B, S, D], the same of every position, where kept
+    features: Features  # [B, 1, ...], of that token
+    kept: Features | None  # [B, S, ...], of every position, where they are kept
 
     @classmethod
     def empty(cls, model: SpeculativeLlama, batch: int, slots: int, *, keep: bool) -> Filled:
         """Nothing filled; `keep` the features of every position."""
         llama = model.llama
         shallow, deep = llama.init_caches(batch, slots)
-        row = jnp.zeros((batch, 1, llama.config.hidden_size), llama.dtype)
+        width, taps = llama.config.hidden_size, len(llama.taps)
+        row = Features.zeros((batch, 1, width), taps, llama.dtype)
         return cls(
             position=jnp.int32(0),
             tokens=jnp.zeros((batch, slots), jnp.int32),
@@ -55,10 +57,10 @@ class Filled(NamedTuple):
             deep=deep,
             trunk=llama.init_caches(batch, slots)[0] if model.separate_trunk else (),
             drafter=model.drafter.init_state(batch, slots, llama.dtype),
-            newest=row,
-            hidden=row,
-            feature=row,
-            features=jnp.zeros((batch, slots, row.shape[2]), row.dtype) if keep else None,
+            frontier=row,
+            hidden=row.final,
+            features=row,
+            kept=Features.zeros((batch, slots, width), taps, llama.dtype) if keep else None,
         )
 
 
@@ -84,7 +86,7 @@ def cache_slots(longest: int) -> int:
 
 def chunk_tokens(batch: int, dtype: jnp.dtype) -> int:
     """The most tokens of each prompt that go through the model at once."""
-    longest = chunk = FUSED_CHUNK if has_fused(dtype) else CHUNK
+    longest = chunk = LONGEST_CUDNN_CHUNK if has_gpu_kernels(dtype) else LONGEST_CHUNK
     while chunk * batch > 4 * longest and chunk > SMALLEST_CHUNK:
         chunk //= 2
     return chunk
@@ -115,7 +117,7 @@ def prefill(
     if prefix is not None:
         filled = lay(filled, prefix)
     filled = fill(model, filled, prompts, lengths, fresh=prefix is None)
-    first_token = choose_first(model.llama.logits(filled.feature), sampling, lengths)
+    first_token = choose_first(model.llama.logits(filled.features.final), sampling, lengths)
     return _begin(filled, first_token, lengths, limit, eos_ids, width, sampling)
 
 
@@ -135,7 +137,7 @@ def lay(filled: Filled, prefix: Filled) -> Filled:
         rows = jnp.broadcast_to(rows, (empty.shape[0], *rows.shape[1:]))
         return jax.lax.dynamic_update_slice(empty, rows, (0,) * rows.ndim)
 
-    return jax.tree.map(front, filled, prefix._replace(features=None) if filled.features is None else prefix)
+    return jax.tree.map(front, filled, prefix._replace(kept=None) if filled.kept is None else prefix)
 
 
 def fill(model: SpeculativeLlama, filled: Filled, prompts: jax.Array, lengths: jax.Array, *, fresh: bool) -> Filled:
@@ -162,34 +164,45 @@ def _fill_chunk(
     """Tokens int32 [B, T] through the whole model. `fresh`: they are the first, and see each other alone."""
     llama, count = model.llama, tokens.shape[1]
     positions = jnp.broadcast_to(filled.position + jnp.arange(count), tokens.shape)
-    hidden, shallow = llama.shallow(tokens, filled.shallow, positions, fresh=fresh)
-    feature, deep = llama.deep(hidden, filled.deep, positions, fresh=fresh)
+    hidden, tapped, shallow = llama.shallow(tokens, filled.shallow, positions, fresh=fresh)
+    final, tapped_deep, deep = llama.deep(hidden, filled.deep, positions, fresh=fresh)
+    features = Features.of(final, tapped + tapped_deep)
     trunk = filled.trunk
     if model.separate_trunk:
-        hidden, trunk = llama.shallow(tokens, trunk, positions, fresh=fresh, adapted=True)
-    before = jnp.concatenate([filled.newest, feature[:, :-1]], axis=1)
-    at = (0, filled.position, 0)
-    features = None if filled.features is None else jax.lax.dynamic_update_slice(filled.features, feature, at)
+        hidden, _, trunk = llama.shallow(tokens, trunk, positions, fresh=fresh, adapted=True)
+    before = jax.tree.map(lambda x, y: jnp.concatenate([x, y[:, :-1]], axis=1), filled.frontier, features)
+    kept = filled.kept
+    if kept is not None:
+        kept = jax.tree.map(lambda x, y: _write(x, y, filled.position), kept, features)
     last = lengths - 1 - filled.position
     return Filled(
         position=filled.position + count,
-        tokens=jax.lax.dynamic_update_slice(filled.tokens, tokens, at[:2]),
+        tokens=_write(filled.tokens, tokens, filled.position),
         shallow=shallow,
         deep=deep,
         trunk=trunk,
         drafter=model.drafter.prefill(filled.drafter, hidden, before, positions),
-        newest=feature[:, -1:],
+        frontier=jax.tree.map(lambda x: x[:, -1:], features),
         hidden=_pick(hidden, last, filled.hidden),
-        feature=_pick(feature, last, filled.feature),
-        features=features,
+        features=jax.tree.map(lambda x, y: _pick(x, last, y), features, filled.features),
+        kept=kept,
     )
 
 
+def _write(buffer: jax.Array, rows: jax.Array, position: jax.Array) -> jax.Array:
+    """buffer [B, S, ...] with rows [B, T, ...] from `position` on."""
+    return jax.lax.dynamic_update_slice_in_dim(buffer, rows, position, axis=1)
+
+
 def _pick(rows: jax.Array, index: jax.Array, otherwise: jax.Array) -> jax.Array:
-    """rows [B, T, D] at index [B] -> [B, 1, D]; `otherwise` where it lies outside."""
+    """rows [B, T, ...] at index [B] -> [B, 1, ...]; `otherwise` where it lies outside."""
     inside = (index >= 0) & (index < rows.shape[1])
-    picked = jnp.take_along_axis(rows, jnp.clip(index, 0, rows.shape[1] - 1)[:, None, None], axis=1)
-    return jnp.where(inside[:, None, None], picked, otherwise)
+
+    def by_sequence(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, *[1] * (rows.ndim - 1))
+
+    picked = jnp.take_along_axis(rows, by_sequence(jnp.clip(index, 0, rows.shape[1] - 1)), axis=1)
+    return jnp.where(by_sequence(inside), picked, otherwise)
 
 
 def _begin(
@@ -203,7 +216,10 @@ def _begin(
 ) -> DecodeState:
     """The state before the first round, the prompts' last rows standing for the round before it."""
     batch, slots = filled.tokens.shape
-    rows = ((0, 0), (0, width - 1), (0, 0))
+
+    def padded(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, width - 1), *[(0, 0)] * (x.ndim - 2)))
+
     counts = jnp.zeros((batch, slots), jnp.int32)
     one = jnp.ones_like(lengths)
     return DecodeState(
@@ -215,16 +231,19 @@ def _begin(
         deep=filled.deep,
         trunk=filled.trunk,
         drafter=filled.drafter,
-        previous=Committed(jnp.pad(filled.hidden, rows), jnp.pad(filled.feature, rows), lengths - 1, one),
+        committed=Committed(padded(filled.hidden), jax.tree.map(padded, filled.features), lengths - 1, one),
         rounds=jnp.int32(0),
         accept_lengths=counts,
         drafted=counts,
-        signals=None if filled.features is None else _prompt_signals(filled.features),
+        signals=None if filled.kept is None else _prompt_signals(filled.kept),
         sampling=sampling and sampling.with_committed(first_token[:, None], one),
     )
 
 
-def _prompt_signals(features: jax.Array) -> Signals:
-    """The verifier's hidden state over the prompt, [B, S, D]; the row at p - 1 predicts position p."""
-    signals = Signals.empty(*features.shape, features.dtype)
-    return signals.replace(verifier_hidden=signals.verifier_hidden.at[:, 1:].set(features[:, :-1]))
+def _prompt_signals(features: Features) -> Signals:
+    """The verifier's features over the prompt, [B, S, ...]: the row at p - 1 predicts position p."""
+
+    def later(x: jax.Array) -> jax.Array:
+        return jnp.zeros_like(x).at[:, 1:].set(x[:, :-1])
+
+    return Signals.without_judgement(jax.tree.map(later, features))

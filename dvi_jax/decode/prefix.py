@@ -16,7 +16,7 @@ import numpy as np
 
 from dvi_jax.decode.prefill import Filled, bucket, fill
 from dvi_jax.errors import UserError
-from dvi_jax.load import LoadedModel
+from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Definition, Params, join
 
 
@@ -45,7 +45,7 @@ def fill_prefix(definition: Definition, params: Params, tokens: jax.Array, lengt
     """Tokens int32 [1, T], padded to a bucket, of `length` [1]. The padding's slots are overwritten later."""
     model = join(definition, params)
     filled = fill(model, Filled.empty(model, *tokens.shape, keep=True), tokens, length, fresh=True)
-    return filled._replace(position=length[0], newest=filled.feature)
+    return filled._replace(position=length[0], frontier=filled.features)
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], prefix: Prefix | None = None) -> tuple[jax.Array, jax.Array]:

@@ -14,6 +14,7 @@ from flax import struct
 from dvi_jax.decode.sampling import Sampling
 from dvi_jax.model.attention import Caches
 from dvi_jax.model.drafters import Committed
+from dvi_jax.model.features import Features
 
 NO_TOKEN = -1
 FOREVER = 2**31 - 1
@@ -61,16 +62,17 @@ class Signals:
     proposal: jax.Array  # int32 [B, S], NO_TOKEN where nothing was proposed or judged
     reward: jax.Array  # int8 [B, S]
     step: jax.Array  # int8 [B, S]
-    verifier_hidden: jax.Array  # [B, S, D], normed final hidden state whose logits predict this position
+    features: Features  # [B, S, ...], the verifier's of the row that predicts this position
 
     @classmethod
-    def empty(cls, batch: int, slots: int, hidden_size: int, dtype: jnp.dtype) -> Signals:
-        """No signal anywhere."""
+    def without_judgement(cls, features: Features) -> Signals:
+        """Features [B, S, ...] known, nothing proposed anywhere."""
+        batch, slots = features.final.shape[:2]
         return cls(
-            jnp.full((batch, slots), NO_TOKEN, jnp.int32),
-            jnp.full((batch, slots), -1, jnp.int8),
-            jnp.zeros((batch, slots), jnp.int8),
-            jnp.zeros((batch, slots, hidden_size), dtype),
+            proposal=jnp.full((batch, slots), NO_TOKEN, jnp.int32),
+            reward=jnp.full((batch, slots), -1, jnp.int8),
+            step=jnp.zeros((batch, slots), jnp.int8),
+            features=features,
         )
 
 
@@ -82,17 +84,17 @@ class DecodeState:
     `length - 1` positions. Rejecting drafts moves `length`, nothing else: later slots are masked and overwritten.
     """
 
-    tokens: jax.Array  # int32 [B, S]
-    length: jax.Array  # int32 [B]
-    limit: jax.Array  # int32 [B], length at which a row is finished
-    done: jax.Array  # bool [B]
+    tokens: jax.Array  # int32 [B, S], prompt and committed tokens
+    length: jax.Array  # int32 [B], committed tokens, prompt included
+    limit: jax.Array  # int32 [B], length at which a sequence is finished
+    done: jax.Array  # bool [B], the sequence has met an end-of-sequence id or its limit
     shallow: Caches  # base weights, layers below the exit
-    deep: Caches
+    deep: Caches  # base weights and lora_D, layers from the exit on
     trunk: Caches  # the draft pass's own shallow caches with a separate trunk, else ()
     drafter: Any  # the drafter's state
-    previous: Committed
-    rounds: jax.Array  # int32 scalar
-    accept_lengths: jax.Array  # int32 [B, S], tokens committed in each round, 0 once a row is done
+    committed: Committed  # the rows of the last round
+    rounds: jax.Array  # int32 scalar, rounds done
+    accept_lengths: jax.Array  # int32 [B, S], tokens committed in each round, 0 once a sequence is done
     drafted: jax.Array  # int32 [B, S], tokens drafted in each round
-    signals: Signals | None = None
+    signals: Signals | None = None  # None: nothing is learned from this generation
     sampling: Sampling | None = None  # None: greedy, another program

@@ -15,11 +15,11 @@ import numpy as np
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.data.tokenizer import Tokenizer
-from dvi_jax.decode.generate import Generation, make_knobs, make_sampling, read_generations, start
+from dvi_jax.decode.batch import Generation, make_knobs, make_sampling, read_generations, start
 from dvi_jax.decode.prefix import Prefix
-from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.errors import UserError
-from dvi_jax.load import LoadedModel
+from dvi_jax.loading import LoadedModel
 
 UNFINISHED = "\ufffd"  # what a tokenizer gives for bytes that are not a character, or not yet
 # Ids decoded once more before new ones. Each is a byte or more: three end any character begun before them, so that the
@@ -173,7 +173,7 @@ class Stream:
         """Dispatch the next rounds (before the first: none). Copies of tokens, lengths, done: the state is donated."""
         if stretch:
             knobs = self._knobs._replace(until=jnp.int32(stretch * self._every))
-            self._state = decode(self._model.definition, self._model.decode_params, self._state, knobs)
+            self._state = decode_rounds(self._model.definition, self._model.decode_params, self._state, knobs)
         return jnp.copy(self._state.tokens), jnp.copy(self._state.length), jnp.copy(self._state.done)
 
     def _new_text(self, stop: Sequence[str]) -> StreamedText | None:

@@ -23,7 +23,7 @@ from dvi_jax.evaluate.runner import Answered, PairedDecoder, first_prompt, run_q
 from dvi_jax.evaluate.spec_bench import Question, answer_line, read_questions, sha256_of
 from dvi_jax.evaluate.summary import measure, summarise
 from dvi_jax.evaluate.trace import LinesFile, trace_line
-from dvi_jax.load import LoadedModel
+from dvi_jax.loading import LoadedModel
 
 MAX_NEW_TOKENS = 128
 PLAIN_EVERY = 10  # questions between two lines where the output is not a terminal
@@ -33,7 +33,9 @@ DIFFERENT = 1  # exit status when an answer differs from plain decoding
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, measure, write the files, print the outcome; status 1 unless all answers are equal."""
     options = _parser().parse_args(arguments)
-    settings = DecodeConfig(options.draft_steps, options.threshold, options.max_new_tokens)
+    settings = DecodeConfig(
+        draft_steps=options.draft_steps, threshold=options.threshold, max_new_tokens=options.max_new_tokens
+    )
     if settings.draft_steps < 1:
         raise UserError("--draft-steps must be at least 1: with 0 there is nothing to compare with plain decoding")
     if options.limit is not None and options.limit < 1:

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from dvi_jax.config import DecodeConfig
 from dvi_jax.data.conversations import Message
 from dvi_jax.data.template import TemplateRefusedError
-from dvi_jax.decode.generate import Generation, make_knobs, read_generations, slots_for, start
-from dvi_jax.decode.memory import Sizes, plan
+from dvi_jax.decode.batch import Generation, make_knobs, read_generations, slots_for, start
+from dvi_jax.decode.memory import Sizes, measure_memory
 from dvi_jax.decode.prefill import bucket
-from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState
 from dvi_jax.errors import UserError
 from dvi_jax.evaluate.spec_bench import Question
 from dvi_jax.evaluate.trace import PLAIN, SPECULATIVE, Trace, Turn
-from dvi_jax.load import LoadedModel
+from dvi_jax.loading import LoadedModel
 
 TOO_LONG = "prompt and new tokens exceed the model's context"
 REFUSED = "refused by the chat template"
@@ -97,7 +97,7 @@ class PairedDecoder:
         padded = bucket(len(prompt))
         if padded in self._warm:
             return
-        plan(
+        measure_memory(
             self.model,
             Sizes(1, slots_for(len(prompt), self.settings), self.settings.draft_steps + 1, padded),
             self._limit,
@@ -106,7 +106,7 @@ class PairedDecoder:
             state = self._start(prompt, mode)
             slots = state.tokens.shape[1]
             if slots not in self._programs:
-                self._programs[slots] = decode.lower(
+                self._programs[slots] = decode_rounds.lower(
                     self.model.definition, self.model.decode_params, state, knobs
                 ).compile()
             few = state.replace(limit=jnp.minimum(state.limit, state.length + 3 * (self.settings.draft_steps + 1)))

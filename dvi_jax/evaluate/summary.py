@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from dvi_jax.evaluate.acceptance import accept_length_histogram, consecutive_accept_rates, measure_acceptance
+from dvi_jax.decode.acceptance import accept_length_histogram, consecutive_accept_rates, measure_acceptance
 from dvi_jax.evaluate.runner import Skipped
 from dvi_jax.evaluate.spec_bench import MT_BENCH
 from dvi_jax.evaluate.trace import PLAIN, SPECULATIVE, Trace, Turn

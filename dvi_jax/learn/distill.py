@@ -26,9 +26,10 @@ from dvi_jax.config import DistillConfig
 from dvi_jax.learn import objectives
 from dvi_jax.learn.fast_update import Trainable, with_trainable
 from dvi_jax.learn.optimizer import guarded
+from dvi_jax.model.features import Features
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
 
-CHUNK = 2048  # positions whose logits over the vocabulary are in memory at a time
+POSITIONS_AT_ONCE = 2048  # whose logits over the vocabulary are in memory
 
 
 @struct.dataclass
@@ -48,12 +49,11 @@ def make_optimizer(config: DistillConfig) -> optax.GradientTransformation:
 
 
 def init_distill(params: Params, config: DistillConfig) -> DistillState:
-    """State at step 0; arrays are copied, since the state is donated."""
-    trainable = jax.tree.map(jnp.array, {"drafter": params.drafter, "lora_s": params.lora_s})
+    """State at step 0."""
+    trainable = jax.tree.map(jnp.asarray, {"drafter": params.drafter, "lora_s": params.lora_s})
     return DistillState(trainable, make_optimizer(config).init(trainable), jnp.int32(0))
 
 
-@partial(jax.jit, static_argnames=("definition", "config"), donate_argnames="state")
 def distill_step(
     definition: Definition,
     params: Params,
@@ -63,15 +63,33 @@ def distill_step(
     *,
     config: DistillConfig,
 ) -> tuple[DistillState, dict[str, jax.Array]]:
-    """One update on tokens int32 [B, T] where `mask` bool [B, T] marks tokens worth predicting."""
+    """One update on tokens int32 [B, T] where `mask` bool [B, T] marks tokens worth predicting.
+
+    `state` is used up, all but its `trainable`: a model that decodes with those arrays keeps them.
+    """
+    rest = state.replace(trainable=None)
+    return _distill_step(definition, params, state.trainable, rest, tokens, mask, config=config)
+
+
+@partial(jax.jit, static_argnames=("definition", "config"), donate_argnames="state")
+def _distill_step(
+    definition: Definition,
+    params: Params,
+    trainable: Trainable,
+    state: DistillState,
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    config: DistillConfig,
+) -> tuple[DistillState, dict[str, jax.Array]]:
 
     def loss_of(trainable: Trainable) -> tuple[jax.Array, dict[str, Any]]:
         return distill_loss(join(definition, with_trainable(params, trainable)), tokens, mask, config)
 
-    grads, metrics = jax.grad(loss_of, has_aux=True)(state.trainable)
-    updates, optimizer = make_optimizer(config).update(grads, state.optimizer, state.trainable)
+    grads, metrics = jax.grad(loss_of, has_aux=True)(trainable)
+    updates, optimizer = make_optimizer(config).update(grads, state.optimizer, trainable)
     metrics |= {"grad_norm": optax.global_norm(grads), "skipped_updates": optimizer.total_notfinite}
-    return DistillState(optax.apply_updates(state.trainable, updates), optimizer, state.step + 1), metrics
+    return DistillState(optax.apply_updates(trainable, updates), optimizer, state.step + 1), metrics
 
 
 @partial(jax.jit, static_argnames=("definition", "config"))
@@ -88,18 +106,22 @@ def distill_loss(
     """The loss, and the share of positions where draft j's top token is the verifier's (`agreement`, [J])."""
     llama = model.llama
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = llama.shallow(tokens, None, positions)
+    # The verifier, frozen: one pass gives its features at every position.
+    hidden, tapped, _ = llama.shallow(tokens, None, positions)
     hidden = jax.lax.stop_gradient(hidden)
-    feature = jax.lax.stop_gradient(llama.deep(hidden, None, positions)[0])
+    final, tapped_deep, _ = llama.deep(hidden, None, positions)
+    features = jax.lax.stop_gradient(Features.of(final, tapped + tapped_deep))
+    # The drafter, from the hidden states that it would see in decoding.
     drafted_from = hidden
     if model.separate_trunk:
-        drafted_from, _ = llama.shallow(tokens, None, positions, adapted=True)
-    drafts = model.drafter.unroll(drafted_from, feature, positions, config.unroll_steps)
+        drafted_from, _, _ = llama.shallow(tokens, None, positions, adapted=True)
+    drafts = model.drafter.unroll(drafted_from, features, positions, config.unroll_steps)
     # Row t predicts the token at t + 1; the last row's is not in the batch.
     weight = jnp.pad(mask[:, 1:], ((0, 0), (0, 1))).astype(jnp.float32)
     following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     count = jnp.maximum(jnp.sum(weight), 1.0)
-    means = {name: total / count for name, total in _chunked_sums(model, feature, drafts, following, weight).items()}
+    sums = _chunked_sums(model, features.final, drafts, jnp.stack([tokens, following], axis=-1), weight)
+    means = {name: total / count for name, total in sums.items()}
     decay = config.unroll_decay ** jnp.arange(len(drafts))
     losses = means["kl"] if config.targets == "verifier" else means["ce"]
     loss = jnp.sum(decay * losses) / jnp.sum(decay)
@@ -107,15 +129,16 @@ def distill_loss(
 
 
 def _chunked_sums(
-    model: SpeculativeLlama, feature: jax.Array, drafts: list[jax.Array], following: jax.Array, weight: jax.Array
+    model: SpeculativeLlama, final: jax.Array, drafts: list[jax.Array], tokens: jax.Array, weight: jax.Array
 ) -> dict[str, jax.Array]:
     """Sums over positions: `kl`, `ce` of the next token, `agreement`, [J] each, and the verifier's `verifier_ce`.
 
-    Logits exist by chunks, and again going backward.
+    final and drafts [B, T, D]; tokens [B, T, 2], a position's own and the one that follows. Logits exist by chunks, and
+    again going backward.
     """
-    head, width = model.llama.head_weight(), feature.shape[-1]
+    head, width = model.llama.head_weight(), final.shape[-1]
     total = weight.size
-    chunk = min(CHUNK, total)
+    chunk = min(POSITIONS_AT_ONCE, total)
     padding = -total % chunk
 
     def chunked(x: jax.Array) -> jax.Array:
@@ -123,26 +146,26 @@ def _chunked_sums(
         return jnp.pad(flat, ((0, padding), (0, 0))).reshape(-1, chunk, flat.shape[1])
 
     @jax.checkpoint
-    def sums(feature: jax.Array, drafts: jax.Array, following: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
-        teacher, scale = model.llama.logits(feature), jnp.maximum(jnp.sum(weight), 1.0)
-        top = jnp.argmax(teacher, axis=-1)
+    def sums(final: jax.Array, drafts: jax.Array, tokens: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
+        verifier, scale = model.llama.logits(final), jnp.maximum(jnp.sum(weight), 1.0)
+        top, own, following = jnp.argmax(verifier, axis=-1), tokens[:, 0], tokens[:, 1]
         rows = []
         for draft in jnp.split(drafts, drafts.shape[-1] // width, axis=-1):
-            logits = model.drafter.logits(draft, head)
+            logits = model.drafter.corrected(model.drafter.logits(draft, head), own, None)
             rows.append(
                 {
-                    "kl": objectives.kl_divergence(teacher, logits, weight) * scale,
+                    "kl": objectives.kl_divergence(verifier, logits, weight) * scale,
                     "ce": objectives.cross_entropy(logits, following, weight) * scale,
                     "agreement": jnp.sum((jnp.argmax(logits, axis=-1) == top) * weight),
                 }
             )
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *rows)
-        return stacked | {"verifier_ce": objectives.cross_entropy(teacher, following, weight) * scale}
+        return stacked | {"verifier_ce": objectives.cross_entropy(verifier, following, weight) * scale}
 
     def add(totals: dict[str, jax.Array], part: tuple[jax.Array, ...]) -> tuple[dict[str, jax.Array], None]:
-        features, drafted, next_tokens, weights = part
-        return jax.tree.map(jnp.add, totals, sums(features, drafted, next_tokens[:, 0], weights[:, 0])), None
+        final, drafted, tokens, weight = part
+        return jax.tree.map(jnp.add, totals, sums(final, drafted, tokens, weight[:, 0])), None
 
     zeros = {name: jnp.zeros(len(drafts)) for name in ("kl", "ce", "agreement")} | {"verifier_ce": jnp.zeros(())}
-    parts = (chunked(feature), chunked(jnp.concatenate(drafts, axis=-1)), chunked(following), chunked(weight))
+    parts = (chunked(final), chunked(jnp.concatenate(drafts, axis=-1)), chunked(tokens), chunked(weight))
     return jax.lax.scan(add, zeros, parts)[0]

@@ -87,8 +87,8 @@ def _labels(tree: Trainable) -> dict[str, str]:
 
 
 def init_learner(params: Params, config: OptimizerConfig, replay: Replay, key: jax.Array) -> LearnerState:
-    """A learner at update 0. The trainable arrays are copied: the state is donated, the model's own must survive."""
-    trainable = jax.tree.map(jnp.array, {"drafter": params.drafter, "lora_s": params.lora_s})
+    """A learner at update 0."""
+    trainable = jax.tree.map(jnp.asarray, {"drafter": params.drafter, "lora_s": params.lora_s})
     optimizer = make_optimizer(config).init(trainable)
     return LearnerState(trainable, optimizer, replay, jnp.float32(0.0), jnp.int32(0), key)
 
@@ -98,11 +98,6 @@ def with_trainable(params: Params, trainable: Trainable) -> Params:
     return params._replace(drafter=trainable["drafter"], lora_s=trainable["lora_s"])
 
 
-@partial(
-    jax.jit,
-    static_argnames=("definition", "objective", "optimizer", "size"),
-    donate_argnames="state",
-)
 def fast_update(
     definition: Definition,
     params: Params,
@@ -118,7 +113,35 @@ def fast_update(
 
     The policy term uses the fresh windows alone, and only while the drafter is still the one that made them
     (`is_current`, bool): proposals of another drafter would bias it. Returns the new state and scalar metrics.
+    `state` is used up, all but its `trainable`: a model that decodes with those arrays keeps them.
     """
+    rest = state.replace(trainable=None)
+    return _fast_update(
+        definition,
+        params,
+        state.trainable,
+        rest,
+        fresh,
+        is_current,
+        objective=objective,
+        optimizer=optimizer,
+        size=size,
+    )
+
+
+@partial(jax.jit, static_argnames=("definition", "objective", "optimizer", "size"), donate_argnames="state")
+def _fast_update(
+    definition: Definition,
+    params: Params,
+    trainable: Trainable,
+    state: LearnerState,
+    fresh: Windows,
+    is_current: jax.Array,
+    *,
+    objective: ObjectiveConfig,
+    optimizer: OptimizerConfig,
+    size: Batch,
+) -> tuple[LearnerState, dict[str, jax.Array]]:
     key, sample_key, pick_key = jax.random.split(state.key, 3)
     batch, on_policy = choose_windows(state.replay, fresh, is_current, sample_key, size)
     weights = kl_to_rl(state.step, objective)
@@ -128,8 +151,8 @@ def fast_update(
         picked = evaluate_positions(model, batch, on_policy, pick_key, objective, size.positions)
         return fast_loss(picked, state.baseline, weights, objective)
 
-    grads, metrics = jax.grad(loss_of, has_aux=True)(state.trainable)
-    updates, opt_state = make_optimizer(optimizer).update(grads, state.optimizer, state.trainable)
+    grads, metrics = jax.grad(loss_of, has_aux=True)(trainable)
+    updates, opt_state = make_optimizer(optimizer).update(grads, state.optimizer, trainable)
     judged = fresh.reward >= 0
     mean_reward = jnp.sum(fresh.reward * judged) / jnp.maximum(jnp.sum(judged), 1)
     momentum = objective.baseline_momentum
@@ -143,7 +166,7 @@ def fast_update(
         "skipped_updates": opt_state.total_notfinite,
     }
     new = LearnerState(
-        optax.apply_updates(state.trainable, updates),
+        optax.apply_updates(trainable, updates),
         opt_state,
         state.replay,
         baseline,
@@ -180,9 +203,9 @@ def fast_loss(
 
     KL is a mean over the unrolled drafts, draft j weighted `unroll_decay`^j; the other terms take the draft that acted.
     """
-    teacher = jax.lax.stop_gradient(picked.verifier_logits)
-    top = jnp.argmax(teacher, axis=-1)
-    drafts = [_draft_rows(logits, teacher, top, picked.proposal, config) for logits in picked.draft_logits]
+    verifier = jax.lax.stop_gradient(picked.verifier_logits)
+    top = jnp.argmax(verifier, axis=-1)
+    drafts = [_draft_rows(logits, verifier, top, picked.proposal, config) for logits in picked.draft_logits]
     rows = jax.tree.map(lambda *of_drafts: jnp.stack(of_drafts), *drafts)  # [J, M] each
     decay = config.unroll_decay ** jnp.arange(len(drafts))
     kl = jnp.sum(decay[:, None] * rows.pop("kl"), axis=0) / jnp.sum(decay)
@@ -204,14 +227,14 @@ def fast_loss(
 
 
 def _draft_rows(
-    logits: jax.Array, teacher: jax.Array, top: jax.Array, proposal: jax.Array, config: ObjectiveConfig
+    logits: jax.Array, verifier: jax.Array, top: jax.Array, proposal: jax.Array, config: ObjectiveConfig
 ) -> dict[str, jax.Array]:
     """What the terms need of one draft's logits [M, V], each [M], whether or not that draft was the one that acted.
 
     To choose among sums is free; to choose among the logits would copy them, and going backward scatter.
     """
     rows = {
-        "kl": objectives.kl_rows(teacher / config.kl_temperature, logits / config.kl_temperature),
+        "kl": objectives.kl_rows(verifier / config.kl_temperature, logits / config.kl_temperature),
         "top": objectives.token_log_prob(logits, top),
         "proposal": objectives.token_log_prob(logits, proposal),
     }
@@ -232,10 +255,10 @@ def evaluate_positions(
     """
     llama, tokens = model.llama, windows.tokens
     rows = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = llama.shallow(tokens, None, rows, adapted=model.separate_trunk)
+    hidden, _, _ = llama.shallow(tokens, None, rows, adapted=model.separate_trunk)
     # What predicts position p was computed at row p - 1.
-    teacher = windows.verifier_hidden[:, 1:].astype(llama.dtype)
-    drafts = model.drafter.unroll(hidden[:, :-1], teacher, rows[:, :-1], objective.unroll_steps)
+    features = jax.tree.map(lambda x: x[:, 1:].astype(llama.dtype), windows.features)
+    drafts = model.drafter.unroll(hidden[:, :-1], features, rows[:, :-1], objective.unroll_steps)
 
     target = rows[:, 1:]
     valid = target < windows.length[:, None]
@@ -249,9 +272,13 @@ def evaluate_positions(
     def pick(values: jax.Array) -> jax.Array:
         return values.reshape(-1, *values.shape[2:])[chosen]
 
+    def draft_logits(draft: jax.Array) -> jax.Array:
+        logits = model.drafter.logits(pick(draft), llama.head_weight())
+        return model.drafter.corrected(logits, pick(tokens[:, :-1]), None)
+
     return Positions(
-        draft_logits=[model.drafter.logits(pick(draft), llama.head_weight()) for draft in drafts],
-        verifier_logits=llama.logits(pick(teacher)),
+        draft_logits=[draft_logits(draft) for draft in drafts],
+        verifier_logits=llama.logits(pick(features.final)),
         proposal=pick(proposal),
         reward=pick(jnp.where(valid, reward, -1)),
         step=pick(windows.step[:, 1:]),

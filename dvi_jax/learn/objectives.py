@@ -15,14 +15,14 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1.0)
 
 
-def kl_divergence(teacher: jax.Array, student: jax.Array, mask: jax.Array, temperature: float = 1.0) -> jax.Array:
-    """Mean KL(p_teacher || p_student) over logits [M, V], in nats; both at `temperature`, times temperature squared.
+def kl_divergence(verifier: jax.Array, draft: jax.Array, mask: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """Mean KL(p_verify || p_draft) over logits [M, V], in nats; both at `temperature`, times temperature squared.
 
-    The gradient reaches the student alone. The square keeps gradients of one size over temperatures
+    The gradient reaches the draft logits alone. The square keeps gradients of one size over temperatures
     (arXiv 1503.02531, section 2.1).
     """
-    teacher = jax.lax.stop_gradient(teacher).astype(jnp.float32)
-    rows = kl_rows(teacher / temperature, student.astype(jnp.float32) / temperature)
+    verifier = jax.lax.stop_gradient(verifier).astype(jnp.float32)
+    rows = kl_rows(verifier / temperature, draft.astype(jnp.float32) / temperature)
     return masked_mean(rows, mask) * temperature**2
 
 
@@ -49,10 +49,10 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax
 # one expression for each entry, which XLA makes in one pass: few arrays [M, V] are ever written.
 
 
-def kl_rows(teacher: jax.Array, student: jax.Array) -> jax.Array:
-    """KL(p_teacher || p_student) in nats: the cross-entropy of the two less the teacher's entropy."""
-    p = jax.nn.softmax(teacher)
-    return _cross_entropy_rows(p, student) - _cross_entropy_rows(p, teacher)
+def kl_rows(reference: jax.Array, logits: jax.Array) -> jax.Array:
+    """KL(p_reference || p) in nats: the cross-entropy of the two less the reference's entropy."""
+    p = jax.nn.softmax(reference)
+    return _cross_entropy_rows(p, logits) - _cross_entropy_rows(p, reference)
 
 
 def entropy_rows(logits: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvi_jax.checkpoint import Checkpoint, read_checkpoint, rewrite_checkpoint
+from dvi_jax.checkpoint import Checkpoint, read_checkpoint
 from dvi_jax.config import DistillConfig
 from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import from_first_question
@@ -20,56 +20,46 @@ from dvi_jax.data.template import TemplateRefusedError
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import UserError
 from dvi_jax.learn.distill import DistillState, distill_metrics, distill_step, init_distill
-from dvi_jax.learn.fast_update import with_trainable
+from dvi_jax.learn.new_drafter import matching_or_new_drafter
 from dvi_jax.learn.packing import Packed, load_packed, pack
-from dvi_jax.learn.rollback import Watch, go_on_from, non_finite_updates
+from dvi_jax.learn.run import Run
 from dvi_jax.learn.run_directory import Report, RunDirectory
-from dvi_jax.learn.signals import StopSignals
-from dvi_jax.load import LoadedModel, from_checkpoint, trained_parts
+from dvi_jax.learn.stopping import StopSignals
+from dvi_jax.loading import LoadedModel, from_checkpoint
+from dvi_jax.model.speculative_llama import Params
 
 
 @dataclass(frozen=True)
-class DistillResult:
-    """`before` and `after`: held-out agreement of each unrolled draft with the verifier."""
+class OfflineResult:
+    """What a run came to. Agreement: how often the verifier's token is the top one of each unrolled draft."""
 
-    before: list[float]
-    after: list[float]
-    tokens: int
+    before: list[float]  # held-out agreement at the beginning
+    after: list[float]  # and at the end
+    tokens: int  # of text that went through
     seconds: float
-    checkpoint: Path
-    model: LoadedModel
+    checkpoint: Path  # with the trained drafter
+    model: LoadedModel  # the same in memory
 
 
-def distill(
+def train_offline(
     config: DistillConfig, *, resume: bool = False, report: Report = lambda kind, record: None
-) -> DistillResult:
+) -> OfflineResult:
     """Run a distillation, or go on with one (`resume`). `report` is called with every metrics record.
 
-    SIGTERM and SIGINT end it after the running update with a snapshot (`signals.Stopped`, a `SystemExit`).
+    SIGTERM and SIGINT end it after the running update with a snapshot (`stopping.Stopped`, a `SystemExit`).
     """
     with RunDirectory(config.out, keep=config.keep_checkpoints, keep_best=0, resume=resume, report=report) as directory:
-        checkpoint = with_drafter(
-            read_checkpoint(config.checkpoint), config.drafter, config.exit_layer, config.shallow_rank
+        checkpoint = matching_or_new_drafter(
+            read_checkpoint(config.checkpoint),
+            config.drafter,
+            config.drafter_options,
+            config.exit_layer,
+            config.shallow_rank,
         )
-        run = _Run(config, checkpoint, directory)
+        run = OfflineRun(config, checkpoint, directory)
         run.restore()
         run.learn()
         return run.finish()
-
-
-def with_drafter(checkpoint: Checkpoint, kind: str, exit_layer: int | None, shallow_rank: int = 0) -> Checkpoint:
-    """`checkpoint` with an untrained drafter of `kind` at `exit_layer`, unless it holds a trained one of that kind.
-
-    `shallow_rank` gives the new drafter a lora_S inside the shallow layers.
-    """
-    manifest = checkpoint.manifest
-    wanted = manifest.exit_layer if exit_layer is None else exit_layer
-    if checkpoint.drafter is not None and (manifest.drafter, manifest.exit_layer) == (kind, wanted):
-        return checkpoint
-    options = manifest.drafter_config if manifest.drafter == kind else {}
-    manifest = replace(manifest, drafter=kind, drafter_config=options, exit_layer=wanted, training_step=0)
-    manifest = replace(manifest, lora={"rank_s": shallow_rank, "rank_d": 0} if shallow_rank else {})
-    return replace(checkpoint, manifest=manifest, drafter=None, lora=None)
 
 
 def read_data(config: DistillConfig, checkpoint: Checkpoint) -> Packed:
@@ -100,117 +90,78 @@ def pack_conversations(files: Sequence[str], tokenizer: Tokenizer, row_length: i
     return pack(sequences(), row_length, vocab_size)
 
 
-class _Run:
-    """The moving parts of one run."""
+class OfflineRun(Run[DistillState, list[float]]):
+    """One run over packed text."""
 
     def __init__(self, config: DistillConfig, checkpoint: Checkpoint, directory: RunDirectory):
-        self.config, self.checkpoint, self.directory = config, checkpoint, directory
+        self.config = config
         # What programs are compiled for: the same for every run in this process that differs in its directory alone.
-        self.compiled_for = replace(config, checkpoint="", out="", data=())
+        self.compiled_for = replace(config, checkpoint="", out="", data=(), drafter_options={})
         self.data, self.held_out = read_data(config, checkpoint).hold_out(config.eval_rows)
-        self.model = from_checkpoint(checkpoint, seed=config.seed)
-        self.state, self.watch, self.seconds = init_distill(self.model.params, config), Watch(), 0.0
-        self.before: list[float] | None = None
-        self.after: list[float] | None = None
-        self.evaluated = -1  # update of the last evaluation
+        super().__init__(checkpoint, from_checkpoint(checkpoint, seed=config.seed), directory, config.rollback)
+        self.seconds = 0.0
 
-    @property
-    def step(self) -> int:
-        """Updates done."""
-        return int(self.state.step)
+    def initial_state(self, params: Params) -> DistillState:
+        return init_distill(params, self.config)
 
-    def restore(self) -> None:
-        """Go back to the newest whole snapshot if the run resumes one, else to the beginning."""
-        found, evaluations = self.directory.restore(self.state)
-        if found is None:
-            return
-        self.state, self.seconds = found.state, found.progress["seconds"]
-        self.watch = Watch(**found.progress["watch"])
-        if evaluations:
-            self.before, self.after = evaluations[0]["agreement"], evaluations[-1]["agreement"]
-            self.evaluated = evaluations[-1]["step"]
-        self.directory.report("resume", {"step": found.step})
+    def learned(self) -> dict[str, Any]:
+        return self.state.trainable
 
-    def learn(self) -> None:
+    def progress_record(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "watch": asdict(self.watch)}
+
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        self.seconds = progress["seconds"]
+
+    def work(self, signals: StopSignals) -> None:
         """Updates until the tokens are used up, or a signal asks to stop."""
         config = self.config
-        with StopSignals() as signals:
-            if self.before is None:
-                self.before = self.evaluate()
-            began, earlier = time.perf_counter(), self.seconds
-            since, logged = began, self.step
-            batches = self.data.batches(config.batch_rows, config.seed, skip=logged)
-            for step in range(logged + 1, config.steps + 1):
-                if signals.received:
-                    break
-                tokens, mask = next(batches)
-                self.state, values = distill_step(
-                    self.model.definition, self.model.params, self.state, tokens, mask, config=self.compiled_for
-                )
-                is_logged = step % config.log_every == 0 or step == config.steps
-                if is_logged:
-                    jax.block_until_ready(values)  # a clock read earlier would count dispatching alone
-                self.seconds = earlier + time.perf_counter() - began
-                if is_logged:
-                    self._log_update(step, values, (step - logged) / (time.perf_counter() - since))
-                    since, logged = time.perf_counter(), step
-                if step % config.save_every == 0:
-                    self._save()
-            self._save(regular=False)
+        began, earlier = time.perf_counter(), self.seconds
+        since, logged = began, self.step
+        batches = self.data.batches(config.batch_rows, config.seed, skip=logged)
+        for step in range(logged + 1, config.steps + 1):
             if signals.received:
-                self.directory.stop(signals.received, self.step)
+                break
+            tokens, mask = next(batches)
+            self.state, values = distill_step(
+                self.model.definition, self.model.params, self.state, tokens, mask, config=self.compiled_for
+            )
+            is_logged = step % config.log_every == 0 or step == config.steps
+            if is_logged:
+                jax.block_until_ready(values)  # a clock read earlier would count dispatching alone
+            self.seconds = earlier + time.perf_counter() - began
+            if is_logged:
+                self._log_update(step, values, (step - logged) / (time.perf_counter() - since))
+                since, logged = time.perf_counter(), step
+            if step % config.save_every == 0:
+                self.save()
+        self.take_over()
 
-    def finish(self) -> DistillResult:
-        """Evaluate and write the checkpoint with the trained drafter."""
-        config = self.config
-        if self.evaluated != self.step:
-            self.after = self.evaluate()
-        model = self._trained()
-        path, exists = self.directory.checkpoint_path(self.step)
-        if not exists:
-            manifest = replace(model.manifest, training_step=self.step)
-            rewrite_checkpoint(self.checkpoint, path, manifest=manifest, **trained_parts(model.params))
-        self.directory.finish(self.step)
+    def finish(self) -> OfflineResult:
+        """Write the checkpoint with the trained drafter, and sum up."""
+        config, path = self.config, self.write_checkpoint()
         tokens = config.steps * config.batch_rows * config.row_length
-        return DistillResult(self.before, self.after, tokens, self.seconds, path, model)
+        assert self.before is not None
+        assert self.after is not None
+        return OfflineResult(self.before, self.after, tokens, self.seconds, path, self.model)
 
-    def evaluate(self) -> list[float]:
-        """Held-out agreement of each unrolled draft with the verifier, logged."""
-        values, self.evaluated = _evaluate(self._trained(), self.held_out, self.compiled_for), self.step
-        self.directory.log("eval", self.step, values)
-        return values["agreement"]
+    def measure(self) -> tuple[list[float], dict[str, Any]]:
+        """Held-out agreement of each unrolled draft with the verifier."""
+        values = _evaluate(self.model, self.held_out, self.compiled_for)
+        return values["agreement"], values
 
-    def _trained(self) -> LoadedModel:
-        return self.model.with_params(with_trainable(self.model.params, self.state.trainable))
+    def measured(self, record: dict[str, Any]) -> list[float]:
+        return record["agreement"]
 
     def _log_update(self, step: int, metrics: dict[str, jax.Array], updates_per_second: float) -> None:
         """A metrics record; and a rollback if too many updates in a row were non-finite (`rollback.py`)."""
         values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
         tokens = self.config.batch_rows * self.config.row_length
         rate = updates_per_second * tokens
-        self.directory.log("train", step, {"tokens": step * tokens, "tokens_per_second": rate, **values})
+        self.log("train", {"tokens": step * tokens, "tokens_per_second": rate, **values})
         self.directory.log_failed_saves(step)
-        skipped, config = non_finite_updates(self.state), self.config.rollback
         self.watch.checks += 1
-        if config.after and skipped >= config.after:
-            good, found = self._last_good()
-            self.watch.roll_back(step, found, config)
-            self.state = go_on_from(good, self.state)
-            reason = f"{skipped} non-finite updates in a row"
-            self.directory.log(
-                "rollback", step, {"reason": reason, "snapshot": found, "rollbacks": self.watch.rollbacks}
-            )
-
-    def _last_good(self) -> tuple[DistillState, int | None]:
-        """The state of the newest good snapshot and its update; the start if there is none."""
-        found = self.directory.last_good(self.state, self.watch.is_good, self.step)
-        return (init_distill(self.model.params, self.config), None) if found is None else (found.state, found.step)
-
-    def _save(self, *, regular: bool = True) -> None:
-        """Save in the background; a regular snapshot only of a state that updates have not begun to fail on."""
-        if not regular or not non_finite_updates(self.state):
-            progress = {"seconds": self.seconds, "watch": asdict(self.watch)}
-            self.directory.save(self.state, progress, regular=regular)
+        self.has_non_finite_updates()
 
 
 def _evaluate(model: LoadedModel, rows: Packed, config: DistillConfig) -> dict[str, Any]:

@@ -13,31 +13,32 @@ import jax.numpy as jnp
 from flax import struct
 
 from dvi_jax.decode.state import DecodeState
+from dvi_jax.model.features import Features
 
 
 @struct.dataclass
 class Windows:
     """Generations with their learning signals, indexed by the position they predict (see `Signals`)."""
 
-    tokens: jax.Array  # int32 [N, T]
-    proposal: jax.Array  # int32 [N, T]
-    reward: jax.Array  # int8 [N, T]
-    step: jax.Array  # int8 [N, T]
+    tokens: jax.Array  # int32 [N, T], prompt and answer
+    proposal: jax.Array  # int32 [N, T], the draft that was judged here, -1 where there was none
+    reward: jax.Array  # int8 [N, T], 1 accepted, 0 rejected, -1 not judged
+    step: jax.Array  # int8 [N, T], which draft of its round the proposal was, from 0
     prompt_length: jax.Array  # int32 [N]
     length: jax.Array  # int32 [N], valid positions; 0 marks an empty window
-    verifier_hidden: jax.Array  # bfloat16 [N, T, D]
+    features: Features  # bfloat16 [N, T, ...], the verifier's of the row before each position
 
     @classmethod
-    def empty(cls, count: int, window: int, hidden_size: int) -> Windows:
-        """`count` windows of length 0."""
+    def empty(cls, count: int, window: int, hidden_size: int, taps: int) -> Windows:
+        """`count` windows of length 0, whose features have so many taps."""
         return cls(
-            jnp.zeros((count, window), jnp.int32),
-            jnp.full((count, window), -1, jnp.int32),
-            jnp.full((count, window), -1, jnp.int8),
-            jnp.zeros((count, window), jnp.int8),
-            jnp.zeros(count, jnp.int32),
-            jnp.zeros(count, jnp.int32),
-            jnp.zeros((count, window, hidden_size), jnp.bfloat16),
+            tokens=jnp.zeros((count, window), jnp.int32),
+            proposal=jnp.full((count, window), -1, jnp.int32),
+            reward=jnp.full((count, window), -1, jnp.int8),
+            step=jnp.zeros((count, window), jnp.int8),
+            prompt_length=jnp.zeros(count, jnp.int32),
+            length=jnp.zeros(count, jnp.int32),
+            features=Features.zeros((count, window, hidden_size), taps, jnp.dtype(jnp.bfloat16)),
         )
 
 
@@ -50,9 +51,9 @@ class Replay:
     size: jax.Array  # int32 scalar
 
     @classmethod
-    def empty(cls, capacity: int, window: int, hidden_size: int) -> Replay:
+    def empty(cls, capacity: int, window: int, hidden_size: int, taps: int = 0) -> Replay:
         """An empty ring."""
-        return cls(Windows.empty(capacity, window, hidden_size), jnp.int32(0), jnp.int32(0))
+        return cls(Windows.empty(capacity, window, hidden_size, taps), jnp.int32(0), jnp.int32(0))
 
 
 @partial(jax.jit, static_argnames="window")
@@ -66,7 +67,7 @@ def read_windows(state: DecodeState, prompt_length: jax.Array, *, window: int) -
         step=signals.step[:, :window],
         prompt_length=prompt_length,
         length=jnp.minimum(state.length, window),
-        verifier_hidden=signals.verifier_hidden[:, :window].astype(jnp.bfloat16),
+        features=jax.tree.map(lambda x: x[:, :window].astype(jnp.bfloat16), signals.features),
     )
 
 

@@ -20,8 +20,8 @@ from dvi_jax.checkpoint import read_manifest
 from dvi_jax.directories import remove_partial
 from dvi_jax.errors import UserError
 from dvi_jax.learn.metrics import MetricsLog
-from dvi_jax.learn.signals import Stopped
 from dvi_jax.learn.snapshot import Snapshot, Snapshots, State
+from dvi_jax.learn.stopping import Stopped
 
 Report = Callable[[str, dict[str, Any]], None]  # (kind of record, record)
 

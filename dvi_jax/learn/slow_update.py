@@ -36,9 +36,8 @@ def make_optimizer(config: SlowConfig) -> optax.GradientTransformation:
 
 
 def init_slow(params: Params, config: SlowConfig) -> SlowState:
-    """State at slow update 0; arrays are copied, since the state is donated."""
-    lora_d = jax.tree.map(jnp.array, params.lora_d)
-    return SlowState(lora_d, make_optimizer(config).init(lora_d), jnp.int32(0))
+    """State at slow update 0."""
+    return SlowState(params.lora_d, make_optimizer(config).init(params.lora_d), jnp.int32(0))
 
 
 def is_due(fast_step: int, config: SlowConfig) -> bool:
@@ -46,11 +45,14 @@ def is_due(fast_step: int, config: SlowConfig) -> bool:
     return config.every > 0 and fast_step > 0 and fast_step % config.every == 0
 
 
-@partial(jax.jit, static_argnames=("definition", "config"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("definition", "config"))
 def slow_update(
     definition: Definition, params: Params, state: SlowState, tokens: jax.Array, mask: jax.Array, *, config: SlowConfig
 ) -> tuple[SlowState, dict[str, jax.Array]]:
-    """One update on tokens int32 [B, T]; `mask` bool [B, T] marks the tokens to learn. Returns state and metrics."""
+    """One update on tokens int32 [B, T]; `mask` bool [B, T] marks the tokens to learn. Returns state and metrics.
+
+    Nothing is donated: a lora_D is small, and a model that decodes with the earlier one keeps it.
+    """
     # The frozen verifier is the same model with a lora_D that adds nothing.
     frozen = join(definition, params._replace(lora_d=jax.tree.map(jnp.zeros_like, params.lora_d)))
     reference = jax.lax.stop_gradient(verifier_logits(frozen, tokens))
@@ -67,7 +69,7 @@ def slow_update(
 def verifier_logits(model: SpeculativeLlama, tokens: jax.Array) -> jax.Array:
     """The verifier over whole rows: int32 [B, T] -> float32 [B, T, V]."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = model.llama.shallow(tokens, None, positions)
+    hidden, _, _ = model.llama.shallow(tokens, None, positions)
     return model.llama.logits(model.llama.deep(hidden, None, positions)[0])
 
 

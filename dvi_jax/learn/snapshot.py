@@ -34,6 +34,8 @@ from dvi_jax.learn.fast_update import LearnerState
 
 State = TypeVar("State", LearnerState, DistillState)
 
+# Arrays that earlier releases kept under another name.
+FORMER_NAMES = {"replay/windows/verifier_hidden": "replay/windows/features/final"}
 ARRAYS, PROGRESS, CHECKSUMS = "arrays.npz", "progress.json", "CHECKSUMS.json"
 
 
@@ -237,6 +239,7 @@ def _named(state: State) -> dict[str, jax.Array]:
 def _from_named(arrays: dict[str, np.ndarray], template: State, where: str) -> State:
     """Arrays in the structure of `template`; the first that is missing, unknown or of another kind is a `UserError`."""
     wanted = _named(template)
+    arrays = {FORMER_NAMES.get(name, name): array for name, array in arrays.items()}
     unknown = sorted(arrays.keys() - wanted.keys())
     if unknown:
         raise UserError(f"{where} does not fit these settings: it has {unknown[0]}, which they do not use")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from dvi_jax.config import LlamaConfig, RopeScaling
 from dvi_jax.model import decode_attention
-from dvi_jax.model.products import has_fused, precision, total
+from dvi_jax.model.products import has_gpu_kernels, precision, total
 
 
 class LayerCache(NamedTuple):
@@ -27,7 +27,6 @@ class LayerCache(NamedTuple):
 Caches = tuple[LayerCache, ...]
 Heads = tuple[int, int, int]  # (N, K, H)
 Rope = tuple[jax.Array, jax.Array]  # of `rope_tables`
-FUSED = "cudnn"
 MOST_ROUND_ROWS = 32  # more rows than any round has belong to a prefill
 
 
@@ -90,8 +89,8 @@ def attend_cached(
     cache = write_rows(cache, key, value, positions[:, 0])
     mask = cached_mask(positions, cache.key.shape[2])
     # Rounds stay with the einsum, in which no row depends on the rows beside it.
-    if query.shape[1] > MOST_ROUND_ROWS and has_fused(dtype):
-        return fused_attention(query, *cache, mask=mask[:, None]), cache
+    if query.shape[1] > MOST_ROUND_ROWS and has_gpu_kernels(dtype):
+        return cudnn_attention(query, *cache, mask=mask[:, None]), cache
     return attend(query, *cache, mask), cache
 
 
@@ -102,14 +101,16 @@ def attend_fresh(
     query, key, value = split_heads(qkv[0], heads, rope)
     if cache is not None:
         cache = write_rows(cache, key, value, positions[:, 0])
-    if has_fused(query.dtype):
-        return fused_attention(query, key, value, is_causal=True), cache
+    if has_gpu_kernels(query.dtype):
+        return cudnn_attention(query, key, value, is_causal=True), cache
     return attend(query, key, value, positions[:, None, :] <= positions[:, :, None]), cache
 
 
-def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, **rule: Any) -> jax.Array:
+def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, **rule: Any) -> jax.Array:
     """`attend` by cuDNN, which never writes the scores to memory. `rule`: is_causal=True or mask, bool [B, 1, T, S]."""
-    mixed = jax.nn.dot_product_attention(query, key.swapaxes(1, 2), value.swapaxes(1, 2), implementation=FUSED, **rule)
+    mixed = jax.nn.dot_product_attention(
+        query, key.swapaxes(1, 2), value.swapaxes(1, 2), implementation="cudnn", **rule
+    )
     return mixed.reshape(*query.shape[:2], -1)
 
 

@@ -23,15 +23,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from dvi_jax.model.products import has_fused
+from dvi_jax.model.products import has_gpu_kernels
 
-CHUNK = 512  # slots of a chunk
-WHOLE = 1024  # caches up to here are one chunk: a short context is not worth a second kernel
-BLOCK = 64  # slots of one step inside a chunk
+CHUNK_SLOTS = 512  # slots of a chunk
+UNCUT_SLOTS = 1024  # caches up to here are one chunk: a short context is not worth a second kernel
+STEP_SLOTS = 64  # slots of one step inside a chunk
 WARPS = 4
 STAGES = 3  # steps whose loads are under way at once
 SMALLEST = 16  # rows of the smallest matrix product in Triton
-MOST_ROWS = 64  # T * G beyond which the accumulators no longer fit into registers
+MOST_QUERY_ROWS = 64  # T * G beyond which the accumulators no longer fit into registers
 Ref = Any  # a pointer into an array; indexing gives another, `plt.load` and `plt.store` use it
 Rope = tuple[jax.Array, jax.Array]
 MASKED = -1e30  # finite: the maximum of a chunk that a row cannot see must not give inf - inf
@@ -40,8 +40,8 @@ MASKED = -1e30  # finite: the maximum of a chunk that a row cannot see must not 
 def is_supported(rows: int, head_dim: int, dtype: jnp.dtype) -> bool:
     """Whether the kernel takes `rows` = T * G rows of 16-bit heads of this size on the default backend."""
     half = head_dim // 2
-    sizes_fit = rows <= MOST_ROWS and half >= SMALLEST and half & (half - 1) == 0
-    return has_fused(dtype) and sizes_fit
+    sizes_fit = rows <= MOST_QUERY_ROWS and half >= SMALLEST and half & (half - 1) == 0
+    return has_gpu_kernels(dtype) and sizes_fit
 
 
 @partial(jax.jit, static_argnames=("interpret",))  # traced and lowered once for all layers: seconds of every start
@@ -62,7 +62,7 @@ def cached_attention(
     parts, batch, tokens, heads, size = qkv.shape
     kv_heads, slots = key.shape[1:3]
     queries = heads - 2 * kv_heads
-    chunks = 1 if slots <= WHOLE else pl.cdiv(slots, CHUNK)
+    chunks = 1 if slots <= UNCUT_SLOTS else pl.cdiv(slots, CHUNK_SLOTS)
     cos, sin = (table[:, :, 0] for table in rope)
     cache = pl.BlockSpec((None, None, slots, size), lambda b, k, c: (b, k, 0, 0))
     table = pl.BlockSpec((None, tokens, size // 2), lambda b, k, c: (b, 0, 0))
@@ -162,13 +162,13 @@ def _attend(
     """
     slots, size = key.shape
     rows, scale = query[0].shape[0], size**-0.5
-    begin = pl.program_id(2) * CHUNK
-    end = jnp.minimum(slots if chunks == 1 else jnp.minimum(begin + CHUNK, slots), jnp.max(position) + 1)
+    begin = pl.program_id(2) * CHUNK_SLOTS
+    end = jnp.minimum(slots if chunks == 1 else jnp.minimum(begin + CHUNK_SLOTS, slots), jnp.max(position) + 1)
     column, half = jnp.arange(size)[None, :], jnp.arange(size // 2)[None, :]
 
     def step(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         mixed, top, total = carry
-        slot = begin + index * BLOCK + jnp.arange(BLOCK)
+        slot = begin + index * STEP_SLOTS + jnp.arange(STEP_SLOTS)
         inside = (slot < slots)[:, None]
         left = plt.load(key.at[slot[:, None], half], mask=inside, other=0.0)
         right = plt.load(key.at[slot[:, None], half + size // 2], mask=inside, other=0.0)
@@ -181,7 +181,7 @@ def _attend(
         return mixed, new_top, total * shrink + jnp.sum(weights, axis=1)
 
     start = (jnp.zeros((rows, size), jnp.float32), jnp.full((rows,), MASKED), jnp.zeros((rows,), jnp.float32))
-    return jax.lax.fori_loop(0, pl.cdiv(end - begin, BLOCK), step, start)
+    return jax.lax.fori_loop(0, pl.cdiv(end - begin, STEP_SLOTS), step, start)
 
 
 def _rows(count: int, least: int) -> jax.Array:

@@ -43,10 +43,14 @@ class LoRA(nnx.Module):
 class Block(nnx.Module):
     """One Llama decoder layer: RMSNorm, attention, residual, RMSNorm, SwiGLU, residual."""
 
-    def __init__(self, weights: dict, heads: tuple[int, int, int], eps: float, kind: type[nnx.Variable] = Base):
-        """`weights`: attn_norm, qkv, out, mlp_norm, gate_up, down. `heads`: (N, K, H)."""
-        for name, value in weights.items():
-            setattr(self, name, kind(value))
+    def __init__(self, weights: dict[str, jax.Array], heads: attention.Heads, eps: float):
+        """`weights`: one array for each name below, as `base_shapes` has them; `heads`: (N, K, H)."""
+        self.attn_norm = Base(weights["attn_norm"])
+        self.qkv = Base(weights["qkv"])
+        self.out = Base(weights["out"])
+        self.mlp_norm = Base(weights["mlp_norm"])
+        self.gate_up = Base(weights["gate_up"])
+        self.down = Base(weights["down"])
         self.heads = heads
         self.eps = eps
         self.lora = nnx.Dict()  # weight name -> LoRA
@@ -60,13 +64,17 @@ class Block(nnx.Module):
         *,
         adapted: bool,
         fresh: bool,
-    ) -> tuple[Residual, LayerCache | None]:
-        """Rows at consecutive `positions` [B, T] -> (residual, cache). `fresh`: nothing lies in the cache yet."""
+    ) -> tuple[jax.Array, Residual, LayerCache | None]:
+        """Rows at consecutive `positions` [B, T]; `fresh`: nothing lies in the cache yet.
+
+        Returns the stream as it enters the layer [B, T, D], which costs nothing, the stream behind it, and the cache.
+        """
 
         def project(name: str, x: jax.Array, split: bool = residual.kernels) -> jax.Array:
             return self._project(name, x, adapted, split)
 
         residual, normed = residual.normed(self.attn_norm[...], self.eps)
+        entered = residual.x
         attend = attention.attend_fresh if fresh else attention.attend_cached
         qkv = project("qkv", normed)
         with jax.named_scope("attention"):
@@ -76,7 +84,7 @@ class Block(nnx.Module):
             residual, normed = residual.normed(self.mlp_norm[...], self.eps)
             # Not split: SwiGLU is XLA's, and parts would cost it more than their kernel saves.
             gate, up = jnp.split(total(project("gate_up", normed, split=False), normed.dtype), 2, axis=-1)
-            return residual.plus(project("down", jax.nn.silu(gate) * up)), cache
+            return entered, residual.plus(project("down", jax.nn.silu(gate) * up)), cache
 
     def _project(self, name: str, x: jax.Array, adapted: bool, split: bool) -> jax.Array:
         """x [B, T, in] times the weight `name`, in parts where kernels add them up: [P, B, T, out]."""

@@ -20,6 +20,8 @@ from dvi_jax.model.products import linear
 from dvi_jax.model.residual import Residual, has_kernel
 from dvi_jax.model.variables import Base
 
+Tapped = tuple[jax.Array, ...]  # hidden states [B, T, D] of the tapped layers that ran, lowest first
+
 
 def base_shapes(config: LlamaConfig) -> dict[str, Any]:
     """Shape of every weight, as a tree with string keys. `head` is absent when the embedding is tied."""
@@ -57,18 +59,25 @@ def random_base(config: LlamaConfig, key: jax.Array, dtype: jnp.dtype = jnp.floa
 class Llama(nnx.Module):
     """A Llama whose layers below `exit_layer` and from it on can be run apart.
 
-    Both halves take and return explicit KV caches; nothing is stored on the module.
+    Both halves take and return explicit KV caches; nothing is stored on the module. Both also give the hidden states
+    that somebody `taps`: the stream as it enters those layers, which the first norm there adds up in any case.
     """
 
-    def __init__(self, config: LlamaConfig, base: dict, exit_layer: int):
-        """`base`: tree of `base_shapes(config)`; `exit_layer` in 1..L-1, else `UserError`."""
-        if not 1 <= exit_layer <= config.num_layers - 1:
+    def __init__(self, config: LlamaConfig, base: dict[str, Any], exit_layer: int, *, taps: tuple[int, ...] = ()):
+        """`base`: tree of `base_shapes(config)`. `exit_layer` in 0..L-1, 0 where nothing is to be split off below.
+
+        `taps`: ascending layer numbers in 1..L-1; tap i is the hidden state after i layers. Others: `UserError`.
+        """
+        last = config.num_layers - 1
+        if not 0 <= exit_layer <= last:
             raise UserError(
-                f"exit_layer must be between 1 and {config.num_layers - 1} for a model of {config.num_layers} layers,"
-                f" got {exit_layer}"
+                f"exit_layer must be between 1 and {last} for a model of {config.num_layers} layers, got {exit_layer}"
             )
+        if list(taps) != sorted(set(taps)) or not all(1 <= tap <= last for tap in taps):
+            raise UserError(f"taps must be ascending layer numbers between 1 and {last}, got {list(taps)}")
         self.config = config
         self.exit_layer = exit_layer
+        self.taps = taps
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         self.embed = Base(base["embed"])
         self.layers = nnx.List(
@@ -83,26 +92,48 @@ class Llama(nnx.Module):
         """Type of weights, activations and caches."""
         return self.embed.dtype
 
+    @property
+    def shallow_taps(self) -> int:
+        """How many of the taps lie below the exit; `shallow` gives those, `deep` the others."""
+        return sum(tap < self.exit_layer for tap in self.taps)
+
     def head_weight(self) -> jax.Array:
         """The LM head [V, D] (the embedding where tied)."""
         return (self.embed if self.config.tie_word_embeddings else self.head)[...]
 
     def shallow(
-        self, tokens: jax.Array, caches: Caches | None, positions: jax.Array, **options: Any
-    ) -> tuple[jax.Array, Caches | None]:
-        """Embedding and layers below `exit_layer`: int tokens [B, T] -> exit hidden state [B, T, D] (not normed)."""
+        self,
+        tokens: jax.Array,
+        caches: Caches | None,
+        positions: jax.Array,
+        *,
+        adapted: bool = False,
+        fresh: bool = False,
+    ) -> tuple[jax.Array, Tapped, Caches | None]:
+        """Embedding and layers below `exit_layer`, on int tokens [B, T] at consecutive `positions` [B, T].
+
+        Returns the exit hidden state [B, T, D] (not normed; the embedding at exit layer 0), the tapped states
+        [B, T, D] of these layers, and the caches. `adapted` turns lora_S on: in the draft pass only, never on the way
+        to the verifier. Without caches, or when `fresh` (a prefill: nothing lies in the caches yet), rows see only
+        the rows of this call.
+        """
         with jax.named_scope("shallow"):
             x = self.embed[...][tokens]
-            residual, caches = self._run(self.layers[: self.exit_layer], x, caches, positions, **options)
-            return residual.total(), caches
+            layers = range(self.exit_layer)
+            residual, tapped, caches = self._run(layers, x, caches, positions, adapted=adapted, fresh=fresh)
+            return residual.total(), tapped, caches
 
     def deep(
-        self, hidden: jax.Array, caches: Caches | None, positions: jax.Array, **options: Any
-    ) -> tuple[jax.Array, Caches | None]:
-        """Layers from `exit_layer` on and the final norm: exit hidden [B, T, D] -> normed final hidden [B, T, D]."""
+        self, hidden: jax.Array, caches: Caches | None, positions: jax.Array, *, fresh: bool = False
+    ) -> tuple[jax.Array, Tapped, Caches | None]:
+        """Layers from `exit_layer` on and the final norm, on exit hidden states [B, T, D]; `fresh` as in `shallow`.
+
+        Returns the normed final hidden state [B, T, D], the tapped states of these layers, and the caches.
+        """
         with jax.named_scope("deep"):
-            residual, caches = self._run(self.layers[self.exit_layer :], hidden, caches, positions, **options)
-            return residual.normed(self.norm[...], self.config.rms_norm_eps)[1], caches
+            layers = range(self.exit_layer, self.config.num_layers)
+            residual, tapped, caches = self._run(layers, hidden, caches, positions, adapted=False, fresh=fresh)
+            return residual.normed(self.norm[...], self.config.rms_norm_eps)[1], tapped, caches
 
     def logits(self, normed: jax.Array) -> jax.Array:
         """LM head: normed hidden [..., D] -> float32 logits [..., V]."""
@@ -119,28 +150,23 @@ class Llama(nnx.Module):
         )
 
     def _run(
-        self,
-        layers: Any,
-        x: jax.Array,
-        caches: Caches | None,
-        positions: jax.Array,
-        *,
-        adapted: bool = False,
-        fresh: bool = False,
-    ) -> tuple[Residual, Caches | None]:
-        """Run `layers` on x [B, T, D] at consecutive `positions` [B, T].
-
-        Without caches, or when `fresh` (a prefill: nothing lies in the caches yet), rows see only the rows of this
-        call. `adapted` turns lora_S on: in the draft pass only, never on the way to the verifier.
-        """
+        self, layers: range, x: jax.Array, caches: Caches | None, positions: jax.Array, *, adapted: bool, fresh: bool
+    ) -> tuple[Residual, Tapped, Caches | None]:
+        """Run `layers` on x [B, T, D]; the arguments are those of `shallow`."""
         config = self.config
         frequencies = attention.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         rope = attention.rope_tables(frequencies, positions)
         fresh = fresh or caches is None
         # A prefill has rows enough, and where there is no cache something may be differentiated.
         residual = Residual(x, kernels=not fresh and has_kernel(x.shape[0] * x.shape[1], x.dtype))
-        updated: list[LayerCache | None] = []
-        for layer, cache in zip(layers, caches or (None,) * len(layers), strict=True):
-            residual, cache = layer(residual, rope, cache, positions, adapted=adapted, fresh=fresh)
-            updated.append(cache)
-        return residual, (None if caches is None else tuple(updated))
+        tapped: list[jax.Array] = []
+        updated: list[LayerCache] = []
+        for index, cache in zip(layers, caches or (None,) * len(layers), strict=True):
+            entered, residual, new_cache = self.layers[index](
+                residual, rope, cache, positions, adapted=adapted, fresh=fresh
+            )
+            if index in self.taps:
+                tapped.append(entered)
+            if new_cache is not None:
+                updated.append(new_cache)
+        return residual, tuple(tapped), (None if caches is None else tuple(updated))

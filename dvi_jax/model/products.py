@@ -64,6 +64,6 @@ def precision(x: jax.Array) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-def has_fused(dtype: jnp.dtype) -> bool:
+def has_gpu_kernels(dtype: jnp.dtype) -> bool:
     """Whether the default backend has fused kernels, cuDNN's attention and our own, for arrays of this type."""
     return jax.default_backend() == "gpu" and jnp.dtype(dtype).itemsize == 2

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from dvi_jax.model.products import has_fused, total
+from dvi_jax.model.products import has_gpu_kernels, total
 
-MOST_ROWS = 1024  # B * T beyond which a round is no longer short of work
+MOST_KERNEL_ROWS = 1024  # B * T beyond which a round is no longer short of work
 MOST_WARPS = 32
 Ref = Any  # a pointer into an array; indexing gives another, `plt.load` and `plt.store` use it
 
@@ -59,7 +59,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 def has_kernel(rows: int, dtype: jnp.dtype) -> bool:
     """Whether `add_and_norm` takes this many rows of this type on the default backend."""
-    return has_fused(dtype) and rows <= MOST_ROWS
+    return has_gpu_kernels(dtype) and rows <= MOST_KERNEL_ROWS
 
 
 @partial(jax.jit, static_argnames=("eps", "interpret"))  # traced and lowered once for all layers

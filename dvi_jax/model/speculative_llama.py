@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dvi_jax.errors import UserError
-from dvi_jax.model.drafters import Drafter
+from dvi_jax.model.drafters import BlockDrafter, Drafter, StepDrafter
 from dvi_jax.model.llama import Llama
 from dvi_jax.model.variables import Base, DeepLoRA, DrafterParam, ShallowLoRA
 
@@ -29,6 +29,14 @@ class SpeculativeLlama(nnx.Module):
     """
 
     def __init__(self, llama: Llama, drafter: Drafter, *, separate_trunk: bool = False):
+        """Raises `UserError` for a step drafter without an exit layer, and for a block drafter with one."""
+        if isinstance(drafter, BlockDrafter) and llama.exit_layer:
+            raise UserError(f"drafter {drafter.kind} drafts whole blocks and has no exit layer, got {llama.exit_layer}")
+        if isinstance(drafter, StepDrafter) and not llama.exit_layer:
+            last = llama.config.num_layers - 1
+            raise UserError(
+                f"exit_layer must be between 1 and {last} for a model of {llama.config.num_layers} layers, got 0"
+            )
         self.llama = llama
         self.drafter = drafter
         self.separate_trunk = separate_trunk
@@ -53,6 +61,10 @@ class SpeculativeLlama(nnx.Module):
     def draft_token(self, index: jax.Array) -> jax.Array:
         """Token ids of rows of `draft_head`."""
         return self.draft_vocabulary["ids"][...][index] if self.draft_vocabulary else index
+
+    def draft_ids(self) -> jax.Array | None:
+        """int32 [Vd], the token of each row of `draft_head`; None where it is the whole head."""
+        return self.draft_vocabulary["ids"][...] if self.draft_vocabulary else None
 
     def over_vocabulary(self, logits: jax.Array) -> jax.Array:
         """Logits [B, Vd] of `draft_head`'s rows -> [B, V], minus infinity where nothing is drafted."""

@@ -12,7 +12,7 @@ from conversion.importing import import_model
 from dvi_jax.checkpoint import string_keys, write_checkpoint
 from dvi_jax.errors import UserError
 from dvi_jax.learn.slow_update import verifier_logits
-from dvi_jax.load import load, trained_parts
+from dvi_jax.loading import load, trained_parts
 from dvi_jax.model.speculative_llama import join
 
 TOKENS = jnp.array([[5, 9, 2, 7, 1, 60]])

@@ -9,7 +9,7 @@ from conversion.exporting import export_hf
 from conversion.kangaroo import read_adapter
 from dvi_jax.checkpoint import read_checkpoint, string_keys, write_checkpoint
 from dvi_jax.config import DistillConfig
-from dvi_jax.learn.offline import distill
+from dvi_jax.learn.offline import train_offline
 from dvi_jax.learn.packing import pack
 from dvi_jax.presets import TINY
 
@@ -23,7 +23,7 @@ def test_train_export_import(make_tiny, helpers, tmp_path):
     pack([(tokens, [1] * 256)], 16, 64).save(tmp_path / "text.npz")
     settings = {"drafter": "kangaroo", "tokens": 128, "batch_rows": 4, "row_length": 16, "eval_rows": 4}
     config = DistillConfig(str(tmp_path / "model"), str(tmp_path / "run"), (str(tmp_path / "text.npz"),), **settings)
-    trained = read_checkpoint(distill(config).checkpoint)
+    trained = read_checkpoint(train_offline(config).checkpoint)
     export_hf(trained, tmp_path / "hf")
     adapter, options = read_adapter(tmp_path / "hf" / "adapter", TINY, "float32")
     assert options == trained.manifest.drafter_config

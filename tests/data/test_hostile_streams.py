@@ -10,8 +10,9 @@ import threading
 import pytest
 import zstandard
 
+from dvi_jax.config import DataConfig
 from dvi_jax.data.conversations import ConversationStream, StreamLimits
-from dvi_jax.data.prompts import PromptSettings, PromptStream
+from dvi_jax.data.prompts import PromptStream
 from dvi_jax.errors import UserError
 
 
@@ -130,7 +131,7 @@ def test_turns_behind_one_that_is_too_long_are_counted_unread(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(lines(record("long", *["x"] * 5000), record("short", "x")))
     tokenizer = CountingTokenizer()
-    settings = PromptSettings(35, turns="all", held_out_fraction=0.0)
+    settings = DataConfig(max_prompt_tokens=35, turns="all", held_out_fraction=0.0)
     stream = PromptStream(ConversationStream(path), tokenizer, settings)
     assert [(p.conversation_id, len(p.ids)) for p in stream] == [
         ("long", 10),

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from dvi_jax.config import DataConfig
 from dvi_jax.data.conversations import ConversationStream, Message, StreamPosition
-from dvi_jax.data.prompts import PromptSettings, PromptStream, context_of_turn, is_held_out
+from dvi_jax.data.prompts import PromptStream, context_of_turn, is_held_out
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import UserError
 
@@ -52,7 +53,9 @@ def texts(tokenizer, prompts) -> list[str]:
 
 @pytest.mark.parametrize("turns", ["first", "all"])
 def test_held_out_and_trained_prompts_are_disjoint(tokenizer, path, turns):
-    stream = PromptStream(ConversationStream(path), tokenizer, PromptSettings(200, turns, held_out_fraction=0.3))
+    stream = PromptStream(
+        ConversationStream(path), tokenizer, DataConfig(max_prompt_tokens=200, turns=turns, held_out_fraction=0.3)
+    )
     held_out = texts(tokenizer, stream.held_out_prompts(10_000))
     trained = texts(tokenizer, stream)
     first_questions = [{" ".join(t.split("\n")[0].lower().split()) for t in side} for side in (held_out, trained)]
@@ -65,7 +68,7 @@ def test_held_out_and_trained_prompts_are_disjoint(tokenizer, path, turns):
 
 
 def test_held_out_prompts_are_the_first_ones_and_leave_training_alone(tokenizer, path):
-    settings = PromptSettings(200, held_out_fraction=0.3)
+    settings = DataConfig(max_prompt_tokens=200, held_out_fraction=0.3)
     stream = PromptStream(ConversationStream(path), tokenizer, settings)
     some = stream.held_out_prompts(4)
     assert some == stream.held_out_prompts(1000)[:4]
@@ -89,7 +92,9 @@ def test_spelling_does_not_change_sides(variant):
 
 @pytest.mark.parametrize("turns", ["first", "all"])
 def test_resume_after_every_prompt(tokenizer, path, turns):
-    settings = PromptSettings(40, turns, held_out_fraction=0.3)  # 40: some second turns are too long
+    settings = DataConfig(
+        max_prompt_tokens=40, turns=turns, held_out_fraction=0.3
+    )  # 40: some second turns are too long
     stream = PromptStream(ConversationStream(path), tokenizer, settings)
     everything, states = [], []
     for prompt in stream:
@@ -104,7 +109,7 @@ def test_resume_after_every_prompt(tokenizer, path, turns):
 
 
 def test_a_position_alone_resumes_too(tokenizer, path):
-    settings = PromptSettings(200, "all")
+    settings = DataConfig(max_prompt_tokens=200, turns="all")
     everything = list(PromptStream(ConversationStream(path), tokenizer, settings))
     start = everything[10].position
     assert start.turn == 1
@@ -120,7 +125,9 @@ def test_turns_have_the_context_of_the_log():
 
 def test_prompt_text_and_length_limit(tokenizer, tmp_path):
     path = write_lines(tmp_path / "data.jsonl", [chat("a", "Hi", "x"), chat("b", "y" * 50)])
-    stream = PromptStream(ConversationStream(path), tokenizer, PromptSettings(40, held_out_fraction=0.0, system="S"))
+    stream = PromptStream(
+        ConversationStream(path), tokenizer, DataConfig(max_prompt_tokens=40, held_out_fraction=0.0), system="S"
+    )
     assert texts(tokenizer, stream) == ["System: S\nUser: Hi\nAssistant:"]
     assert stream.counts == {"prompt too long": 1}
 
@@ -128,9 +135,13 @@ def test_prompt_text_and_length_limit(tokenizer, tmp_path):
 def test_a_prompt_may_be_exactly_as_long_as_allowed(tokenizer, tmp_path):
     path = write_lines(tmp_path / "data.jsonl", [chat("a", "Hi")])
     length = len("User: Hi\nAssistant:")  # a token is a byte
-    exact = PromptStream(ConversationStream(path), tokenizer, PromptSettings(length, held_out_fraction=0.0))
+    exact = PromptStream(
+        ConversationStream(path), tokenizer, DataConfig(max_prompt_tokens=length, held_out_fraction=0.0)
+    )
     assert len(list(exact)) == 1
-    shorter = PromptStream(ConversationStream(path), tokenizer, PromptSettings(length - 1, held_out_fraction=0.0))
+    shorter = PromptStream(
+        ConversationStream(path), tokenizer, DataConfig(max_prompt_tokens=length - 1, held_out_fraction=0.0)
+    )
     with pytest.raises(UserError, match="no prompt of at most 18 tokens in 1 conversations read"):
         list(shorter)
 
@@ -139,7 +150,7 @@ def test_refused_conversations_are_counted(tokenizer_json, tmp_path):
     source = "{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}"
     path = write_lines(tmp_path / "data.jsonl", [chat("a", "no"), chat("b", "yes")])
     tokenizer = Tokenizer(tokenizer_json, source)
-    stream = PromptStream(ConversationStream(path), tokenizer, PromptSettings(10, held_out_fraction=0.0))
+    stream = PromptStream(ConversationStream(path), tokenizer, DataConfig(max_prompt_tokens=10, held_out_fraction=0.0))
     assert texts(tokenizer, stream) == ["yes"]
     assert stream.counts == {"refused by the chat template": 1}
 
@@ -147,7 +158,7 @@ def test_refused_conversations_are_counted(tokenizer_json, tmp_path):
 def test_stdin_gives_no_held_out_prompts(tokenizer, monkeypatch):
     stdin = io.BufferedReader(io.BytesIO(b"One question\nAnother\n"))
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=stdin))
-    stream = PromptStream(ConversationStream("-"), tokenizer, PromptSettings(100, held_out_fraction=0.0))
+    stream = PromptStream(ConversationStream("-"), tokenizer, DataConfig(max_prompt_tokens=100, held_out_fraction=0.0))
     with pytest.raises(UserError, match="held-out prompts cannot be taken from stdin"):
         stream.held_out_prompts(1)
     assert texts(tokenizer, stream) == ["User: One question\nAssistant:", "User: Another\nAssistant:"]
@@ -160,7 +171,7 @@ def test_settings_and_states_are_checked(tokenizer, path):
         ({"max_prompt_tokens": 0}, "max_prompt_tokens must be"),
     ):
         with pytest.raises(UserError, match=message):
-            PromptSettings(**{"max_prompt_tokens": 5, **bad})
+            DataConfig(**{"max_prompt_tokens": 5, **bad})
     position = StreamPosition().to_json()
     for state in (
         [],
@@ -170,4 +181,4 @@ def test_settings_and_states_are_checked(tokenizer, path):
         {"position": {"file": 0}, "given": 0, "counts": {}},
     ):
         with pytest.raises(UserError, match=r"state of a prompt stream|a stream position"):
-            PromptStream(ConversationStream(path), tokenizer, PromptSettings(5), state=state)
+            PromptStream(ConversationStream(path), tokenizer, DataConfig(max_prompt_tokens=5), state=state)

@@ -9,10 +9,10 @@ import pytest
 from dvi_jax.checkpoint import Manifest
 from dvi_jax.config import DecodeConfig
 from dvi_jax.data.tokenizer import Tokenizer
-from dvi_jax.decode.generate import make_sampling, read_generations, start
-from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.batch import make_sampling, read_generations, start
+from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import Knobs
-from dvi_jax.load import LoadedModel, build_model
+from dvi_jax.loading import LoadedModel, build_model
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import split
 from dvi_jax.presets import TINY
@@ -46,10 +46,12 @@ def run_rows():
     def run(model, prompts, settings=None, *, budgets=(30, 30, 30), **knobs):
         knobs = Knobs.make(**{"draft_steps": 3, "threshold": 0.0, "eos_ids": ()} | knobs)
         sampling = make_sampling(model, prompts, settings)
-        state = start(model, prompts, DecodeConfig(3, 0.0, 30), knobs, sampling=sampling, longest_prompt=9)
+        state = start(
+            model, prompts, DecodeConfig(draft_steps=3, max_new_tokens=30), knobs, sampling=sampling, longest_prompt=9
+        )
         lengths = [len(prompt) for prompt in prompts]
         state = state.replace(limit=jnp.array(lengths, jnp.int32) + jnp.array(budgets, jnp.int32))
-        state = decode(model.definition, model.decode_params, state, knobs)
+        state = decode_rounds(model.definition, model.decode_params, state, knobs)
         return read_generations(state, lengths, tuple(knobs.eos_ids.tolist()))
 
     return run
@@ -70,7 +72,14 @@ def reciter(tokenizer_json):
     cycle = jnp.array([*tokenizer.encode(RECITED), 1])
     embed = base["embed"] / jnp.linalg.norm(base["embed"], axis=-1, keepdims=True)
     head = jnp.zeros_like(embed).at[jnp.roll(cycle, -1)].set(8 * embed[cycle])
-    manifest = Manifest("random", "", "float32", 1, "exit_head", {"rank": 2, "alpha": 2.0}, {})
+    manifest = Manifest(
+        source="random",
+        source_sha256="",
+        dtype="float32",
+        exit_layer=1,
+        drafter="exit_head",
+        drafter_config={"rank": 2, "alpha": 2.0},
+    )
     model = build_model(config, manifest, {**base, "layers": silent, "embed": embed, "head": head})
     return LoadedModel(config, manifest, *split(model), tokenizer)
 

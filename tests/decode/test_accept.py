@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvi_jax.decode.accept import accept
+from dvi_jax.decode.speculative import accept
 
 
 def by_loop(verified, drafts, count, eos_ids):

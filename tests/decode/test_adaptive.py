@@ -8,9 +8,9 @@ import pytest
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.decode import cost
+from dvi_jax.decode.batch import generate_batch, make_knobs, make_sampling, read_generations, start
 from dvi_jax.decode.cost import measure_draft_cost
-from dvi_jax.decode.generate import generate, make_knobs, make_sampling, read_generations, start
-from dvi_jax.decode.speculative import decode, least_reach
+from dvi_jax.decode.speculative import decode_rounds, least_reach
 from dvi_jax.errors import UserError
 
 NEW = 48
@@ -19,8 +19,8 @@ NEW = 48
 def recite(model, draft_cost, *, plain=False):
     """Two rows, from two places of the text, endlessly."""
     prompts = [model.tokenizer.encode(text) for text in ("a", " b")]
-    settings = DecodeConfig(3, 0.0, NEW, draft_cost)
-    return generate(model, prompts, settings, plain=plain, eos_ids=())[0]
+    settings = DecodeConfig(draft_steps=3, max_new_tokens=NEW, draft_cost=draft_cost)
+    return generate_batch(model, prompts, settings, plain=plain, eos_ids=())[0]
 
 
 def test_drafts_stay_with_a_good_drafter_and_fall_with_a_bad_one(reciter, mumbler):
@@ -73,14 +73,14 @@ def test_least_reach_by_hand():
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_measuring_leaves_the_state_usable(make_close, run_rows, sampled):
-    model, prompts, settings = make_close(), [[5, 9, 2], [40] * 9, [7]], DecodeConfig(3, 0.0, 30)
+    model, prompts, settings = make_close(), [[5, 9, 2], [40] * 9, [7]], DecodeConfig(draft_steps=3, max_new_tokens=30)
     sampling = SamplingConfig(seed=3) if sampled else None
     knobs = make_knobs(settings, ())
     state = start(model, prompts, settings, knobs, sampling=make_sampling(model, prompts, sampling))
     assert 0 <= measure_draft_cost(model, state, settings) <= 1
     assert measure_draft_cost(model, state.replace(limit=state.length), settings) == 0  # no room for a draft
     assert int(state.rounds) == 0
-    state = decode(model.definition, model.decode_params, state, knobs)
+    state = decode_rounds(model.definition, model.decode_params, state, knobs)
     assert read_generations(state, [3, 9, 1], ()) == run_rows(model, prompts, sampling)
 
 
@@ -91,7 +91,7 @@ def test_measuring_leaves_the_state_usable(make_close, run_rows, sampled):
 def test_cost_by_hand(monkeypatch, plain, drafting, drafts, expected):
     """Seconds of a plain round, of a drafting one, and drafts in it -> a draft in plain rounds, within 0 and 1."""
     monkeypatch.setattr(cost, "_round_seconds", lambda *args: (drafting, drafts) if args[-1] else (plain, 0.0))
-    assert measure_draft_cost(None, None, DecodeConfig(3)) == pytest.approx(expected)
+    assert measure_draft_cost(None, None, DecodeConfig(draft_steps=3)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("draft_cost", [-0.1, 1.1, float("nan")])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
-from dvi_jax.decode.generate import generate, start
-from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.batch import generate_batch, start
+from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import Knobs
 from dvi_jax.errors import UserError
 
@@ -84,13 +84,13 @@ def test_a_finished_row_stays_as_it_is(make_close):
     """Round by round, beside rows that go on: committed tokens, their cache slots, its counts."""
     model, new_tokens = make_close(), (4, 30, 30)
     knobs = Knobs.make(3, 0.0, ())
-    state = start(model, PROMPTS, DecodeConfig(3, 0.0, 30), knobs, longest_prompt=9)
+    state = start(model, PROMPTS, DecodeConfig(draft_steps=3, max_new_tokens=30), knobs, longest_prompt=9)
     state = state.replace(
         limit=jnp.array([len(p) + new for p, new in zip(PROMPTS, new_tokens, strict=True)], jnp.int32)
     )
     end, seen = len(PROMPTS[0]) + 4, []
     while not bool(state.done.all()):
-        state = decode(model.definition, model.decode_params, state, knobs._replace(until=state.rounds + 1))
+        state = decode_rounds(model.definition, model.decode_params, state, knobs._replace(until=state.rounds + 1))
         if bool(state.done[0]):
             caches = [np.asarray(array[0, :, : end - 1]) for array in jax.tree.leaves((state.shallow, state.deep))]
             counts = [np.asarray(x[0]) for x in (state.length, state.accept_lengths, state.drafted)]
@@ -118,5 +118,5 @@ def test_a_finished_row_stays_as_it_is(make_close):
 )
 def test_bad_batches(make_tiny, prompts, options, message):
     with pytest.raises(UserError, match=message) as caught:
-        generate(make_tiny(), prompts, DecodeConfig(3, 0.0, 64), **options)
+        generate_batch(make_tiny(), prompts, DecodeConfig(draft_steps=3, max_new_tokens=64), **options)
     assert "\n" not in str(caught.value)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
-from dvi_jax.decode.generate import generate, make_knobs, make_sampling, read_generations, start
-from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.batch import generate_batch, make_knobs, make_sampling, read_generations, start
+from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.errors import UserError
 from dvi_jax.learn.rollout import rollout
-from dvi_jax.load import with_draft_vocabulary
+from dvi_jax.loading import with_draft_vocabulary
 
-SETTINGS, PROMPTS = DecodeConfig(3, 0.0, 40), [[5, 9, 2], [7, 7, 1]]
+SETTINGS, PROMPTS = DecodeConfig(draft_steps=3, max_new_tokens=40), [[5, 9, 2], [7, 7, 1]]
 SAMPLING = SamplingConfig(temperature=3.0, repetition_penalty=1.1)
 
 
@@ -25,8 +25,8 @@ def restricted(model, ids, tmp_path):
 def test_proposals_stay_inside_and_output_is_unchanged(make_tiny, tmp_path):
     model = make_tiny()
     few = restricted(model, list(range(0, 64, 3)), tmp_path)
-    plain, _ = generate(model, PROMPTS, SETTINGS, plain=True, eos_ids=())
-    fast, _ = generate(few, PROMPTS, SETTINGS, eos_ids=())
+    plain, _ = generate_batch(model, PROMPTS, SETTINGS, plain=True, eos_ids=())
+    fast, _ = generate_batch(few, PROMPTS, SETTINGS, eos_ids=())
     assert [g.output_ids for g in fast] == [g.output_ids for g in plain]
     windows, _ = rollout(few, PROMPTS, SETTINGS, longest_prompt=8)
     proposals = np.asarray(windows.proposal)
@@ -38,7 +38,7 @@ def test_proposals_stay_inside_and_output_is_unchanged(make_tiny, tmp_path):
 def test_the_whole_vocabulary_changes_nothing(make_tiny, tmp_path):
     model = make_tiny()
     every = restricted(model, list(range(64)), tmp_path)
-    assert generate(every, PROMPTS, SETTINGS)[0] == generate(model, PROMPTS, SETTINGS)[0]
+    assert generate_batch(every, PROMPTS, SETTINGS)[0] == generate_batch(model, PROMPTS, SETTINGS)[0]
 
 
 def test_ids_stay_integers_in_bfloat16(make_tiny, tmp_path):
@@ -57,10 +57,10 @@ def test_bad_vocabularies(make_tiny, tmp_path, ids):
 def test_sampled_drafts_stay_inside(make_close, run_rows, tmp_path):
     """At temperature 3 anything is drawn: drafts from a third of the vocabulary, ids as sampled from all of it."""
     model, prompts = make_close(), [[5, 9, 2], [40] * 9, [7]]
-    few, settings = restricted(model, list(range(0, 64, 3)), tmp_path), DecodeConfig(3, 0.0, 30)
+    few, settings = restricted(model, list(range(0, 64, 3)), tmp_path), DecodeConfig(draft_steps=3, max_new_tokens=30)
     knobs = make_knobs(settings, ())
     state = start(few, prompts, settings, knobs, sampling=make_sampling(few, prompts, SAMPLING), record=True)
-    state = decode(few.definition, few.decode_params, state, knobs)
+    state = decode_rounds(few.definition, few.decode_params, state, knobs)
     proposals = np.asarray(state.signals.proposal)
     proposals = proposals[proposals >= 0]
     assert len(set(proposals.tolist())) > 10

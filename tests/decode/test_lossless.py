@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
-from dvi_jax.decode.generate import generate, start
+from dvi_jax.decode.batch import generate_batch, start
 from dvi_jax.decode.speculative import decode_round
 from dvi_jax.decode.state import Knobs
-from dvi_jax.load import LoadedModel
+from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Params
 
 STEPS = (1, 3, 6)
@@ -38,10 +38,10 @@ def test_golden_prompts(golden, dtype, trained, train_noise):
     accepted = set()
     for steps in STEPS:
         for run in golden.runs:
-            settings, options = DecodeConfig(steps, 0.0, new_tokens), {"longest_prompt": longest}
+            settings, options = DecodeConfig(draft_steps=steps, max_new_tokens=new_tokens), {"longest_prompt": longest}
             options["eos_ids"] = (run["eos_token_id"],)
-            (plain,), _ = generate(model, [run["prompt"]], settings, plain=True, **options)
-            (fast,), _ = generate(model, [run["prompt"]], settings, **options)
+            (plain,), _ = generate_batch(model, [run["prompt"]], settings, plain=True, **options)
+            (fast,), _ = generate_batch(model, [run["prompt"]], settings, **options)
             assert fast.output_ids == plain.output_ids
             assert plain.rounds == len(plain.new_ids) - 1
             if dtype == "float32":
@@ -56,7 +56,7 @@ def test_every_accept_length_bit_for_bit(make_tiny, train_noise, dtype, trunk):
     """Verifier hidden states of committed rows are equal in every bit, whatever was drafted around them."""
     lora = {"rank_s": 2, "rank_d": 2} if trunk == "separate" else None
     model = make_tiny(dtype, lora=lora)
-    settings, prompts = DecodeConfig(3, 0.0, 48), [[5, 9, 2], [7, 7, 1]]
+    settings, prompts = DecodeConfig(draft_steps=3, max_new_tokens=48), [[5, 9, 2], [7, 7, 1]]
     seen, features = set(), {}
     # Four drafters, from one that the verifier often agrees with to noise, and none at all.
     for name, params in _drafters(model, train_noise):
@@ -66,10 +66,10 @@ def test_every_accept_length_bit_for_bit(make_tiny, train_noise, dtype, trunk):
             rows = {}
             while not bool(state.done.all()):
                 state = decode_round(model.definition, params, state, knobs)
-                begin, count = int(state.previous.start[0]), int(state.previous.count[0])
+                begin, count = int(state.committed.start[0]), int(state.committed.count[0])
                 seen.add(count)
                 for i in range(count):
-                    rows[begin + i] = np.asarray(state.previous.feature[0, i])
+                    rows[begin + i] = np.asarray(state.committed.features.final[0, i])
             expected = features.setdefault(row, (rows, np.asarray(state.tokens[0, : int(state.length[0])])))
             np.testing.assert_array_equal(state.tokens[0, : int(state.length[0])], expected[1])
             assert rows.keys() == expected[0].keys()
@@ -130,9 +130,13 @@ def test_temperature_zero_is_greedy(make_close, run_rows):
 def test_threshold_stops_drafting_and_keeps_the_output(make_tiny):
     """At 1.1 no draft is sure enough, so every round drafts exactly one token."""
     model = make_tiny()
-    plain, _ = generate(model, [[5, 9, 2]], DecodeConfig(6, 0.0, 32), plain=True, eos_ids=())
+    plain, _ = generate_batch(
+        model, [[5, 9, 2]], DecodeConfig(draft_steps=6, max_new_tokens=32), plain=True, eos_ids=()
+    )
     for threshold in (0.0, 0.3, 1.1):
-        (fast,), _ = generate(model, [[5, 9, 2]], DecodeConfig(6, threshold, 32), eos_ids=())
+        (fast,), _ = generate_batch(
+            model, [[5, 9, 2]], DecodeConfig(draft_steps=6, threshold=threshold, max_new_tokens=32), eos_ids=()
+        )
         assert fast.output_ids == plain[0].output_ids
         if threshold == 1.1:
             assert set(fast.drafted[:-1]) == {1}
@@ -143,7 +147,9 @@ def test_threshold_stops_drafting_and_keeps_the_output(make_tiny):
 @pytest.mark.parametrize("new_tokens", [1, 2, 5, 9])
 @pytest.mark.parametrize("steps", [0, 1, 8])
 def test_exact_length(make_tiny, steps, new_tokens):
-    (generation,), _ = generate(make_tiny(), [[5, 9]], DecodeConfig(steps, 0.0, new_tokens), eos_ids=())
+    (generation,), _ = generate_batch(
+        make_tiny(), [[5, 9]], DecodeConfig(draft_steps=steps, max_new_tokens=new_tokens), eos_ids=()
+    )
     assert len(generation.new_ids) == new_tokens == 1 + sum(generation.accept_lengths)
     assert generation.finish_reason == "length"
 
@@ -152,10 +158,10 @@ def test_eos_ends_the_sequence_wherever_it_comes(make_tiny, train_noise):
     """For each token of a plain continuation as eos, both modes stop at its first occurrence."""
     model = make_tiny()
     model = model.with_params(_drafters(model, train_noise)[1][1])
-    settings = DecodeConfig(4, 0.0, 24)
-    (free,), _ = generate(model, [[5, 9, 2]], settings, eos_ids=())
+    settings = DecodeConfig(draft_steps=4, max_new_tokens=24)
+    (free,), _ = generate_batch(model, [[5, 9, 2]], settings, eos_ids=())
     for eos in sorted(set(free.new_ids)):
-        (fast,), _ = generate(model, [[5, 9, 2]], settings, eos_ids=(eos,))
+        (fast,), _ = generate_batch(model, [[5, 9, 2]], settings, eos_ids=(eos,))
         assert fast.new_ids == free.new_ids[: free.new_ids.index(eos) + 1]
         assert fast.finish_reason == "eos"
         assert sum(fast.accept_lengths) == len(fast.new_ids) - 1
@@ -178,7 +184,13 @@ def test_compiles_once(make_tiny):
         jax.clear_caches()
         for prompt in ([5, 9, 2], [7], [3] * 16):
             for threshold, plain, eos in ((0.0, False, ()), (0.5, False, (9,)), (0.0, True, (1, 2))):
-                generate(model, [prompt], DecodeConfig(3, threshold, 20), plain=plain, eos_ids=eos)
+                generate_batch(
+                    model,
+                    [prompt],
+                    DecodeConfig(draft_steps=3, threshold=threshold, max_new_tokens=20),
+                    plain=plain,
+                    eos_ids=eos,
+                )
     finally:
         speculative.speculative_round = original
     assert len(traces) == 1
@@ -186,8 +198,10 @@ def test_compiles_once(make_tiny):
 
 def test_first_token_may_end_it(make_tiny):
     model = make_tiny()
-    (free,), _ = generate(model, [[5, 9, 2]], DecodeConfig(2, 0.0, 4), eos_ids=())
-    (stopped,), _ = generate(model, [[5, 9, 2]], DecodeConfig(2, 0.0, 4), eos_ids=(free.new_ids[0],))
+    (free,), _ = generate_batch(model, [[5, 9, 2]], DecodeConfig(draft_steps=2, max_new_tokens=4), eos_ids=())
+    (stopped,), _ = generate_batch(
+        model, [[5, 9, 2]], DecodeConfig(draft_steps=2, max_new_tokens=4), eos_ids=(free.new_ids[0],)
+    )
     assert stopped.new_ids == free.new_ids[:1]
     assert stopped.rounds == 0
     assert jnp.int32(stopped.accepted) == 0

@@ -10,19 +10,19 @@ import pytest
 from dvi_jax.checkpoint import Manifest
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.decode import memory
-from dvi_jax.decode.generate import make_sampling, start
-from dvi_jax.decode.memory import MIB, Sizes, account, check, plan
+from dvi_jax.decode.batch import make_sampling, start
+from dvi_jax.decode.memory import MIB, Sizes, check, estimate_memory, measure_memory
 from dvi_jax.decode.prefill import cache_slots
 from dvi_jax.decode.prefix import make_prefix
-from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import Knobs
 from dvi_jax.errors import UserError
-from dvi_jax.load import LoadedModel, build_model
+from dvi_jax.loading import LoadedModel, build_model
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import split
 from dvi_jax.presets import TINY
 
-SETTINGS = DecodeConfig(2, 0.0, 8)
+SETTINGS = DecodeConfig(draft_steps=2, max_new_tokens=8)
 PROMPTS = [list(range(1, 21)), list(range(5, 15))]  # padded to 24; then 8 new tokens and the width, 3
 SIZES = Sizes(batch=2, slots=cache_slots(24 + 8 + 3), width=3, prompt=24)
 
@@ -40,12 +40,19 @@ def array_bytes(tree: object) -> int:
 def fused() -> LoadedModel:
     """bfloat16 with float32 trained parts, a separate trunk, both LoRA sets, a drafter with a cache."""
     base = random_base(TINY, jax.random.key(0), jax.numpy.bfloat16, std=0.3)
-    manifest = Manifest("random", "", "bfloat16", 2, "fused", {}, {"rank_s": 4, "rank_d": 4})
+    manifest = Manifest(
+        source="random",
+        source_sha256="",
+        dtype="bfloat16",
+        exit_layer=2,
+        drafter="fused",
+        lora={"rank_s": 4, "rank_d": 4},
+    )
     return LoadedModel(TINY, manifest, *split(build_model(TINY, manifest, base)))
 
 
 def test_equals_what_is_allocated(fused):
-    budget = account(fused, SIZES._replace(record=True))
+    budget = estimate_memory(fused, SIZES._replace(record=True))
     state = begin(fused, record=True)
     assert budget.sizes.slots == state.tokens.shape[1]
     for name in ("shallow", "deep", "trunk"):
@@ -58,7 +65,7 @@ def test_equals_what_is_allocated(fused):
     both = array_bytes((fused.params, fused.decode_params))
     assert sum(budget.weights.values()) == both > array_bytes(fused.params)
     assert sum(budget.parts().values()) == budget.total == both + budget.state + budget.workspace
-    assert account(fused, SIZES).held == both  # the copies for decoding were made by now
+    assert estimate_memory(fused, SIZES).held == both  # the copies for decoding were made by now
 
 
 def test_prefix_and_sampling_are_counted(make_tiny):
@@ -66,22 +73,22 @@ def test_prefix_and_sampling_are_counted(make_tiny):
     prompts, prefix = [shared + prompt for prompt in PROMPTS], make_prefix(model, shared)
     sampling = make_sampling(model, prompts, SamplingConfig())
     state = start(model, prompts, SETTINGS, Knobs.make(2, 0.0, ()), sampling=sampling, prefix=prefix)
-    budget = account(model, SIZES._replace(coupled=True, prefix=16))
+    budget = estimate_memory(model, SIZES._replace(coupled=True, prefix=16))
     assert budget.prefix == sum(leaf.nbytes for leaf in jax.tree.leaves(prefix.filled)) > 0
-    assert budget.state == sum(leaf.nbytes for leaf in jax.tree.leaves(state)) > account(model, SIZES).state
+    assert budget.state == sum(leaf.nbytes for leaf in jax.tree.leaves(state)) > estimate_memory(model, SIZES).state
     assert budget.total == sum(budget.weights.values()) + budget.state + budget.prefix + budget.workspace
 
 
 def test_before_loading(make_tiny):
     model = make_tiny()
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.params)
-    assert account(model.with_params(shapes), SIZES) == replace(account(model, SIZES), held=0)
+    assert estimate_memory(model.with_params(shapes), SIZES) == replace(estimate_memory(model, SIZES), held=0)
 
 
 def test_plan_knows_the_workspace_and_compiles_ahead(make_tiny):
     model, compiled = make_tiny(), []
-    budget = plan(model, SIZES)
-    estimate = account(model, SIZES)
+    budget = measure_memory(model, SIZES)
+    estimate = estimate_memory(model, SIZES)
     assert budget.exact
     assert not estimate.exact
     assert estimate.state == budget.state
@@ -94,7 +101,7 @@ def test_plan_knows_the_workspace_and_compiles_ahead(make_tiny):
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
         state, knobs = begin(model), Knobs.make(2, 0.0, ())
-        program = decode.lower(model.definition, model.decode_params, state, knobs).compile()
+        program = decode_rounds.lower(model.definition, model.decode_params, state, knobs).compile()
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
     assert not {"jit(prefill)", "jit(decode)"} & set(compiled)
@@ -103,7 +110,7 @@ def test_plan_knows_the_workspace_and_compiles_ahead(make_tiny):
 
 def test_refusal_names_the_numbers(make_tiny):
     budget = replace(
-        account(make_tiny(), SIZES),
+        estimate_memory(make_tiny(), SIZES),
         sizes=SIZES._replace(slots=48),
         weights={"base": 12 * MIB, "drafter": MIB},
         caches={"shallow": 30 * MIB, "deep": 50 * MIB},
@@ -129,7 +136,7 @@ def test_refusal_names_the_numbers(make_tiny):
 def test_too_large_is_refused_before_compiling(make_tiny, monkeypatch):
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: pytest.fail("compiled"))
     with pytest.raises(UserError, match=r"batch 100000000 .* but the device has"):
-        plan(make_tiny(), SIZES._replace(batch=100_000_000))
+        measure_memory(make_tiny(), SIZES._replace(batch=100_000_000))
 
 
 def test_room_on_an_accelerator(make_tiny, monkeypatch):
@@ -142,7 +149,7 @@ def test_room_on_an_accelerator(make_tiny, monkeypatch):
         def memory_stats(self) -> dict[str, int]:
             return {"bytes_limit": 100 * MIB, "bytes_in_use": self.in_use}
 
-    budget = replace(account(make_tiny(), SIZES), weights={"base": 60 * MIB}, held=60 * MIB)
+    budget = replace(estimate_memory(make_tiny(), SIZES), weights={"base": 60 * MIB}, held=60 * MIB)
     monkeypatch.setattr(memory.jax, "local_devices", lambda: [Device(60 * MIB)])
     check(budget)
     monkeypatch.setattr(memory.jax, "local_devices", lambda: [Device(100 * MIB)])

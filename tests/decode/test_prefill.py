@@ -12,13 +12,13 @@ import pytest
 from dvi_jax.checkpoint import Manifest
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode import prefill as module
-from dvi_jax.decode.generate import slots_for
+from dvi_jax.decode.batch import slots_for
 from dvi_jax.decode.prefill import bucket, prefill
 from dvi_jax.decode.prefix import Prefix, make_prefix, pad_prompts
-from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import UserError
-from dvi_jax.load import LoadedModel, build_model
+from dvi_jax.loading import LoadedModel, build_model
 from dvi_jax.model import attention
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import split
@@ -41,7 +41,14 @@ def small_chunks(monkeypatch) -> Iterator[None]:
 def fused() -> LoadedModel:
     """A separate trunk and a drafter with a cache that depends on the feature of the position before."""
     base = random_base(TINY, jax.random.key(0), std=0.3)
-    manifest = Manifest("random", "", "float32", 2, "fused", {}, {"rank_s": 4, "rank_d": 4})
+    manifest = Manifest(
+        source="random",
+        source_sha256="",
+        dtype="float32",
+        exit_layer=2,
+        drafter="fused",
+        lora={"rank_s": 4, "rank_d": 4},
+    )
     return LoadedModel(TINY, manifest, *split(build_model(TINY, manifest, base)))
 
 
@@ -58,7 +65,7 @@ def begin(
 
 
 def finish(model: LoadedModel, state: DecodeState) -> list[list[int]]:
-    state = decode(model.definition, model.decode_params, state, KNOBS)
+    state = decode_rounds(model.definition, model.decode_params, state, KNOBS)
     return [row[:length].tolist() for row, length in zip(state.tokens, state.length, strict=True)]
 
 
@@ -66,9 +73,12 @@ def check_same_state(state: DecodeState, expected: DecodeState) -> None:
     """Equal to rounding in all that decoding and learning read; what lies behind a prompt is free."""
     np.testing.assert_array_equal(state.tokens, expected.tokens)
     np.testing.assert_array_equal(state.length, expected.length)
-    pairs = [(state.previous.hidden, expected.previous.hidden), (state.previous.feature, expected.previous.feature)]
+    pairs = [
+        (state.committed.hidden, expected.committed.hidden),
+        (state.committed.features.final, expected.committed.features.final),
+    ]
     for row, length in enumerate(np.asarray(state.length) - 1):
-        pairs.append([s.signals.verifier_hidden[row, : length + 1] for s in (state, expected)])
+        pairs.append([s.signals.features.final[row, : length + 1] for s in (state, expected)])
         caches = [jax.tree.leaves((s.shallow, s.deep, s.trunk, s.drafter)) for s in (state, expected)]
         assert len(caches[0]) == 2 * (4 + 2 + 1)  # layers, those of the trunk, the drafter's
         pairs += [[leaf[row, :, :length] for leaf in pair] for pair in zip(*caches, strict=True)]
@@ -81,9 +91,9 @@ def test_chunks_against_the_original(golden, small_chunks):
     model, prompts = golden.model, [run["prompt"] for run in golden.runs]
     state = begin(model, prompts)
     for row, prompt in enumerate(prompts):
-        features = state.signals.verifier_hidden[row, 1 : len(prompt) + 1]
+        features = state.signals.features.final[row, 1 : len(prompt) + 1]
         np.testing.assert_allclose(features, golden.stages[f"hidden_last_{row}"], atol=1e-5)
-        np.testing.assert_allclose(state.previous.hidden[row, 0], golden.stages[f"hidden_exit_{row}"][-1], atol=1e-5)
+        np.testing.assert_allclose(state.committed.hidden[row, 0], golden.stages[f"hidden_exit_{row}"][-1], atol=1e-5)
     for run, ids in zip(golden.runs, finish(model, state), strict=True):
         count = min(len(ids), len(run["greedy_ids"]))
         assert ids[:count] == run["greedy_ids"][:count]
@@ -95,7 +105,7 @@ def test_prefix_against_transformers(golden):
     sequence = run["greedy_ids"]
     prefix = make_prefix(golden.model, sequence[:33])
     state = begin(golden.model, [sequence[:length] for length in (33, 34, 35, 40, 45, 50, 60, 63)], prefix)
-    features = state.signals.verifier_hidden[-1, 1:34]
+    features = state.signals.features.final[-1, 1:34]
     np.testing.assert_allclose(features, golden.stages[f"hidden_last_{golden.runs.index(run)}"], atol=1e-5)
     for ids in finish(golden.model, state):
         assert ids[: len(sequence)] == sequence
@@ -159,7 +169,7 @@ def test_fused_attention_is_the_same_attention(monkeypatch):
         return *attention.attend_cached(qkv, heads, rope, cache, positions), fresh
 
     plain, filled, fresh = jax.jit(both)()
-    monkeypatch.setattr(attention, "has_fused", lambda dtype: True)
+    monkeypatch.setattr(attention, "has_gpu_kernels", lambda dtype: True)
     monkeypatch.setattr(attention, "FUSED", "xla")
     monkeypatch.setattr(attention, "attend", None)
     fused, other, fused_fresh = jax.jit(lambda: both())()
@@ -170,7 +180,7 @@ def test_fused_attention_is_the_same_attention(monkeypatch):
 
 def test_chunks_get_shorter_with_the_batch(monkeypatch):
     assert [module.chunk_tokens(batch, jnp.float32) for batch in (1, 4, 5, 32, 512)] == [1024, 1024, 512, 128, 128]
-    monkeypatch.setattr(module, "has_fused", lambda dtype: True)
+    monkeypatch.setattr(module, "has_gpu_kernels", lambda dtype: True)
     assert [module.chunk_tokens(batch, jnp.bfloat16) for batch in (1, 4, 32, 512)] == [4096, 4096, 512, 128]
 
 
@@ -182,7 +192,7 @@ def test_every_bucket_divides_into_chunks():
 
 def test_slots_have_room_for_the_padding_behind_a_prefix():
     """Cache slots follow the whole prompt; what is written ends at the prefix's length plus a bucket."""
-    fewest = DecodeConfig(0, 0.0, 1)
+    fewest = DecodeConfig(draft_steps=0, max_new_tokens=1)
     for length in range(2, 600, 3):
         slots = slots_for(length, fewest)
         assert all(shared + bucket(length - shared) <= slots for shared in range(1, length + 1))

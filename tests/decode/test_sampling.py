@@ -24,10 +24,10 @@ from dvi_jax.checkpoint import Manifest
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.decode import sampling as sampling_module
 from dvi_jax.decode import speculative
-from dvi_jax.decode.generate import generate
+from dvi_jax.decode.batch import generate_batch
 from dvi_jax.decode.sampling import Purpose, Sampling, draw_draft, draw_verified, log_probs
 from dvi_jax.errors import UserError
-from dvi_jax.load import LoadedModel, build_model
+from dvi_jax.loading import LoadedModel, build_model
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import join, split
 from dvi_jax.presets import TINY
@@ -214,7 +214,14 @@ SMALL = replace(
 def models():
     """`untrained` and `opposite` differ in the drafter alone; `right` has a verifier that ends at the exit layer."""
     base = random_base(SMALL, jax.random.key(4), std=0.5)
-    manifest = Manifest("random", "", "float32", 1, "exit_head", {"rank": 2, "alpha": 2.0}, {})
+    manifest = Manifest(
+        source="random",
+        source_sha256="",
+        dtype="float32",
+        exit_layer=1,
+        drafter="exit_head",
+        drafter_config={"rank": 2, "alpha": 2.0},
+    )
     untrained = LoadedModel(SMALL, manifest, *split(build_model(SMALL, manifest, base)))
     drafter = {"drafter": untrained.params.drafter["drafter"] | {"scale": jnp.float32(-2)}}
     deep = base["layers"]["1"]
@@ -271,7 +278,12 @@ def sample(model, *, coupled, rows=ROWS, stops=(0.0, 0.0), plain=False):
         for row in range(rows)
     ]
     options = {"plain": plain, "eos_ids": (), "sampling": settings}
-    generations, _ = generate(model, [PROMPT] * len(settings), DecodeConfig(STEPS, stops[0], NEW, stops[1]), **options)
+    generations, _ = generate_batch(
+        model,
+        [PROMPT] * len(settings),
+        DecodeConfig(draft_steps=STEPS, threshold=stops[0], max_new_tokens=NEW, draft_cost=stops[1]),
+        **options,
+    )
     drafted = sum(sum(generation.drafted) for generation in generations)
     kept = sum(generation.accepted for generation in generations) / max(drafted, 1)
     return np.array([generation.new_ids for generation in generations]).reshape(-1, rows, NEW), kept

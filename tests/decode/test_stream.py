@@ -14,12 +14,12 @@ from conversion.tokenizer_build import CONTROL, NORMAL, UNKNOWN, Vocabulary, sen
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.decode import speculative
-from dvi_jax.decode.generate import generate
+from dvi_jax.decode.batch import generate_batch
 from dvi_jax.decode.prefix import make_prefix
 from dvi_jax.decode.stream import Stream, StreamedText
 from dvi_jax.errors import UserError
 
-SETTINGS = DecodeConfig(3, 0.0, 48)
+SETTINGS = DecodeConfig(draft_steps=3, max_new_tokens=48)
 
 
 def encode(model, *texts):
@@ -44,7 +44,7 @@ def test_pieces_are_the_generation(reciter, mumbler, every, eos_ids):
     """With good and bad drafts, one with its own end (the eos follows the last letter)."""
     for model in (reciter, mumbler):
         prompts = encode(model, "a", "c")
-        expected, _ = generate(model, prompts, SETTINGS, eos_ids=eos_ids)
+        expected, _ = generate_batch(model, prompts, SETTINGS, eos_ids=eos_ids)
         stream = Stream(model, prompts, SETTINGS, eos_ids=eos_ids, every=every)
         rows = collect(stream)
         assert stream.generations == expected
@@ -61,7 +61,9 @@ def test_text_comes_in_whole_characters(mumbler):
     assert [len(piece.ids) for piece in pieces] == [1] * len(pieces)
     unstopped = collect(Stream(mumbler, encode(mumbler, "b", "c"), SETTINGS, every=1, stop=["\ufffd"]))
     assert [row[1:] for row in unstopped] == [("€c😀defghij", "eos"), ("😀defghij", "eos")]
-    first, second = collect(Stream(mumbler, encode(mumbler, "b", "c"), DecodeConfig(3, 0.0, 6), every=1))
+    first, second = collect(
+        Stream(mumbler, encode(mumbler, "b", "c"), DecodeConfig(draft_steps=3, max_new_tokens=6), every=1)
+    )
     assert first[1:] == ("€c\ufffd", "length")
     assert second[1:] == ("😀de", "length")
 
@@ -85,7 +87,7 @@ def test_stop_strings(reciter, mumbler, every, stops, first, second):
     """Text up to the first stop string, ids up to the token that completed it."""
     for model in (reciter, mumbler):
         prompts = encode(model, "a", "c")
-        whole, _ = generate(model, prompts, SETTINGS)
+        whole, _ = generate_batch(model, prompts, SETTINGS)
         stream = Stream(model, prompts, SETTINGS, stop=stops, every=every)
         rows = collect(stream)
         for row, generation, full, (text, count, reason) in zip(
@@ -111,7 +113,7 @@ def test_a_stop_string_that_is_the_first_token(mumbler):
 def test_a_special_token_as_stop_string(reciter):
     """It is no text, so its id stops; where it ends the row anyway, the reason stays the eos."""
     prompts = encode(reciter, "a", "c")
-    whole, _ = generate(reciter, prompts, SETTINGS, eos_ids=())
+    whole, _ = generate_batch(reciter, prompts, SETTINGS, eos_ids=())
     stream = Stream(reciter, prompts, SETTINGS, eos_ids=(), stop=["<|im_end|>", "<|im_start|>", "zz"])
     expected = [("é b€c😀defghij", 20), ("😀defghij", 12)]
     rows = [(full.new_ids[:count], text, "stop") for full, (text, count) in zip(whole, expected, strict=True)]
@@ -271,7 +273,7 @@ def test_a_shared_prefix(make_close):
     prefix, other = make_prefix(model, shared), make_prefix(model, [1, 2, 3, 4, 6])
 
     def stream(prefix):
-        made = Stream(model, prompts, DecodeConfig(3, 0.0, 30), eos_ids=(), prefix=prefix)
+        made = Stream(model, prompts, DecodeConfig(draft_steps=3, max_new_tokens=30), eos_ids=(), prefix=prefix)
         return collect(made), made.generations
 
     whole = stream(None)
@@ -283,13 +285,13 @@ def test_a_shared_prefix(make_close):
 
 def test_cancelling_leaves_the_model_usable(reciter):
     prompts = encode(reciter, "a", "c")
-    before, _ = generate(reciter, prompts, SETTINGS)
+    before, _ = generate_batch(reciter, prompts, SETTINGS)
     iterator = iter(Stream(reciter, prompts, SETTINGS, every=1))
     assert [piece.ids for piece in next(iterator)] == [generation.new_ids[:1] for generation in before]
     next(iterator)
     iterator.close()
     assert list(iterator) == []
-    assert generate(reciter, prompts, SETTINGS)[0] == before
+    assert generate_batch(reciter, prompts, SETTINGS)[0] == before
     stream = Stream(reciter, prompts, SETTINGS, every=1)
     collect(stream)
     assert stream.generations == before
@@ -298,8 +300,11 @@ def test_cancelling_leaves_the_model_usable(reciter):
 def test_sampled_stream(make_close):
     """Without a tokenizer: ids alone."""
     model, prompts = make_close(), [[5, 9, 2], [40] * 9, [7]]
-    settings, options = DecodeConfig(3, 0.0, 30), {"sampling": SamplingConfig(temperature=1.2, seed=9), "eos_ids": ()}
-    expected, _ = generate(model, prompts, settings, **options)
+    settings, options = (
+        DecodeConfig(draft_steps=3, max_new_tokens=30),
+        {"sampling": SamplingConfig(temperature=1.2, seed=9), "eos_ids": ()},
+    )
+    expected, _ = generate_batch(model, prompts, settings, **options)
     stream = Stream(model, prompts, settings, every=2, **options)
     assert collect(stream) == [(generation.new_ids, "", "length") for generation in expected]
     assert stream.generations == expected
@@ -315,7 +320,7 @@ def test_compiles_once(reciter, monkeypatch):
 
     monkeypatch.setattr(speculative, "speculative_round", counting)
     prompts = encode(reciter, "a", "b", "c", "d", "e")
-    generate(reciter, prompts, SETTINGS)
+    generate_batch(reciter, prompts, SETTINGS)
     for every in (1, 2, 50):
         collect(Stream(reciter, prompts, SETTINGS, every=every, stop=["gh"]))
     collect(Stream(reciter, prompts, SETTINGS, plain=True, eos_ids=()))

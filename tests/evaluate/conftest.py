@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dvi_jax.evaluate.trace import PLAIN, SPECULATIVE, Trace, Turn
-from dvi_jax.load import LoadedModel, load
+from dvi_jax.loading import LoadedModel, load
 from experiments.tiny import write_tiny_model
 
 CHAT_TEMPLATE = (

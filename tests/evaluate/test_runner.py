@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dvi_jax.config import DecodeConfig
-from dvi_jax.decode.generate import generate
+from dvi_jax.decode.batch import generate_batch
 from dvi_jax.errors import UserError
 from dvi_jax.evaluate import runner
 from dvi_jax.evaluate.runner import EARLIER_TURN, TOO_LONG, PairedDecoder, Skipped, first_prompt, run_questions
@@ -50,8 +50,8 @@ def test_a_later_prompt_holds_the_models_own_answer(decoder, model):
 def test_both_modes_give_what_generate_gives(decoder, model):
     (answered,) = run_questions(decoder, [TWO_TURNS])
     for turn, prompt in zip(answered.turns, decoder.prompts, strict=True):
-        (plain,), _ = generate(model, [prompt], SETTINGS, plain=True)
-        (speculative,), _ = generate(model, [prompt], SETTINGS)
+        (plain,), _ = generate_batch(model, [prompt], SETTINGS, plain=True)
+        (speculative,), _ = generate_batch(model, [prompt], SETTINGS)
         assert turn.plain.new_ids == turn.speculative.new_ids == plain.new_ids
         assert turn.speculative.accept_lengths == speculative.accept_lengths
         assert turn.speculative.drafted == speculative.drafted

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from dvi_jax.config import ObjectiveConfig, load_train_config
-from dvi_jax.data.prompts import PromptSettings, is_held_out
+from dvi_jax.data.prompts import HELD_OUT_SALT, is_held_out
 from dvi_jax.errors import UserError
 from dvi_jax.learn.fast_update import fast_update
 from dvi_jax.learn.packing import Packed
@@ -107,7 +107,7 @@ def write_domains(folder: Path, *names: str, ids: tuple[str, ...]) -> dict:
     """The data settings of a run over files of 8 questions to learn from and 2 held-out ones each, ids as given."""
     for name, prefix in zip(names, ids, strict=True):
         questions = [f"{name} {index}?" for index in range(200)]
-        apart = [is_held_out(question, 0.1, PromptSettings(1).salt) for question in questions]
+        apart = [is_held_out(question, 0.1, HELD_OUT_SALT) for question in questions]
         chosen = [q for q, held in zip(questions, apart, strict=True) if held][:2]
         chosen += [q for q, held in zip(questions, apart, strict=True) if not held][:8]
         records = [

@@ -11,7 +11,7 @@ import pytest
 from dvi_jax.data.conversations import Conversation, Message, StreamPosition
 from dvi_jax.data.prompts import is_held_out
 from dvi_jax.errors import UserError
-from dvi_jax.load import load
+from dvi_jax.loading import load
 from experiments.domains import chat_alone, language_of, purpose, sentences
 from experiments.pack import main as pack_main
 from experiments.prompts import FAMILIES, main
@@ -92,12 +92,13 @@ def test_every_family_has_its_share(made):
 
 def test_a_stream_finds_what_it_trains_on_and_what_it_holds_out(made, byte_checkpoint):
     """As the online runs read the files: the held-out share of each by its own hash."""
-    from dvi_jax.data import ConversationStream, PromptSettings, PromptStream
+    from dvi_jax.config import DataConfig
+    from dvi_jax.data import ConversationStream, PromptStream
 
     out, _, _ = made
     tokenizer = load(byte_checkpoint).tokenizer
     for name, fraction, longest, train in (("conversations", 0.05, 192, 100), ("code", 0.02, 128, 40)):
-        settings = PromptSettings(longest, held_out_fraction=fraction)
+        settings = DataConfig(max_prompt_tokens=longest, held_out_fraction=fraction)
         stream = PromptStream(ConversationStream(out / f"{name}.jsonl"), tokenizer, settings)
         assert sum(1 for _ in stream) == train
         assert len(stream.held_out_prompts(1000)) >= 5

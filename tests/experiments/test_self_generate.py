@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvi_jax.config import DecodeConfig
-from dvi_jax.decode.generate import generate
+from dvi_jax.decode.batch import generate_batch
 from dvi_jax.errors import UserError
 from dvi_jax.learn.packing import load_packed
-from dvi_jax.load import load
+from dvi_jax.loading import load
 from experiments.self_generate import batch_rows, by_length, deal, main, pack_whole, read_prompts
 
 
@@ -75,7 +75,9 @@ def test_replies_are_the_models_own(byte_checkpoint, tmp_path, capsys):
     text = [packed.tokens[row].tolist() for row in range(len(packed.tokens))]
     marked = 0
     for prompt in prompts[:5]:
-        (alone, _), _ = generate(model, [prompt.tolist()] * 2, DecodeConfig(0, 0.0, 8), plain=True)
+        (alone, _), _ = generate_batch(
+            model, [prompt.tolist()] * 2, DecodeConfig(draft_steps=0, max_new_tokens=8), plain=True
+        )
         row, begin = next(
             (row, begin)
             for row, ids in enumerate(text)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dvi_jax.config import DecodeConfig
-from dvi_jax.decode.generate import start
+from dvi_jax.decode.batch import start
 from dvi_jax.decode.state import Knobs
 from dvi_jax.presets import TINY
 from experiments import speed
@@ -44,7 +44,7 @@ def test_floor_by_hand(model):
 
 def test_filled_state_is_one_that_a_prefill_could_have_left(model):
     """Same structure, shapes and types; plain decoding runs one round for every token up to the limit."""
-    real = start(model, [list(range(1, 21))], DecodeConfig(2, 0.0, 8), Knobs.make(0, 0.0, ()))
+    real = start(model, [list(range(1, 21))], DecodeConfig(draft_steps=2, max_new_tokens=8), Knobs.make(0, 0.0, ()))
     fresh = partial(filled_state, model, 1, real.tokens.shape[1], 3, 20, 8)
     filled = fresh()
     assert jax.tree.structure(filled) == jax.tree.structure(real)

@@ -12,14 +12,14 @@ import pytest
 
 from dvi_jax.checkpoint import read_checkpoint, string_keys, write_checkpoint
 from dvi_jax.config import DecodeConfig, DistillConfig
-from dvi_jax.decode.generate import generate
+from dvi_jax.decode.batch import generate_batch
 from dvi_jax.errors import UserError
 from dvi_jax.learn import distill as distill_module
 from dvi_jax.learn import offline
 from dvi_jax.learn.distill import distill_loss, distill_step, init_distill
-from dvi_jax.learn.offline import distill, expected_tokens
+from dvi_jax.learn.offline import expected_tokens, train_offline
 from dvi_jax.learn.packing import Packed, load_packed, pack
-from dvi_jax.load import LoadedModel, build_model, load
+from dvi_jax.loading import LoadedModel, build_model, load
 from dvi_jax.model.speculative_llama import join, split
 
 CONFIG = DistillConfig("c", "o", ("d",), tokens=10**6, batch_rows=3, row_length=9, unroll_steps=2, lr=5e-3, warmup=1)
@@ -40,8 +40,8 @@ def test_loss_is_the_weighted_kl(fused, monkeypatch):
     """Against log-softmax in numpy over all positions at once; the chunks must not matter."""
     model = join(fused.definition, fused.params)
     positions = jnp.broadcast_to(jnp.arange(9), (3, 9))
-    hidden, _ = model.llama.shallow(TOKENS, None, positions)
-    feature, _ = model.llama.deep(hidden, None, positions)
+    hidden, _, _ = model.llama.shallow(TOKENS, None, positions)
+    feature, _, _ = model.llama.deep(hidden, None, positions)
     drafts = model.drafter.unroll(hidden, feature, positions, 2)
     head = np.asarray(model.llama.head_weight(), np.float64)
     log_p = log_softmax(np.asarray(feature, np.float64) @ head.T)
@@ -152,7 +152,7 @@ def own_text(make_tiny, tmp_path_factory) -> DistillConfig:
     tiny, folder = make_tiny(), tmp_path_factory.mktemp("distill")
     tree = string_keys(tiny.params.base["llama"])
     write_checkpoint(folder / "model", tiny.config, tiny.manifest, jax.tree.map(np.asarray, tree))
-    texts, _ = generate(tiny, PROMPTS, DecodeConfig(0, 0.0, 29), eos_ids=())
+    texts, _ = generate_batch(tiny, PROMPTS, DecodeConfig(draft_steps=0, max_new_tokens=29), eos_ids=())
     pack([(g.output_ids, [1] * 32) for g in texts], 32, 64).save(folder / "own.npz")
     return DistillConfig(
         str(folder / "model"),
@@ -170,12 +170,14 @@ def own_text(make_tiny, tmp_path_factory) -> DistillConfig:
 def test_run_learns_resumes_and_stays_lossless(own_text, tmp_path):
     """Drafts get accepted, output stays; cut in two it ends at the same weights."""
     config = replace(own_text, out=str(tmp_path / "whole"))
-    result = distill(config)
+    result = train_offline(config)
     assert result.after[0] > result.before[0] + 0.1
     model = load(result.checkpoint)
     assert (model.manifest.drafter, model.manifest.training_step) == ("fused", 60)
-    fast, _ = generate(model, PROMPTS[:8], DecodeConfig(3, 0.0, 29), eos_ids=())
-    plain, _ = generate(model, PROMPTS[:8], DecodeConfig(3, 0.0, 29), plain=True, eos_ids=())
+    fast, _ = generate_batch(model, PROMPTS[:8], DecodeConfig(draft_steps=3, max_new_tokens=29), eos_ids=())
+    plain, _ = generate_batch(
+        model, PROMPTS[:8], DecodeConfig(draft_steps=3, max_new_tokens=29), plain=True, eos_ids=()
+    )
     assert [g.output_ids for g in fast] == [g.output_ids for g in plain]
     assert sum(g.accepted for g in fast) > 0
 
@@ -187,9 +189,9 @@ def test_run_learns_resumes_and_stays_lossless(own_text, tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        distill(replace(config, out=str(tmp_path / "cut")), report=stop)
-    resumed = distill(replace(config, out=str(tmp_path / "cut")), resume=True)
-    again = distill(replace(config, out=str(tmp_path / "cut")), resume=True)  # nothing is left to do
+        train_offline(replace(config, out=str(tmp_path / "cut")), report=stop)
+    resumed = train_offline(replace(config, out=str(tmp_path / "cut")), resume=True)
+    again = train_offline(replace(config, out=str(tmp_path / "cut")), resume=True)  # nothing is left to do
     assert again.checkpoint == resumed.checkpoint
     whole, cut = (read_checkpoint(r.checkpoint).drafter for r in (result, resumed))
     jax.tree.map(np.testing.assert_array_equal, whole, cut)
@@ -209,11 +211,11 @@ def test_a_signal_stops_it_with_a_snapshot(own_text, tmp_path):
 
     config = replace(own_text, out=str(tmp_path / "run"))
     with pytest.raises(SystemExit) as ended:
-        distill(config, report=stop)
+        train_offline(config, report=stop)
     assert ended.value.code == 143
     assert [path.name for path in (tmp_path / "run" / "snapshots").iterdir()] == ["0"]
     with pytest.raises(UserError, match="holds an earlier run: pass --resume"):
-        distill(config)
+        train_offline(config)
 
 
 def test_weights_that_are_no_numbers_are_rolled_back(own_text, tmp_path, monkeypatch):
@@ -227,7 +229,7 @@ def test_weights_that_are_no_numbers_are_rolled_back(own_text, tmp_path, monkeyp
 
     monkeypatch.setattr(offline, "distill_step", overflow)
     told = []
-    result = distill(
+    result = train_offline(
         replace(own_text, out=str(tmp_path / "run")), report=lambda kind, record: told.append({"kind": kind} | record)
     )
     (rollback,) = [record for record in told if record["kind"] == "rollback"]
@@ -260,7 +262,7 @@ def test_tokens_per_second_count_the_device(own_text, tmp_path, monkeypatch):
     config = replace(own_text, out=str(tmp_path / "run"), log_every=5)
     tokens = 20 * config.batch_rows * config.row_length
     told = []
-    result = distill(
+    result = train_offline(
         replace(config, tokens=tokens), report=lambda kind, record: told.append(record) if kind == "train" else None
     )
     per_log = 5 * config.batch_rows * config.row_length

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dvi_jax.config import DecodeConfig, ObjectiveConfig, OptimizerConfig
-from dvi_jax.decode.generate import generate
+from dvi_jax.decode.batch import generate_batch
 from dvi_jax.learn.fast_update import (
     Batch,
     Positions,
@@ -19,8 +19,9 @@ from dvi_jax.learn.fast_update import (
 )
 from dvi_jax.learn.replay import Replay, Windows, push, sample
 from dvi_jax.learn.rollout import rollout, window_length
+from dvi_jax.model.features import Features
 
-SETTINGS = DecodeConfig(3, 0.0, 24)
+SETTINGS = DecodeConfig(draft_steps=3, max_new_tokens=24)
 OPTIMIZER = OptimizerConfig(lora_lr=5e-3, head_lr=5e-3, warmup=0)
 PROMPTS = [[5, 9, 2], [7, 7, 1, 30, 4]]
 
@@ -62,9 +63,9 @@ def test_windows_hold_what_the_loop_did(make_tiny):
         np.testing.assert_array_equal(is_right[rewards >= 0], rewards[rewards >= 0] == 1)
         tokens = jnp.array([generation.output_ids])
         positions = jnp.arange(length)[None]
-        expected, _ = llama.deep(llama.shallow(tokens, None, positions)[0], None, positions)
+        expected, _, _ = llama.deep(llama.shallow(tokens, None, positions)[0], None, positions)
         np.testing.assert_allclose(
-            windows.verifier_hidden[row, 1:length].astype(jnp.float32), expected[0, :-1], atol=0.03
+            windows.features.final[row, 1:length].astype(jnp.float32), expected[0, :-1], atol=0.03
         )
 
 
@@ -86,7 +87,7 @@ def test_only_the_drafter_moves(make_tiny):
 def test_learns_and_stays_lossless(make_tiny):
     """KL falls, drafts get better on the very prompts, and the output does not change by a token."""
     model = make_tiny(seed=3)
-    before, _ = generate(model, PROMPTS, SETTINGS, plain=True, eos_ids=())
+    before, _ = generate_batch(model, PROMPTS, SETTINGS, plain=True, eos_ids=())
     learner, first, last = new_learner(model), None, None
     for _ in range(60):
         windows, generations = rollout(model, PROMPTS, SETTINGS, longest_prompt=8)
@@ -96,8 +97,8 @@ def test_learns_and_stays_lossless(make_tiny):
         first, last = first or (float(metrics["kl"]), accepted), (float(metrics["kl"]), accepted)
     assert last[0] < 0.5 * first[0]
     assert last[1] > first[1]
-    after, _ = generate(model, PROMPTS, SETTINGS, eos_ids=())
-    plain, _ = generate(model, PROMPTS, SETTINGS, plain=True, eos_ids=())
+    after, _ = generate_batch(model, PROMPTS, SETTINGS, eos_ids=())
+    plain, _ = generate_batch(model, PROMPTS, SETTINGS, plain=True, eos_ids=())
     assert [g.output_ids for g in after] == [g.output_ids for g in plain] == [g.output_ids for g in before]
 
 
@@ -116,7 +117,7 @@ def test_policy_term_only_from_the_current_drafter(make_tiny):
 def test_non_finite_gradient_is_skipped(make_tiny):
     model = make_tiny()
     windows, _ = rollout(model, PROMPTS, SETTINGS, longest_prompt=8)
-    poisoned = windows.replace(verifier_hidden=windows.verifier_hidden.at[:, 3].set(jnp.nan))
+    poisoned = windows.replace(features=Features(windows.features.final.at[:, 3].set(jnp.nan)))
     learner = new_learner(model)
     before = jax.tree.map(np.asarray, learner.trainable)
     learner, metrics = update(model, learner, poisoned, ObjectiveConfig())

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from dvi_jax.checkpoint import read_checkpoint
-from dvi_jax.config import load_train_config
-from dvi_jax.data import ConversationStream, PromptSettings, PromptStream
+from dvi_jax.config import DataConfig, load_train_config
+from dvi_jax.data import ConversationStream, PromptStream
 from dvi_jax.errors import UserError
 from dvi_jax.learn import online, snapshot
-from dvi_jax.load import load
+from dvi_jax.loading import load
 from dvi_jax.train import main
 
 
@@ -41,16 +41,18 @@ def test_held_out_prompts_are_never_decoded_for_learning(
     write_config, byte_checkpoint, conversations, tmp_path, monkeypatch
 ):
     """Every prompt of every rollout that precedes an update, against the prompts kept apart."""
-    learned, original = [], online._Run._update
+    learned, original = [], online.OnlineRun._update
 
     def watched(self, batches):
         learned.extend(prompt.ids for batch in batches for prompt in batch)
         return original(self, batches)
 
-    monkeypatch.setattr(online._Run, "_update", watched)
+    monkeypatch.setattr(online.OnlineRun, "_update", watched)
     main(["--config", str(write_config(prompts=40, eval_every=1000, save_every=1000))])
     stream = PromptStream(
-        ConversationStream(conversations), load(byte_checkpoint).tokenizer, PromptSettings(48, held_out_fraction=0.1)
+        ConversationStream(conversations),
+        load(byte_checkpoint).tokenizer,
+        DataConfig(max_prompt_tokens=48, held_out_fraction=0.1),
     )
     kept_apart = {prompt.ids for prompt in stream.held_out_prompts(1000)}
     assert len(learned) == 40

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from dvi_jax.config import DecodeConfig, load_train_config
-from dvi_jax.decode.generate import generate
+from dvi_jax.decode.batch import generate_batch
 from dvi_jax.errors import UserError
-from dvi_jax.learn.online import train
-from dvi_jax.load import load
+from dvi_jax.learn.online import train_online
+from dvi_jax.loading import load
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_verifier_learns_from_the_log(write_config, answered, tmp_path):
         ),
         [f"data.files=[{answered}]"],
     )
-    result = train(config)
+    result = train_online(config)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     slow = [record for record in records if "slow_ce" in record]
     # 40 rollouts of two fast updates: every eighth update is every fourth rollout.
@@ -39,11 +39,11 @@ def test_verifier_learns_from_the_log(write_config, answered, tmp_path):
     assert slow[-1]["slow_ce"] < slow[0]["slow_ce"]
     model = load(result.checkpoint)
     assert model.manifest.verifier == "base + 10 slow updates"
-    settings = DecodeConfig(2, 0.0, 16)
+    settings = DecodeConfig(draft_steps=2, max_new_tokens=16)
     prompts = [list(prompt.ids) for prompt in result.held_out]
-    fast, _ = generate(model, prompts, settings)
-    plain, _ = generate(model, prompts, settings, plain=True)
-    before, _ = generate(load(config.checkpoint), prompts, settings)
+    fast, _ = generate_batch(model, prompts, settings)
+    plain, _ = generate_batch(model, prompts, settings, plain=True)
+    before, _ = generate_batch(load(config.checkpoint), prompts, settings)
     assert [g.output_ids for g in fast] == [g.output_ids for g in plain]
     assert [g.output_ids for g in fast] != [g.output_ids for g in before]
 
@@ -52,7 +52,7 @@ def test_slow_updates_are_counted_in_fast_ones(write_config, answered, tmp_path)
     """With two fast updates every third rollout, every eighth update is every twelfth rollout."""
     slow = {"every": 8, "rank_d": 2, "rows": 2, "lr": 3e-3}
     config = write_config(prompts=48, update_every=3, eval_every=1000, save_every=1000, slow=slow)
-    train(load_train_config(config, [f"data.files=[{answered}]"]))
+    train_online(load_train_config(config, [f"data.files=[{answered}]"]))
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], r["prompts"]) for r in records if "slow_ce" in r] == [(8, 24), (16, 48)]
 
@@ -60,4 +60,4 @@ def test_slow_updates_are_counted_in_fast_ones(write_config, answered, tmp_path)
 def test_slow_updates_need_a_lora_d(write_config):
     config = load_train_config(write_config(slow={"every": 8}))
     with pytest.raises(UserError, match=r"slow\.every needs a verifier with a lora_D: set slow\.rank_d"):
-        train(config)
+        train_online(config)

@@ -73,7 +73,7 @@ def test_a_killed_run_resumes_bit_for_bit(write_config, tmp_path, capsys):
 def test_a_run_killed_between_two_updates_resumes_bit_for_bit(write_config, tmp_path, monkeypatch):
     """An update every third rollout: the rollouts before the kill that no update followed are made again."""
     settings = {"update_every": 3, "fresh_windows": 1, "prompts": 60, "eval_every": 10}
-    roll_out = online._Run._roll_out
+    roll_out = online.OnlineRun._roll_out
 
     class Killed(Exception):  # noqa: N818
         pass
@@ -84,7 +84,7 @@ def test_a_run_killed_between_two_updates_resumes_bit_for_bit(write_config, tmp_
         return roll_out(self, model, batch)
 
     killed = write_config(out=str(tmp_path / "killed"), **settings)
-    monkeypatch.setattr(online._Run, "_roll_out", killed_in_rollout_20)
+    monkeypatch.setattr(online.OnlineRun, "_roll_out", killed_in_rollout_20)
     with pytest.raises(Killed):
         main(["--config", str(killed)])
     monkeypatch.undo()

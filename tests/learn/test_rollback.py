@@ -14,9 +14,10 @@ from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.config import RollbackConfig, load_train_config
 from dvi_jax.errors import UserError
 from dvi_jax.learn import online
-from dvi_jax.learn.online import train
+from dvi_jax.learn.online import train_online
 from dvi_jax.learn.rollback import QUICK, Watch
 from dvi_jax.learn.snapshot import ARRAYS, read_arrays
+from dvi_jax.model.features import Features
 
 SHORT = {"prompts": 80, "save_every": 5}  # 40 rollouts of two updates, snapshots at 10, 20, ... 80
 
@@ -35,15 +36,15 @@ def poison(monkeypatch):
     """poison(steps): the rollouts of these updates give the learner verifier states that are not numbers."""
 
     def inject(steps):
-        roll_out = online._Run._roll_out
+        roll_out = online.OnlineRun._roll_out
 
         def poisoned(self, model, batch):
             windows, generations = roll_out(self, model, batch)
             if int(self.learner.step) in steps:
-                windows = windows.replace(verifier_hidden=jnp.full_like(windows.verifier_hidden, jnp.nan))
+                windows = windows.replace(features=Features(jnp.full_like(windows.features.final, jnp.nan)))
             return windows, generations
 
-        monkeypatch.setattr(online._Run, "_roll_out", poisoned)
+        monkeypatch.setattr(online.OnlineRun, "_roll_out", poisoned)
 
     return inject
 
@@ -52,7 +53,7 @@ def poison(monkeypatch):
 def rolled_back(monkeypatch):
     """The trainable arrays right after each rollback, named as in a snapshot."""
     seen = []
-    roll_back = online._Run._roll_back
+    roll_back = online.OnlineRun.roll_back
 
     def watched(self, *arguments):
         roll_back(self, *arguments)
@@ -60,7 +61,7 @@ def rolled_back(monkeypatch):
         name = jax.tree_util.keystr
         seen.append({f"trainable/{name(path, simple=True, separator='/')}": np.asarray(leaf) for path, leaf in leaves})
 
-    monkeypatch.setattr(online._Run, "_roll_back", watched)
+    monkeypatch.setattr(online.OnlineRun, "roll_back", watched)
     return seen
 
 
@@ -68,7 +69,7 @@ def test_non_finite_updates_go_back_to_the_last_snapshot(write_config, tmp_path,
     """Two poisoned rollouts: four updates skipped, and windows in the replay that would poison every later one."""
     poison({24, 26})
     config = load_train_config(write_config(**SHORT, keep_checkpoints=10))
-    result = train(config)
+    result = train_online(config)
     out = tmp_path / "run"
     (rollback,) = records(out, "rollback")
     assert rollback == {
@@ -101,9 +102,9 @@ def test_a_run_killed_around_a_rollback_resumes_bit_for_bit(write_config, tmp_pa
     poison({24, 26})
     killed = load_train_config(write_config(out=str(tmp_path / "killed"), **SHORT))
     with pytest.raises(Killed):
-        train(killed, report=report)
-    resumed = train(killed, resume=True)
-    whole = train(load_train_config(write_config(out=str(tmp_path / "whole"), **SHORT)))
+        train_online(killed, report=report)
+    resumed = train_online(killed, resume=True)
+    whole = train_online(load_train_config(write_config(out=str(tmp_path / "whole"), **SHORT)))
     assert records(tmp_path / "killed", "rollback") == records(tmp_path / "whole", "rollback")
     assert len(records(tmp_path / "whole", "rollback")) == 1
     mine, theirs = (read_checkpoint(result.checkpoint) for result in (resumed, whole))
@@ -114,7 +115,7 @@ def test_before_the_first_snapshot_it_starts_again(write_config, tmp_path, poiso
     poison({2, 4})
     config = load_train_config(write_config(**SHORT | {"prompts": 20}))
     initial = online.with_new_drafter(read_checkpoint(config.checkpoint), config)
-    train(config)
+    train_online(config)
     (rollback,) = records(tmp_path / "run", "rollback")
     assert (rollback["step"], rollback["snapshot"]) == (6, None)
     params = online.from_checkpoint(initial, seed=config.seed).params
@@ -129,7 +130,7 @@ def test_what_no_rollback_heals_ends_the_run(write_config, tmp_path, poison):
     with pytest.raises(
         UserError, match=r"learning does not hold: after 3 rollbacks in quick succession update 60 asks"
     ):
-        train(config)
+        train_online(config)
     out = tmp_path / "run"
     assert [r["snapshot"] for r in records(out, "rollback")] == [40, 30, None]  # the newest two are kept
     assert {path.name for path in (out / "snapshots").iterdir()} == {"40", "52"}  # 52 holds what 30 held
@@ -146,7 +147,7 @@ def test_a_collapsed_drafter_goes_back_to_the_best(write_config, tmp_path, monke
         return new, values
 
     monkeypatch.setattr(online, "fast_update", ruin)
-    train(load_train_config(write_config(keep_checkpoints=1)))
+    train_online(load_train_config(write_config(keep_checkpoints=1)))
     out = tmp_path / "run"
     (rollback,) = records(out, "rollback")
     evaluations = {r["step"]: r["accept_rate"] for r in records(out, "eval") if 0 < r["step"] < rollback["step"]}
@@ -162,8 +163,8 @@ def test_a_collapsed_drafter_goes_back_to_the_best(write_config, tmp_path, monke
 def test_changed_traffic_is_no_collapse(write_config, tmp_path, monkeypatch):
     """Prompts on which any drafter is rejected: the best snapshot's is no better, so the run goes on untouched."""
     config = load_train_config(write_config())
-    whole = train(replace(config, out=str(tmp_path / "whole")))
-    roll_out = online._Run._roll_out
+    whole = train_online(replace(config, out=str(tmp_path / "whole")))
+    roll_out = online.OnlineRun._roll_out
 
     def rejecting(self, model, batch):
         windows, generations = roll_out(self, model, batch)
@@ -171,8 +172,8 @@ def test_changed_traffic_is_no_collapse(write_config, tmp_path, monkeypatch):
             generations = [replace(each, accept_lengths=[1] * each.rounds) for each in generations]
         return windows, generations
 
-    monkeypatch.setattr(online._Run, "_roll_out", rejecting)
-    shifted = train(config)
+    monkeypatch.setattr(online.OnlineRun, "_roll_out", rejecting)
+    shifted = train_online(config)
     changed = records(tmp_path / "run", "traffic_changed")
     assert changed
     assert all(record["good_accept_rate"] == 0 for record in changed)

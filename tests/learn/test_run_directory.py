@@ -15,8 +15,8 @@ import pytest
 
 from dvi_jax.config import DistillConfig, load_train_config
 from dvi_jax.errors import UserError
-from dvi_jax.learn.offline import distill
-from dvi_jax.learn.online import train
+from dvi_jax.learn.offline import train_offline
+from dvi_jax.learn.online import train_online
 from dvi_jax.learn.run_directory import RunDirectory, lock
 
 ROOT = Path(__file__).parents[2]
@@ -35,11 +35,11 @@ def test_a_second_trainer_is_refused(write_config, tmp_path):
     with run_directory(out):
         for resume in (False, True):
             with pytest.raises(UserError, match=owner):
-                train(load_train_config(write_config()), resume=resume)
+                train_online(load_train_config(write_config()), resume=resume)
             with pytest.raises(UserError, match=owner):
-                distill(DistillConfig("none", str(out), ("none.npz",)), resume=resume)
+                train_offline(DistillConfig("none", str(out), ("none.npz",)), resume=resume)
     with pytest.raises(UserError, match="no checkpoint at none"):  # the directory is free again
-        distill(DistillConfig("none", str(out), ("none.npz",)))
+        train_offline(DistillConfig("none", str(out), ("none.npz",)))
 
 
 def test_a_killed_owner_blocks_nobody(tmp_path):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from dvi_jax.config import DecodeConfig, ObjectiveConfig, OptimizerConfig
-from dvi_jax.decode.generate import generate
+from dvi_jax.decode.batch import generate_batch
 from dvi_jax.learn.fast_update import Batch, fast_update, init_learner, with_trainable
 from dvi_jax.learn.replay import Replay
 from dvi_jax.learn.rollout import rollout, window_length
 
-SETTINGS, PROMPTS = DecodeConfig(3, 0.0, 24), [[5, 9, 2], [7, 7, 1, 30, 4]]
+SETTINGS, PROMPTS = DecodeConfig(draft_steps=3, max_new_tokens=24), [[5, 9, 2], [7, 7, 1, 30, 4]]
 OPTIMIZER = OptimizerConfig(lora_lr=5e-3, head_lr=5e-3, warmup=0)
 
 
@@ -44,9 +44,9 @@ def test_every_lora_s_matrix_moves_and_lora_d_and_base_do_not(model):
 
 
 def test_learns_and_stays_lossless(model):
-    before, _ = generate(model, PROMPTS, SETTINGS, plain=True, eos_ids=())
+    before, _ = generate_batch(model, PROMPTS, SETTINGS, plain=True, eos_ids=())
     after, metrics = learned(model, 40)
     assert float(metrics["kl"]) < 1.0
-    fast, _ = generate(after, PROMPTS, SETTINGS, eos_ids=())
-    plain, _ = generate(after, PROMPTS, SETTINGS, plain=True, eos_ids=())
+    fast, _ = generate_batch(after, PROMPTS, SETTINGS, eos_ids=())
+    plain, _ = generate_batch(after, PROMPTS, SETTINGS, plain=True, eos_ids=())
     assert [g.output_ids for g in fast] == [g.output_ids for g in plain] == [g.output_ids for g in before]

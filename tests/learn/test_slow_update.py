@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dvi_jax.config import DecodeConfig, SlowConfig
-from dvi_jax.decode.generate import generate
+from dvi_jax.decode.batch import generate_batch
 from dvi_jax.learn.slow_update import init_slow, is_due, slow_loss, slow_update, verifier_logits
 from dvi_jax.model.speculative_llama import join
 
@@ -63,10 +63,10 @@ def test_lossless_relative_to_the_verifier_as_it_now_is(adapted):
     for _ in range(20):
         state, _ = slow_update(adapted.definition, adapted.params, state, TOKENS, MASK, config=config)
     moved = adapted.with_params(adapted.params._replace(lora_d=state.lora_d))
-    settings, prompts = DecodeConfig(3, 0.0, 24), [[5, 9, 2], [7, 1, 1]]
-    before, _ = generate(adapted, prompts, settings, eos_ids=())
-    plain, _ = generate(moved, prompts, settings, plain=True, eos_ids=())
-    fast, _ = generate(moved, prompts, settings, eos_ids=())
+    settings, prompts = DecodeConfig(draft_steps=3, max_new_tokens=24), [[5, 9, 2], [7, 1, 1]]
+    before, _ = generate_batch(adapted, prompts, settings, eos_ids=())
+    plain, _ = generate_batch(moved, prompts, settings, plain=True, eos_ids=())
+    fast, _ = generate_batch(moved, prompts, settings, eos_ids=())
     assert [g.output_ids for g in fast] == [g.output_ids for g in plain] != [g.output_ids for g in before]
 
 

@@ -19,8 +19,8 @@ def test_golden_stages(golden):
 
     @jax.jit
     def stages(tokens):
-        hidden, _ = llama.shallow(tokens, None, positions)
-        final, _ = llama.deep(hidden, None, positions)
+        hidden, _, _ = llama.shallow(tokens, None, positions)
+        final, _, _ = llama.deep(hidden, None, positions)
         return {"hidden_exit": hidden, "hidden_last": final, "logits": llama.logits(final)}
 
     for index, run in enumerate(golden.runs):
@@ -36,12 +36,12 @@ def test_cached_rows_equal_one_pass(make_tiny):
     llama = join(model.definition, model.params).llama
     tokens = jnp.array([[5, 9, 2, 7, 1, 3], [8, 8, 4, 0, 6, 2]])
     positions = jnp.broadcast_to(jnp.arange(6), tokens.shape)
-    hidden, _ = llama.shallow(tokens, None, positions)
-    whole, _ = llama.deep(hidden, None, positions)
+    hidden, _, _ = llama.shallow(tokens, None, positions)
+    whole, _, _ = llama.deep(hidden, None, positions)
     shallow, deep = llama.init_caches(2, 16)
     for t in range(6):
-        row, shallow = llama.shallow(tokens[:, t : t + 1], shallow, positions[:, t : t + 1])
-        final, deep = llama.deep(row, deep, positions[:, t : t + 1])
+        row, _, shallow = llama.shallow(tokens[:, t : t + 1], shallow, positions[:, t : t + 1])
+        final, _, deep = llama.deep(row, deep, positions[:, t : t + 1])
         np.testing.assert_allclose(final[:, 0], whole[:, t], atol=2e-5)
 
 

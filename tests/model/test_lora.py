@@ -20,7 +20,7 @@ def injected(make_tiny):
 
 
 def final(module, adapted=False):
-    hidden, _ = module.llama.shallow(TOKENS, None, POSITIONS, adapted=adapted)
+    hidden, _, _ = module.llama.shallow(TOKENS, None, POSITIONS, adapted=adapted)
     return module.llama.deep(hidden, None, POSITIONS)[0]
 
 

@@ -137,11 +137,18 @@ def build_reference(config, tensors, adapter, exit_layer):
 def build_jax(config, tensors, adapter, exit_layer):
     """The same weights as a `LoadedModel`."""
     from dvi_jax.checkpoint import Manifest
-    from dvi_jax.load import LoadedModel, build_model, restore_trained
+    from dvi_jax.loading import LoadedModel, build_model, restore_trained
     from dvi_jax.model.speculative_llama import split
 
     options = {"num_heads": config.num_heads, "num_kv_heads": config.num_heads, "rms_norm_eps": config.rms_norm_eps}
-    manifest = Manifest("random", "", "float32", exit_layer, "kangaroo", options)
+    manifest = Manifest(
+        source="random",
+        source_sha256="",
+        dtype="float32",
+        exit_layer=exit_layer,
+        drafter="kangaroo",
+        drafter_config=options,
+    )
     definition, params = split(build_model(config, manifest, fused(tensors, config)))
     layer = "layers.0.self_attn"
     drafter = {

@@ -69,15 +69,17 @@ def test_built_in_models_agree(parity):
 def test_an_altered_verifier_is_found_and_placed(parity, run_of, imported, tmp_path):
     """Where the altered weights part from the golden ids is worked out here, from the ids alone."""
     from dvi_jax.config import DecodeConfig
-    from dvi_jax.decode.generate import generate
-    from dvi_jax.load import load
+    from dvi_jax.decode.batch import generate_batch
+    from dvi_jax.loading import load
 
     run, options = run_of
     checkpoint = read_checkpoint(imported)
     checkpoint.base["layers"]["5"]["down"][:] *= 1.1
     rewrite_checkpoint(checkpoint, tmp_path / "altered")
-    settings = DecodeConfig(run["speculative_steps"], run["threshold"], run["max_new_tokens"])
-    (altered,), _ = generate(load(tmp_path / "altered"), [run["prompt"]], settings, eos_ids=())
+    settings = DecodeConfig(
+        draft_steps=run["speculative_steps"], threshold=run["threshold"], max_new_tokens=run["max_new_tokens"]
+    )
+    (altered,), _ = generate_batch(load(tmp_path / "altered"), [run["prompt"]], settings, eos_ids=())
     pairs = zip(run["output_ids"], altered.output_ids, strict=False)
     position = next(index for index, (wanted, found) in enumerate(pairs) if wanted != found)
     ends = itertools.accumulate(run["accept_lengths"], initial=len(run["prompt"]) - 1)

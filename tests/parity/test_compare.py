@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from conversion.parity_compare import (
+from conversion.parity.compare import (
     ACCEPT_LENGTHS,
     IDS,
     TOLERANCE,
@@ -16,7 +16,7 @@ from conversion.parity_compare import (
     round_of,
     stop_at_first_token,
 )
-from conversion.parity_runs import Decoded
+from conversion.parity.runs import Decoded
 
 
 def test_largest_difference_and_where_it_is():

@@ -10,7 +10,7 @@ STAGE_TOLERANCE = 2e-4
 def imported(golden, tmp_path_factory):
     """The golden weights through the importer, as any user's would go."""
     from conversion.importing import import_model
-    from dvi_jax.load import load
+    from dvi_jax.loading import load
 
     path, record = golden
     out = tmp_path_factory.mktemp("golden") / "checkpoint"
@@ -21,12 +21,14 @@ def imported(golden, tmp_path_factory):
 @pytest.mark.parametrize("index", range(8))
 def test_ids_and_accept_lengths_equal_the_original(golden, imported, index):
     from dvi_jax.config import DecodeConfig
-    from dvi_jax.decode.generate import generate
+    from dvi_jax.decode.batch import generate_batch
 
     run = golden[1]["runs"][index]
-    settings = DecodeConfig(run["speculative_steps"], run["threshold"], run["max_new_tokens"])
+    settings = DecodeConfig(
+        draft_steps=run["speculative_steps"], threshold=run["threshold"], max_new_tokens=run["max_new_tokens"]
+    )
     eos_ids = () if run["eos_token_id"] < 0 else (run["eos_token_id"],)
-    (result,), _ = generate(imported, [run["prompt"]], settings, eos_ids=eos_ids)
+    (result,), _ = generate_batch(imported, [run["prompt"]], settings, eos_ids=eos_ids)
     rounds = run["accept_lengths"][1:]  # the original counts the prefill as well
     assert len(rounds) == run["rounds"] > 0
     assert result.accept_lengths[: len(rounds)] == rounds
@@ -54,8 +56,8 @@ def test_stage_tensors_equal_the_original(golden, imported):
     def stages(params, prompt):
         model = join(imported.definition, params)
         positions = jnp.arange(prompt.shape[1])[None]
-        hidden, _ = model.llama.shallow(prompt, None, positions)
-        last, _ = model.llama.deep(hidden, None, positions)
+        hidden, _, _ = model.llama.shallow(prompt, None, positions)
+        last, _, _ = model.llama.deep(hidden, None, positions)
         out = model.drafter.unroll(hidden, last, positions, 1)[0]
         return {
             "logits": model.llama.logits(last),

@@ -57,9 +57,9 @@ def runs(draw):
 
 def decode_in_jax(model, run, eos_id):
     """One prompt at fixed shapes: the widest round, one prompt bucket, caches for the whole context."""
-    from dvi_jax.decode.generate import read_generations
+    from dvi_jax.decode.batch import read_generations
     from dvi_jax.decode.prefill import prefill
-    from dvi_jax.decode.speculative import decode
+    from dvi_jax.decode.speculative import decode_rounds
     from dvi_jax.decode.state import Knobs
 
     eos_ids = () if eos_id < 0 else (eos_id,)
@@ -76,7 +76,7 @@ def decode_in_jax(model, run, eos_id):
         slots=SLOTS,
         width=MOST_STEPS + 1,
     )
-    state = decode(model.definition, model.params, state, knobs)
+    state = decode_rounds(model.definition, model.params, state, knobs)
     return read_generations(state, [length], eos_ids)[0]
 
 
@@ -146,15 +146,15 @@ def test_the_context_is_used_to_its_last_position(both_sides):
 
 def test_a_fixed_batch_has_the_pinned_accept_rate(both_sides):
     """A change of drafting or acceptance moves these numbers even where both sides move together."""
-    from dvi_jax.decode.generate import generate
-    from dvi_jax.evaluate.acceptance import measure_acceptance
+    from dvi_jax.decode.acceptance import measure_acceptance
+    from dvi_jax.decode.batch import generate_batch
     from kangaroo_ref import kangaroo_generate
 
     reference, model = both_sides(PLAIN, 20, 2)
     rng = np.random.default_rng(20)
     prompts = [rng.integers(0, PLAIN.vocab_size, length).tolist() for length in (1, 3, 8, 15)]
     options = DecodeConfig(draft_steps=4, threshold=0.5, max_new_tokens=24)
-    batch, _ = generate(model, prompts, options, eos_ids=())
+    batch, _ = generate_batch(model, prompts, options, eos_ids=())
     assert [len(g.new_ids) for g in batch] == [24] * 4
     for prompt, generation in zip(prompts, batch, strict=True):
         alone = kangaroo_generate(reference, prompt, max_new_tokens=24, draft_steps=4, threshold=0.5)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dvi_jax.load import LoadedModel, load
+from dvi_jax.loading import LoadedModel, load
 from experiments.fetch import default_cache, fetch_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_dev.json"

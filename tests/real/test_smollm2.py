@@ -7,7 +7,7 @@ import pytest
 
 from dvi_jax.config import DecodeConfig
 from dvi_jax.data import Message
-from dvi_jax.decode.generate import generate
+from dvi_jax.decode.batch import generate_batch
 
 pytestmark = pytest.mark.real
 
@@ -28,7 +28,7 @@ def test_greedy_ids_of_all_questions(model, rows):
     """One plain batch in float32, then each row against transformers' ids for it."""
     longest = max(len(row["greedy_ids"]) for row in rows)
     prompts = [row["prompt_ids"] for row in rows]
-    generations, _ = generate(model, prompts, DecodeConfig(0, 0.0, longest), plain=True)
+    generations, _ = generate_batch(model, prompts, DecodeConfig(draft_steps=0, max_new_tokens=longest), plain=True)
     equal = [g.new_ids == row["greedy_ids"] for g, row in zip(generations, rows, strict=True)]
     assert equal == [True] * 16
 
@@ -39,9 +39,9 @@ def test_speculative_equals_plain(model, rows, dtype):
     base = jax.tree.map(lambda x: x.astype(dtype), model.params.base)
     model = model.with_params(model.params._replace(base=base))
     prompts = sorted((row["prompt_ids"] for row in rows), key=len)[:4]
-    settings = DecodeConfig(3, 0.0, 24)
-    plain, _ = generate(model, prompts, settings, plain=True)
-    fast, _ = generate(model, prompts, settings)
+    settings = DecodeConfig(draft_steps=3, max_new_tokens=24)
+    plain, _ = generate_batch(model, prompts, settings, plain=True)
+    fast, _ = generate_batch(model, prompts, settings)
     assert [g.output_ids for g in fast] == [g.output_ids for g in plain]
     lengths = {length for g in fast for length in g.accept_lengths}
     assert 1 in lengths

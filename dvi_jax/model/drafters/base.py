@@ -1,32 +1,64 @@
-"""The interface of a drafter: all that the decode loop, the learner and the checkpoints know of one.
+"""The interface of drafters: all that the decode loop, the learners and the checkpoints know of them.
 
-Letters as in `layers.py`; W rows of a round.
+Every drafter is a `Drafter`, and of one of two kinds: a `StepDrafter` makes one draft a pass, each from the exit hidden
+state of the token before it; a `BlockDrafter` makes all drafts of a round in one pass, and needs no exit layer.
+
+Letters as in `layers.py`; W rows of a round, A tapped layers, Vd tokens that may be drafted.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dvi_jax.config import LlamaConfig
+from dvi_jax.model.features import Features
 from dvi_jax.model.products import linear
 
 
 class Committed(NamedTuple):
-    """The rows the previous round committed (after a prefill: the last prompt row)."""
+    """The rows that the last round committed (after a prefill: the prompt's last row), padded to W."""
 
-    hidden: jax.Array  # [B, W, D] exit hidden state of each row
-    feature: jax.Array  # [B, W, D] verifier's normed final hidden state of each row
+    hidden: jax.Array  # [B, W, D], exit hidden state of each row, as the drafter sees it
+    features: Features  # of each row, [B, W, ...]
     start: jax.Array  # int32 [B], position of row 0
     count: jax.Array  # int32 [B], committed rows; start + count is the position of the row now drafted from
 
+    def last_final(self) -> jax.Array:
+        """The verifier's final hidden state of the last committed row: [B, 1, D]."""
+        return jnp.take_along_axis(self.features.final, (self.count - 1)[:, None, None], axis=1)
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a drafter that has none."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a new drafter may start from."""
+
+    config: LlamaConfig  # of the base model
+    norm: jax.Array  # [D], the base model's final norm
+    key: jax.Array  # PRNG key for random weights
+
 
 class Drafter(nnx.Module):
-    """Interface. A drafter without state of its own keeps `()` and ignores the calls that maintain it."""
+    """What every drafter has. One without state of its own keeps `()`.
+
+    A subclass is built as `cls(origin, options)`; its weights are `DrafterParam` or `ShallowLoRA` variables.
+    """
 
     kind: ClassVar[str]
+    Options: ClassVar[type] = NoOptions  # a frozen dataclass: what a manifest, YAML or a command line may set
+
+    options: Any  # an instance of `Options`
+    taps: tuple[int, ...] = ()  # layers of the verifier whose hidden states it asks for (`Llama`)
+    max_drafts: int | None = None  # most drafts it can make in a round; None: as many as are asked for
 
     def init_state(self, batch: int, slots: int, dtype: jnp.dtype) -> Any:
         """State for `slots` positions: a pytree of arrays [B, ...], carried by the decode loop.
@@ -35,34 +67,66 @@ class Drafter(nnx.Module):
         """
         return ()
 
-    def prefill(self, state: Any, hidden: jax.Array, before: jax.Array, positions: jax.Array) -> Any:
+    def prefill(self, state: Any, hidden: jax.Array, before: Features, positions: jax.Array) -> Any:
         """Take in the prompt, or its next chunk: exit hidden [B, T, D] at consecutive `positions` [B, T].
 
-        before: [B, T, D], the verifier's final hidden state at the position before each, zeros before the first.
+        before: the verifier's features [B, T, ...] at the position before each, zeros before the first.
         """
         return state
 
-    def first(self, state: Any, previous: Committed, hidden: jax.Array, position: jax.Array) -> tuple[jax.Array, Any]:
-        """First draft of a round: exit hidden [B, 1, D] at `position` [B] -> (draft hidden [B, 1, D], state)."""
-        raise NotImplementedError
+    def unroll(self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int) -> list[jax.Array]:
+        """For learning: draft j of a round at every position, had the round begun j positions earlier and been right.
 
-    def next(self, state: Any, feature: jax.Array, hidden: jax.Array, position: jax.Array) -> tuple[jax.Array, Any]:
-        """A later draft; `feature` is the draft hidden state the call before returned."""
-        raise NotImplementedError
-
-    def unroll(self, hidden: jax.Array, feature: jax.Array, positions: jax.Array, steps: int) -> list[jax.Array]:
-        """For learning: the 1st, 2nd, .. draft of a round at every position, had the drafts before it been right.
-
-        Exit and final hidden [B, T, D] at `positions` [B, T] -> `steps` draft hidden states [B, T, D], or one from a
-        drafter whose later drafts work like its first.
+        Exit hidden [B, T, D] and features [B, T, ...] at `positions` [B, T] -> draft hidden states [B, T, D], whose
+        logits at row t predict position t + 1. There are `steps` of them; one where later drafts work like the first;
+        as many as a block has, from a block drafter.
         """
         raise NotImplementedError
 
     def logits(self, draft_hidden: jax.Array, head: jax.Array) -> jax.Array:
-        """Draft hidden [..., D] through the frozen LM head [V, D] -> float32 logits [..., V]."""
+        """Draft hidden [..., D] through the frozen LM head [Vd, D] -> float32 logits [..., Vd]."""
         with jax.named_scope("draft_head"):
             return linear(draft_hidden, head, jnp.float32)
 
+    def corrected(self, logits: jax.Array, previous: jax.Array, vocabulary: jax.Array | None) -> jax.Array:
+        """Draft logits [..., Vd] once it is known which token, int32 [...], stands before the one to be drafted.
+
+        `vocabulary`: int32 [Vd], the token of each column, None for all in order. Only block drafters have use for it:
+        a step drafter has seen that token.
+        """
+        return logits
+
     def config(self) -> dict[str, Any]:
         """What a checkpoint's manifest must say to rebuild this drafter."""
-        return {}
+        return asdict(self.options)
+
+
+class StepDrafter(Drafter):
+    """A drafter that makes one draft a pass and sees the exit hidden state of every token drafted before."""
+
+    def first(self, state: Any, committed: Committed, hidden: jax.Array, position: jax.Array) -> tuple[jax.Array, Any]:
+        """First draft of a round: exit hidden [B, 1, D] at `position` [B] -> (draft hidden [B, 1, D], state)."""
+        raise NotImplementedError
+
+    def next(
+        self, state: Any, draft_hidden: jax.Array, hidden: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """A later draft; `draft_hidden` [B, 1, D] is what the call before returned."""
+        raise NotImplementedError
+
+
+class BlockDrafter(Drafter):
+    """A drafter that makes all drafts of a round in one pass, from what was committed and the token they follow.
+
+    Its model is not split: the exit hidden state that it is given is the token's embedding.
+    """
+
+    max_drafts: int
+
+    def absorb(self, state: Any, committed: Committed) -> Any:
+        """Take in the rows that the last round committed."""
+        return state
+
+    def propose(self, state: Any, committed: Committed, anchor: jax.Array) -> jax.Array:
+        """The block after the token whose embedding is `anchor` [B, 1, D]: draft hidden [B, max_drafts, D]."""
+        raise NotImplementedError

@@ -14,109 +14,114 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dvi_jax.config import LlamaConfig
 from dvi_jax.model import attention
 from dvi_jax.model.attention import LayerCache
-from dvi_jax.model.drafters.base import Committed, Drafter
+from dvi_jax.model.drafters.base import Committed, NoOptions, Origin, StepDrafter
+from dvi_jax.model.features import Features
 from dvi_jax.model.products import linear
 from dvi_jax.model.residual import rms_norm
 from dvi_jax.model.variables import DrafterParam
 
 
-class Fused(Drafter):
+class Fused(StepDrafter):
     """Attention and MLP on a projection of [h_k(t), f(t-1)]; heads and rotary base are the base model's."""
 
     kind = "fused"
 
-    def __init__(self, config: LlamaConfig, *, key: jax.Array, norm: jax.Array):
-        """`norm`: the base model's final norm [D], where the drafter's own final norm starts."""
+    def __init__(self, origin: Origin, options: NoOptions):
+        config = origin.config
+        self.options = options
         self.architecture = config
         d, f = config.hidden_size, config.intermediate_size
         query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        shapes = {
-            "fuse": (d, 2 * d),
-            "qkv": (query + 2 * kv, d),
-            "out": (d, query),
-            "gate_up": (2 * f, d),
-            "down": (d, f),
-        }
-        for name, subkey in zip(shapes, jax.random.split(key, len(shapes)), strict=True):
-            scale = shapes[name][1] ** -0.5
-            setattr(self, name, DrafterParam(scale * jax.random.normal(subkey, shapes[name], jnp.float32)))
-        for name in ("hidden_norm", "feature_norm", "attn_norm", "mlp_norm"):
-            setattr(self, name, DrafterParam(jnp.ones(d, jnp.float32)))
-        self.norm = DrafterParam(jnp.asarray(norm, jnp.float32))
+        keys = iter(jax.random.split(origin.key, 5))
+
+        def matrix(*shape: int) -> DrafterParam:
+            return DrafterParam(shape[1] ** -0.5 * jax.random.normal(next(keys), shape, jnp.float32))
+
+        def ones() -> DrafterParam:
+            return DrafterParam(jnp.ones(d, jnp.float32))
+
+        self.fuse = matrix(d, 2 * d)
+        self.qkv = matrix(query + 2 * kv, d)
+        self.out = matrix(d, query)
+        self.gate_up = matrix(2 * f, d)
+        self.down = matrix(d, f)
+        self.hidden_norm, self.feature_norm, self.attn_norm, self.mlp_norm = ones(), ones(), ones(), ones()
+        self.norm = DrafterParam(jnp.asarray(origin.norm, jnp.float32))  # starts as the base model's final norm
 
     def init_state(self, batch: int, slots: int, dtype: jnp.dtype) -> LayerCache:
         (cache,) = attention.init_caches(self.architecture, 1, batch, slots, dtype)
         return cache
 
-    def prefill(self, state: LayerCache, hidden: jax.Array, before: jax.Array, positions: jax.Array) -> LayerCache:
-        _, key, value = attention.split_heads(*self._qkv(self._fuse(hidden, before), positions))
+    def prefill(self, state: LayerCache, hidden: jax.Array, before: Features, positions: jax.Array) -> LayerCache:
+        _, key, value = attention.split_heads(*self._qkv(self._fuse(hidden, before.final), positions))
         return attention.write_rows(state, key, value, positions[:, 0])
 
     def first(
-        self, state: LayerCache, previous: Committed, hidden: jax.Array, position: jax.Array
+        self, state: LayerCache, committed: Committed, hidden: jax.Array, position: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
         # Row 0 of the last round was its first draft and is cached with a verifier feature already. Rows 1 .. count - 1
         # are not, and the row drafted from comes after them: W rows at most, each with the feature of the row before.
         # Rows past it are computed, masked and overwritten.
-        width = previous.hidden.shape[1]
-        current = jnp.arange(width) == (previous.count - 1)[:, None]
-        rows = jnp.where(current[..., None], hidden, jnp.roll(previous.hidden, -1, axis=1))
-        positions = (previous.start + 1)[:, None] + jnp.arange(width)
-        draft, state = self._run(state, rows, previous.feature, positions)
-        return jnp.take_along_axis(draft, (previous.count - 1)[:, None, None], axis=1), state
+        width = committed.hidden.shape[1]
+        current = jnp.arange(width) == (committed.count - 1)[:, None]
+        rows = jnp.where(current[..., None], hidden, jnp.roll(committed.hidden, -1, axis=1))
+        positions = (committed.start + 1)[:, None] + jnp.arange(width)
+        draft, state = self._run(state, rows, committed.features.final, positions)
+        return jnp.take_along_axis(draft, (committed.count - 1)[:, None, None], axis=1), state
 
     def next(
-        self, state: LayerCache, feature: jax.Array, hidden: jax.Array, position: jax.Array
+        self, state: LayerCache, draft_hidden: jax.Array, hidden: jax.Array, position: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
-        return self._run(state, hidden, feature, position[:, None])
+        return self._run(state, hidden, draft_hidden, position[:, None])
 
-    def unroll(self, hidden: jax.Array, feature: jax.Array, positions: jax.Array, steps: int) -> list[jax.Array]:
+    def unroll(self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int) -> list[jax.Array]:
         drafts: list[jax.Array] = []
         cached: list[tuple[jax.Array, jax.Array]] = []
-        previous = feature
+        context = features.final  # of the position before: the verifier's, then the drafter's own
         for _ in range(steps):
-            x = self._fuse(hidden, _shift(previous, 1))
+            x = self._fuse(hidden, _shift(context, 1))
             query, key, value = attention.split_heads(*self._qkv(x, positions))
             cached.append((key, value))
-            previous = self._finish(x, _attend_unrolled(query, cached, positions))
-            drafts.append(previous)
+            context = self._finish(x, _attend_unrolled(query, cached, positions))
+            drafts.append(context)
         return drafts
 
     def _run(
-        self, cache: LayerCache, hidden: jax.Array, feature: jax.Array, positions: jax.Array
+        self, cache: LayerCache, hidden: jax.Array, context: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
         """Rows [B, T, D] at consecutive `positions` [B, T] through the layer and its cache."""
-        x = self._fuse(hidden, feature)
+        x = self._fuse(hidden, context)
         qkv, heads, rope = self._qkv(x, positions)
         mixed, cache = attention.attend_cached(qkv[None], heads, rope, cache, positions)
         return self._finish(x, mixed), cache
 
-    def _fuse(self, hidden: jax.Array, feature: jax.Array) -> jax.Array:
+    def _fuse(self, hidden: jax.Array, context: jax.Array) -> jax.Array:
+        """Exit hidden and the state of the position before, the verifier's or the drafter's own: [B, T, D] each."""
         eps = self.architecture.rms_norm_eps
-        normed = rms_norm(hidden, self.hidden_norm[...], eps), rms_norm(feature, self.feature_norm[...], eps)
-        return self._project("fuse", jnp.concatenate(normed, axis=-1))
+        normed = rms_norm(hidden, self.hidden_norm[...], eps), rms_norm(context, self.feature_norm[...], eps)
+        return _project(self.fuse, jnp.concatenate(normed, axis=-1))
 
     def _qkv(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, attention.Heads, attention.Rope]:
         """Fused queries, keys and values of x [B, T, D], how to split them, and how to turn them."""
         config = self.architecture
         frequencies = attention.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        qkv = self._project("qkv", rms_norm(x, self.attn_norm[...], config.rms_norm_eps))
+        qkv = _project(self.qkv, rms_norm(x, self.attn_norm[...], config.rms_norm_eps))
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         return qkv, heads, attention.rope_tables(frequencies, positions)
 
     def _finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
         """Everything after attention: [B, T, D] residual stream and [B, T, N*H] -> draft hidden [B, T, D]."""
         eps = self.architecture.rms_norm_eps
-        x = x + self._project("out", mixed)
-        gate, up = jnp.split(self._project("gate_up", rms_norm(x, self.mlp_norm[...], eps)), 2, axis=-1)
-        x = x + self._project("down", jax.nn.silu(gate) * up)
+        x = x + _project(self.out, mixed)
+        gate, up = jnp.split(_project(self.gate_up, rms_norm(x, self.mlp_norm[...], eps)), 2, axis=-1)
+        x = x + _project(self.down, jax.nn.silu(gate) * up)
         return rms_norm(x, self.norm[...], eps)
 
-    def _project(self, name: str, x: jax.Array) -> jax.Array:
-        return linear(x, getattr(self, name)[...].astype(x.dtype))
+
+def _project(weight: DrafterParam, x: jax.Array) -> jax.Array:
+    return linear(x, weight[...].astype(x.dtype))
 
 
 def _shift(x: jax.Array, by: int, axis: int = 1) -> jax.Array:

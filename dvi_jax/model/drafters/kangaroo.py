@@ -2,81 +2,80 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
-from dvi_jax.config import LlamaConfig
 from dvi_jax.model import attention
 from dvi_jax.model.attention import LayerCache
-from dvi_jax.model.drafters.base import Committed, Drafter
+from dvi_jax.model.drafters.base import Committed, Origin, StepDrafter
+from dvi_jax.model.features import Features
 from dvi_jax.model.products import linear
 from dvi_jax.model.residual import rms_norm
 from dvi_jax.model.variables import DrafterParam
 
 
-class Kangaroo(Drafter):
+@dataclass(frozen=True)
+class KangarooOptions:
+    """What upstream's adapter config says; the base model's values where it says nothing."""
+
+    num_heads: int | None = None  # query heads
+    num_kv_heads: int | None = None  # as many as query heads unless given
+    rms_norm_eps: float | None = None
+
+
+class Kangaroo(StepDrafter):
     """Kangaroo's adapter: one attention-only layer (no MLP) with its own KV cache, a final norm, the base LM head.
 
     Rotary base 10000 always and head size D/N, as upstream has them (arXiv 2404.18911).
     """
 
     kind = "kangaroo"
+    Options = KangarooOptions
 
-    def __init__(
-        self,
-        config: LlamaConfig,
-        *,
-        key: jax.Array,
-        norm: jax.Array,
-        num_heads: int | None = None,
-        num_kv_heads: int | None = None,
-        rms_norm_eps: float | None = None,
-    ):
-        """Heads and epsilon default to the base model's; `norm` starts the final norm."""
-        self.num_heads = num_heads or config.num_heads
-        self.num_kv_heads = num_kv_heads or num_heads or config.num_heads
-        self.eps = rms_norm_eps or config.rms_norm_eps
+    def __init__(self, origin: Origin, options: KangarooOptions):
+        config = origin.config
+        self.num_heads = options.num_heads or config.num_heads
+        self.num_kv_heads = options.num_kv_heads or options.num_heads or config.num_heads
+        self.eps = options.rms_norm_eps or config.rms_norm_eps
+        self.options = replace(options, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, rms_norm_eps=self.eps)
         width = config.hidden_size
         self.head_dim = width // self.num_heads
         query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        qkv_key, out_key = jax.random.split(key)
+        qkv_key, out_key = jax.random.split(origin.key)
         self.attn_norm = DrafterParam(jnp.ones(width, jnp.float32))
         self.qkv = DrafterParam(jax.random.normal(qkv_key, (query + 2 * kv, width), jnp.float32) * 0.02)
         self.out = DrafterParam(jax.random.normal(out_key, (width, query), jnp.float32) * 0.02)
-        self.norm = DrafterParam(jnp.asarray(norm, jnp.float32))
+        self.norm = DrafterParam(jnp.asarray(origin.norm, jnp.float32))
 
     def init_state(self, batch: int, slots: int, dtype: jnp.dtype) -> LayerCache:
         shape = (batch, self.num_kv_heads, slots, self.head_dim)
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    def prefill(self, state: LayerCache, hidden: jax.Array, before: jax.Array, positions: jax.Array) -> LayerCache:
+    def prefill(self, state: LayerCache, hidden: jax.Array, before: Features, positions: jax.Array) -> LayerCache:
         _, key, value = attention.split_heads(*self._qkv(hidden, positions))
         return attention.write_rows(state, key, value, positions[:, 0])
 
     def first(
-        self, state: LayerCache, previous: Committed, hidden: jax.Array, position: jax.Array
+        self, state: LayerCache, committed: Committed, hidden: jax.Array, position: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
         # The last committed row drafted nothing if it ended its round, so the cache may lack it; run again, it gives
         # the same keys.
-        last = jnp.take_along_axis(previous.hidden, (previous.count - 1)[:, None, None], axis=1)
+        last = jnp.take_along_axis(committed.hidden, (committed.count - 1)[:, None, None], axis=1)
         rows = jnp.concatenate([last, hidden], axis=1)
         draft, state = self._run(state, rows, (position - 1)[:, None] + jnp.arange(2))
         return draft[:, 1:], state
 
     def next(
-        self, state: LayerCache, feature: jax.Array, hidden: jax.Array, position: jax.Array
+        self, state: LayerCache, draft_hidden: jax.Array, hidden: jax.Array, position: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
         return self._run(state, hidden, position[:, None])
 
-    def unroll(self, hidden: jax.Array, feature: jax.Array, positions: jax.Array, steps: int) -> list[jax.Array]:
+    def unroll(self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int) -> list[jax.Array]:
         qkv, heads, rope = self._qkv(hidden, positions)
         mixed, _ = attention.attend_fresh(qkv[None], heads, rope, None, positions)
         return [self._finish(hidden, mixed)]
-
-    def config(self) -> dict[str, Any]:
-        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "rms_norm_eps": self.eps}
 
     def _run(self, cache: LayerCache, hidden: jax.Array, positions: jax.Array) -> tuple[jax.Array, LayerCache]:
         qkv, heads, rope = self._qkv(hidden, positions)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvi_jax.evaluate.acceptance import accept_length_histogram, consecutive_accept_rates, measure_acceptance
+from dvi_jax.decode.acceptance import accept_length_histogram, consecutive_accept_rates, measure_acceptance
 
 
 def generation(*rounds: tuple[int, int]) -> SimpleNamespace:

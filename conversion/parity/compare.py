@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from conversion.parity_runs import STAGES, Decoded, Implementation, Reference, Stages
+from conversion.parity.runs import STAGES, Decoded, Implementation, Reference, Stages
 
 TOLERANCE = 2e-4
 IDS, ACCEPT_LENGTHS, DRAFTED = "generated ids", "accept lengths", "drafts per round"

@@ -12,10 +12,10 @@ from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.decode.prefill import bucket, cache_slots, prefill
 from dvi_jax.decode.prefix import Prefix, pad_prompts
 from dvi_jax.decode.sampling import Sampling
-from dvi_jax.decode.speculative import decode
+from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import UserError
-from dvi_jax.load import LoadedModel
+from dvi_jax.loading import LoadedModel
 
 MOST_EOS_IDS = 8  # more would be another compiled program
 
@@ -41,7 +41,7 @@ class Generation:
         return sum(length - 1 for length in self.accept_lengths)
 
 
-def generate(
+def generate_batch(
     model: LoadedModel,
     prompts: Sequence[Sequence[int]],
     settings: DecodeConfig,
@@ -65,7 +65,7 @@ def generate(
     state = start(model, prompts, settings, knobs, sampling=rows, prefix=prefix, longest_prompt=longest_prompt)
     state = jax.block_until_ready(state)
     # Compiled ahead so that `seconds` never holds a compilation; jax keeps the program, a repeat costs milliseconds.
-    program = decode.lower(model.definition, model.decode_params, state, knobs).compile()
+    program = decode_rounds.lower(model.definition, model.decode_params, state, knobs).compile()
     began = time.perf_counter()
     state = jax.block_until_ready(program(model.decode_params, state, knobs))
     seconds = time.perf_counter() - began
@@ -116,6 +116,7 @@ def start(
 ) -> DecodeState:
     """Check the prompts, pad them and prefill, all but a shared `prefix`. `longest_prompt` fixes the cache length."""
     check_prompts(model, prompts, settings.max_new_tokens)
+    check_draft_steps(model, settings)
     tokens, lengths = pad_prompts(prompts, prefix)
     longest = max(longest_prompt, *map(len, prompts))
     return prefill(
@@ -153,6 +154,13 @@ def check_prompts(model: LoadedModel, prompts: Sequence[Sequence[int]], max_new_
                 f"the prompt has {len(prompt)} tokens and {max_new_tokens} new ones were asked for;"
                 f" the model's context holds {config.max_position_embeddings}"
             )
+
+
+def check_draft_steps(model: LoadedModel, settings: DecodeConfig) -> None:
+    """Raise `UserError` for more drafts in a round than the drafter can make."""
+    most = model.max_drafts
+    if most is not None and settings.draft_steps > most:
+        raise UserError(f"draft_steps {settings.draft_steps}: drafter {model.manifest.drafter} drafts at most {most}")
 
 
 def read_generations(state: DecodeState, prompt_lengths: Sequence[int], eos_ids: tuple[int, ...]) -> list[Generation]:

@@ -23,7 +23,7 @@ from dvi_jax.checkpoint import (
 from dvi_jax.config import LlamaConfig
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import UserError
-from dvi_jax.model.drafters import build_drafter
+from dvi_jax.model.drafters import Origin, build_drafter
 from dvi_jax.model.llama import Llama
 from dvi_jax.model.lora import inject_dual_lora
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join, split
@@ -43,6 +43,16 @@ class LoadedModel:
     def eos_ids(self) -> tuple[int, ...]:
         """Token ids that end a sequence."""
         return self.config.eos_token_ids
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers of the verifier that the drafter looks at."""
+        return join(self.definition, self.params).llama.taps
+
+    @property
+    def max_drafts(self) -> int | None:
+        """The most drafts that the drafter makes in a round; None: as many as are asked for."""
+        return join(self.definition, self.params).drafter.max_drafts
 
     @cached_property
     def decode_params(self) -> Params:
@@ -116,10 +126,10 @@ def from_checkpoint(checkpoint: Checkpoint, *, exit_layer: int | None = None, se
 
 def build_model(config: LlamaConfig, manifest: Manifest, base: dict[str, Any], *, seed: int = 0) -> SpeculativeLlama:
     """A `SpeculativeLlama` of the manifest's shape over `base`, with a fresh drafter and fresh LoRA sets."""
-    llama = Llama(config, base, manifest.exit_layer)
     drafter_key, lora_key = jax.random.split(jax.random.key(seed))
-    drafter = build_drafter(manifest.drafter, config, manifest.drafter_config, key=drafter_key, norm=base["norm"])
-    model = SpeculativeLlama(llama, drafter)
+    origin = Origin(config, norm=base["norm"], key=drafter_key)
+    drafter = build_drafter(manifest.drafter, manifest.drafter_config, origin)
+    model = SpeculativeLlama(Llama(config, base, manifest.exit_layer, taps=drafter.taps), drafter)
     if manifest.lora:
         inject_dual_lora(model, key=lora_key, **manifest.lora)
     return model

@@ -14,7 +14,7 @@ import pytest
 
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.config import load_train_config
-from dvi_jax.learn.online import train
+from dvi_jax.learn.online import train_online
 from dvi_jax.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ SHORT = {"prompts": 40, "eval_every": 10, "save_every": 5}
 
 TWICE = """
 import os, signal
-from dvi_jax.learn.signals import StopSignals
+from dvi_jax.learn.stopping import StopSignals
 with StopSignals() as signals:
     os.kill(os.getpid(), signal.SIGTERM)
     print(signals.received, flush=True)
@@ -49,13 +49,13 @@ def test_a_stopped_run_goes_on_bit_for_bit(write_config, tmp_path, number, statu
     config = load_train_config(write_config(out=str(stopped), **SHORT))
     for resume, step in ((False, 2), (True, 26)):
         with pytest.raises(SystemExit) as ended:
-            train(config, resume=resume, report=stop_at(step))
+            train_online(config, resume=resume, report=stop_at(step))
         assert ended.value.code == status
         assert told[-1] == {"step": step, "signal": number.name, "snapshot": step}
         assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert not (stopped / "checkpoint").exists()
-    resumed = train(config, resume=True)
-    whole = train(load_train_config(write_config(out=str(tmp_path / "whole"), **SHORT)))
+    resumed = train_online(config, resume=True)
+    whole = train_online(load_train_config(write_config(out=str(tmp_path / "whole"), **SHORT)))
     assert resumed.updates == whole.updates == 40
     for part in ("drafter", "lora"):
         mine, theirs = (getattr(read_checkpoint(result.checkpoint), part) for result in (resumed, whole))
@@ -66,14 +66,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(write_config, tmp_path, number, statu
 def test_the_command_line_says_so(write_config, tmp_path, capsys, monkeypatch):
     from dvi_jax.learn import online
 
-    update = online._Run._update
+    update = online.OnlineRun._update
 
     def update_and_signal(self, batch):
         update(self, batch)
         if int(self.learner.step) == 6:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(online._Run, "_update", update_and_signal)
+    monkeypatch.setattr(online.OnlineRun, "_update", update_and_signal)
     with pytest.raises(SystemExit):
         main(["--config", str(write_config(**SHORT))])
     line = "stopped by SIGTERM after update 6; newest snapshot: update 6; --resume goes on\n"

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from dvi_jax.config import LlamaConfig
-from dvi_jax.model.drafters.base import Committed, Drafter
+from dvi_jax.model.drafters import Committed, StepDrafter
 
 _BASE = 128  # bfloat16 holds integers up to 256 exactly
 
 
-class Scripted(Drafter):
+class Scripted(StepDrafter):
     """Proposes `state[b, p]` for position p. Set the state (int32 [B, S]) after the prefill, with `with_script`."""
 
     kind = "scripted"
@@ -24,10 +24,12 @@ class Scripted(Drafter):
     def init_state(self, batch: int, slots: int, dtype: jnp.dtype) -> jax.Array:
         return jnp.zeros((batch, slots), jnp.int32)
 
-    def first(self, state: Any, previous: Committed, hidden: jax.Array, position: jax.Array) -> tuple[jax.Array, Any]:
+    def first(self, state: Any, committed: Committed, hidden: jax.Array, position: jax.Array) -> tuple[jax.Array, Any]:
         return self._propose(state, hidden, position), state
 
-    def next(self, state: Any, feature: jax.Array, hidden: jax.Array, position: jax.Array) -> tuple[jax.Array, Any]:
+    def next(
+        self, state: Any, draft_hidden: jax.Array, hidden: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, Any]:
         return self._propose(state, hidden, position), state
 
     def logits(self, draft_hidden: jax.Array, head: jax.Array) -> jax.Array:

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from conversion.parity_inputs import Case
+from conversion.parity.inputs import Case
 from dvi_jax.config import DecodeConfig, LlamaConfig
-from dvi_jax.decode.generate import generate
+from dvi_jax.decode.batch import generate_batch
 from dvi_jax.decode.prefill import bucket
-from dvi_jax.load import load
+from dvi_jax.loading import load
 from dvi_jax.model.speculative_llama import Definition, Params, join
 from kangaroo_ref import kangaroo_generate, load_kangaroo, prompt_stages
 from kangaroo_ref.upstream import TRANSFORMERS_VERSION, Upstream, load_upstream
@@ -110,9 +110,11 @@ class Jax:
         return {name: array[0, : len(prompt)] for name, array in stages.items()}
 
     def decode(self, prompt: Sequence[int], settings: Settings) -> Decoded:
-        config = DecodeConfig(settings.draft_steps, settings.threshold, settings.max_new_tokens)
+        config = DecodeConfig(
+            draft_steps=settings.draft_steps, threshold=settings.threshold, max_new_tokens=settings.max_new_tokens
+        )
         eos_ids = () if settings.eos_id < 0 else (settings.eos_id,)
-        (done,), _ = generate(self.model, [prompt], config, eos_ids=eos_ids)
+        (done,), _ = generate_batch(self.model, [prompt], config, eos_ids=eos_ids)
         return Decoded(done.output_ids, done.accept_lengths, done.drafted)
 
 
@@ -120,8 +122,8 @@ class Jax:
 def _jax_stages(definition: Definition, params: Params, prompt: jax.Array) -> dict[str, jax.Array]:
     model = join(definition, params)
     positions = jnp.arange(prompt.shape[1])[None]
-    hidden_exit, _ = model.llama.shallow(prompt, None, positions)
-    hidden_last, _ = model.llama.deep(hidden_exit, None, positions)
+    hidden_exit, _, _ = model.llama.shallow(prompt, None, positions)
+    hidden_last, _, _ = model.llama.deep(hidden_exit, None, positions)
     adapter_out = model.drafter.unroll(hidden_exit, hidden_last, positions, 1)[0]
     return {
         "logits": model.llama.logits(hidden_last),

@@ -26,9 +26,9 @@ from dvi_jax.config import DecodeConfig
 from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
 
 if TYPE_CHECKING:  # they pull in jax and torch: imported where used, so that --help does not wait for them
-    from conversion.parity_compare import Comparison, Row
-    from conversion.parity_inputs import Case
-    from conversion.parity_runs import Implementation, Settings
+    from conversion.parity.compare import Comparison, Row
+    from conversion.parity.inputs import Case
+    from conversion.parity.runs import Implementation, Settings
 
 
 @dataclass
@@ -49,7 +49,9 @@ class Report:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, compare, print the tables; 1 unless all agree."""
     options = _parser().parse_args(arguments)
-    DecodeConfig(options.draft_steps, options.threshold, options.max_new_tokens)  # refuses what is out of range
+    DecodeConfig(
+        draft_steps=options.draft_steps, threshold=options.threshold, max_new_tokens=options.max_new_tokens
+    )  # refuses what is out of range
     if options.limit < 1:
         raise UserError(f"--limit must be at least 1, got {options.limit}")
     if importlib.util.find_spec("torch") is None:
@@ -96,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _cases(options: argparse.Namespace, scratch: Path) -> list[Case]:
-    from conversion.parity_inputs import TINY_CONFIGS, make_case, write_tiny_model
+    from conversion.parity.inputs import TINY_CONFIGS, make_case, write_tiny_model
 
     if options.hf is not None:
         return [
@@ -120,9 +122,9 @@ def _cases(options: argparse.Namespace, scratch: Path) -> list[Case]:
 
 
 def _check(case: Case, options: argparse.Namespace) -> Report:
-    from conversion.parity_compare import Comparison
-    from conversion.parity_inputs import choose_prompts
-    from conversion.parity_runs import HuggingFace, Jax, Reference, Settings, open_upstream, why_not_transformers
+    from conversion.parity.compare import Comparison
+    from conversion.parity.inputs import choose_prompts
+    from conversion.parity.runs import HuggingFace, Jax, Reference, Settings, open_upstream, why_not_transformers
 
     prompts = choose_prompts(case, options, options.max_new_tokens)
     eos_id = next(iter(case.config.eos_token_ids), -1) if options.eos_id is None else options.eos_id
@@ -153,7 +155,7 @@ def _with_progress(prompts: Sequence[list[int]], name: str) -> Iterable[list[int
 def _compare_prompt(
     report: Report, number: int, prompt: list[int], reference: Any, others: Sequence[Implementation]
 ) -> None:
-    from conversion.parity_compare import stop_at_first_token
+    from conversion.parity.compare import stop_at_first_token
 
     comparison = report.comparison
     comparison.add_stages(number, reference.stages(prompt), {other.name: other.stages(prompt) for other in others})
@@ -170,7 +172,7 @@ def _compare_prompt(
 
 
 def _explain_first_mismatch(report: Report, reference: Any, prompts: Sequence[list[int]]) -> None:
-    from conversion.parity_compare import IDS
+    from conversion.parity.compare import IDS
 
     first = report.comparison.first_mismatch
     if first is None:
@@ -222,7 +224,7 @@ def _cells(row: Row) -> tuple[str, str, str]:
 
 
 def _write_json(path: Path, reports: Sequence[Report]) -> None:
-    from conversion.parity_compare import TOLERANCE
+    from conversion.parity.compare import TOLERANCE
 
     cases = []
     for report in reports:
