@@ -116,8 +116,8 @@ def filled_state(model: LoadedModel, batch: int, slots: int, width: int, length:
     empty = jax.tree.map(_pattern, abstract_state(model, Sizes(batch, slots, width, prompt=16)))
     count = jnp.full((batch,), length, jnp.int32)
     tokens = jax.random.randint(jax.random.key(0), (batch, slots), 3, model.config.vocab_size, jnp.int32)
-    previous = Committed(empty.committed.hidden, empty.committed.features, count - 1, jnp.ones_like(count))
-    return empty.replace(tokens=tokens, length=count + 1, limit=count + new_tokens, previous=previous)
+    committed = Committed(empty.committed.hidden, empty.committed.features, count - 1, jnp.ones_like(count))
+    return empty.replace(tokens=tokens, length=count + 1, limit=count + new_tokens, committed=committed)
 
 
 def _pattern(leaf: jax.ShapeDtypeStruct) -> jax.Array:

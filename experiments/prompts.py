@@ -37,8 +37,8 @@ from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from experiments.domains import (
     CODE,
     HELD_OUT_FRACTION,
+    HELD_OUT_SALT,
     INTO_LANGUAGES,
-    SALT,
     domain_of,
     language_of,
     purpose,
@@ -310,7 +310,7 @@ def sides(
     """Of those that fit, as a `PromptStream` sees them: up to `wanted[1]` held-out ones, `wanted[0]` others."""
     everything = Counter(candidate.family for candidate in found)
     fitting = [candidate for candidate, _ in choose(found, tokenizer, longest, everything)]
-    apart = [is_held_out(candidate.messages[-1].content, fraction, SALT) for candidate in fitting]
+    apart = [is_held_out(candidate.messages[-1].content, fraction, HELD_OUT_SALT) for candidate in fitting]
     held_out = [candidate for candidate, is_apart in zip(fitting, apart, strict=True) if is_apart]
     others = [candidate for candidate, is_apart in zip(fitting, apart, strict=True) if not is_apart]
     if len(others) < wanted[0]:

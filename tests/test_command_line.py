@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint(byte_checkpoint, tmp_path, complaint, name, conten
         (["--set", "checkpoint=nowhere"], "no checkpoint at nowhere"),
         (["--set", "data.files=[nowhere.json]"], "cannot read conversations from nowhere.json: there is no such file"),
         (["--set", "data.files=[]"], "a conversation stream needs one path or more"),
-        (["--set", "data.held_out_fraction=1.5"], "data.held_out_fraction must be between 0 and 1, got 1.5"),
+        (["--set", "data.held_out_fraction=1.5"], "data.held_out_fraction must be at least 0 and below 1, got 1.5"),
         (["--set", "data.max_prompt_tokens=121"], "exceed the model's context of 128 tokens"),
         (["--set", "decode.draft_steps=0"], "decode.draft_steps must be at least 1 to learn, got 0"),
         (["--set", "positions_per_update=1000"], "positions_per_update must be at most"),

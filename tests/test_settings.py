@@ -39,8 +39,14 @@ def complaint_of(function, *arguments) -> str:
         ("a: &a {b: 1}\n<<: *a", "not valid YAML at line 2: aliases"),
         ("checkpoint: " + "x" * MOST_YAML, f"longer than the {MOST_YAML} characters"),
         ("trainer: [online]", r"trainer must be online or distill, got \['online'\]"),
-        ("checkpoint: c\nout: o\nlora: {alpha_s: .nan}", r"lora\.alpha_s must be a finite number, got nan"),
-        ("checkpoint: c\nout: o\nlora: {alpha_s: .inf}", r"lora\.alpha_s must be a finite number, got inf"),
+        (
+            "checkpoint: c\nout: o\ndrafter_options: {alpha: .nan}",
+            r"drafter_options\.alpha must be a finite number, got nan",
+        ),
+        (
+            "checkpoint: c\nout: o\ndrafter_options: {alpha: .inf}",
+            r"drafter_options\.alpha must be a finite number, got inf",
+        ),
         ("checkpoint: c\nout: o\nprompts: true", "prompts must be of type int, got True"),
         ("checkpoint: c\nout: o\nmax_minutes: 1" + "0" * 400, "int too large to convert to float"),
         ("checkpoint: c\nout: o\ncheckpoint2: " + "x" * 5000, "unknown key checkpoint2"),

@@ -118,6 +118,8 @@ class Run(ABC, Generic[State, Measured]):
         """Evaluate, unless the last update was, and write the checkpoint with the trained drafter: where it is."""
         if self.evaluated != self.step:
             self.after = self.evaluate()
+        elif self.after is None:  # there was nothing to learn
+            self.after = self.before
         path, exists = self.directory.checkpoint_path(self.step)
         if not exists:
             manifest = replace(self.model.manifest, training_step=self.step, verifier=self.verifier())

@@ -27,6 +27,7 @@ class LayerCache(NamedTuple):
 Caches = tuple[LayerCache, ...]
 Heads = tuple[int, int, int]  # (N, K, H)
 Rope = tuple[jax.Array, jax.Array]  # of `rope_tables`
+CUDNN = "cudnn"  # the implementation of `jax.nn.dot_product_attention`
 MOST_ROUND_ROWS = 32  # more rows than any round has belong to a prefill
 
 
@@ -108,9 +109,7 @@ def attend_fresh(
 
 def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, **rule: Any) -> jax.Array:
     """`attend` by cuDNN, which never writes the scores to memory. `rule`: is_causal=True or mask, bool [B, 1, T, S]."""
-    mixed = jax.nn.dot_product_attention(
-        query, key.swapaxes(1, 2), value.swapaxes(1, 2), implementation="cudnn", **rule
-    )
+    mixed = jax.nn.dot_product_attention(query, key.swapaxes(1, 2), value.swapaxes(1, 2), implementation=CUDNN, **rule)
     return mixed.reshape(*query.shape[:2], -1)
 
 

@@ -99,7 +99,8 @@ data:
 decode:
   draft_steps: 2
   max_new_tokens: 32
-lora: {rank_s: 64, alpha_s: 64}
+drafter: exit_head
+drafter_options: {rank: 64, alpha: 64}
 objective:
   schedule: linear
   kl_min: 0.5

@@ -166,7 +166,7 @@ def test_stdin_gives_no_held_out_prompts(tokenizer, monkeypatch):
 
 def test_settings_and_states_are_checked(tokenizer, path):
     for bad, message in (
-        ({"turns": "last"}, "turns must be one of first, all, not 'last'"),
+        ({"turns": "last"}, "turns must be first or all, got 'last'"),
         ({"held_out_fraction": 1.0}, "held_out_fraction must be"),
         ({"max_prompt_tokens": 0}, "max_prompt_tokens must be"),
     ):

@@ -10,7 +10,8 @@ from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.decode import cost
 from dvi_jax.decode.batch import generate_batch, make_knobs, make_sampling, read_generations, start
 from dvi_jax.decode.cost import measure_draft_cost
-from dvi_jax.decode.speculative import decode_rounds, least_reach
+from dvi_jax.decode.drafting import least_reach
+from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.errors import UserError
 
 NEW = 48

@@ -31,7 +31,7 @@ KNOBS = Knobs.make(WIDTH - 1, 0.0, ())
 @pytest.fixture
 def small_chunks(monkeypatch) -> Iterator[None]:
     """Prompts go through 16 tokens at a time; programs traced with the usual chunks are not used, nor kept these."""
-    monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(module, "LONGEST_CHUNK", 16)
     prefill.clear_cache()
     yield
     prefill.clear_cache()
@@ -117,7 +117,7 @@ def test_one_state_however_prefilled(fused, small_chunks, monkeypatch):
     prompts = [shared + rng.integers(0, 64, count).tolist() for count in (37, 12, 0)]
     prefix = make_prefix(fused, shared)
     in_chunks, on_prefix = begin(fused, prompts), begin(fused, prompts, prefix)
-    monkeypatch.setattr(module, "CHUNK", 1024)
+    monkeypatch.setattr(module, "LONGEST_CHUNK", 1024)
     prefill.clear_cache()
     whole = begin(fused, prompts)
     check_same_state(in_chunks, whole)
@@ -142,7 +142,7 @@ def test_workspace_grows_with_the_prompt_not_its_square(make_tiny, monkeypatch):
     model = make_tiny()
 
     def workspace(chunk: int, tokens: int) -> int:
-        monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr(module, "LONGEST_CHUNK", chunk)
         prefill.clear_cache()
         prompts, count = jnp.zeros((1, tokens), jnp.int32), jnp.full((1,), tokens, jnp.int32)
         arguments = model.decode_params, prompts, count, count + 8, KNOBS.eos_ids
@@ -170,7 +170,7 @@ def test_fused_attention_is_the_same_attention(monkeypatch):
 
     plain, filled, fresh = jax.jit(both)()
     monkeypatch.setattr(attention, "has_gpu_kernels", lambda dtype: True)
-    monkeypatch.setattr(attention, "FUSED", "xla")
+    monkeypatch.setattr(attention, "CUDNN", "xla")
     monkeypatch.setattr(attention, "attend", None)
     fused, other, fused_fresh = jax.jit(lambda: both())()
     np.testing.assert_allclose(fused, plain, atol=1e-5)

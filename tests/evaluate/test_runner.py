@@ -102,8 +102,8 @@ def test_one_program_serves_both_modes_and_all_prompts_of_its_size(model, monkey
             compiled.append(arguments[2].tokens.shape[1])
             return decode.lower(*arguments)
 
-    decode = runner.decode
-    monkeypatch.setattr(runner, "decode", Counting)
+    decode = runner.decode_rounds
+    monkeypatch.setattr(runner, "decode_rounds", Counting)
     questions = [Question(size, "qa", ("x" * size,)) for size in (20, 21, 22, 100, 101)]
     answers = list(run_questions(PairedDecoder(model, SETTINGS), questions))
     slots = [trace.cache_slots for a in answers for trace in (a.turns[0].plain, a.turns[0].speculative)]

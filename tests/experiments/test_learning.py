@@ -15,7 +15,7 @@ import yaml
 from dvi_jax.config import ObjectiveConfig, load_train_config
 from dvi_jax.data.prompts import HELD_OUT_SALT, is_held_out
 from dvi_jax.errors import UserError
-from dvi_jax.learn.fast_update import fast_update
+from dvi_jax.learn.fast_update import _fast_update
 from dvi_jax.learn.packing import Packed
 from dvi_jax.learn.schedule import kl_to_rl
 from dvi_jax.presets import TINY
@@ -90,10 +90,10 @@ def test_objectives_see_the_same_tokens(write_config, tmp_path, monkeypatch):
         return {"KL -> RL": base, "CE only": replace(base, kl_max=0.0, kl_min=0.0, pg_max=0.0, ce_weight=1.0)}
 
     monkeypatch.setattr(objectives, "variants", two)
-    compiled = fast_update._cache_size()
+    compiled = _fast_update._cache_size()
     config = write_config(prompts=8, eval_every=2)
     assert objectives.main(["--config", str(config), "--seeds", "2", "--out", str(tmp_path / "out")]) == 0
-    assert fast_update._cache_size() - compiled <= 2
+    assert _fast_update._cache_size() - compiled <= 2
     runs = json.loads((tmp_path / "out" / "objectives.json").read_text(encoding="utf-8"))["runs"]
     every = [run for seeds in runs.values() for run in seeds]
     assert len(every) == 4

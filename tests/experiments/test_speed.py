@@ -51,7 +51,7 @@ def test_filled_state_is_one_that_a_prefill_could_have_left(model):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), filled) == jax.tree.map(lambda x: (x.shape, x.dtype), real)
     for name in ("length", "limit", "done"):
         assert np.array_equal(getattr(filled, name), getattr(real, name))
-    assert np.array_equal(filled.previous.start, real.previous.start)
+    assert np.array_equal(filled.committed.start, real.committed.start)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(filled))
     program, seconds = compile_decode(model, filled)
     timing = time_decode(program, model, fresh, 0, repeats=2)

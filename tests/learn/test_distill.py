@@ -20,6 +20,7 @@ from dvi_jax.learn.distill import distill_loss, distill_step, init_distill
 from dvi_jax.learn.offline import expected_tokens, train_offline
 from dvi_jax.learn.packing import Packed, load_packed, pack
 from dvi_jax.loading import LoadedModel, build_model, load
+from dvi_jax.model.features import Features
 from dvi_jax.model.speculative_llama import join, split
 
 CONFIG = DistillConfig("c", "o", ("d",), tokens=10**6, batch_rows=3, row_length=9, unroll_steps=2, lr=5e-3, warmup=1)
@@ -41,10 +42,10 @@ def test_loss_is_the_weighted_kl(fused, monkeypatch):
     model = join(fused.definition, fused.params)
     positions = jnp.broadcast_to(jnp.arange(9), (3, 9))
     hidden, _, _ = model.llama.shallow(TOKENS, None, positions)
-    feature, _, _ = model.llama.deep(hidden, None, positions)
-    drafts = model.drafter.unroll(hidden, feature, positions, 2)
+    final, _, _ = model.llama.deep(hidden, None, positions)
+    drafts = model.drafter.unroll(hidden, Features(final), positions, 2)
     head = np.asarray(model.llama.head_weight(), np.float64)
-    log_p = log_softmax(np.asarray(feature, np.float64) @ head.T)
+    log_p = log_softmax(np.asarray(final, np.float64) @ head.T)
     weight = np.asarray(MASK)[:, 1:]
     kls = []
     for draft in drafts:
@@ -53,7 +54,7 @@ def test_loss_is_the_weighted_kl(fused, monkeypatch):
         kls.append((kl * weight).sum() / weight.sum())
     expected = (kls[0] + 0.8 * kls[1]) / 1.8
     for chunk in (4, 2048):
-        monkeypatch.setattr(distill_module, "CHUNK", chunk)
+        monkeypatch.setattr(distill_module, "POSITIONS_AT_ONCE", chunk)
         loss, metrics = distill_loss(model, TOKENS, MASK, CONFIG)
         np.testing.assert_allclose(loss, expected, rtol=1e-4)
         np.testing.assert_allclose(metrics["kl"], kls, rtol=1e-4)

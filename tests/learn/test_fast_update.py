@@ -197,7 +197,7 @@ def test_loss_and_gradient_are_those_of_the_formula(drafts, temperature, entropy
 
 def test_windows_of_an_update():
     """As many different fresh windows as asked for, another choice each time; then old ones, off-policy."""
-    fresh, old = (Windows.empty(6, 4, 2) for _ in range(2))
+    fresh, old = (Windows.empty(6, 4, 2, 0) for _ in range(2))
     fresh = fresh.replace(tokens=jnp.broadcast_to(jnp.arange(6)[:, None], (6, 4)))
     replay = push(Replay.empty(9, 4, 2), old.replace(tokens=jnp.full((6, 4), 99)))
     chosen = []
@@ -218,7 +218,7 @@ def test_replay_is_a_ring():
     """Seven one-window pushes into five slots leave the last five, counted."""
 
     def window(value):
-        new = Windows.empty(1, 4, 2)
+        new = Windows.empty(1, 4, 2, 0)
         return new.replace(tokens=jnp.full((1, 4), value, jnp.int32), length=jnp.array([4]))
 
     replay = Replay.empty(5, 4, 2)

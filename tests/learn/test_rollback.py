@@ -40,7 +40,7 @@ def poison(monkeypatch):
 
         def poisoned(self, model, batch):
             windows, generations = roll_out(self, model, batch)
-            if int(self.learner.step) in steps:
+            if int(self.state.step) in steps:
                 windows = windows.replace(features=Features(jnp.full_like(windows.features.final, jnp.nan)))
             return windows, generations
 
@@ -57,7 +57,7 @@ def rolled_back(monkeypatch):
 
     def watched(self, *arguments):
         roll_back(self, *arguments)
-        leaves, _ = jax.tree.flatten_with_path(self.learner.trainable)
+        leaves, _ = jax.tree.flatten_with_path(self.state.trainable)
         name = jax.tree_util.keystr
         seen.append({f"trainable/{name(path, simple=True, separator='/')}": np.asarray(leaf) for path, leaf in leaves})
 
@@ -114,7 +114,9 @@ def test_a_run_killed_around_a_rollback_resumes_bit_for_bit(write_config, tmp_pa
 def test_before_the_first_snapshot_it_starts_again(write_config, tmp_path, poison, rolled_back):
     poison({2, 4})
     config = load_train_config(write_config(**SHORT | {"prompts": 20}))
-    initial = online.with_new_drafter(read_checkpoint(config.checkpoint), config)
+    initial = online.kept_or_new_drafter(
+        read_checkpoint(config.checkpoint), config.drafter, config.drafter_options, config.exit_layer
+    )
     train_online(config)
     (rollback,) = records(tmp_path / "run", "rollback")
     assert (rollback["step"], rollback["snapshot"]) == (6, None)
@@ -168,7 +170,7 @@ def test_changed_traffic_is_no_collapse(write_config, tmp_path, monkeypatch):
 
     def rejecting(self, model, batch):
         windows, generations = roll_out(self, model, batch)
-        if int(self.learner.step) >= 60:
+        if int(self.state.step) >= 60:
             generations = [replace(each, accept_lengths=[1] * each.rounds) for each in generations]
         return windows, generations
 

@@ -70,7 +70,7 @@ def test_the_command_line_says_so(write_config, tmp_path, capsys, monkeypatch):
 
     def update_and_signal(self, batch):
         update(self, batch)
-        if int(self.learner.step) == 6:
+        if int(self.state.step) == 6:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(online.OnlineRun, "_update", update_and_signal)

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from dvi_jax.model import attention, decode_attention
-from dvi_jax.model.decode_attention import CHUNK, WHOLE, cached_attention
+from dvi_jax.model.decode_attention import CHUNK_SLOTS, UNCUT_SLOTS, cached_attention
 from dvi_jax.model.products import total
 
 TOKENS = 4
 # name: parts of the product, query heads, KV heads, head size, cache slots, first position of each batch row
 SHAPES = {
     "one query head per KV head, whole": (1, 2, 2, 32, 128, (61, 0)),  # 61 .. 64 cross from one block to the next
-    "three, whole": (2, 3, 1, 64, WHOLE, (WHOLE - TOKENS, 300)),
+    "three, whole": (2, 3, 1, 64, UNCUT_SLOTS, (UNCUT_SLOTS - TOKENS, 300)),
     # Rows that end in different chunks, the last of which is cut short.
-    "three, split": (4, 6, 2, 32, WHOLE + 76, (CHUNK - 2, WHOLE + 72)),
+    "three, split": (4, 6, 2, 32, UNCUT_SLOTS + 76, (CHUNK_SLOTS - 2, UNCUT_SLOTS + 72)),
 }
 
 

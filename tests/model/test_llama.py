@@ -58,10 +58,16 @@ def test_exit_layer_does_not_change_the_model(make_tiny, exit_layer):
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("exit_layer", [0, 4, -1])
+@pytest.mark.parametrize("exit_layer", [4, -1])
 def test_exit_layer_out_of_range(exit_layer):
     with pytest.raises(UserError, match="exit_layer must be between 1 and 3"):
         Llama(TINY, {}, exit_layer)
+
+
+@pytest.mark.parametrize("taps", [(0,), (4,), (2, 1), (1, 1)])
+def test_taps_out_of_range(taps):
+    with pytest.raises(UserError, match="taps must be ascending layer numbers between 1 and 3"):
+        Llama(TINY, {}, 1, taps=taps)
 
 
 def test_base_shapes_tie():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conversion.parity import main
+from conversion.parity.__main__ import main
 from dvi_jax.checkpoint import read_checkpoint, rewrite_checkpoint
 from dvi_jax.errors import run_cli
 
