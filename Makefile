@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test test-fast contract lint format clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m experiments.demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
@@ -14,6 +14,10 @@ test: $(VENV)/.test
 
 test-fast: $(VENV)/.test
 	$(RUN) -m pytest -n 2 --dist loadscope -m "not real" $(ARGS)
+
+# Every combination of drafter, dtype, sampling, ... (tests/contract/cases.py); `make test` has a choice of them.
+contract: $(VENV)/.test
+	$(RUN) -m pytest -n auto --dist loadfile --full-contract tests/contract $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

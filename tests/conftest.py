@@ -48,6 +48,10 @@ def shake(params: Params, *names: str, seed: int = 1, std: float = 0.2) -> Param
     return params._replace(**{name: jax.tree.map(noisy, getattr(params, name)) for name in names})
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full-contract", action="store_true", help="every combination of the axes of tests/contract")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compiled programs are kept as the command lines keep them, but not in the home directory of who tests."""

@@ -1,0 +1,76 @@
+"""The axes of the contract, and which combinations of their values are tried.
+
+`make test` tries each value of an axis once against the defaults of the others, and the named pairs; `make contract`
+the full product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+from dvi_jax.model.drafters import DRAFTERS
+from tests.contract.probe import PROBES
+
+AXES = {
+    "drafter": (*DRAFTERS, *(probe.kind for probe in PROBES)),
+    "dtype": ("float32", "bfloat16"),
+    "draft_steps": (3, 1, 2),
+    "sampling": ("greedy", "coupled", "rejection"),
+    "batch": (3, 1),
+    "prefix": (False, True),
+    "trunk": ("shared", "separate"),
+    "vocabulary": ("whole", "few"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination; the defaults are the first values of `AXES`, but for the drafter."""
+
+    drafter: str = "fused"
+    dtype: str = "float32"
+    draft_steps: int = 3
+    sampling: str = "greedy"
+    batch: int = 3
+    prefix: bool = False  # the prompts' beginning is taken in before, by `make_prefix`
+    trunk: str = "shared"  # separate: lora_S inside the shallow layers too
+    vocabulary: str = "whole"  # few: drafts are chosen from a part of the vocabulary
+
+    def __str__(self) -> str:
+        """What differs from the defaults."""
+        default = Case()
+        return "-".join(f"{n}={getattr(self, n)}" for n in AXES if getattr(self, n) != getattr(default, n)) or "default"
+
+    @property
+    def is_possible(self) -> bool:
+        """A block drafter drafts from no shallow layers, so there is nowhere to put a lora_S."""
+        return not (self.trunk == "separate" and self.drafter in ("medusa", "tapped_block"))
+
+
+PAIRS = (
+    Case(drafter="medusa", dtype="bfloat16"),
+    Case(drafter="medusa", sampling="coupled"),
+    Case(drafter="medusa", sampling="rejection", batch=1),
+    Case(drafter="medusa", prefix=True, draft_steps=1),
+    Case(drafter="medusa", vocabulary="few"),
+    Case(drafter="tapped_block", dtype="bfloat16", prefix=True),
+    Case(drafter="tapped_step", dtype="bfloat16"),
+    Case(drafter="tapped_step", trunk="separate", prefix=True),
+    Case(drafter="kangaroo", trunk="separate", dtype="bfloat16"),
+    Case(drafter="exit_head", trunk="separate", sampling="rejection"),
+    Case(dtype="bfloat16", sampling="coupled", prefix=True),
+    Case(dtype="bfloat16", trunk="separate", draft_steps=1),
+)
+
+
+def star() -> list[Case]:
+    """Each value of an axis against the defaults of the others, and the pairs."""
+    cases = [replace(Case(), **{name: value}) for name, values in AXES.items() for value in values]
+    return list(dict.fromkeys([*cases, *PAIRS]))
+
+
+def everything() -> list[Case]:
+    """The full product."""
+    every = (Case(**dict(zip(AXES, values, strict=True))) for values in product(*AXES.values()))
+    return [case for case in every if case.is_possible]

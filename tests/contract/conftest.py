@@ -1,0 +1,108 @@
+"""What a contract test gets: a model with the case's drafter, trained a little so that its drafts are often right."""
+
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dvi_jax.checkpoint import Manifest
+from dvi_jax.config import DistillConfig
+from dvi_jax.learn.distill import distill_step, init_distill
+from dvi_jax.loading import LoadedModel, build_model
+from dvi_jax.model import drafters
+from dvi_jax.model.llama import random_base
+from dvi_jax.model.speculative_llama import join, split
+from dvi_jax.presets import TINY
+from tests.contract.cases import Case, everything, star
+from tests.contract.probe import PROBES
+
+STEPS, ROWS, LENGTH = 40, 8, 24
+
+
+@pytest.fixture(scope="session", autouse=True)
+def probes():
+    """The drafters of `probe.py` count as the package's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        for probe in PROBES:
+            patch.setitem(drafters.DRAFTERS, probe.kind, probe)
+        yield
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        cases = everything() if metafunc.config.getoption("--full-contract") else star()
+        metafunc.parametrize("case", cases, ids=str)
+
+
+def untrained(case: Case) -> LoadedModel:
+    """A verifier whose deep layers say little, so that what is drafted from lower down can be learned quickly."""
+    base = random_base(TINY, jax.random.key(0), jnp.dtype(case.dtype), std=0.3)
+    base["layers"] = {
+        i: layer | {"out": layer["out"] * 0.1, "down": layer["down"] * 0.1} if int(i) > 1 else layer
+        for i, layer in base["layers"].items()
+    }
+    block = issubclass(drafters.DRAFTERS[case.drafter], drafters.BlockDrafter)
+    manifest = Manifest(
+        source="random",
+        source_sha256="",
+        dtype=case.dtype,
+        exit_layer=0 if block else 2,
+        drafter=case.drafter,
+        lora={"rank_s": 2, "rank_d": 0} if case.trunk == "separate" else {},
+    )
+    return LoadedModel(TINY, manifest, *split(build_model(TINY, manifest, base)))
+
+
+def own_text(model: LoadedModel) -> np.ndarray:
+    """Greedy continuations of random tokens by the verifier, int32 [ROWS, LENGTH]: text that drafters can learn."""
+    tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+
+    @jax.jit
+    def continued(tokens):
+        llama = join(model.definition, model.params).llama
+        positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
+
+        def step(t, tokens):
+            final = llama.deep(llama.shallow(tokens, None, positions)[0], None, positions)[0]
+            return tokens.at[:, t + 1].set(jnp.argmax(llama.logits(final), axis=-1)[:, t].astype(jnp.int32))
+
+        return jax.lax.fori_loop(2, LENGTH - 1, step, tokens)
+
+    return np.asarray(continued(tokens))
+
+
+@cache
+def trained(drafter: str, dtype: str, trunk: str) -> tuple[LoadedModel, list[float]]:
+    """The model after a short distillation on its own text, and the loss of every step."""
+    model = untrained(Case(drafter=drafter, dtype=dtype, trunk=trunk))
+    config = DistillConfig(
+        checkpoint="", out="", data=(), drafter=drafter, tokens=STEPS * ROWS * LENGTH, row_length=LENGTH,
+        batch_rows=ROWS, warmup=1, lr=2e-2,
+    )  # fmt: skip
+    state, tokens, losses = init_distill(model.params, config), own_text(model), []
+    for _ in range(STEPS):
+        state, metrics = distill_step(
+            model.definition, model.params, state, tokens, np.ones_like(tokens, bool), config=config
+        )
+        losses.append(float(metrics["loss"]))
+    return model.with_params(model.params._replace(**state.trainable)), losses
+
+
+@pytest.fixture
+def case_model(case: Case) -> LoadedModel:
+    """The case's model, its drafter trained."""
+    model, _ = trained(case.drafter, case.dtype, case.trunk)
+    if case.vocabulary == "whole":
+        return model
+    module = join(model.definition, model.params)
+    module.restrict_drafts(range(0, TINY.vocab_size, 2))
+    definition, params = split(module)
+    return replace(model, definition=definition, params=params)
+
+
+@pytest.fixture
+def losses(case: Case) -> list[float]:
+    return trained(case.drafter, case.dtype, case.trunk)[1]

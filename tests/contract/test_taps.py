@@ -1,0 +1,69 @@
+"""Inner hidden states of the verifier: the same as in a plain forward pass, at no bit's cost to the verifier."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dvi_jax.config import DecodeConfig
+from dvi_jax.decode import prefill as prefill_module
+from dvi_jax.decode.batch import make_knobs, start
+from dvi_jax.decode.prefix import make_prefix
+from dvi_jax.decode.speculative import decode_rounds
+from dvi_jax.model.llama import Llama
+from tests.contract.cases import Case
+from tests.contract.conftest import untrained
+
+PROMPTS = [[7, 40, 3, 21, 5, 9, 30, 2, 2, 51, 8, 11, 6, 1, 9, 9, 4, 33], [7, 40, 3, 21, 50]]
+SETTINGS = DecodeConfig(draft_steps=3, max_new_tokens=20)
+
+
+@pytest.fixture(params=[("tapped_step", "shared"), ("tapped_step", "separate"), ("tapped_block", "shared")])
+def model(request):
+    drafter, trunk = request.param
+    return untrained(Case(drafter=drafter, trunk=trunk))
+
+
+def decoded(model, prefix=None, *, plain=False):
+    knobs = make_knobs(SETTINGS, (), plain=plain)
+    state = start(model, PROMPTS, SETTINGS, knobs, record=True, prefix=prefix)
+    return decode_rounds(model.definition, model.decode_params, state, knobs)
+
+
+def forward(model, tokens):
+    """Hidden states after each tapped layer over whole sequences, one layer split after the other: [B, T, A, D]."""
+    params = model.params.base["llama"]
+    base = {"embed": params["embed"], "norm": params["norm"], "head": params["head"]}
+    base["layers"] = {str(i): {n: w for n, w in x.items() if n != "lora"} for i, x in params["layers"].items()}
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    # A split at layer i gives the state after i layers by another way than a tap: as the exit hidden state.
+    return jnp.stack([Llama(model.config, base, tap).shallow(tokens, None, positions)[0] for tap in model.taps], -2)
+
+
+@pytest.mark.parametrize("way", ["whole", "chunks", "prefix"])
+def test_taps_are_those_of_a_forward_pass(model, way, monkeypatch):
+    if way == "chunks":
+        monkeypatch.setattr(prefill_module, "LONGEST_CHUNK", 16)
+        monkeypatch.setattr(prefill_module, "SMALLEST_CHUNK", 16)
+        prefill_module.prefill.clear_cache()
+    state = decoded(model, make_prefix(model, PROMPTS[1][:4]) if way == "prefix" else None)
+    if way == "chunks":
+        prefill_module.prefill.clear_cache()
+    expected = forward(model, state.tokens)
+    for row, length in enumerate(np.asarray(state.length)):
+        # Signals lie where a row predicts: the row at p - 1 at position p.
+        found = state.signals.features.taps[row, 1:length]
+        assert found.shape == (length - 1, len(model.taps), 32)
+        np.testing.assert_allclose(found, expected[row, : length - 1], atol=2e-4)
+        assert float(jnp.std(found)) > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("tapped", "untapped"), [("tapped_step", "exit_head"), ("tapped_block", "medusa")])
+def test_tapping_changes_no_bit_of_the_verifier(tapped, untapped, dtype):
+    """Plain decoding of one verifier, split at one layer, with a drafter that taps and with one that does not."""
+    one, other = (decoded(untrained(Case(drafter=kind, dtype=dtype)), plain=True) for kind in (tapped, untapped))
+    assert other.signals.features.taps is None
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+    for row, length in enumerate(np.asarray(one.length)):
+        finals = (np.asarray(jnp.float32(s.signals.features.final[row, :length])) for s in (one, other))
+        np.testing.assert_array_equal(*(final.view(np.int32) for final in finals))
