@@ -48,6 +48,9 @@ class Case:
         return not (self.trunk == "separate" and self.drafter in ("medusa", "tapped_block"))
 
 
+BEGINNING = [7, 40, 3, 21]  # what all prompts begin with
+PROMPTS = [[*BEGINNING, 5, 9], [*BEGINNING, 30], [*BEGINNING, 2, 2, 51, 8]]
+
 PAIRS = (
     Case(drafter="medusa", dtype="bfloat16"),
     Case(drafter="medusa", sampling="coupled"),
@@ -68,6 +71,11 @@ def star() -> list[Case]:
     """Each value of an axis against the defaults of the others, and the pairs."""
     cases = [replace(Case(), **{name: value}) for name, values in AXES.items() for value in values]
     return list(dict.fromkeys([*cases, *PAIRS]))
+
+
+def along(cases: list[Case], axes: tuple[str, ...]) -> list[Case]:
+    """The cases as far as they differ along `axes`, at the defaults of the others."""
+    return list(dict.fromkeys(replace(Case(), **{name: getattr(case, name) for name in axes}) for case in cases))
 
 
 def everything() -> list[Case]:

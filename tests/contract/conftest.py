@@ -16,10 +16,10 @@ from dvi_jax.model import drafters
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import join, split
 from dvi_jax.presets import TINY
-from tests.contract.cases import Case, everything, star
+from tests.contract.cases import PROMPTS, Case, along, everything, star
 from tests.contract.probe import PROBES
 
-STEPS, ROWS, LENGTH = 40, 8, 24
+STEPS, ROWS, LENGTH = 40, 8, 36
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,7 +34,8 @@ def probes():
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         cases = everything() if metafunc.config.getoption("--full-contract") else star()
-        metafunc.parametrize("case", cases, ids=str)
+        marker = metafunc.definition.get_closest_marker("axes")
+        metafunc.parametrize("case", along(cases, marker.args) if marker else cases, ids=str)
 
 
 def untrained(case: Case) -> LoadedModel:
@@ -57,8 +58,11 @@ def untrained(case: Case) -> LoadedModel:
 
 
 def own_text(model: LoadedModel) -> np.ndarray:
-    """Greedy continuations of random tokens by the verifier, int32 [ROWS, LENGTH]: text that drafters can learn."""
+    """Greedy continuations by the verifier, of `PROMPTS` and of random tokens: int32 [ROWS, LENGTH]."""
     tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+    for row, prompt in zip(tokens, PROMPTS, strict=False):
+        row[: len(prompt)] = prompt
+    given = np.array([len(prompt) for prompt in PROMPTS] + [3] * (ROWS - len(PROMPTS)))
 
     @jax.jit
     def continued(tokens):
@@ -67,9 +71,10 @@ def own_text(model: LoadedModel) -> np.ndarray:
 
         def step(t, tokens):
             final = llama.deep(llama.shallow(tokens, None, positions)[0], None, positions)[0]
-            return tokens.at[:, t + 1].set(jnp.argmax(llama.logits(final), axis=-1)[:, t].astype(jnp.int32))
+            following = jnp.argmax(llama.logits(final), axis=-1)[:, t].astype(jnp.int32)
+            return tokens.at[:, t + 1].set(jnp.where(t + 1 < given, tokens[:, t + 1], following))
 
-        return jax.lax.fori_loop(2, LENGTH - 1, step, tokens)
+        return jax.lax.fori_loop(0, LENGTH - 1, step, tokens)
 
     return np.asarray(continued(tokens))
 

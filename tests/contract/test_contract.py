@@ -18,9 +18,9 @@ from dvi_jax.learn.fast_update import Batch, fast_update, init_learner
 from dvi_jax.learn.replay import Replay, push, read_windows
 from dvi_jax.loading import from_checkpoint, trained_parts
 from dvi_jax.model.speculative_llama import join
+from tests.contract.cases import BEGINNING, PROMPTS
 
-BEGINNING, NEW = [7, 40, 3, 21], 28
-PROMPTS = [[*BEGINNING, 5, 9], [*BEGINNING, 30], [*BEGINNING, 2, 2, 51, 8]]
+NEW = 28
 SAMPLING = {
     "greedy": None,
     "coupled": SamplingConfig(temperature=0.7, seed=3),
@@ -65,15 +65,17 @@ def test_decoding_is_lossless_and_drafts_are_accepted(case, case_model):
             np.testing.assert_array_equal(bits(a[row, 1:length]), bits(b[row, 1:length]))
 
 
+@pytest.mark.axes("drafter", "dtype", "trunk")
 def test_distillation_learns(losses):
     """Forty updates on the verifier's own text bring the loss well down."""
     assert np.all(np.isfinite(losses))
     assert np.mean(losses[-3:]) < 0.8 * losses[0]
 
 
+@pytest.mark.axes("drafter", "dtype", "trunk")
 def test_online_update_moves_the_drafter_alone(case, case_model):
     """A fast update on a rollout of the case's drafter: finite, every trained part moves, the old model still works."""
-    state = decoded(replace(case, sampling="greedy"), case_model)
+    state = decoded(case, case_model)
     lengths = np.array([len(prompt) for prompt in PROMPTS[: case.batch]], np.int32)
     windows = read_windows(state, lengths, window=int(np.max(lengths)) + NEW)
     size, taps = case_model.config.hidden_size, len(case_model.taps)
@@ -97,14 +99,13 @@ def test_online_update_moves_the_drafter_alone(case, case_model):
     if case.trunk == "separate" or case.drafter == "exit_head":
         assert any(jax.tree.leaves(moved["lora_s"]))
     # The arrays that the model decodes with were not donated to the update.
-    again = decoded(replace(case, sampling="greedy"), case_model)
+    again = decoded(case, case_model)
     np.testing.assert_array_equal(again.tokens, state.tokens)
 
 
+@pytest.mark.axes("drafter", "dtype", "trunk")
 def test_checkpoint_round_trip(case, case_model, tmp_path):
     """Saved and loaded, the drafter is the same in every bit, its options too."""
-    if case.vocabulary == "few":
-        pytest.skip("a restricted vocabulary is an option of loading, not of a checkpoint")
     base = case_model.params.base["llama"]
     tree = {"embed": base["embed"], "norm": base["norm"], "head": base["head"], "layers": base["layers"]}
     tree["layers"] = {str(i): {n: w for n, w in x.items() if n != "lora"} for i, x in base["layers"].items()}
@@ -119,13 +120,15 @@ def test_checkpoint_round_trip(case, case_model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, case_model.params)
 
 
+@pytest.mark.axes("drafter", "dtype", "trunk", "prefix")
 def test_memory_counts_the_state_to_the_byte(case, case_model):
     sizes = Sizes(case.batch, 64, case.draft_steps + 1, prompt=16, record=True, prefix=16 if case.prefix else 0)
-    state = decoded(replace(case, sampling="greedy"), case_model)
+    state = decoded(case, case_model)
     counted = estimate_memory(case_model, sizes._replace(slots=state.tokens.shape[1]))
     assert counted.state == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.axes("drafter")
 def test_more_drafts_than_a_block_has_are_refused(case, case_model):
     most = case_model.max_drafts
     if most is None:
