@@ -7,7 +7,7 @@ H head size.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,10 +106,17 @@ def attend_fresh(
     return attend(query, key, value, positions[:, None, :] <= positions[:, :, None]), cache
 
 
-def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, **rule: Any) -> jax.Array:
-    """`attend` by cuDNN, which never writes the scores to memory. `rule`: is_causal=True or mask, bool [B, 1, T, S]."""
+def cudnn_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, mask: jax.Array | None = None, is_causal: bool = False
+) -> jax.Array:
+    """`attend` by cuDNN, which never writes the scores to memory. Either `mask`, bool [B, 1, T, S], or `is_causal`."""
     mixed = jax.nn.dot_product_attention(
-        query, key.swapaxes(1, 2), value.swapaxes(1, 2), implementation="cudnn", **rule
+        query,
+        key.swapaxes(1, 2),
+        value.swapaxes(1, 2),
+        mask=mask,
+        is_causal=is_causal,
+        implementation="cudnn",
     )
     return mixed.reshape(*query.shape[:2], -1)
 
