@@ -117,7 +117,7 @@ def filled_state(model: LoadedModel, batch: int, slots: int, width: int, length:
     count = jnp.full((batch,), length, jnp.int32)
     tokens = jax.random.randint(jax.random.key(0), (batch, slots), 3, model.config.vocab_size, jnp.int32)
     previous = Committed(empty.committed.hidden, empty.committed.features, count - 1, jnp.ones_like(count))
-    return empty.replace(tokens=tokens, length=count + 1, limit=count + new_tokens, previous=previous)
+    return empty.replace(tokens=tokens, length=count + 1, limit=count + new_tokens, committed=previous)
 
 
 def _pattern(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -189,13 +189,15 @@ def time_decode(
     program: jax.stages.Compiled, model: LoadedModel, fresh: Callable[[], DecodeState], drafts: int, repeats: int
 ) -> Timing:
     """Decode `fresh()` states to their limits with `drafts` drafts a round and no end-of-sequence id."""
-    knobs, times, state = Knobs.make(drafts, 0.0, ()), [], None
+    knobs, times = Knobs.make(drafts, 0.0, ()), []
+    state: DecodeState | None = None
     for _ in range(repeats + 1):
         del state  # two states at once might not fit
         state = jax.block_until_ready(fresh())
         began = time.perf_counter()
         state = jax.block_until_ready(program(model.decode_params, state, knobs))
         times.append(time.perf_counter() - began)
+    assert state is not None
     seconds, (batch,) = statistics.median(times[1:]), state.length.shape
     rounds, tokens, drafted = int(state.rounds), int(np.sum(state.accept_lengths)), int(np.sum(state.drafted))
     return Timing(

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.data.conversations import Conversation, ConversationStream
-from dvi_jax.data.prompts import from_first_question, is_held_out
+from dvi_jax.data.prompts import HELD_OUT_SALT, from_first_question, is_held_out
 from dvi_jax.data.template import TemplateRefusedError
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.learn.packing import pack
-from experiments.domains import HELD_OUT_FRACTION, SALT, chat_alone, question_of
+from experiments.domains import HELD_OUT_FRACTION, chat_alone, question_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def training_conversations(files: Sequence[str], fraction: float) -> Iterator[Conversation]:
     """Conversations outside the held-out share."""
     for conversation in ConversationStream(files):
-        if not is_held_out(question_of(conversation), fraction, SALT):
+        if not is_held_out(question_of(conversation), fraction, HELD_OUT_SALT):
             yield conversation
 
 

@@ -80,5 +80,6 @@ def propose_by_steps(
         drafter=state.drafter,
     )
     steps = jax.lax.while_loop(lambda s: jnp.any(s.draft.active), draft_one, through_shallow(steps, 0))
-    trunk = {"trunk": steps.caches} if model.separate_trunk else {"shallow": steps.caches}
-    return steps.draft, steps.rows, state.replace(drafter=steps.drafter, **trunk)
+    state = state.replace(drafter=steps.drafter)
+    state = state.replace(trunk=steps.caches) if model.separate_trunk else state.replace(shallow=steps.caches)
+    return steps.draft, steps.rows, state

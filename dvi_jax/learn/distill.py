@@ -67,7 +67,7 @@ def distill_step(
 
     `state` is used up, all but its `trainable`: a model that decodes with those arrays keeps them.
     """
-    rest = state.replace(trainable=None)
+    rest = state.replace(trainable={})
     return _distill_step(definition, params, state.trainable, rest, tokens, mask, config=config)
 
 

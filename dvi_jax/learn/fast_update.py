@@ -115,7 +115,7 @@ def fast_update(
     (`is_current`, bool): proposals of another drafter would bias it. Returns the new state and scalar metrics.
     `state` is used up, all but its `trainable`: a model that decodes with those arrays keeps them.
     """
-    rest = state.replace(trainable=None)
+    rest = state.replace(trainable={})
     return _fast_update(
         definition,
         params,

@@ -120,7 +120,8 @@ def _run_worker(result: Result, name: str, seed: int, first: int, count: int) ->
     return case
 
 
-def _forward(worker: subprocess.Popen, lines: queue.Queue[str | None]) -> None:
+def _forward(worker: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+    assert worker.stdout is not None  # opened as a pipe
     for line in worker.stdout:
         lines.put(line)
     lines.put(None)
