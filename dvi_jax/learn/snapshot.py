@@ -247,7 +247,7 @@ def _from_named(arrays: dict[str, np.ndarray], template: State, where: str) -> S
     if unknown:
         raise UserError(f"{where} does not fit these settings: it has {unknown[0]}, which they do not use")
 
-    def find(path: KeyPath, old: jax.Array) -> jax.Array:
+    def find(path: KeyPath[Any], old: jax.Array) -> jax.Array:
         name = _name(path)
         if name not in arrays:
             raise UserError(f"{where} does not fit these settings: it has no {name}")
@@ -266,7 +266,7 @@ def _from_named(arrays: dict[str, np.ndarray], template: State, where: str) -> S
     return jax.tree.map_with_path(find, template)
 
 
-def _name(path: KeyPath) -> str:
+def _name(path: KeyPath[Any]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

@@ -31,7 +31,7 @@ MAX_DEATHS = 20  # of a parser's workers
 class Result:
     """What the cases of one parser came to."""
 
-    kinds: collections.Counter = field(default_factory=collections.Counter)
+    kinds: collections.Counter[str] = field(default_factory=collections.Counter)
     slowest: float = 0.0
     peak: int = 0
     failures: list[dict[str, Any]] = field(default_factory=list)
