@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from dvi_jax.errors import UserError
 
@@ -14,7 +15,7 @@ MAX_JSON_BYTES = 16 << 20
 _HASH_BLOCK = 1 << 20
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """`path` open for reading; missing, unreadable or no regular file is a `UserError`.
 
     Links are followed (the Hugging Face cache is made of them), but a pipe would block and a device never end.
@@ -81,11 +82,11 @@ def _file_sha256(path: Path) -> str:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"duplicate key {duplicate!r:.100}")
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"duplicate key {key!r:.100}")
+        result[key] = value
     return result
 
 

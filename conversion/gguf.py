@@ -75,7 +75,7 @@ class _Metadata:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key, default)
-        if type(value) not in (int, float) or not _SMALLEST < value < _LARGEST:
+        if value is None or type(value) not in (int, float) or not _SMALLEST < value < _LARGEST:
             raise UserError(f"{self.label}: {key} must be a number above 0, got {value!r:.100}")
         # Stored as float32: the shortest decimal is what the original config said (1e-05, not 9.9999997e-06).
         return float(str(np.float32(value)))
@@ -96,7 +96,7 @@ def _read_config(file: GGUFFile) -> LlamaConfig:
     embed = file.tensors.get(GGUF_NAMES["embed"])
     if embed is None:
         raise UserError(f"{meta.label}: tensor {GGUF_NAMES['embed']} is missing")
-    values = {
+    values: dict[str, Any] = {
         "vocab_size": embed.shape[0],
         "hidden_size": width,
         "intermediate_size": meta.integer("llama.feed_forward_length"),

@@ -57,24 +57,25 @@ def _slots(width: int, config: dict[str, Any]) -> list[Slot]:
 
 def _read_config(path: Path, base: LlamaConfig) -> dict[str, Any]:
     data = read_json_object(path)
-    width, heads = data.get("hidden_size"), data.get("num_attention_heads")
-    if width != base.hidden_size:
-        raise UserError(f"{path}: hidden_size {width!r:.100} is not the base model's {base.hidden_size}")
+    width = base.hidden_size
+    if data.get("hidden_size") != width:
+        raise UserError(f"{path}: hidden_size {data.get('hidden_size')!r:.100} is not the base model's {width}")
     if data.get("num_hidden_layers", 1) != 1:
         raise UserError(f"{path}: num_hidden_layers is {data['num_hidden_layers']!r:.100}; an adapter has 1 layer")
-    kv_heads = data.get("num_key_value_heads") or heads
-    for name, value, whole in (
-        ("num_attention_heads", heads, width),
-        ("num_key_value_heads", kv_heads, heads),
-    ):
-        if type(value) is not int or value < 1 or whole % value:
-            raise UserError(f"{path}: {name} must be a divisor of {whole}, got {value!r:.100}")
+    heads = _divisor(width, "num_attention_heads", data.get("num_attention_heads"), path)
+    kv_heads = _divisor(heads, "num_key_value_heads", data.get("num_key_value_heads") or heads, path)
     if width // heads % 2:
         raise UserError(f"{path}: num_attention_heads={heads} gives heads of odd size {width // heads}")
     eps = data.get("rms_norm_eps", 1e-6)
     if type(eps) not in (int, float) or not 0 < eps < 1:
         raise UserError(f"{path}: rms_norm_eps must be a small number above 0, got {eps!r:.100}")
     return {"num_heads": heads, "num_kv_heads": kv_heads, "rms_norm_eps": eps}
+
+
+def _divisor(whole: int, name: str, value: Any, path: Path) -> int:
+    if type(value) is not int or value < 1 or whole % value:
+        raise UserError(f"{path}: {name} must be a divisor of {whole}, got {value!r:.100}")
+    return value
 
 
 def _config_to_hf(config: dict[str, Any], base: LlamaConfig) -> dict[str, Any]:

@@ -72,13 +72,13 @@ def _archived_pickle(path: Path) -> bytes:
 
 
 def _check_pickle(file: io.BytesIO) -> None:
-    tuples: set[int] = set()
+    tuples: set[object] = set()  # places in the memo
     longs, previous = 0, ""
     for number, (code, argument, _) in enumerate(pickletools.genops(file)):
         longs += code.name in _LONGS
         if code.name not in _ALLOWED:
             raise _UnusualError(f"instruction {code.name}")
-        if code.name == "GLOBAL" and not _is_plain(argument):
+        if code.name == "GLOBAL" and not _is_plain(str(argument)):
             raise _UnusualError(f"{argument:.100}")
         if code.name in _PUT and previous in _TUPLES:
             tuples.add(argument)

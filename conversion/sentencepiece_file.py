@@ -60,8 +60,11 @@ def _parse(data: bytes, where: object) -> SentencePieceModel:
     if trainer.get(_MODEL_TYPE, 1) != _BPE:
         raise UserError(f"{where} is not a BPE model, as a Llama's is")
     bos_id = _as_int(trainer.get(_BOS_ID, 1))
+    texts, scores, kinds = zip(*pieces, strict=True)
     return SentencePieceModel(
-        *(tuple(column) for column in zip(*pieces, strict=True)),
+        texts,
+        scores,
+        kinds,
         # -1, "none", is a negative int32 and so a huge unsigned number here.
         bos_id=bos_id if bos_id < len(pieces) else None,
         add_dummy_prefix=bool(normalizer.get(_ADD_DUMMY_PREFIX, 1)),

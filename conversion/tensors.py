@@ -29,9 +29,17 @@ Rows = slice | np.ndarray
 class TensorSource(Protocol):
     """Named tensors in one or more files."""
 
-    label: str
-    files: tuple[Path, ...]
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that it reads."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor."""
 
     def chunks(self, name: str) -> Iterator[tuple[Rows, np.ndarray]]:
         """Pieces of tensor `name` as (rows they belong to, floating-point values); every row comes once."""
@@ -99,8 +107,8 @@ def fill(target: np.ndarray, source: TensorSource, name: str) -> None:
         target[rows] = cast
 
 
-def get_path(tree: Tree, path: tuple[str, ...]) -> np.ndarray:
-    """The array at `path`."""
+def get_path(tree: Tree, path: tuple[str, ...]) -> Any:
+    """The array at `path`, of the kind that the tree holds."""
     node: Any = tree
     for key in path:
         node = node[key]

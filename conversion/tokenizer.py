@@ -102,7 +102,9 @@ def _portable(text: str, where: str) -> str:
     """Merges as strings, which all releases of tokenizers read; newer ones write pairs, unknown to 0.13."""
     document = parse_json_object(text, where)
     model = document.get("model")
-    merges = model.get("merges") if isinstance(model, dict) else None
+    if not isinstance(model, dict):
+        return text
+    merges = model.get("merges")
     if not isinstance(merges, list) or not merges or not isinstance(merges[0], list):
         return text
     if any(len(pair) != 2 or not all(isinstance(part, str) and " " not in part for part in pair) for pair in merges):

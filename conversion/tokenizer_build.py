@@ -39,10 +39,11 @@ class Vocabulary:
             raise UserError(f"a vocabulary of more than {_MAX_CHARACTERS} characters is absurd")
         if len(self.kinds) != len(self.tokens):
             raise UserError(f"the tokenizer has {len(self.tokens)} tokens but {len(self.kinds)} token types")
-        if len(set(self.tokens)) != len(self.tokens):
-            seen: set[str] = set()
-            twice = next(token for token in self.tokens if token in seen or seen.add(token))
-            raise UserError(f"the tokenizer's vocabulary holds {twice!r:.100} twice")
+        seen: set[str] = set()
+        for token in self.tokens:
+            if token in seen:
+                raise UserError(f"the tokenizer's vocabulary holds {token!r:.100} twice")
+            seen.add(token)
         if self.add_bos and not (type(self.bos_id) is int and 0 <= self.bos_id < len(self.tokens)):
             raise UserError(f"the tokenizer adds a bos token, but its id {self.bos_id} is not in the vocabulary")
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import ml_dtypes
@@ -48,8 +48,8 @@ class Manifest:
     dtype: str
     exit_layer: int
     drafter: str = "exit_head"
-    drafter_config: dict = field(default_factory=dict)
-    lora: dict = field(default_factory=dict)
+    drafter_config: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
     training_step: int = 0
     verifier: str = "base"
     format_version: int = FORMAT_VERSION
@@ -79,6 +79,14 @@ class Checkpoint:
     lora: dict[str, Any] | None = None
     tokenizer_json: str | None = None
     chat_template: str | None = None
+
+
+class Changes(TypedDict, total=False):
+    """The fields that `rewrite_checkpoint` may replace."""
+
+    manifest: Manifest
+    drafter: dict[str, Any] | None
+    lora: dict[str, Any] | None
 
 
 def write_checkpoint(
@@ -165,8 +173,8 @@ def with_drafter_from(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
     )
 
 
-def rewrite_checkpoint(checkpoint: Checkpoint, path: str | Path, **changes: Any) -> None:
-    """Write `checkpoint` at `path` with fields replaced, e.g. `manifest=`, `drafter=`, `lora=`."""
+def rewrite_checkpoint(checkpoint: Checkpoint, path: str | Path, **changes: Unpack[Changes]) -> None:
+    """Write `checkpoint` at `path` with fields replaced: `manifest=`, `drafter=`, `lora=`."""
     new = replace(checkpoint, **changes)
     write_checkpoint(
         path,

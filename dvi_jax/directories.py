@@ -44,11 +44,12 @@ def remove_partial(directory: Path) -> None:
 def hash_files(directory: Path) -> dict[str, str]:
     """SHA-256 in hexadecimal of every file under `directory`, by its relative path."""
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    hashes = _hash_all([directory / name for name in names])
-    missing = [name for name, found in zip(names, hashes, strict=True) if found is None]
-    if missing:
-        raise OSError(errno.EIO, f"{missing[0]} cannot be read back")
-    return dict(zip(names, hashes, strict=True))
+    hashes: dict[str, str] = {}
+    for name, found in zip(names, _hash_all([directory / name for name in names]), strict=True):
+        if found is None:
+            raise OSError(errno.EIO, f"{name} cannot be read back")
+        hashes[name] = found
+    return hashes
 
 
 def verify_files(directory: Path, checksums: Mapping[str, object]) -> None:

@@ -39,11 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
     print(measure_memory(model, sizes, memory_limit(options)).describe(), file=sys.stderr)
     if options.adaptive:
         settings = with_measured_cost(model, prompt, settings)
-    choices = {"plain": options.plain, "eos_ids": eos_ids, "sampling": sampling}
     if options.stream or options.stop:
-        generation, seconds, text = _streamed(model, prompt, settings, options, choices)
+        generation, seconds, text = _streamed(model, prompt, settings, options, eos_ids, sampling)
     else:
-        (generation,), seconds = generate_batch(model, [prompt], settings, **choices)
+        (generation,), seconds = generate_batch(
+            model, [prompt], settings, plain=options.plain, eos_ids=eos_ids, sampling=sampling
+        )
         text = model.tokenizer.decode(generation.new_ids) if model.tokenizer else ""
     result = describe(generation, seconds, text)
     if options.json:
@@ -60,10 +61,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _streamed(
-    model: LoadedModel, prompt: list[int], settings: DecodeConfig, options: argparse.Namespace, choices: dict[str, Any]
+    model: LoadedModel,
+    prompt: list[int],
+    settings: DecodeConfig,
+    options: argparse.Namespace,
+    eos_ids: tuple[int, ...],
+    sampling: SamplingConfig | None,
 ) -> tuple[Generation, float, str]:
     """Decode by pieces, printed as they come with --stream; the seconds hold whatever had to be compiled."""
-    stream = Stream(model, [prompt], settings, stop=options.stop, **choices)
+    stream = Stream(
+        model, [prompt], settings, plain=options.plain, eos_ids=eos_ids, sampling=sampling, stop=options.stop
+    )
     began, text = time.perf_counter(), ""
     for pieces in stream:
         for piece in pieces:
@@ -113,9 +121,8 @@ def _prompt_ids(options: argparse.Namespace, model: LoadedModel) -> list[int]:
             return [int(token) for token in options.prompt_ids.split(",")]
         except ValueError as error:
             raise UserError(f"--prompt-ids must look like 1,2,3, got {options.prompt_ids!r}") from error
-    if model.tokenizer is None:
-        raise UserError("this checkpoint has no tokenizer: give --prompt-ids")
-    return model.tokenizer.chat([Message("user", options.prompt)])
+    tokenizer = model.need_tokenizer("this checkpoint has no tokenizer: give --prompt-ids")
+    return tokenizer.chat([Message("user", options.prompt)])
 
 
 def _eos_ids(options: argparse.Namespace, model: LoadedModel) -> tuple[int, ...]:

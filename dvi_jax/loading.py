@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from dvi_jax.errors import UserError
 from dvi_jax.model.drafters import Origin, build_drafter
 from dvi_jax.model.llama import Llama
 from dvi_jax.model.lora import inject_dual_lora
-from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join, split
+from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, Tree, join, split
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,12 @@ class LoadedModel:
         for i, leaf in zip(others, _cast([leaves[i] for i in others], dtype), strict=True):
             leaves[i] = leaf
         return jax.tree.unflatten(tree, leaves)
+
+    def need_tokenizer(self, otherwise: str) -> Tokenizer:
+        """The tokenizer; `UserError` that says `otherwise` where the checkpoint has none."""
+        if self.tokenizer is None:
+            raise UserError(otherwise)
+        return self.tokenizer
 
     def with_params(self, params: Params) -> LoadedModel:
         """The same model with other arrays, e.g. after learning."""
@@ -135,7 +141,7 @@ def build_model(config: LlamaConfig, manifest: Manifest, base: dict[str, Any], *
     return model
 
 
-def restore_trained(params: Params, drafter: dict | None, lora: dict | None, where: str) -> Params:
+def restore_trained(params: Params, drafter: Tree | None, lora: Tree | None, where: str) -> Params:
     """`params` with the trained parts a checkpoint holds; every name and shape must match."""
     lora = lora or {}
     return params._replace(
@@ -145,7 +151,14 @@ def restore_trained(params: Params, drafter: dict | None, lora: dict | None, whe
     )
 
 
-def trained_parts(params: Params) -> dict[str, dict | None]:
+class TrainedParts(TypedDict):
+    """What a checkpoint stores beside the base weights."""
+
+    drafter: dict[str, Any] | None
+    lora: dict[str, Any] | None
+
+
+def trained_parts(params: Params) -> TrainedParts:
     """The `drafter` and `lora` trees a checkpoint stores (string keys)."""
     lora = {name: string_keys(getattr(params, name)) for name in ("lora_s", "lora_d") if getattr(params, name)}
     return {"drafter": string_keys(params.drafter.get("drafter")), "lora": lora or None}
@@ -163,7 +176,7 @@ def _cast(leaves: list[jax.Array], dtype: jnp.dtype) -> list[jax.Array]:
     return [leaf.astype(dtype) for leaf in leaves]
 
 
-def _fill(template: dict, saved: dict | None, where: str) -> dict:
+def _fill(template: Tree, saved: Tree | None, where: str) -> Tree:
     """`saved` in the structure of `template` (whose keys may be integers)."""
     if saved is None:
         return template

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dvi_jax.config import LlamaConfig
 
 TINY = LlamaConfig(
@@ -19,10 +17,31 @@ TINY = LlamaConfig(
 )
 
 
-def _shape(hidden: int, inner: int, layers: int, heads: int, vocab: int = 32000, **changes: Any) -> LlamaConfig:
-    defaults = {"num_kv_heads": heads, "head_dim": hidden // heads, "max_position_embeddings": 32768}
-    sizes = {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner, "num_layers": layers}
-    return LlamaConfig(**sizes, num_heads=heads, rms_norm_eps=1e-5, **(defaults | changes))
+def _shape(
+    hidden: int,
+    inner: int,
+    layers: int,
+    heads: int,
+    vocab: int = 32000,
+    *,
+    num_kv_heads: int | None = None,
+    rope_theta: float = 10000.0,
+    tie_word_embeddings: bool = False,
+) -> LlamaConfig:
+    """A shape with as many key/value heads as query heads unless given."""
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=num_kv_heads or heads,
+        head_dim=hidden // heads,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        rope_theta=rope_theta,
+        tie_word_embeddings=tie_word_embeddings,
+    )
 
 
 SHAPES = {

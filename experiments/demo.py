@@ -24,7 +24,7 @@ from rich.table import Table
 
 from conversion.importing import import_model
 from dvi_jax.checkpoint import read_json
-from dvi_jax.config import DecodeConfig, TrainConfig, load_train_config
+from dvi_jax.config import DecodeConfig, TrainConfig
 from dvi_jax.data import ConversationStream, Message
 from dvi_jax.decode.batch import Generation, make_knobs, read_generations, start
 from dvi_jax.decode.speculative import decode_rounds
@@ -34,6 +34,7 @@ from dvi_jax.learn.online import OnlineResult
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
 from dvi_jax.train import run
 from experiments.fetch import fetch_conversations, fetch_model
+from experiments.objectives import online_config
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 KEPT = Path(__file__).parent / "results" / "drafters" / "smollm2-135m-instruct"
@@ -97,12 +98,12 @@ def demo_config(checkpoint: Path, data: Path, out: Path, minutes: float | None) 
     ]
     if minutes is not None:
         overrides.append(f"max_minutes={minutes}")
-    config = load_train_config(CONFIG, overrides)
+    config = online_config(CONFIG, overrides)
     if (checkpoint / "drafter").exists():
-        return load_train_config(CONFIG, [*overrides, "exit_layer=null"])
+        return online_config(CONFIG, [*overrides, "exit_layer=null"])
     layers = read_json(checkpoint / "config.json")["num_layers"]
     if config.exit_layer >= layers:
-        return load_train_config(CONFIG, [*overrides, f"exit_layer={max(1, layers // 4)}"])
+        return online_config(CONFIG, [*overrides, f"exit_layer={max(1, layers // 4)}"])
     return config
 
 

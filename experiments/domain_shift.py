@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_stream(config, options.per_domain)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "domain_shift.json"
-    result = {"environment": environment(), "settings": recorded(config)}
+    result: dict[str, Any] = {"environment": environment(), "settings": recorded(config)}
     frozen = run(replace(config, updates_per_rollout=0))
     online: list[Run] = []
     result |= {"domains": domains, "per_domain": options.per_domain, "frozen": frozen, "online": online}

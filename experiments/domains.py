@@ -43,10 +43,14 @@ COMMON_WORDS = {
     "Dutch": "de het een en van is niet dat met voor op te zijn je in ook aan als er",
 }
 WORD_SETS = {language: frozenset(words.split()) for language, words in COMMON_WORDS.items()}
-INTO_LANGUAGES = ("Spanish", "French", "German", "Italian", "Portuguese", "Dutch", "Swedish", "Polish", "Russian")
-INTO_LANGUAGES += ("Chinese", "Japanese", "Turkish", "Hindi")
-OTHER_LANGUAGES = ("English", "Korean", "Arabic", "Hebrew", "Latin", "Greek", "Danish", "Norwegian", "Finnish", "Czech")
-OTHER_LANGUAGES += ("Vietnamese", "Thai", "Indonesian", "Ukrainian", "Romanian", "Hungarian", "Bengali", "Urdu")
+INTO_LANGUAGES = (
+    *("Spanish", "French", "German", "Italian", "Portuguese", "Dutch", "Swedish", "Polish", "Russian"),
+    *("Chinese", "Japanese", "Turkish", "Hindi"),
+)
+OTHER_LANGUAGES = (
+    *("English", "Korean", "Arabic", "Hebrew", "Latin", "Greek", "Danish", "Norwegian", "Finnish", "Czech"),
+    *("Vietnamese", "Thai", "Indonesian", "Ukrainian", "Romanian", "Hungarian", "Bengali", "Urdu"),
+)
 TRANSLATION = re.compile(rf"translat|\b({'|'.join(INTO_LANGUAGES + OTHER_LANGUAGES)})\b|how do (you|i) say", re.I)
 
 
@@ -103,7 +107,8 @@ class Overlaps:
     """Whether a text is one of `prompts` or has `SHARED_WORDS` words in a row with one of them; case is ignored."""
 
     def __init__(self, prompts: Iterable[str]):
-        self._whole, self._runs = set(), set()
+        self._whole: set[tuple[str, ...]] = set()
+        self._runs: set[tuple[str, ...]] = set()
         for prompt in prompts:
             words = prompt.casefold().split()
             self._whole.add(tuple(words))

@@ -38,8 +38,10 @@ from experiments.measure import environment, write_result
 from experiments.objectives import recorded
 from experiments.sweep import every_prompt
 
-RUNS = ("exit_head:2", "kangaroo:2", "fused:2", "fused:1", "fused:4", "fused:8", "exit_head:8", "exit_head:2:64")
-RUNS += ("exit_head:8:64", "fused:2:64")
+RUNS = (
+    *("exit_head:2", "kangaroo:2", "fused:2", "fused:1", "fused:4", "fused:8", "exit_head:8", "exit_head:2:64"),
+    *("exit_head:8:64", "fused:2:64"),
+)
 
 
 @dataclass(frozen=True)

@@ -182,11 +182,11 @@ def _choose_torch_threads(pair: Pair, config: DecodeConfig) -> None:
     if pair.reference.device.type != "cpu":
         return
     short = replace(config, max_new_tokens=min(config.max_new_tokens, 2 * config.draft_steps + 2))
-    seconds = {}
+    seconds: dict[int, float] = {}
     for threads in {1, torch.get_num_threads()}:
         torch.set_num_threads(threads)
         seconds[threads] = _time_torch(pair, short, 0.0)[0]
-    torch.set_num_threads(min(seconds, key=seconds.get))
+    torch.set_num_threads(min(seconds, key=lambda threads: seconds[threads]))
 
 
 @torch.no_grad()
@@ -263,7 +263,9 @@ def _random_pair(options: argparse.Namespace) -> Pair:
     )
 
 
-def random_weights(config: LlamaConfig, dtype: torch.dtype, device: str) -> tuple[dict, dict]:
+def random_weights(
+    config: LlamaConfig, dtype: torch.dtype, device: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Base and adapter trees of torch tensors whose accept lengths no rounding can change.
 
     Every token has one successor, whose head row is the token's embedding: the layers add too little to hide it. The
@@ -301,7 +303,9 @@ def random_weights(config: LlamaConfig, dtype: torch.dtype, device: str) -> tupl
     return base, drafter
 
 
-def _reference(config: LlamaConfig, base: dict, drafter: dict, exit_layer: int, device: str) -> KangarooModel:
+def _reference(
+    config: LlamaConfig, base: dict[str, Any], drafter: dict[str, torch.Tensor], exit_layer: int, device: str
+) -> KangarooModel:
     # Rows of the fused tensors, as views: both frameworks read one copy of the weights.
     sizes = ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)})
     adapter_sizes = ModelConfig(**{**vars(sizes), "num_layers": 1, "num_kv_heads": config.num_heads})
@@ -316,8 +320,7 @@ def _reference(config: LlamaConfig, base: dict, drafter: dict, exit_layer: int, 
         f"{layer}.v_proj.weight": value,
         f"{layer}.o_proj.weight": drafter["out"],
     }
-    to = {"dtype": torch.bfloat16, "device": device}
-    return build_kangaroo(sizes, state, adapter_sizes, adapter_state, exit_layer, **to)
+    return build_kangaroo(sizes, state, adapter_sizes, adapter_state, exit_layer, dtype=torch.bfloat16, device=device)
 
 
 def _device_slug() -> str:

@@ -20,9 +20,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -125,11 +126,11 @@ def _run(config: TrainConfig) -> None:
     (Path(config.out) / ENDING).write_text(document, encoding="utf-8")
 
 
-def _ending(out: Path) -> dict:
+def _ending(out: Path) -> dict[str, Any]:
     return json.loads((out / ENDING).read_text(encoding="utf-8"))
 
 
-def digest(out: Path, checkpoint: Path) -> dict[str, dict | list]:
+def digest(out: Path, checkpoint: Path) -> dict[str, Any]:
     """SHA-256 of every array of the checkpoint and of the newest snapshot; metrics without what a clock gave."""
     read = read_checkpoint(checkpoint)
     newest = max((path for path in (out / "snapshots").iterdir() if path.name.isdecimal()), key=lambda p: int(p.name))
@@ -141,7 +142,7 @@ def digest(out: Path, checkpoint: Path) -> dict[str, dict | list]:
     }
 
 
-def _hashes(tree: dict, prefix: str = "") -> dict[str, str]:
+def _hashes(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -152,7 +153,7 @@ def _hashes(tree: dict, prefix: str = "") -> dict[str, str]:
     return found
 
 
-def differences(reference: dict, other: dict) -> list[str]:
+def differences(reference: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """The arrays and metrics records that are not equal in every bit."""
     found = []
     for part in ("checkpoint", "snapshot"):
@@ -169,7 +170,7 @@ def _kill_until_done(config: TrainConfig, out: Path, draw: Callable[[], float], 
     kills: list[Kill] = []
     while True:
         seconds, left = draw() if len(kills) < most else None, _partial(out)
-        if _live(config, out, seconds):
+        if _live(config, out, seconds) or seconds is None:
             return kills
         snapshots = [int(path.name) for path in (out / "snapshots").glob("*") if path.name.isdecimal()]
         kills.append(Kill(seconds, _moment(out, _partial(out) - left), max(snapshots, default=None)))
@@ -191,7 +192,7 @@ def _moment(out: Path, left: set[str]) -> str:
     return "learning, or starting again"
 
 
-def summarise(trajectories: list[Trajectory], duration: float) -> dict:
+def summarise(trajectories: list[Trajectory], duration: float) -> dict[str, Any]:
     """Counts, and every difference there was."""
     kills = [kill for trajectory in trajectories for kill in trajectory.kills]
     moments = sorted({kill.moment for kill in kills})
@@ -206,7 +207,7 @@ def summarise(trajectories: list[Trajectory], duration: float) -> dict:
     }
 
 
-def show(report: dict, console: Console) -> None:
+def show(report: dict[str, Any], console: Console) -> None:
     """The table of kills and what came of them."""
     table = Table(title=f"{report['kills']} SIGKILLs, {report['runs']} runs resumed to their end")
     table.add_column("killed while")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,13 +64,16 @@ def with_scripted_drafter(model: LoadedModel) -> LoadedModel:
     return LoadedModel(model.config, model.manifest, definition, params)
 
 
-def check(model: LoadedModel, prompts: list[list[int]], settings: DecodeConfig, rng: np.random.Generator) -> dict:
+def check(
+    model: LoadedModel, prompts: list[list[int]], settings: DecodeConfig, rng: np.random.Generator
+) -> dict[str, Any]:
     """Plain against scripted drafts with about one wrong token in four, and against all right ones."""
     plain = run(model, prompts, settings, 0, None)
     tokens = np.asarray(plain.tokens)
     wrong = rng.random(tokens.shape) < 0.25
     scripts = {"mixed": np.where(wrong, (tokens + 1) % model.config.vocab_size, tokens), "right": tokens}
-    lengths, equal = Counter(), True
+    lengths: Counter[int] = Counter()
+    equal = True
     for script in scripts.values():
         fast = run(model, prompts, settings, settings.draft_steps, jnp.asarray(script))
         accepted = np.asarray(fast.accept_lengths)
@@ -101,15 +105,17 @@ def same(plain: DecodeState, fast: DecodeState) -> bool:
     if not np.array_equal(lengths, fast.length):
         return False
     pairs = zip(
-        (np.asarray(plain.tokens), bits(plain.signals.features.final)),
-        (np.asarray(fast.tokens), bits(fast.signals.features.final)),
+        (np.asarray(plain.tokens), final_bits(plain)),
+        (np.asarray(fast.tokens), final_bits(fast)),
         strict=True,
     )
     return all(np.array_equal(a[row, :length], b[row, :length]) for a, b in pairs for row, length in enumerate(lengths))
 
 
-def bits(x: jax.Array) -> np.ndarray:
-    """The raw bits of a float array."""
+def final_bits(state: DecodeState) -> np.ndarray:
+    """The raw bits of the verifier's final hidden states, which `run` keeps."""
+    assert state.signals is not None
+    x = state.signals.features.final
     return np.asarray(jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]))
 
 

@@ -189,13 +189,15 @@ def time_decode(
     program: jax.stages.Compiled, model: LoadedModel, fresh: Callable[[], DecodeState], drafts: int, repeats: int
 ) -> Timing:
     """Decode `fresh()` states to their limits with `drafts` drafts a round and no end-of-sequence id."""
-    knobs, times, state = Knobs.make(drafts, 0.0, ()), [], None
+    knobs, times = Knobs.make(drafts, 0.0, ()), []
+    state: DecodeState | None = None
     for _ in range(repeats + 1):
         del state  # two states at once might not fit
         state = jax.block_until_ready(fresh())
         began = time.perf_counter()
         state = jax.block_until_ready(program(model.decode_params, state, knobs))
         times.append(time.perf_counter() - began)
+    assert state is not None
     seconds, (batch,) = statistics.median(times[1:]), state.length.shape
     rounds, tokens, drafted = int(state.rounds), int(np.sum(state.accept_lengths)), int(np.sum(state.drafted))
     return Timing(

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def online_config(path: str, overrides: Sequence[str]) -> TrainConfig:
+def online_config(path: str | Path, overrides: Sequence[str]) -> TrainConfig:
     """An online run's settings; `UserError` for another trainer's."""
     config = load_train_config(path, overrides)
     if not isinstance(config, TrainConfig):

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def main() -> int:
     for shape in options.shape:
         peer = Peer(SHAPES[shape], getattr(torch, options.dtype), options.prompt, options.new_tokens)
         for way in options.ways:
-            row = {"shape": shape, "way": way} | attempt(lambda way=way, peer=peer: WAYS[way](peer, options.repeats))
+            row = {"shape": shape, "way": way} | attempt(partial(WAYS[way], peer, options.repeats))
             print(json.dumps(row), flush=True)
             result["rows"].append(row)
             if options.out:
@@ -188,7 +189,7 @@ def static_step(peer: Peer, repeats: int) -> dict[str, Any]:
     for _ in range(repeats + 2):
         cache.reset()
         token = step(peer.prompt)
-        times.append(peer.seconds(lambda token=token: decode(token)))
+        times.append(peer.seconds(partial(decode, token)))
     return summary(peer, times[0], times[2:])
 
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dvi_jax.decode.state import Knobs
-from dvi_jax.errors import ArgumentParser, run_cli
+from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
 from dvi_jax.presets import SHAPES
 from experiments.measure import (
@@ -69,7 +69,7 @@ def main() -> int:
         model = random_model(SHAPES[options.shape], options.dtype, options.exit_layer)
     else:
         model = load(options.checkpoint, drafter_from=options.drafter_from)
-    result = {"environment": environment(), "settings": settings_of(options), "profiles": []}
+    result: dict[str, Any] = {"environment": environment(), "settings": settings_of(options), "profiles": []}
     bandwidth = copy_bandwidth(4.0 if jax.default_backend() == "gpu" else 0.4)
     for drafts in sorted({0, options.draft_steps}):
         profile = profile_rounds(model, options, drafts)
@@ -97,8 +97,11 @@ def profile_rounds(model: LoadedModel, options: argparse.Namespace, drafts: int)
         if options.keep:
             options.keep.mkdir(parents=True, exist_ok=True)
             shutil.copy(newest_trace(Path(scratch)), options.keep / f"drafts_{drafts}.xplane.pb")
+    text = program.as_text()
+    if text is None:
+        raise UserError("this device's compiler does not show its programs")
     facts = {"drafts": drafts, "width": width} | vars(timing)
-    return facts | summarise(trace, instructions(program.as_text()), timing.rounds)
+    return facts | summarise(trace, instructions(text), timing.rounds)
 
 
 def quiet_options() -> jax.profiler.ProfileOptions:

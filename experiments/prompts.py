@@ -30,14 +30,13 @@ import numpy as np
 
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.data.conversations import Conversation, ConversationStream, Message
-from dvi_jax.data.prompts import context_of_turn, is_held_out
+from dvi_jax.data.prompts import HELD_OUT_SALT, context_of_turn, is_held_out
 from dvi_jax.data.template import TemplateRefusedError
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from experiments.domains import (
     CODE,
     HELD_OUT_FRACTION,
-    HELD_OUT_SALT,
     INTO_LANGUAGES,
     domain_of,
     language_of,
@@ -157,8 +156,8 @@ def candidates(conversation: Conversation, rng: np.random.Generator) -> Iterator
         "context": context_request(conversation.messages, rng),
         "translation": translation_request([question, *answers], rng),
     }
-    made = [(family, text) for family, text in made.items() if text is not None]
-    for family, text in [*made, *(("reasoning", text) for text in reasoning_questions(conversation.messages))]:
+    requests = [(family, text) for family, text in made.items() if text is not None]
+    for family, text in [*requests, *(("reasoning", text) for text in reasoning_questions(conversation.messages))]:
         yield Candidate(family, (Message("user", text),))
     turns = sum(m.role == "user" for m in conversation.messages)
     if turns > 1:
@@ -268,14 +267,15 @@ def write_prompts(path: Path, chosen: Iterable[tuple[Candidate, list[int]]]) -> 
         prompts.append(ids)
     if not prompts:
         raise UserError("the data give no prompt to generate replies for")
-    lengths, ids = np.array([len(p) for p in prompts], np.int32), np.concatenate(prompts)
-    np.savez_compressed(path, lengths=lengths, ids=ids.astype(np.uint16 if ids.max() < 2**16 else np.int32))
-    print(f"{path}: {len(prompts)} prompts, {len(ids)} tokens, {dict(Counter(families))}")
+    lengths, joined = np.array([len(p) for p in prompts], np.int32), np.concatenate(prompts)
+    np.savez_compressed(path, lengths=lengths, ids=joined.astype(np.uint16 if joined.max() < 2**16 else np.int32))
+    print(f"{path}: {len(prompts)} prompts, {len(joined)} tokens, {dict(Counter(families))}")
 
 
 def write_records(path: Path, found: Iterable[Candidate], kind: str | None = None) -> None:
     """One conversation a line, ids by `kind` (default: the family) and number."""
-    numbers, lines = Counter(), []
+    numbers: Counter[str] = Counter()
+    lines = []
     for candidate in found:
         name = kind or candidate.family
         messages = [{"role": message.role, "content": message.content} for message in candidate.messages]

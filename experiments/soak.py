@@ -60,7 +60,8 @@ class Sampler:
     """Called with every metrics record, takes a sample every `seconds`."""
 
     def __init__(self, seconds: float, console: Console):
-        self.seconds, self.console, self.samples = seconds, console, []
+        self.seconds, self.console = seconds, console
+        self.samples: list[Sample] = []
         self.events: list[dict[str, Any]] = []  # what is neither an update nor an evaluation
         self._began = self._last = time.perf_counter()
         self._steps: list[float] = []
@@ -79,7 +80,7 @@ class Sampler:
             self._steps = []
             self.console.print(str(self.samples[-1]), soft_wrap=True, highlight=False)
 
-    def count_compilation(self, event: str, duration: float, **details: object) -> None:
+    def count_compilation(self, event: str, duration_secs: float, **details: object) -> None:
         """A listener of `jax.monitoring`."""
         self._compiled += event == COMPILED
 
@@ -131,8 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _config(options: argparse.Namespace, scratch: Path) -> TrainConfig:
     if not options.config:
-        config = write_tiny_run(scratch, questions=int(QUESTIONS_PER_MINUTE * max(options.minutes, 1)))
-        return replace(config, data=replace(config.data, files=(_write_filler(scratch), *config.data.files)))
+        tiny = write_tiny_run(scratch, questions=int(QUESTIONS_PER_MINUTE * max(options.minutes, 1)))
+        return replace(tiny, data=replace(tiny.data, files=(_write_filler(scratch), *tiny.data.files)))
     config = load_train_config(options.config, options.set)
     if not isinstance(config, TrainConfig):
         raise UserError(f"{options.config} must be of an online run")

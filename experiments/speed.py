@@ -123,10 +123,11 @@ def run_cases(options: argparse.Namespace, cases: list[Case]) -> int:
         f"{len(cases)} programs, {sum(c.rows for c in cases)} rows, about {minutes:.1f} minutes on an H100", flush=True
     )
     bandwidth = copy_bandwidth(4.0 if jax.default_backend() == "gpu" else 0.4)
-    result = {"environment": environment(), "settings": settings_of(options), "rows": []}
-    began, model, made = time.perf_counter(), None, None
+    result: dict[str, Any] = {"environment": environment(), "settings": settings_of(options), "rows": []}
+    began, made = time.perf_counter(), ""
+    model: LoadedModel | None = None
     for case in cases:
-        if made != case.shape:
+        if model is None or made != case.shape:
             model = None  # the old one goes before the new one comes
             gc.collect()
             model, made = make_model(case, options), case.shape

@@ -7,7 +7,7 @@ of drafts and the length of the context are run-time values, only batch, cache l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -53,12 +53,10 @@ def suite() -> list[Case]:
     cases.append(Case("7b-context", "7b", 6, (0, 5), slots=LONG, prompts=(440, LONG - 72)))
     cases += [Case("7b-batch", "7b", 1, (0,), batch=batch, slots=512, prompts=(440,)) for batch in (8, 32, 64)]
     cases.append(Case("7b-batch", "7b", 6, (0, 5), batch=8, slots=512, prompts=(440,)))
-    small = {"shape": "smollm2", "slots": 512, "new_tokens": 256}
-    cases += [Case("smollm2", width=1, drafts=(0,), **small), Case("smollm2", width=4, drafts=(0, 3), **small)]
-    cases.append(Case("smollm2", width=6, drafts=(0, 5), **small))
-    cases += [Case("smollm2-batch", width=1, drafts=(0,), batch=batch, **small) for batch in (8, 32, 64)]
-    long = small | {"slots": LONG, "prompts": (128, 4096, LONG - 264)}
-    cases.append(Case("smollm2-context", width=1, drafts=(0,), **long))
+    small = Case("smollm2", "smollm2", 1, (0,), slots=512, new_tokens=256)
+    cases += [small, replace(small, width=4, drafts=(0, 3)), replace(small, width=6, drafts=(0, 5))]
+    cases += [replace(small, part="smollm2-batch", batch=batch) for batch in (8, 32, 64)]
+    cases.append(replace(small, part="smollm2-context", slots=LONG, prompts=(128, 4096, LONG - 264)))
     return sorted(cases, key=lambda case: ("7b", "smollm2", "1b", "13b").index(case.shape))
 
 
@@ -97,7 +95,7 @@ def measure(model: LoadedModel, case: Case, repeats: int, bandwidth: float) -> I
 
 def findings(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The ratios that the rows were measured for; those whose rows are missing are left out."""
-    found = {}
+    found: dict[str, float] = {}
     for shape in sorted({row["shape"] for row in rows}):
         own = [row for row in rows if row["shape"] == shape]
         plain = [row for row in own if row["mode"] == "plain" and row["width"] == 1]

@@ -48,12 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     enable_compilation_cache()
     model = load(options.checkpoint, drafter_from=options.drafter_from)
-    if model.tokenizer is None:
-        raise UserError(f"{options.checkpoint} has no tokenizer")
+    tokenizer = model.need_tokenizer(f"{options.checkpoint} has no tokenizer")
     read = every_prompt if options.all else held_out_prompts
-    prompts = read(options.data, model.tokenizer, options.prompts, options.max_prompt_tokens)
-    result = {"environment": environment(), "settings": settings_of(options), "prompts": len(prompts)}
-    result["rows"] = []
+    prompts = read(options.data, tokenizer, options.prompts, options.max_prompt_tokens)
+    rows: list[dict[str, Any]] = []
+    result = {"environment": environment(), "settings": settings_of(options), "prompts": len(prompts), "rows": rows}
     for steps in options.draft_steps:
         plain = decode_all(
             model,
@@ -67,12 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row = {"draft_steps": steps, "threshold": threshold, **compare(plain, fast)}
             if options.all:
                 row["tokens_per_round_by_kind"] = by_kind(list(prompts), fast["generations"])
-            result["rows"].append(row)
+            rows.append(row)
             if options.out:
                 write_result(options.out, result)
     if options.out:
-        draw(result["rows"], options.out.with_suffix(".png"))
-    show(result["rows"])
+        draw(rows, options.out.with_suffix(".png"))
+    show(rows)
     return 0
 
 

@@ -19,11 +19,11 @@ SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>"]
 WORDS = ("tree", "moon", "river", "stone", "cloud", "bird")
 
 
-def write_tiny_run(folder: Path, *, questions: int, seed: int = 0, **changes: object) -> TrainConfig:
+def write_tiny_run(folder: Path, *, questions: int, seed: int = 0, save_every: int = 10) -> TrainConfig:
     """A random checkpoint and `questions` questions under `folder`, and the settings of a run `folder/run` on them."""
     write_tiny_model(folder / "model", seed=seed)
     write_questions(folder / "questions.jsonl", questions)
-    config = TrainConfig(
+    return TrainConfig(
         checkpoint=str(folder / "model"),
         out=str(folder / "run"),
         seed=seed,
@@ -34,14 +34,13 @@ def write_tiny_run(folder: Path, *, questions: int, seed: int = 0, **changes: ob
         positions_per_update=32,
         replay_capacity=8,
         eval_every=50,
-        save_every=10,
+        save_every=save_every,
         data=DataConfig((str(folder / "questions.jsonl"),), "first", 48, 0.02, 4),
         decode=DecodeConfig(draft_steps=2, max_new_tokens=8),
         drafter_options={"rank": 4, "alpha": 4.0},
         objective=ObjectiveConfig(warmup=20, ramp=40),
         optimizer=OptimizerConfig(lora_lr=1e-2, head_lr=1e-2),
     )
-    return replace(config, **changes)
 
 
 def write_questions(path: Path, count: int) -> None:
@@ -54,12 +53,12 @@ def write_questions(path: Path, count: int) -> None:
 
 def write_tiny_model(path: Path, *, seed: int = 0, context: int = 128, chat_template: str | None = None) -> None:
     """A random checkpoint that speaks bytes, with room for `context` tokens."""
-    sizes = {"vocab_size": 258, "max_position_embeddings": context}
-    config = replace(TINY, **sizes, tie_word_embeddings=True, eos_token_ids=(1,))
+    config = replace(
+        TINY, vocab_size=258, max_position_embeddings=context, tie_word_embeddings=True, eos_token_ids=(1,)
+    )
     manifest = Manifest(source="random", source_sha256="0" * 64, dtype="float32", exit_layer=1)
     base = random_base(config, jax.random.key(seed + 3), std=0.15)
-    texts = {"tokenizer_json": byte_tokenizer_json(), "chat_template": chat_template}
-    write_checkpoint(path, config, manifest, base, **texts)
+    write_checkpoint(path, config, manifest, base, tokenizer_json=byte_tokenizer_json(), chat_template=chat_template)
 
 
 def byte_tokenizer_json() -> str:

@@ -132,7 +132,9 @@ def newest_trace(folder: Path) -> Path:
 
 def read_trace(folder: Path) -> Trace:
     """Everything of interest in the newest trace below `folder`."""
-    device, calls, lines = [], Counter(), Counter()
+    device: list[Event] = []
+    calls: Counter[str] = Counter()
+    lines: Counter[str] = Counter()
     for plane, line, event in _events(ProfileData.from_file(str(newest_trace(folder)))):
         lines[f"{plane}: {line}"] += 1
         if _DRIVER_CALL.match(event.name):

@@ -105,7 +105,8 @@ def prefill(model: KangarooModel, prompt_ids: Sequence[int], *, max_length: int 
 
 def _draft(model: KangarooModel, state: DecodeState, draft_steps: int, threshold: float) -> tuple[int, Tensor]:
     # Returns the end of the drafted positions and the exit hidden states of the rows to verify, start..end-1.
-    end, exited, confidence = state.start + 1, None, 1.0
+    exited: Tensor | None = None
+    end, confidence = state.start + 1, 1.0
     for step in range(draft_steps + 1):
         row = slice(end - 1, end)
         hidden = model.base.forward_draft_or_large_model(
@@ -116,6 +117,7 @@ def _draft(model: KangarooModel, state: DecodeState, draft_steps: int, threshold
             break
         if state.adapter_cache[0].shape[2] < end - 1:
             # The last draft of a fully accepted round never went through the adapter: catch up.
+            assert state.exited is not None  # a round went before
             row = slice(end - 2, end)
             hidden = torch.cat([state.exited[:, -1:], hidden], dim=1)
         out, state.adapter_cache = model.adapter.forward_early_stop(
@@ -125,6 +127,7 @@ def _draft(model: KangarooModel, state: DecodeState, draft_steps: int, threshold
         state.tokens[:, end] = logits[:, -1].argmax(dim=-1)
         confidence = logits.softmax(dim=-1).max().item()
         end += 1
+    assert exited is not None  # the pending token's row is always there
     return end, exited
 
 
@@ -195,7 +198,7 @@ def greedy_generate(
         hidden = base.forward_draft_or_large_model(in_tokens_small=rows)
         _, normed = base.forward_draft_or_large_model(in_features_large=hidden)
         rows = model.logits(normed)[:, -1].argmax(dim=-1, keepdim=True)
-        ids.append(rows.item())
+        ids.append(int(rows.item()))
         if ids[-1] == eos_id:
             break
     return ids

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None
+    rope_scaling: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
 
 
@@ -53,11 +54,10 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(hidden.dtype)
 
 
-def rotary_frequencies(head_dim: int, theta: float, scaling: dict | None) -> Tensor:
+def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None) -> Tensor:
     """Angle per position of each pair of channels, float32 [H/2]."""
     frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
-    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type"))
-    if kind != "llama3":
+    if not scaling or scaling.get("rope_type", scaling.get("type")) != "llama3":
         return frequency
     # Long waves are slowed by `factor`, short ones kept, those between the two bounds blended.
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor, nn
 
@@ -48,8 +50,20 @@ class EarlyExitLlamaForCausalLM(nn.Module):
 
     def crop(self, length: int) -> None:
         """Forget the rows from position `length`."""
-        if self.past_key_values[0][0].shape[2] > length:
-            self.past_key_values = [crop(cache, length) for cache in self.past_key_values]
+        self.past_key_values = [
+            cache if cache is None or cache[0].shape[2] <= length else crop(cache, length)
+            for cache in self.past_key_values
+        ]
+
+    @overload
+    def forward_draft_or_large_model(
+        self, in_tokens_small: Tensor, in_features_large: None = None, position_ids: Tensor | None = None
+    ) -> Tensor: ...
+
+    @overload
+    def forward_draft_or_large_model(
+        self, in_tokens_small: None = None, *, in_features_large: Tensor, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
     @torch.no_grad()
     def forward_draft_or_large_model(
@@ -65,11 +79,12 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         Positions follow the part's cached rows unless `position_ids` [B, T] is given. ValueError unless
         exactly one input is given.
         """
-        if (in_tokens_small is None) == (in_features_large is None):
+        if in_tokens_small is not None and in_features_large is None:
+            hidden, first, last = self.model.embed_tokens(in_tokens_small), 0, self.exit_layer
+        elif in_tokens_small is None and in_features_large is not None:
+            hidden, first, last = in_features_large, self.exit_layer, self.config.num_layers
+        else:
             raise ValueError("give either in_tokens_small or in_features_large")
-        shallow = in_tokens_small is not None
-        hidden = self.model.embed_tokens(in_tokens_small) if shallow else in_features_large
-        first, last = (0, self.exit_layer) if shallow else (self.exit_layer, self.config.num_layers)
 
         rows, cache = hidden.shape[1], self.past_key_values[first]
         past = 0 if cache is None else cache[0].shape[2]
@@ -79,7 +94,7 @@ class EarlyExitLlamaForCausalLM(nn.Module):
         for index in range(first, last):
             cache = self.past_key_values[index]
             hidden, self.past_key_values[index] = self.model.layers[index](hidden, mask, position_ids, cache)
-        return hidden if shallow else (hidden, self.model.norm(hidden))
+        return hidden if in_features_large is None else (hidden, self.model.norm(hidden))
 
 
 class Adapter(nn.Module):

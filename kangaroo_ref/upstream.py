@@ -11,14 +11,15 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dvi_jax.errors import UserError
 from kangaroo_ref.decode import NO_EOS
@@ -56,9 +57,8 @@ def _stubs() -> dict[str, ModuleType]:
     modules = {name: ModuleType(name) for name in (*PACKAGES, "fastchat.utils", "evaluation.eval")}
     for name in PACKAGES:
         modules[name].__path__ = []
-    modules["fastchat.utils"].str_to_torch_dtype = lambda name: getattr(torch, name)
-    modules["evaluation.eval"].run_eval = None
-    modules["evaluation.eval"].reorg_answer_file = None
+    vars(modules["fastchat.utils"])["str_to_torch_dtype"] = lambda name: getattr(torch, name)
+    vars(modules["evaluation.eval"]).update(run_eval=None, reorg_answer_file=None)
     return modules
 
 
@@ -111,11 +111,11 @@ def _as_upstream_reads(base_dir: Path, scratch: Path) -> Path:
     return scratch
 
 
-def _load_without_accelerate(model_class: type) -> None:
+def _load_without_accelerate(model_class: Any) -> None:
     # Upstream asks for device_map="auto", which needs the accelerate package and changes nothing on a CPU.
     load = model_class.from_pretrained.__func__
 
-    def without_device_map(cls: type, *args: object, device_map: object = None, **options: object) -> object:
+    def without_device_map(cls: Any, *args: Any, device_map: object = None, **options: Any) -> Any:
         return load(cls, *args, **options)
 
     model_class.from_pretrained = classmethod(without_device_map)
@@ -125,8 +125,8 @@ def _load_without_accelerate(model_class: type) -> None:
 class Upstream:
     """Upstream's model, loaded in float32 on the CPU, with its own decoding function."""
 
-    model: nn.Module
-    forward: object  # upstream's kangaroo_forward
+    model: Any  # upstream's KangarooModel
+    forward: Callable[..., Any]  # upstream's kangaroo_forward
     exit_layer: int
 
     def generate(

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ REQUIRED_SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+Module = TypeVar("Module", bound=nn.Module)
 ROPE_KINDS = (None, "default", "linear", "llama3")
 # Base weights in the order transformers 4.33.3 looks for them; an index lists the shards.
 WEIGHT_FILES = (
@@ -32,7 +34,7 @@ WEIGHT_FILES = (
 )
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing; expected a Hugging Face directory with that file")
     try:
@@ -104,7 +106,9 @@ def read_state_dict(directory: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _fill(make: Callable[[], nn.Module], state: Mapping[str, Tensor], what: str, **to: object) -> nn.Module:
+def _fill(
+    make: Callable[[], Module], state: Mapping[str, Tensor], what: str, dtype: torch.dtype, device: str | torch.device
+) -> Module:
     # Modules are born without memory and take the given tensors, so a 7B model costs its weights once.
     with torch.device("meta"):
         module = make()
@@ -115,7 +119,7 @@ def _fill(make: Callable[[], nn.Module], state: Mapping[str, Tensor], what: str,
         if state[name].shape != tensor.shape:
             found = tuple(state[name].shape)
             raise UserError(f"{what} tensor {name} is {found}; expected {tuple(tensor.shape)}")
-    module.load_state_dict({name: state[name].to(**to) for name in wanted}, assign=True)
+    module.load_state_dict({name: state[name].to(dtype=dtype, device=device) for name in wanted}, assign=True)
     if isinstance(module, EarlyExitLlamaForCausalLM) and module.config.tie_word_embeddings:
         module.lm_head.weight = module.model.embed_tokens.weight
     return module.eval().requires_grad_(False)
@@ -145,8 +149,7 @@ def build_kangaroo(
     base_state = dict(base_state)
     if base_config.tie_word_embeddings and "model.embed_tokens.weight" in base_state:
         base_state["lm_head.weight"] = base_state["model.embed_tokens.weight"]
-    to = {"dtype": dtype, "device": device}
-    base = _fill(lambda: EarlyExitLlamaForCausalLM(base_config, exit_layer), base_state, "base", **to)
+    base = _fill(lambda: EarlyExitLlamaForCausalLM(base_config, exit_layer), base_state, "base", dtype, device)
     unknown = sorted(set(base_state) - set(base.state_dict()))
     unknown = [name for name in unknown if not name.endswith("rotary_emb.inv_freq")]
     if unknown:
@@ -158,7 +161,7 @@ def build_kangaroo(
         rope_theta=10000.0,
         rope_scaling=None,
     )
-    adapter = _fill(lambda: Adapter(adapter_config), adapter_state, "adapter", **to)
+    adapter = _fill(lambda: Adapter(adapter_config), adapter_state, "adapter", dtype, device)
     return KangarooModel(base, adapter)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import track
@@ -28,7 +28,7 @@ from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
 if TYPE_CHECKING:  # they pull in jax and torch: imported where used, so that --help does not wait for them
     from conversion.parity.compare import Comparison, Row
     from conversion.parity.inputs import Case
-    from conversion.parity.runs import Implementation, Settings
+    from conversion.parity.runs import Implementation, Reference, Settings
 
 
 @dataclass
@@ -131,7 +131,8 @@ def _check(case: Case, options: argparse.Namespace) -> Report:
     settings = Settings(options.draft_steps, options.threshold, options.max_new_tokens, eos_id)
     report = Report(case.name, case.exit_layer, len(prompts), settings, Comparison())
     with ExitStack() as stack:
-        reference, others = Reference(case), [Jax(case)]
+        reference = Reference(case)
+        others: list[Implementation] = [Jax(case)]
         reason = why_not_transformers(case.config)
         if reason is None:
             others.append(HuggingFace(case))
@@ -153,7 +154,7 @@ def _with_progress(prompts: Sequence[list[int]], name: str) -> Iterable[list[int
 
 
 def _compare_prompt(
-    report: Report, number: int, prompt: list[int], reference: Any, others: Sequence[Implementation]
+    report: Report, number: int, prompt: list[int], reference: Reference, others: Sequence[Implementation]
 ) -> None:
     from conversion.parity.compare import stop_at_first_token
 
@@ -161,8 +162,9 @@ def _compare_prompt(
     comparison.add_stages(number, reference.stages(prompt), {other.name: other.stages(prompt) for other in others})
     decoded = {it.name: it.decode(prompt, report.settings) for it in (reference, *others)}
     expected = decoded[reference.name]
-    report.rounds += len(expected.accept_lengths)
-    report.committed += sum(expected.accept_lengths)
+    accept_lengths = expected.accept_lengths or []
+    report.rounds += len(accept_lengths)
+    report.committed += sum(accept_lengths)
     if expected.output_ids[len(prompt)] == report.settings.eos_id:
         report.notes.append(
             f"prompt {number}: the first new token is eos; JAX stops there, the original does not: compared up to it"
@@ -171,7 +173,7 @@ def _compare_prompt(
     comparison.add_decoded(number, len(prompt), decoded, others)
 
 
-def _explain_first_mismatch(report: Report, reference: Any, prompts: Sequence[list[int]]) -> None:
+def _explain_first_mismatch(report: Report, reference: Reference, prompts: Sequence[list[int]]) -> None:
     from conversion.parity.compare import IDS
 
     first = report.comparison.first_mismatch
@@ -213,11 +215,10 @@ def _print(report: Report, console: Console) -> None:
 
 
 def _cells(row: Row) -> tuple[str, str, str]:
-    if not row.is_exact:
-        place = row.place
+    place, where = row.place, ""
+    if place is not None:
         where = f"prompt {place.prompt}, position {place.position}, index {place.index}"
         return f"{row.absolute:.1e}", f"{row.relative:.1e}", where
-    where = ""
     if row.mismatch is not None:
         where = f"prompt {row.mismatch.prompt}, round {row.mismatch.round}, position {row.mismatch.position}"
     return f"{row.equal} of {row.prompts} equal", "", where

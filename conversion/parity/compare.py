@@ -125,6 +125,7 @@ class Comparison:
     ) -> None:
         """A prompt of `length` tokens decoded by all: ids, accept lengths and drafts against the reference's."""
         expected = decoded[Reference.name]
+        rounds = expected.accept_lengths or []
         for other in implementations:
             found = decoded[other.name]
             ids = first_id_mismatch(prompt, length, expected, found, same_end=other.same_end)
@@ -134,10 +135,10 @@ class Comparison:
                 (DRAFTED, expected.drafted, found.drafted),
             ):
                 if given is not None:
-                    rounds = first_round_mismatch(
-                        prompt, length, what, expected.accept_lengths, wanted, given, same_end=other.same_end
+                    mismatch = first_round_mismatch(
+                        prompt, length, what, rounds, wanted or [], given, same_end=other.same_end
                     )
-                    self.row(what, other.name, Reference.name).add_mismatch(rounds)
+                    self.row(what, other.name, Reference.name).add_mismatch(mismatch)
         if "hf" in decoded and "jax" in decoded:  # both decode to the end, which the reference may not reach
             ends = first_id_mismatch(prompt, length, decoded["hf"], decoded["jax"], same_end=True)
             self.row(IDS, "jax", "hf").add_mismatch(ends)

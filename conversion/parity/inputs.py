@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,7 @@ def make_case(
 
     Without `adapter` a random one is made. `checkpoint` is compared in place of a fresh import.
     """
-    if checkpoint is not None:
-        exit_layer = _checked_exit_layer(checkpoint, adapter, exit_layer)
+    known = None if checkpoint is None else _checked_exit_layer(checkpoint, adapter, exit_layer)
     directory = source
     if source.is_file():
         import_model(source, scratch / "gguf", dtype="float32")
@@ -66,11 +65,11 @@ def make_case(
     if adapter is None:
         adapter = scratch / "adapter"
         write_random_adapter(adapter, directory)
-    if checkpoint is None:
+    if checkpoint is None or known is None:
         checkpoint = scratch / "checkpoint"
-        exit_layer = import_model(source, checkpoint, adapter=adapter, exit_layer=exit_layer).exit_layer
+        known = import_model(source, checkpoint, adapter=adapter, exit_layer=exit_layer).exit_layer
     config = open_source(directory).config
-    return Case(source.resolve().name, directory, adapter, checkpoint, exit_layer, config)
+    return Case(source.resolve().name, directory, adapter, checkpoint, known, config)
 
 
 def _checked_exit_layer(path: Path, adapter: Path | None, exit_layer: int | None) -> int:
@@ -104,21 +103,21 @@ def write_random_adapter(directory: Path, hf_directory: Path, seed: int = ADAPTE
     write_adapter(directory, drafter, options, config)
 
 
-_TINY = {
-    "vocab_size": 128,
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_layers": 4,
-    "num_heads": 4,
-    "num_kv_heads": 4,
-    "head_dim": 12,
-    "max_position_embeddings": 256,
-    "eos_token_ids": (2,),
-}
+_TINY = LlamaConfig(
+    vocab_size=128,
+    hidden_size=48,
+    intermediate_size=96,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=12,
+    max_position_embeddings=256,
+    eos_token_ids=(2,),
+)
 TINY_CONFIGS = {
-    "tiny": LlamaConfig(**_TINY),
-    "tiny, grouped heads, tied": LlamaConfig(
-        **_TINY | {"num_kv_heads": 2, "num_layers": 5, "rope_theta": 100000.0, "tie_word_embeddings": True}
+    "tiny": _TINY,
+    "tiny, grouped heads, tied": replace(
+        _TINY, num_kv_heads=2, num_layers=5, rope_theta=100000.0, tie_word_embeddings=True
     ),
 }
 

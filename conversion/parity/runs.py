@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from dvi_jax.config import DecodeConfig, LlamaConfig
 from dvi_jax.decode.batch import generate_batch
 from dvi_jax.decode.prefill import bucket
 from dvi_jax.loading import load
+from dvi_jax.model.features import Features
 from dvi_jax.model.speculative_llama import Definition, Params, join
 from kangaroo_ref import kangaroo_generate, load_kangaroo, prompt_stages
 from kangaroo_ref.upstream import TRANSFORMERS_VERSION, Upstream, load_upstream
@@ -61,8 +62,11 @@ class Decoded:
 class Implementation(Protocol):
     """`same_end`: it stops where the reference stops; the others decode to exactly `max_new_tokens`."""
 
-    name: str
-    same_end: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def same_end(self) -> bool: ...
 
     def stages(self, prompt: Sequence[int]) -> Stages:
         """The tensors it has, by their key in `STAGES`."""
@@ -124,7 +128,7 @@ def _jax_stages(definition: Definition, params: Params, prompt: jax.Array) -> di
     positions = jnp.arange(prompt.shape[1])[None]
     hidden_exit, _, _ = model.llama.shallow(prompt, None, positions)
     hidden_last, _, _ = model.llama.deep(hidden_exit, None, positions)
-    adapter_out = model.drafter.unroll(hidden_exit, hidden_last, positions, 1)[0]
+    adapter_out = model.drafter.unroll(hidden_exit, Features(hidden_last), positions, 1)[0]
     return {
         "logits": model.llama.logits(hidden_last),
         "hidden_exit": hidden_exit,
@@ -205,7 +209,15 @@ def why_not_transformers(config: LlamaConfig) -> str | None:
     return None
 
 
-def _decode_options(prompt: Sequence[int], settings: Settings) -> dict:
+class _DecodeOptions(TypedDict):
+    draft_steps: int
+    threshold: float
+    max_new_tokens: int
+    eos_id: int
+    max_length: int
+
+
+def _decode_options(prompt: Sequence[int], settings: Settings) -> _DecodeOptions:
     # The original's buffer of 2048 positions must not end a run that the model's context allows.
     length = len(prompt) + settings.max_new_tokens
     return {

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dvi_jax.data.records import INVALID_UTF8, NOT_AN_OBJECT, TOO_LONG, Damaged, RecordReader
 from dvi_jax.data.sources import CUT_OFF, STDIN, ByteSource
@@ -57,10 +58,10 @@ class StreamPosition:
     def from_json(cls, value: object) -> StreamPosition:
         """Raise `UserError` unless `value` is what `to_json` gives."""
         names = list(asdict(cls()))
-        is_position = isinstance(value, dict) and sorted(value) == sorted(names)
-        if not is_position or not all(type(n) is int and n >= 0 for n in value.values()):
+        numbers = value if isinstance(value, dict) and sorted(value) == sorted(names) else None
+        if numbers is None or not all(type(n) is int and n >= 0 for n in numbers.values()):
             raise UserError(f"a stream position is an object of the numbers {', '.join(names)}, not {value!r:.80}")
-        return cls(**value)
+        return cls(**numbers)
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,9 @@ class ConversationStream:
     def _accept(self, record: object, position: StreamPosition) -> Conversation | None:
         """The conversation in `record`, or None after counting why there is none."""
         try:
-            messages = parse_messages(record, self.limits)
-            name = _conversation_id(record, messages)
+            fields = _object(record)
+            messages = parse_messages(fields, self.limits)
+            name = _conversation_id(fields, messages)
             self._remember(name)
         except _UnusableError as unusable:
             self.counts[unusable.reason] += 1
@@ -182,12 +184,16 @@ class _UnusableError(Exception):
         self.reason = reason
 
 
-def parse_messages(record: object, limits: StreamLimits) -> tuple[Message, ...]:
-    """The messages of one record (`messages` or `conversations`); raises `_UnusableError` with the reason."""
+def _object(record: object) -> dict[str, Any]:
     if isinstance(record, Damaged):
         raise _UnusableError(record.reason)
     if not isinstance(record, dict):
         raise _UnusableError(NOT_AN_OBJECT)
+    return record
+
+
+def parse_messages(record: dict[str, Any], limits: StreamLimits) -> tuple[Message, ...]:
+    """The messages of one record (`messages` or `conversations`); raises `_UnusableError` with the reason."""
     turns = _field(record, "messages", "conversations")
     if not isinstance(turns, list):
         raise _UnusableError(WRONG_TYPE)
@@ -219,7 +225,7 @@ def _parse_message(turn: object, max_chars: int) -> Message:
     return Message(ROLES[role.lower()], content)
 
 
-def _field(value: dict, *names: str) -> object:
+def _field(value: dict[str, Any], *names: str) -> object:
     """The first of `names` that is there and not null."""
     for name in names:
         if value.get(name) is not None:
@@ -227,7 +233,7 @@ def _field(value: dict, *names: str) -> object:
     raise _UnusableError(MISSING_FIELD)
 
 
-def _conversation_id(record: dict, messages: tuple[Message, ...]) -> str:
+def _conversation_id(record: dict[str, Any], messages: tuple[Message, ...]) -> str:
     name = record.get("id", record.get("conversation_id"))
     if isinstance(name, str) and 0 < len(name) <= 256:
         _check_encodable(name)

@@ -68,7 +68,8 @@ class PromptStream:
         `system` replaces the conversations' own system messages; `with_log` keeps the log's answer to every prompt.
         """
         self.settings, self.system, self.with_log = settings, system, with_log
-        self.position, self.given, self.counts = conversations.start, 0, collections.Counter()
+        self.position, self.given = conversations.start, 0
+        self.counts: collections.Counter[str] = collections.Counter()
         if state is not None:
             self.position, self.given, self.counts = _parse_state(state)
             conversations = ConversationStream(conversations.paths, start=self.position, limits=conversations.limits)

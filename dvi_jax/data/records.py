@@ -165,6 +165,7 @@ class _TextBuffer:
         bracket = ""
         while True:
             skipped = _SEPARATORS.match(self._text, self._at)
+            assert skipped is not None  # the pattern matches nothing at all as well
             brackets = skipped.group().translate(_NOT_A_BRACKET)
             bracket = brackets[-1:] or bracket
             self._at = skipped.end()

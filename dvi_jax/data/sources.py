@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -71,20 +71,23 @@ def _open(path: str) -> contextlib.AbstractContextManager[BinaryIO]:
 
 def _raw_chunks(file: BinaryIO) -> Iterator[bytes]:
     # read1 hands over what a pipe has delivered instead of waiting for a full chunk.
-    while chunk := file.read1(CHUNK_BYTES):
+    while chunk := file.read1(CHUNK_BYTES):  # type: ignore[attr-defined]  # typing.BinaryIO lacks what all buffers have
         yield chunk
 
 
 class _Inflater(Protocol):
     """What zlib's and zstandard's decompression objects have in common; one for each frame."""
 
-    eof: bool
-    unused_data: bytes
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
 
     def decompress(self, data: bytes, /) -> bytes: ...
 
 
-def _unpack(raw: Iterable[bytes], new_inflater: Callable[[], _Inflater]) -> Iterator[bytes]:
+def _unpack(raw: Iterable[bytes], new_inflater: Callable[[], _Inflater]) -> Generator[bytes, None, bool]:
     """Yield the contents of all frames; return whether the last one was whole."""
     frames = _Frames(new_inflater)
     for data in raw:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from dvi_jax.data.conversations import Message
 from dvi_jax.errors import UserError
@@ -52,7 +53,7 @@ class ChatTemplate:
             "memory_bytes": self.limits.memory_bytes,
         }
         self._lock = threading.Lock()
-        self._worker: subprocess.Popen | None = None
+        self._worker: subprocess.Popen[str] | None = None
         self.render([Message("user", "Hello")])
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
@@ -64,14 +65,13 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         with self._lock:
-            if self._worker is None:
-                self._start()
-            return self._ask(request)
+            worker = self._worker or self._start()
+            return self._ask(worker, request)
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen[str]:
         # -P and the explicit path: the worker finds this process's packages, not the modules beside it.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._worker = subprocess.Popen(
+        worker = self._worker = subprocess.Popen(
             [sys.executable, "-P", "-B", str(WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -79,31 +79,40 @@ class ChatTemplate:
             text=True,
             encoding="utf-8",
         )
-        weakref.finalize(self, _stop, self._worker)
-        self._ask(self._setup)
+        weakref.finalize(self, _stop, worker)
+        self._ask(worker, self._setup)
+        return worker
 
-    def _ask(self, request: dict) -> str:
+    def _ask(self, worker: subprocess.Popen[str], request: dict[str, Any]) -> str:
+        requests, answers = _pipes(worker)
         try:
-            self._worker.stdin.write(json.dumps(request) + "\n")
-            self._worker.stdin.flush()
-            line = self._worker.stdout.readline()
+            requests.write(json.dumps(request) + "\n")
+            requests.flush()
+            line = answers.readline()
         except BrokenPipeError:
             line = ""
-        answer = json.loads(line) if line.endswith("\n") else {"error": self._ending()}
+        answer = json.loads(line) if line.endswith("\n") else {"error": self._ending(worker)}
         if "error" in answer:
             raise TemplateRefusedError(f"the chat template failed: {answer['error']}")
         return answer["text"]
 
-    def _ending(self) -> str:
+    def _ending(self, worker: subprocess.Popen[str]) -> str:
         """Why the worker ended; the next rendering starts another."""
-        worker, self._worker = self._worker, None
+        self._worker = None
         _stop(worker)
         seconds, mebibytes = self.limits.cpu_seconds, self.limits.memory_bytes >> 20
         return f"it ran over its limits of {seconds} s and {mebibytes} MiB (exit status {worker.returncode})"
 
 
-def _stop(worker: subprocess.Popen) -> None:
-    for pipe in (worker.stdin, worker.stdout):
+def _pipes(worker: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
+    """Where it takes requests and where it answers: both were opened as pipes."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    return worker.stdin, worker.stdout
+
+
+def _stop(worker: subprocess.Popen[str]) -> None:
+    for pipe in _pipes(worker):
         with contextlib.suppress(BrokenPipeError):  # unsent bytes for a process that is gone
             pipe.close()
     worker.wait()

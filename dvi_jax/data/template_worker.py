@@ -16,6 +16,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -68,7 +69,7 @@ def limit_process(memory_bytes: int) -> None:
             resource.setrlimit(kind, (value, value))
 
 
-def render(template: jinja2.Template, variables: dict, max_chars: int) -> str:
+def render(template: jinja2.Template, variables: dict[str, Any], max_chars: int) -> str:
     """The rendered text; raises `TooMuchOutputError` as soon as it is longer than `max_chars`."""
     pieces, length = [], 0
     for piece in template.generate(**variables):

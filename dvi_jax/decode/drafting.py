@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from dvi_jax.decode.sampling import draw_draft
 from dvi_jax.decode.state import NO_TOKEN, DecodeState, Knobs
@@ -16,7 +17,7 @@ from dvi_jax.model.llama import Tapped
 from dvi_jax.model.speculative_llama import SpeculativeLlama
 
 
-class Draft(NamedTuple):
+class Draft(struct.PyTreeNode):
     """A round's proposals. Row 0 is the pending token, row i + 1 the draft made i-th (from 0)."""
 
     tokens: jax.Array  # int32 [B, W], NO_TOKEN where nothing is drafted

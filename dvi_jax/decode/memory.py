@@ -176,6 +176,8 @@ def available_bytes() -> int:
 def workspace_bytes(program: jax.stages.Compiled, made: int) -> int:
     """Bytes that a program needs besides its arguments and the `made` bytes of new arrays that it is run for."""
     analysis = program.memory_analysis()
+    if analysis is None:
+        raise UserError("this device does not say how much memory a program takes")
     new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # the rest is written into donated arguments
     return analysis.temp_size_in_bytes + max(0, new - made)
 
@@ -197,7 +199,7 @@ def lower_programs(model: LoadedModel, sizes: Sizes) -> tuple[jax.stages.Lowered
     )
 
 
-def _prefill_arguments(model: LoadedModel, sizes: Sizes) -> tuple[tuple, dict[str, Any], dict[str, Any]]:
+def _prefill_arguments(model: LoadedModel, sizes: Sizes) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
     """Shapes of prefill's arrays, the named ones apart, and its static arguments: all that `start` gives it."""
     count = jax.ShapeDtypeStruct((sizes.batch,), jnp.int32)
     prompts = jax.ShapeDtypeStruct((sizes.batch, sizes.prompt), jnp.int32)

@@ -36,8 +36,7 @@ class Purpose(IntEnum):
     RESIDUAL = 3
 
 
-@struct.dataclass
-class Sampling:
+class Sampling(struct.PyTreeNode):
     """How each row is sampled. Rows may differ in everything but `coupled`; temperature 0 is greedy."""
 
     key: jax.Array  # PRNG key [B]
@@ -145,6 +144,7 @@ def draw_verified(
     token = draw(log_p, sampling, position)
     if sampling.coupled:
         return token
+    assert log_q is not None  # rejection keeps it
     draft = jnp.pad(rows[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     at = jnp.maximum(draft, 0)[..., None]
     ratio = jnp.exp(jnp.take_along_axis(log_p, at, -1) - jnp.take_along_axis(log_q, at, -1))[..., 0]

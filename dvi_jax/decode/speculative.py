@@ -19,7 +19,7 @@ from dvi_jax.decode.drafting import Draft, Rows
 from dvi_jax.decode.sampling import draw_verified
 from dvi_jax.decode.state import NO_TOKEN, DecodeState, Knobs, Signals
 from dvi_jax.decode.step_drafting import propose_by_steps
-from dvi_jax.model.drafters import BlockDrafter, Committed
+from dvi_jax.model.drafters import BlockDrafter, Committed, StepDrafter
 from dvi_jax.model.features import Features
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
 
@@ -58,9 +58,11 @@ def speculative_round(model: SpeculativeLlama, state: DecodeState, knobs: Knobs)
 
 def propose(model: SpeculativeLlama, state: DecodeState, knobs: Knobs) -> tuple[Draft, Rows, DecodeState]:
     """The round's drafts, its rows as the draft pass sees them, and the state with the draft pass's caches."""
-    if isinstance(model.drafter, BlockDrafter):
-        return propose_block(model, model.drafter, state, knobs)
-    return propose_by_steps(model, model.drafter, state, knobs)
+    drafter = model.drafter
+    if isinstance(drafter, BlockDrafter):
+        return propose_block(model, drafter, state, knobs)
+    assert isinstance(drafter, StepDrafter)  # there are two kinds
+    return propose_by_steps(model, drafter, state, knobs)
 
 
 def verify(

@@ -51,8 +51,7 @@ class Knobs(NamedTuple):
         )
 
 
-@struct.dataclass
-class Signals:
+class Signals(struct.PyTreeNode):
     """Learning signals, indexed by the position they predict. Filled only in rollouts.
 
     reward: 1 the proposal was accepted, 0 it was the round's first reject, -1 none was judged here.
@@ -76,8 +75,7 @@ class Signals:
         )
 
 
-@struct.dataclass
-class DecodeState:
+class DecodeState(struct.PyTreeNode):
     """One batch of generations between two rounds.
 
     `tokens[b, :length[b]]` is committed; its last token has not been through the model yet, so the caches hold

@@ -94,5 +94,6 @@ def propose_by_steps(
     )
     steps = jax.lax.while_loop(lambda s: s.waits, advance, steps)
     drafted, _, drafter_state = steps.newest
-    trunk = {"trunk": steps.caches} if model.separate_trunk else {"shallow": steps.caches}
-    return drafted, steps.rows, state.replace(drafter=drafter_state, **trunk)
+    state = state.replace(drafter=drafter_state)
+    state = state.replace(trunk=steps.caches) if model.separate_trunk else state.replace(shallow=steps.caches)
+    return drafted, steps.rows, state

@@ -141,8 +141,8 @@ class Stream:
     ):
         if every < 1:
             raise UserError(f"a stream gives tokens every 1 or more rounds, got {every}")
-        if stop and model.tokenizer is None:
-            raise UserError("stop strings need a tokenizer, which this checkpoint lacks")
+        if stop:
+            model.need_tokenizer("stop strings need a tokenizer, which this checkpoint lacks")
         if not all(stop):
             raise UserError("a stop string must not be empty")
         self._model, self._every = model, every

@@ -77,7 +77,7 @@ def evaluate(
                 question, texts = answered.question, answered.texts
                 speculative, plain = zip(*[(turn.speculative, turn.plain) for turn in answered.turns], strict=True)
                 answer_file.append(answer_line(question, about["model_id"], texts, speculative))
-                plain_texts = [decoder.model.tokenizer.decode(trace.new_ids) for trace in plain]
+                plain_texts = [decoder.tokenizer.decode(trace.new_ids) for trace in plain]
                 plain_answer_file.append(answer_line(question, about["model_id"] + "-plain", plain_texts, plain))
             for turn in answered.turns:
                 trace_file.append(trace_line(turn.plain))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dvi_jax.errors import UserError
 from dvi_jax.evaluate.summary import turn_speedup
@@ -122,7 +122,7 @@ def _shorten(label: str, longest: int = 24) -> str:
     return label if len(label) <= longest else label[: longest - 1] + "…"
 
 
-def _finish(figure: Figure, axes: Axes, grid: str) -> Figure:
+def _finish(figure: Figure, axes: Axes, grid: Literal["both", "x", "y"]) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     axes.grid(axis=grid, color="#e3e6ea", linewidth=0.8)

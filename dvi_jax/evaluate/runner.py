@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from dvi_jax.config import DecodeConfig
 from dvi_jax.data.conversations import Message
 from dvi_jax.data.template import TemplateRefusedError
+from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.decode.batch import Generation, make_knobs, read_generations, slots_for, start
 from dvi_jax.decode.memory import Sizes, measure_memory
 from dvi_jax.decode.prefill import bucket
@@ -71,6 +72,13 @@ class PairedDecoder:
         self._programs: dict[int, Any] = {}  # by cache slots
         self._warm: set[int] = set()  # prompt buckets
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's; raises `UserError` where the checkpoint has none."""
+        return self.model.need_tokenizer(
+            "this checkpoint has no tokenizer, which questions need: import the model with one"
+        )
+
     def both(self, prompt: Sequence[int], *, plain_first: bool) -> dict[str, TimedGeneration]:
         """The prompt decoded in both modes, by mode, in the order asked for."""
         self._warm_up(prompt)
@@ -121,9 +129,7 @@ def run_questions(decoder: PairedDecoder, questions: Sequence[Question]) -> Iter
 
 
 def first_prompt(decoder: PairedDecoder, questions: Sequence[Question]) -> list[int]:
-    """The first prompt that can be asked; raises `UserError` where not one conversation could be begun."""
-    if decoder.model.tokenizer is None:
-        raise UserError("this checkpoint has no tokenizer, which questions need: import the model with one")
+    """The first prompt that can be asked; raises `UserError` where no conversation could be begun."""
     reason = ""
     for question in questions:
         prompt = conversation_prompt(decoder, [Message("user", question.turns[0])])
@@ -148,7 +154,7 @@ def hold_conversation(decoder: PairedDecoder, question: Question, *, plain_first
         timed = decoder.both(prompt, plain_first=plain_first == (number % 2 == 0))
         traces = {mode: _trace(question, number, prompt, mode, timed) for mode in (PLAIN, SPECULATIVE)}
         answered.turns.append(Turn(traces[PLAIN], traces[SPECULATIVE]))
-        answered.texts.append(decoder.model.tokenizer.decode(traces[SPECULATIVE].new_ids))
+        answered.texts.append(decoder.tokenizer.decode(traces[SPECULATIVE].new_ids))
         messages.append(Message("assistant", answered.texts[-1]))
     return answered
 
@@ -156,7 +162,7 @@ def hold_conversation(decoder: PairedDecoder, question: Question, *, plain_first
 def conversation_prompt(decoder: PairedDecoder, messages: Sequence[Message]) -> list[int] | str:
     """The prompt that asks for the next answer, or the reason why it cannot be asked."""
     try:
-        prompt = decoder.model.tokenizer.chat(messages)
+        prompt = decoder.tokenizer.chat(messages)
     except TemplateRefusedError:
         return REFUSED
     room = decoder.model.config.max_position_embeddings - decoder.settings.max_new_tokens

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -32,8 +33,7 @@ from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama
 POSITIONS_AT_ONCE = 2048  # whose logits over the vocabulary are in memory
 
 
-@struct.dataclass
-class DistillState:
+class DistillState(struct.PyTreeNode):
     """What one step hands to the next."""
 
     trainable: Trainable
@@ -58,8 +58,8 @@ def distill_step(
     definition: Definition,
     params: Params,
     state: DistillState,
-    tokens: jax.Array,
-    mask: jax.Array,
+    tokens: jax.Array | np.ndarray,
+    mask: jax.Array | np.ndarray,
     *,
     config: DistillConfig,
 ) -> tuple[DistillState, dict[str, jax.Array]]:
@@ -67,7 +67,7 @@ def distill_step(
 
     `state` is used up, all but its `trainable`: a model that decodes with those arrays keeps them.
     """
-    rest = state.replace(trainable=None)
+    rest = state.replace(trainable={})
     return _distill_step(definition, params, state.trainable, rest, tokens, mask, config=config)
 
 

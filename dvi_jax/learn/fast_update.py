@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -23,13 +24,12 @@ from dvi_jax.learn.optimizer import guarded
 from dvi_jax.learn.replay import Replay, Windows, sample
 from dvi_jax.learn.schedule import kl_to_rl
 from dvi_jax.learn.slow_update import SlowState
-from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
+from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, Tree, join
 
-Trainable = dict[str, dict]
+Trainable = dict[str, Tree]
 
 
-@struct.dataclass
-class LearnerState:
+class LearnerState(struct.PyTreeNode):
     """All that the fast update carries; with the stream position, all that a resumed run needs."""
 
     trainable: Trainable  # {"drafter": ..., "lora_s": ...} as in `Params`
@@ -103,7 +103,7 @@ def fast_update(
     params: Params,
     state: LearnerState,
     fresh: Windows,
-    is_current: jax.Array,
+    is_current: jax.Array | np.ndarray,
     *,
     objective: ObjectiveConfig,
     optimizer: OptimizerConfig,
@@ -115,7 +115,7 @@ def fast_update(
     (`is_current`, bool): proposals of another drafter would bias it. Returns the new state and scalar metrics.
     `state` is used up, all but its `trainable`: a model that decodes with those arrays keeps them.
     """
-    rest = state.replace(trainable=None)
+    rest = state.replace(trainable={})
     return _fast_update(
         definition,
         params,

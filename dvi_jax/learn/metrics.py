@@ -16,6 +16,7 @@ class MetricsLog:
 
     def __init__(self, path: Path):
         self.path = path
+        self._refusal: OSError | None = None  # of the disk, of the newest record
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
@@ -68,7 +69,7 @@ class MetricsLog:
         self._file = self.path.open("ab", buffering=0)
         self._length = self._file.seek(0, os.SEEK_END)
         self._waiting = b""
-        self._refusal: OSError | None = None
+        self._refusal = None
 
     def _write_waiting(self) -> None:
         """Write all waiting lines; if only some bytes fit, cut the file back to whole lines."""

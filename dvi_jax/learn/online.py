@@ -95,7 +95,10 @@ class OnlineRun(Run[LearnerState, Acceptance]):
         self.config = config
         model = from_checkpoint(checkpoint, seed=config.seed)
         self.window = window_length(config.decode, config.data.max_prompt_tokens)
-        self._check(model, checkpoint)
+        self._check(model)
+        self.tokenizer = model.need_tokenizer(
+            f"{checkpoint.path} has no tokenizer.json, which a conversation stream needs"
+        )
         super().__init__(checkpoint, model, directory, config.rollback)
         self.progress = Progress()
         self.stream = self._open_stream(None)
@@ -103,11 +106,9 @@ class OnlineRun(Run[LearnerState, Acceptance]):
         if not self.held_out:
             raise UserError("the stream has no held-out prompt: raise data.held_out_fraction or give more data")
 
-    def _check(self, model: LoadedModel, checkpoint: Checkpoint) -> None:
+    def _check(self, model: LoadedModel) -> None:
         """Raise `UserError` for settings that this model cannot serve."""
         config = self.config
-        if model.tokenizer is None:
-            raise UserError(f"{checkpoint.path} has no tokenizer.json, which a conversation stream needs")
         if self.window > model.config.max_position_embeddings:
             raise UserError(
                 f"data.max_prompt_tokens {config.data.max_prompt_tokens} and decode.max_new_tokens"
@@ -312,4 +313,4 @@ class OnlineRun(Run[LearnerState, Acceptance]):
     def _open_stream(self, state: dict[str, Any] | None) -> PromptStream:
         conversations = ConversationStream(self.config.data.files)
         with_log = self.config.slow.every > 0
-        return PromptStream(conversations, self.model.tokenizer, self.config.data, with_log=with_log, state=state)
+        return PromptStream(conversations, self.tokenizer, self.config.data, with_log=with_log, state=state)

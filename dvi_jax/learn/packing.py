@@ -47,9 +47,9 @@ def pack(sequences: Iterable[tuple[Sequence[int], Sequence[bool]]], row_length: 
     """Pack (ids, mask) pairs; the last, incomplete row is left out."""
     dtype = np.uint16 if vocab_size <= 2**16 else np.int32
     ids, masks = [], []
-    for sequence, mask in sequences:
+    for sequence, marks in sequences:
         ids.append(np.asarray(sequence, dtype))
-        masks.append(np.asarray(mask, bool))
+        masks.append(np.asarray(marks, bool))
     tokens, mask = np.concatenate(ids or [np.zeros(0, dtype)]), np.concatenate(masks or [np.zeros(0, bool)])
     rows = len(tokens) // row_length
     if not rows:

@@ -16,8 +16,7 @@ from dvi_jax.decode.state import DecodeState
 from dvi_jax.model.features import Features
 
 
-@struct.dataclass
-class Windows:
+class Windows(struct.PyTreeNode):
     """Generations with their learning signals, indexed by the position they predict (see `Signals`)."""
 
     tokens: jax.Array  # int32 [N, T], prompt and answer
@@ -42,8 +41,7 @@ class Windows:
         )
 
 
-@struct.dataclass
-class Replay:
+class Replay(struct.PyTreeNode):
     """A ring of windows: `cursor` is written next, `size` slots are filled."""
 
     windows: Windows  # N = C
@@ -60,6 +58,7 @@ class Replay:
 def read_windows(state: DecodeState, prompt_length: jax.Array, *, window: int) -> Windows:
     """The windows of a finished rollout (a `DecodeState` with signals), cut to `window` positions."""
     signals = state.signals
+    assert signals is not None
     return Windows(
         tokens=state.tokens[:, :window],
         proposal=signals.proposal[:, :window],

@@ -31,7 +31,7 @@ class Run(ABC, Generic[State, Measured]):
         self.checkpoint, self.model, self.directory, self.rollback = checkpoint, model, directory, rollback
         # On the host, for a rollback before the first snapshot.
         self.initial = jax.device_get({name: getattr(model.params, name) for name in ("drafter", "lora_s", "lora_d")})
-        self.state = self.initial_state(model.params)
+        self.state: State = self.initial_state(model.params)
         self.watch = Watch()
         self.before: Measured | None = None  # at the beginning
         self.after: Measured | None = None  # the newest

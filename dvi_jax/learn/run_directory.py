@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from datetime import datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 from dvi_jax.checkpoint import read_manifest
@@ -47,8 +48,10 @@ class RunDirectory:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._stack.__exit__(*error)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
 
     def restore(self, template: State) -> tuple[Snapshot[State] | None, list[dict[str, Any]]]:
         """The newest whole snapshot if this run resumes one, and the evaluations up to there.
@@ -57,8 +60,8 @@ class RunDirectory:
         """
         found = self.snapshots.newest(template) if self.resume else None
         evaluations = self.metrics.rewind(-1 if found is None else found.step)
-        for reason in found.damaged if found else ():
-            self.log("damaged_snapshot", found.step, {"reason": reason, "snapshot": found.step})
+        if found is not None:
+            self._log_damaged(found, found.step)
         return found, evaluations
 
     def last_good(
@@ -66,9 +69,14 @@ class RunDirectory:
     ) -> Snapshot[State] | None:
         """`Snapshots.last_good`, telling of damaged ones at `step`."""
         found = self.snapshots.last_good(template, among, best=best)
-        for reason in found.damaged if found else ():
-            self.log("damaged_snapshot", step, {"reason": reason, "snapshot": found.step})
+        if found is not None:
+            self._log_damaged(found, step)
         return found
+
+    def _log_damaged(self, found: Snapshot[State], step: int) -> None:
+        """Tell at `step` of the snapshots that could not be read before `found`."""
+        for reason in found.damaged:
+            self.log("damaged_snapshot", step, {"reason": reason, "snapshot": found.step})
 
     def save(self, state: State, progress: dict[str, Any], *, score: float | None = None, regular: bool = True) -> None:
         """Save in the background, after the metrics so far."""

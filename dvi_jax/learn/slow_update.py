@@ -18,14 +18,13 @@ from flax import struct
 from dvi_jax.config import SlowConfig
 from dvi_jax.learn import objectives
 from dvi_jax.learn.optimizer import guarded
-from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
+from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, Tree, join
 
 
-@struct.dataclass
-class SlowState:
+class SlowState(struct.PyTreeNode):
     """What one slow update hands to the next."""
 
-    lora_d: dict
+    lora_d: Tree
     optimizer: optax.OptState
     step: jax.Array  # int32 scalar, slow updates done
 
@@ -57,7 +56,7 @@ def slow_update(
     frozen = join(definition, params._replace(lora_d=jax.tree.map(jnp.zeros_like, params.lora_d)))
     reference = jax.lax.stop_gradient(verifier_logits(frozen, tokens))
 
-    def loss_of(lora_d: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss_of(lora_d: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = verifier_logits(join(definition, params._replace(lora_d=lora_d)), tokens)
         return slow_loss(logits, reference, tokens, mask, config.beta)
 

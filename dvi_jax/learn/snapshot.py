@@ -25,6 +25,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import KeyPath
 
 from dvi_jax.archives import DAMAGED_NPZ, read_npz
 from dvi_jax.directories import PARTIAL, DamageError, hash_files, partial_directory, remove_partial, verify_files
@@ -180,7 +181,9 @@ class Snapshots:
         verify_files(path, checksums)
         return _from_named(read_arrays(path / ARRAYS), template, str(path)), _read_json(path / PROGRESS)["progress"]
 
-    def _write(self, step: int, arrays: dict[str, jax.Array], document: dict, before: Callable[[], None]) -> None:
+    def _write(
+        self, step: int, arrays: dict[str, jax.Array], document: dict[str, Any], before: Callable[[], None]
+    ) -> None:
         """The thread's work."""
         began = time.perf_counter()
         before()
@@ -217,7 +220,7 @@ class Snapshots:
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """An uncompressed .npz, on the disk when this returns."""
     with path.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes any of them for its own `allow_pickle`
         file.flush()
         os.fsync(file.fileno())
 
@@ -244,7 +247,7 @@ def _from_named(arrays: dict[str, np.ndarray], template: State, where: str) -> S
     if unknown:
         raise UserError(f"{where} does not fit these settings: it has {unknown[0]}, which they do not use")
 
-    def find(path: tuple, old: jax.Array) -> jax.Array:
+    def find(path: KeyPath[Any], old: jax.Array) -> jax.Array:
         name = _name(path)
         if name not in arrays:
             raise UserError(f"{where} does not fit these settings: it has no {name}")
@@ -263,7 +266,7 @@ def _from_named(arrays: dict[str, np.ndarray], template: State, where: str) -> S
     return jax.tree.map_with_path(find, template)
 
 
-def _name(path: tuple) -> str:
+def _name(path: KeyPath[Any]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

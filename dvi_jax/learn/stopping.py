@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None  # as `signal.signal` takes and gives it
 
 
 class Stopped(SystemExit):
@@ -25,7 +28,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._earlier: dict[int, object] = {}
+        self._earlier: dict[int, Handler] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():

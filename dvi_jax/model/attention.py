@@ -7,7 +7,7 @@ H head size.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ class LayerCache(NamedTuple):
 Caches = tuple[LayerCache, ...]
 Heads = tuple[int, int, int]  # (N, K, H)
 Rope = tuple[jax.Array, jax.Array]  # of `rope_tables`
-CUDNN = "cudnn"  # the implementation of `jax.nn.dot_product_attention`
+CUDNN: Literal["cudnn", "xla"] = "cudnn"  # the implementation of `jax.nn.dot_product_attention`
 MOST_ROUND_ROWS = 32  # more rows than any round has belong to a prefill
 
 
@@ -107,9 +107,18 @@ def attend_fresh(
     return attend(query, key, value, positions[:, None, :] <= positions[:, :, None]), cache
 
 
-def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, **rule: Any) -> jax.Array:
-    """`attend` by cuDNN, which never writes the scores to memory. `rule`: is_causal=True or mask, bool [B, 1, T, S]."""
-    mixed = jax.nn.dot_product_attention(query, key.swapaxes(1, 2), value.swapaxes(1, 2), implementation=CUDNN, **rule)
+def cudnn_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, mask: jax.Array | None = None, is_causal: bool = False
+) -> jax.Array:
+    """`attend` by cuDNN, which never writes the scores to memory. Either `mask`, bool [B, 1, T, S], or `is_causal`."""
+    mixed = jax.nn.dot_product_attention(
+        query,
+        key.swapaxes(1, 2),
+        value.swapaxes(1, 2),
+        mask=mask,
+        is_causal=is_causal,
+        implementation=CUDNN,
+    )
     return mixed.reshape(*query.shape[:2], -1)
 
 

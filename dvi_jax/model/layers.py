@@ -53,7 +53,7 @@ class Block(nnx.Module):
         self.down = Base(weights["down"])
         self.heads = heads
         self.eps = eps
-        self.lora = nnx.Dict()  # weight name -> LoRA
+        self.lora: nnx.Dict[LoRA] = nnx.Dict()  # by weight name
 
     def __call__(
         self,
@@ -75,10 +75,12 @@ class Block(nnx.Module):
 
         residual, normed = residual.normed(self.attn_norm[...], self.eps)
         entered = residual.x
-        attend = attention.attend_fresh if fresh else attention.attend_cached
         qkv = project("qkv", normed)
         with jax.named_scope("attention"):
-            mixed, cache = attend(qkv, self.heads, rope, cache, positions)
+            if fresh or cache is None:
+                mixed, cache = attention.attend_fresh(qkv, self.heads, rope, cache, positions)
+            else:
+                mixed, cache = attention.attend_cached(qkv, self.heads, rope, cache, positions)
         residual = residual.plus(project("out", mixed))
         with jax.named_scope("mlp"):
             residual, normed = residual.normed(self.mlp_norm[...], self.eps)

@@ -45,7 +45,9 @@ def base_shapes(config: LlamaConfig) -> dict[str, Any]:
     return shapes
 
 
-def random_base(config: LlamaConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32, std: float = 0.02) -> dict:
+def random_base(
+    config: LlamaConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32, std: float = 0.02
+) -> dict[str, Any]:
     """A random weight tree (norms 1, matrices normal with `std`), for tests and speed measurements."""
     shapes, tree = jax.tree.flatten(base_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
     make = jax.jit(lambda k, shape: (jax.random.normal(k, shape, dtype) * std).astype(dtype), static_argnums=1)
@@ -109,13 +111,13 @@ class Llama(nnx.Module):
         *,
         adapted: bool = False,
         fresh: bool = False,
-    ) -> tuple[jax.Array, Tapped, Caches | None]:
+    ) -> tuple[jax.Array, Tapped, Caches]:
         """Embedding and layers below `exit_layer`, on int tokens [B, T] at consecutive `positions` [B, T].
 
         Returns the exit hidden state [B, T, D] (not normed; the embedding at exit layer 0), the tapped states
-        [B, T, D] of these layers, and the caches. `adapted` turns lora_S on: in the draft pass only, never on the way
-        to the verifier. Without caches, or when `fresh` (a prefill: nothing lies in the caches yet), rows see only
-        the rows of this call.
+        [B, T, D] of these layers, and the caches (none: ()). `adapted` turns lora_S on: in the draft pass only, never
+        on the way to the verifier. Without caches, or when `fresh` (a prefill: nothing lies in the caches yet), rows
+        see only the rows of this call.
         """
         with jax.named_scope("shallow"):
             x = self.embed[...][tokens]
@@ -125,10 +127,10 @@ class Llama(nnx.Module):
 
     def deep(
         self, hidden: jax.Array, caches: Caches | None, positions: jax.Array, *, fresh: bool = False
-    ) -> tuple[jax.Array, Tapped, Caches | None]:
+    ) -> tuple[jax.Array, Tapped, Caches]:
         """Layers from `exit_layer` on and the final norm, on exit hidden states [B, T, D]; `fresh` as in `shallow`.
 
-        Returns the normed final hidden state [B, T, D], the tapped states of these layers, and the caches.
+        Returns the normed final hidden state [B, T, D], the tapped states of these layers, and the caches (none: ()).
         """
         with jax.named_scope("deep"):
             layers = range(self.exit_layer, self.config.num_layers)
@@ -151,7 +153,7 @@ class Llama(nnx.Module):
 
     def _run(
         self, layers: range, x: jax.Array, caches: Caches | None, positions: jax.Array, *, adapted: bool, fresh: bool
-    ) -> tuple[Residual, Tapped, Caches | None]:
+    ) -> tuple[Residual, Tapped, Caches]:
         """Run `layers` on x [B, T, D]; the arguments are those of `shallow`."""
         config = self.config
         frequencies = attention.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
@@ -169,4 +171,4 @@ class Llama(nnx.Module):
                 tapped.append(entered)
             if new_cache is not None:
                 updated.append(new_cache)
-        return residual, tuple(tapped), (None if caches is None else tuple(updated))
+        return residual, tuple(tapped), tuple(updated)

@@ -40,7 +40,8 @@ class SpeculativeLlama(nnx.Module):
         self.llama = llama
         self.drafter = drafter
         self.separate_trunk = separate_trunk
-        self.draft_vocabulary = nnx.Dict()  # "ids" int32 [Vd] and "head" [Vd, D] once `restrict_drafts` was called
+        # "ids" int32 [Vd] and "head" [Vd, D] once `restrict_drafts` was called.
+        self.draft_vocabulary: nnx.Dict[Base] = nnx.Dict()
 
     def restrict_drafts(self, ids: Sequence[int]) -> None:
         """Draft only these tokens, so that a draft reads a small part of the LM head; verification sees them all.

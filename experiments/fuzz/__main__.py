@@ -31,7 +31,7 @@ MAX_DEATHS = 20  # of a parser's workers
 class Result:
     """What the cases of one parser came to."""
 
-    kinds: collections.Counter = field(default_factory=collections.Counter)
+    kinds: collections.Counter[str] = field(default_factory=collections.Counter)
     slowest: float = 0.0
     peak: int = 0
     failures: list[dict[str, Any]] = field(default_factory=list)
@@ -120,7 +120,8 @@ def _run_worker(result: Result, name: str, seed: int, first: int, count: int) ->
     return case
 
 
-def _forward(worker: subprocess.Popen, lines: queue.Queue[str | None]) -> None:
+def _forward(worker: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+    assert worker.stdout is not None  # opened as a pipe
     for line in worker.stdout:
         lines.put(line)
     lines.put(None)

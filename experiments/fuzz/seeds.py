@@ -123,9 +123,9 @@ TOKENS = ["<unk>", "<s>", "</s>", "\u2581", "a", "b", "ab", "\u2581ab"]
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
-def json_seed(value: object, **options: Any) -> Seed:
+def json_seed(value: object) -> Seed:
     """A JSON text."""
-    return text_seed(json.dumps(value, **options))
+    return text_seed(json.dumps(value))
 
 
 def conversation_seeds() -> list[Seed]:
@@ -143,7 +143,8 @@ def conversation_seeds() -> list[Seed]:
 
 def safetensors_seed(names: Mapping[str, list[int]]) -> Seed:
     """float32 tensors of zeros; a damaged header is still announced with its length."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, shape in names.items():
         start, end = end, end + 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
@@ -298,9 +299,10 @@ def torch_seeds() -> list[Seed]:
 
 def packed_seeds() -> list[Seed]:
     """Packed text, compressed as it is written, and split at the header of each of its two arrays."""
-    arrays = {"tokens": np.arange(24, dtype=np.uint16).reshape(2, 12), "mask": np.full((2, 2), 240, np.uint8)}
+    tokens, mask = np.arange(24, dtype=np.uint16).reshape(2, 12), np.full((2, 2), 240, np.uint8)
+    arrays: dict[str, np.ndarray] = {"tokens": tokens, "mask": mask}
     compressed, entries = io.BytesIO(), {}
-    np.savez_compressed(compressed, **arrays)
+    np.savez_compressed(compressed, tokens=tokens, mask=mask)
     for name, array in arrays.items():
         buffer = io.BytesIO()
         np.save(buffer, array)

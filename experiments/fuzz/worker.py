@@ -13,6 +13,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from experiments.fuzz.harness import FAILED, Files, Outcome, cases, reduce, run_case
@@ -35,7 +36,7 @@ def main(name: str, seed: int, first: int, count: int) -> None:
         slowest = max(slowest, outcome.seconds)
         if outcome.kind == FAILED and place(outcome) not in seen:
             seen.add(place(outcome))
-            smallest = reduced(parser, files, outcome, lambda number=number: say(case=number))
+            smallest = reduced(parser, files, outcome, partial(say, case=number))
             say(failure=number, detail=outcome.detail, files=encoded(smallest))
     say(kinds=kinds, slowest=slowest, peak=peak_bytes() - before)
 

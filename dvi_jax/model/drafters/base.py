@@ -9,18 +9,18 @@ Letters as in `layers.py`; W rows of a round, A tapped layers, Vd tokens that ma
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 
 from dvi_jax.config import LlamaConfig
 from dvi_jax.model.features import Features
 from dvi_jax.model.products import linear
 
 
-class Committed(NamedTuple):
+class Committed(struct.PyTreeNode):
     """The rows that the last round committed (after a prefill: the prompt's last row), padded to W."""
 
     hidden: jax.Array  # [B, W, D], exit hidden state of each row, as the drafter sees it
@@ -59,6 +59,9 @@ class Drafter(nnx.Module):
     options: Any  # an instance of `Options`
     taps: tuple[int, ...] = ()  # layers of the verifier whose hidden states it asks for (`Llama`)
     max_drafts: int | None = None  # most drafts it can make in a round; None: as many as are asked for
+
+    def __init__(self, origin: Origin, options: Any):
+        self.options = options
 
     def init_state(self, batch: int, slots: int, dtype: jnp.dtype) -> Any:
         """State for `slots` positions: a pytree of arrays [B, ...], carried by the decode loop.

@@ -44,7 +44,7 @@ class ExitHead(StepDrafter):
         self.eps = config.rms_norm_eps
         self.norm = DrafterParam(jnp.asarray(origin.norm, jnp.float32))  # starts as the base model's final norm
         self.scale = DrafterParam(jnp.ones((), jnp.float32))
-        self.lora = nnx.Dict()
+        self.lora: nnx.Dict[LoRA] = nnx.Dict()
         if options.rank:
             shape = (config.hidden_size, config.hidden_size)
             self.lora["hidden"] = LoRA.create(ShallowLoRA, shape, options.rank, options.alpha, origin.key)
