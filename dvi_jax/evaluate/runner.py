@@ -159,7 +159,7 @@ def conversation_prompt(decoder: PairedDecoder, messages: Sequence[Message]) -> 
         prompt = decoder.model.tokenizer.chat(messages)
     except TemplateRefusedError:
         return REFUSED
-    room = decoder.model.config.max_position_embeddings - decoder.settings.max_new_tokens
+    room = decoder.model.config.context_length - decoder.settings.max_new_tokens
     return TOO_LONG if len(prompt) > room else prompt
 
 

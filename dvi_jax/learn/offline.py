@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvi_jax.checkpoint import Checkpoint, read_checkpoint, rewrite_checkpoint
+from dvi_jax.checkpoint import Checkpoint, rewrite_checkpoint
 from dvi_jax.config import DistillConfig
 from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import from_first_question
 from dvi_jax.data.template import TemplateRefusedError
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import UserError
+from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.distill import DistillState, distill_metrics, distill_step, init_distill
 from dvi_jax.learn.fast_update import with_trainable
 from dvi_jax.learn.packing import Packed, load_packed, pack
@@ -49,7 +50,7 @@ def distill(
     """
     with RunDirectory(config.out, keep=config.keep_checkpoints, keep_best=0, resume=resume, report=report) as directory:
         checkpoint = with_drafter(
-            read_checkpoint(config.checkpoint), config.drafter, config.exit_layer, config.shallow_rank
+            open_checkpoint(config.checkpoint), config.drafter, config.exit_layer, config.shallow_rank
         )
         run = _Run(config, checkpoint, directory)
         run.restore()

@@ -17,13 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from dvi_jax.checkpoint import Checkpoint, read_checkpoint, rewrite_checkpoint
+from dvi_jax.checkpoint import Checkpoint, rewrite_checkpoint
 from dvi_jax.config import TrainConfig
 from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import Prompt, PromptSettings, PromptStream
 from dvi_jax.decode.generate import Generation
 from dvi_jax.errors import UserError
 from dvi_jax.evaluate.acceptance import Acceptance, measure_acceptance
+from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.fast_update import Batch, LearnerState, fast_update, init_learner, with_trainable
 from dvi_jax.learn.replay import Replay, Windows, push
 from dvi_jax.learn.rollback import Watch, go_on_from, non_finite_updates
@@ -73,7 +74,7 @@ def train(config: TrainConfig, *, resume: bool = False, report: Report = lambda 
     """
     keep = {"keep": config.keep_checkpoints, "keep_best": config.keep_best}
     with RunDirectory(config.out, **keep, resume=resume, report=report) as directory:
-        checkpoint = with_new_lora_d(with_new_drafter(read_checkpoint(config.checkpoint), config), config)
+        checkpoint = with_new_lora_d(with_new_drafter(open_checkpoint(config.checkpoint), config), config)
         run = _Run(config, checkpoint, directory)
         run.restore()
         run.learn()
@@ -111,11 +112,11 @@ class _Run:
         if self.model.tokenizer is None:
             raise UserError(f"{checkpoint.path} has no tokenizer.json, which a conversation stream needs")
         self.window = window_length(config.decode, config.data.max_prompt_tokens)
-        if self.window > self.model.config.max_position_embeddings:
+        if self.window > self.model.config.context_length:
             raise UserError(
                 f"data.max_prompt_tokens {config.data.max_prompt_tokens} and decode.max_new_tokens"
                 f" {config.decode.max_new_tokens} exceed the model's context of"
-                f" {self.model.config.max_position_embeddings} tokens"
+                f" {self.model.config.context_length} tokens"
             )
         if config.slow.every and not self.model.params.lora_d:
             raise UserError("slow.every needs a verifier with a lora_D: set slow.rank_d")

@@ -44,12 +44,13 @@ class Block(nnx.Module):
     """One Llama decoder layer: RMSNorm, attention, residual, RMSNorm, SwiGLU, residual."""
 
     def __init__(self, weights: dict, heads: tuple[int, int, int], eps: float, kind: type[nnx.Variable] = Base):
-        """`weights`: attn_norm, qkv, out, mlp_norm, gate_up, down. `heads`: (N, K, H)."""
+        """`weights`: attn_norm, qkv, out, mlp_norm, gate_up, down, perhaps qkv_bias. `heads`: (N, K, H)."""
         for name, value in weights.items():
             setattr(self, name, kind(value))
         self.heads = heads
         self.eps = eps
         self.lora = nnx.Dict()  # weight name -> LoRA
+        self.is_biased = "qkv_bias" in weights
 
     def __call__(
         self,
@@ -63,14 +64,15 @@ class Block(nnx.Module):
     ) -> tuple[Residual, LayerCache | None]:
         """Rows at consecutive `positions` [B, T] -> (residual, cache). `fresh`: nothing lies in the cache yet."""
 
-        def project(name: str, x: jax.Array, split: bool = residual.kernels) -> jax.Array:
-            return self._project(name, x, adapted, split)
+        def project(name: str, x: jax.Array, split: bool = residual.kernels, wide: bool = False) -> jax.Array:
+            return self._project(name, x, adapted, split, wide)
 
         residual, normed = residual.normed(self.attn_norm[...], self.eps)
         attend = attention.attend_fresh if fresh else attention.attend_cached
-        qkv = project("qkv", normed)
+        qkv = project("qkv", normed, wide=self.is_biased)
+        bias = self.qkv_bias[...] if self.is_biased else None
         with jax.named_scope("attention"):
-            mixed, cache = attend(qkv, self.heads, rope, cache, positions)
+            mixed, cache = attend(qkv, self.heads, rope, cache, positions, bias)
         residual = residual.plus(project("out", mixed))
         with jax.named_scope("mlp"):
             residual, normed = residual.normed(self.mlp_norm[...], self.eps)
@@ -78,12 +80,17 @@ class Block(nnx.Module):
             gate, up = jnp.split(total(project("gate_up", normed, split=False), normed.dtype), 2, axis=-1)
             return residual.plus(project("down", jax.nn.silu(gate) * up)), cache
 
-    def _project(self, name: str, x: jax.Array, adapted: bool, split: bool) -> jax.Array:
-        """x [B, T, in] times the weight `name`, in parts where kernels add them up: [P, B, T, out]."""
+    def _project(self, name: str, x: jax.Array, adapted: bool, split: bool, wide: bool) -> jax.Array:
+        """x [B, T, in] times the weight `name`, in parts where kernels add them up: [P, B, T, out].
+
+        `wide`: in float32 also where it is one part, since something is still to be added before it is rounded.
+        """
         weight = getattr(self, name)[...]
-        parts = split_linear(x, weight, part_count(x.shape[0] * x.shape[1], weight.shape) if split else 1)
+        dtype = jnp.float32 if wide else x.dtype
+        count = part_count(x.shape[0] * x.shape[1], weight.shape) if split else 1
+        parts = split_linear(x, weight, count, dtype)
         adapter = self.lora.get(name)
         # lora_D is part of the verifier; lora_S acts only in the draft pass.
         if adapter is not None and (adapted or isinstance(adapter.a, DeepLoRA)):
-            return (total(parts, x.dtype) + adapter(x))[None]
+            return (total(parts, dtype) + adapter(x))[None]
         return parts

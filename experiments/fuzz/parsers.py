@@ -145,7 +145,7 @@ def questions() -> Parser:
 
 def safetensors() -> Parser:
     """Headers of safetensors files, and reading what they describe."""
-    from conversion.safetensors_file import SafetensorsFile
+    from dvi_jax.importing.safetensors_file import SafetensorsFile
 
     seed = seeds.safetensors_seed({"a": [2, 3], "b.weight": [4], "c": [1, 1, 2]})
     words = (b'"F16"', b'"F64"', b'"BF16"', b'"I64"', b'"BOOL"', b'"F8_E4M3"', b'"__metadata__"', b"[0, 0]", b"[0]")
@@ -159,8 +159,8 @@ def safetensors() -> Parser:
 
 def gguf() -> Parser:
     """GGUF files: container, config, tokenizer and weights."""
-    from conversion.importing import load_base, open_source
-    from conversion.layout import GGUF_NAMES
+    from dvi_jax.importing.layout import GGUF_NAMES
+    from dvi_jax.importing.source import load_base, open_source
 
     def run(folder: Path) -> None:
         load_base(open_source(folder / "model.gguf"), "float32")
@@ -172,9 +172,9 @@ def gguf() -> Parser:
 
 def tokenizer() -> Parser:
     """Tokenizers of a model directory, then what a checkpoint's own are used for."""
-    from conversion import tokenizer as source
     from dvi_jax.data.conversations import Message
     from dvi_jax.data.tokenizer import Tokenizer
+    from dvi_jax.importing import tokenizer as source
 
     def run(folder: Path) -> None:
         source.chat_template(folder)  # rendering it has a process of its own, with limits
@@ -206,15 +206,15 @@ def tokenizer() -> Parser:
 
 def model_directory() -> Parser:
     """A Hugging Face directory: config, generation config, index of the shards, one shard."""
-    from conversion import hf
-    from conversion.importing import load_base, open_source
-    from conversion.layout import HF_NAMES
+    from dvi_jax.importing.layout import HF_NAMES
+    from dvi_jax.importing.source import load_base, open_source
+    from dvi_jax.importing.weight_files import SAFETENSORS_INDEX
 
     shapes, shard = seeds.model_shapes(HF_NAMES), "model-1.safetensors"
     files = {
         "config.json": seeds.json_seed(seeds.HF_CONFIG),
         "generation_config.json": seeds.json_seed({"eos_token_id": 2}),
-        hf.SAFETENSORS_INDEX: seeds.json_seed({"weight_map": dict.fromkeys(shapes, shard)}),
+        SAFETENSORS_INDEX: seeds.json_seed({"weight_map": dict.fromkeys(shapes, shard)}),
         shard: seeds.safetensors_seed(shapes),
     }
     words = (b'"model-2.safetensors"', b'"../model-1.safetensors"', b'"a\\u0000b"', b'"yarn"', b'"linear"')

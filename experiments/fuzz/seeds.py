@@ -150,7 +150,7 @@ def safetensors_seed(names: Mapping[str, list[int]]) -> Seed:
 
 
 def model_shapes(names: Mapping[str, str]) -> dict[str, list[int]]:
-    """Shapes of the tensors of `LLAMA` under a source's names (`conversion.layout`)."""
+    """Shapes of the tensors of `LLAMA` under a source's names (`dvi_jax.importing.layout`)."""
     width, inner, vocab, kv = 8, 16, 8, 4
     layer = {
         "attn_norm": [width],

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Kind
 
-from conversion.importing import load_base, open_source
 from dvi_jax.config import RopeScaling
 from dvi_jax.errors import UserError
+from dvi_jax.importing.source import load_base, open_source
 
 PARTS = {
     "input_layernorm": "attn_norm",
@@ -100,7 +100,7 @@ def test_every_type_is_the_quantised_value_in_hugging_face_order(helpers, write,
 
 
 def test_many_chunks_of_whole_heads(helpers, write, monkeypatch):
-    monkeypatch.setattr("conversion.tensors.CHUNK_BYTES", 1500)
+    monkeypatch.setattr("dvi_jax.importing.tensors.CHUNK_BYTES", 1500)
     tensors = helpers.tensors(helpers.tiny)
     helpers.assert_equal(load(write(tensors)), helpers.expected(helpers.tiny, tensors))
 

@@ -10,10 +10,10 @@ import pytest
 import safetensors.numpy
 import torch
 
-from conversion import hf
-from conversion.importing import load_base, open_source
 from dvi_jax.config import RopeScaling
 from dvi_jax.errors import UserError
+from dvi_jax.importing import hf
+from dvi_jax.importing.source import load_base, open_source
 
 
 def load(directory, dtype="float32"):
