@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -23,11 +23,14 @@ from experiments.tiny import byte_tokenizer_json, write_questions, write_tiny_mo
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def tiny_model(dtype: str = "float32", seed: int = 0, lora: dict | None = None) -> LoadedModel:
+def tiny_model(
+    dtype: str = "float32", seed: int = 0, lora: dict | None = None, model_type: str = "llama"
+) -> LoadedModel:
     """A random model; matrices are wide enough apart that greedy tokens vary."""
-    base = random_base(TINY, jax.random.key(seed), jnp.dtype(dtype), std=0.3)
+    config = replace(TINY, model_type=model_type)
+    base = random_base(config, jax.random.key(seed), jnp.dtype(dtype), std=0.3)
     manifest = Manifest("random", "", dtype, 2, "exit_head", {"rank": 4, "alpha": 4.0}, lora or {})
-    return LoadedModel(TINY, manifest, *split(build_model(TINY, manifest, base, seed=seed)))
+    return LoadedModel(config, manifest, *split(build_model(config, manifest, base, seed=seed)))
 
 
 def shake(params: Params, *names: str, seed: int = 1, std: float = 0.2) -> Params:
