@@ -141,7 +141,7 @@ def _rope_parameters(data: dict[str, Any], where: object) -> dict[str, Any]:
             raise UserError(f"{where}: {key} must be an object, got {value!r:.100}")
         kind = _or(value.get("rope_type"), value.get("type"))
         if kind is None and value.keys() - _UNSCALED_KEYS:
-            raise UserError(f"{where}: {key} has no rope_type; it says {sorted(value)!r:.100} but not of what scaling")
+            raise UserError(f"{where}: {key} has no type (linear, llama3), but {', '.join(sorted(value)):.100}")
         if kind is not None:
             found = {"kind": kind}
         found |= {name: number for name, number in value.items() if number is not None}
