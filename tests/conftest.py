@@ -43,6 +43,14 @@ def shake(params: Params, *names: str, seed: int = 1, std: float = 0.2) -> Param
     return params._replace(**{name: jax.tree.map(noisy, getattr(params, name)) for name in names})
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of large models run where they are asked for: `-m large`."""
+    if "large" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("large"):
+                item.add_marker(pytest.mark.skip(reason="a large model: pytest -m large"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compiled programs are kept as the command lines keep them, but not in the home directory of who tests."""

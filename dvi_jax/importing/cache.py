@@ -48,11 +48,23 @@ def open_checkpoint(source: str | Path, dtype: str | None = None) -> Checkpoint:
 def checkpoint_directory(source: str | Path, dtype: str | None = None) -> Path:
     """The directory of `open_checkpoint`, importing what has to be imported."""
     path = Path(source)
-    if not path.exists():
-        path = _in_hub_cache(str(source)) or path
+    if not _exists(path):
+        found = _in_hub_cache(str(source))
+        if found is None:
+            raise UserError(
+                f"no checkpoint at {source}: no such file or directory, nor a repository in the Hugging Face cache"
+            )
+        path = found
     if path.is_dir() and not (path / MANIFEST).exists() and not (path / "config.json").exists():
         path = _only_gguf(path) or path
     return _import_once(path, dtype or _default_dtype()) if _is_source(path) else path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _default_dtype() -> str:
@@ -69,7 +81,7 @@ def _is_source(path: Path) -> bool:
 def _import_once(source: Path, dtype: str) -> Path:
     root = cache_folder() / "models"
     key = _identity(source, dtype)
-    out = root / f"{source.stem[:64] or 'model'}-{dtype}-{key}"
+    out = root / f"{_name(source)[:64]}-{dtype}-{key}"
     if (out / MANIFEST).exists():
         return out
     with _locked(root, key):
@@ -79,6 +91,14 @@ def _import_once(source: Path, dtype: str) -> Path:
             print(f"importing {source} as {dtype} into {out}, once", file=sys.stderr)
             write_import(source, out, model, dtype=dtype)
     return out
+
+
+def _name(source: Path) -> str:
+    """What people call it; a snapshot in Hugging Face's cache has only its revision for a name."""
+    path = source.absolute()
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.removeprefix("models--")
+    return (path.stem if path.is_file() else path.name) or "model"
 
 
 @contextmanager

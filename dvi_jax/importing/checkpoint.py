@@ -40,7 +40,7 @@ def write_import(
     kept = Manifest("", "", dtype, exit_layer) if trained is None else trained.manifest
     manifest = replace(
         kept,
-        source=source.resolve().name,
+        source=source.absolute().name,  # a link's own: in Hugging Face's cache it leads to a hash
         source_sha256=sha256_of(model.weights.files),
         base_sha256=hash_base(base),
         dtype=dtype,

@@ -121,7 +121,7 @@ def is_ignored(name: str) -> bool:
 
 def _refuse_other_models(data: dict[str, Any], family: Family, where: object) -> None:
     architectures = data.get("architectures")
-    if architectures and (architectures[0] not in family.architectures or len(architectures) > 1):
+    if architectures and architectures not in [[name] for name in family.architectures]:
         raise UserError(
             f"{where}: architectures is {architectures!r:.100}; only {family.architectures[0]} can be imported"
         )

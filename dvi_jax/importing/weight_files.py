@@ -57,7 +57,7 @@ def _open_torch(path: Path) -> TensorSource:
     try:
         return importlib.import_module("conversion.torch_file").TorchFile(path)
     except ModuleNotFoundError as error:
-        if error.name != "conversion":
+        if error.name not in ("conversion", "conversion.torch_file"):
             raise
         raise UserError(f"reading {path.name} needs the package conversion: give safetensors weights") from error
 

@@ -201,11 +201,11 @@ def test_other_architectures_and_extra_tensors_are_refused(helpers, write, tmp_p
     bias = {"blk.0.attn_q.bias": np.zeros(32, np.float32)}
     with pytest.raises(UserError, match=r"unknown tensor blk\.0\.attn_q\.bias"):
         load(write(helpers.tensors(helpers.tiny), extra=bias))
-    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "qwen2")
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "qwen3")
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UserError, match="architecture is 'qwen2'"):
+    with pytest.raises(UserError, match="architecture is 'qwen3', which needs norms of queries and keys"):
         open_source(tmp_path / "other.gguf")
