@@ -141,7 +141,7 @@ def _rope_parameters(data: dict[str, Any], where: object) -> dict[str, Any]:
             raise UserError(f"{where}: {key} must be an object, got {value!r:.100}")
         kind = _or(value.get("rope_type"), value.get("type"))
         if kind is None and value.keys() - _UNSCALED_KEYS:
-            raise UserError(f"{where}: {key} has no type (linear, llama3), but {', '.join(sorted(value)):.100}")
+            raise UserError(f"{where}: {key}={value!r:.100} has no type: rope_type says which, linear or llama3")
         if kind is not None:
             found = {"kind": kind}
         found |= {name: number for name, number in value.items() if number is not None}
