@@ -10,14 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from conversion import hf, kangaroo
-from conversion.layout import HF_NAMES, base_slots
-from conversion.safetensors_file import write_safetensors
-from conversion.tensors import flatten, get_path
-from conversion.tokenizer import token_text
-from dvi_jax.checkpoint import Checkpoint, new_directory, read_checkpoint, save_tree, write_drafter
+from conversion import kangaroo
+from dvi_jax.checkpoint import Checkpoint, new_directory, save_tree
 from dvi_jax.errors import UserError
+from dvi_jax.identity import hash_base
+from dvi_jax.importing import hf
+from dvi_jax.importing.cache import open_checkpoint
+from dvi_jax.importing.layout import HF_NAMES, base_slots
+from dvi_jax.importing.safetensors_file import write_safetensors
+from dvi_jax.importing.tensors import get_path
+from dvi_jax.importing.tokenizer import token_text
+from dvi_jax.importing.weight_files import SAFETENSORS, SAFETENSORS_INDEX
 from dvi_jax.model.lora import merge_lora
+from dvi_jax.trained_parts import write_drafter, write_safetensors_parts
 
 MAX_SHARD_BYTES = 5_000_000_000
 _TEXTS = ("config.json", "tokenizer.json", "chat_template.jinja")
@@ -28,7 +33,7 @@ def export_checkpoint(source: Path, out: Path, kind: str, *, merge: bool = False
 
     `merge` folds lora_D into the base weights first.
     """
-    checkpoint = read_checkpoint(source)
+    checkpoint = open_checkpoint(source)
     KINDS[kind](merge_verifier(checkpoint) if merge else checkpoint, out)
 
 
@@ -40,7 +45,7 @@ def merge_verifier(checkpoint: Checkpoint) -> Checkpoint:
     options = checkpoint.manifest.lora
     scale = options.get("alpha_d", options["rank_d"]) / options["rank_d"]
     base = merge_lora(checkpoint.base, lora.pop("lora_d")["llama"], scale)
-    manifest = replace(checkpoint.manifest, lora={**options, "rank_d": 0})
+    manifest = replace(checkpoint.manifest, lora={**options, "rank_d": 0}, base_sha256=hash_base(base))
     return replace(checkpoint, base=base, lora=lora or None, manifest=manifest)
 
 
@@ -61,8 +66,9 @@ def export_orbax(checkpoint: Checkpoint, out: Path) -> None:
 def export_hf(checkpoint: Checkpoint, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """A Hugging Face directory: config, safetensors (shards of `max_shard_bytes`), tokenizer, chat template.
 
-    LoRA sets stay apart in `lora/` and the drafter in `adapter/` (kangaroo, upstream's format) or `drafter/`.
-    To merge LoRA into the base, pass a checkpoint whose base is merged and whose `lora` is None.
+    LoRA sets stay apart in `lora/` and the drafter in `drafter/`, from where an import takes them again; one of the
+    kind kangaroo is in `adapter/` too, as upstream reads it. To merge LoRA into the base, pass a checkpoint whose base
+    is merged and whose `lora` is None.
     """
     config, manifest = checkpoint.config, checkpoint.manifest
     with new_directory(out) as directory:
@@ -70,17 +76,9 @@ def export_hf(checkpoint: Checkpoint, out: Path, max_shard_bytes: int = MAX_SHAR
         _write_json(directory / "generation_config.json", _generation_config(checkpoint))
         _write_weights(directory, dict(_hf_tensors(checkpoint)), max_shard_bytes)
         _write_tokenizer(directory, checkpoint)
-        if checkpoint.lora:
-            _write_part(directory / "lora", checkpoint.lora, manifest.lora)
+        write_safetensors_parts(directory, checkpoint)
         if checkpoint.drafter and manifest.drafter == "kangaroo":
             kangaroo.write_adapter(directory / "adapter", checkpoint.drafter, manifest.drafter_config, config)
-        elif checkpoint.drafter:
-            settings = {
-                "drafter": manifest.drafter,
-                "exit_layer": manifest.exit_layer,
-                **manifest.drafter_config,
-            }
-            _write_part(directory / "drafter", checkpoint.drafter, settings)
 
 
 def _hf_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
@@ -91,7 +89,7 @@ def _hf_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
 def _write_weights(directory: Path, tensors: dict[str, np.ndarray], max_shard_bytes: int) -> None:
     shards = _split(tensors, max_shard_bytes)
     if len(shards) == 1:
-        write_safetensors(directory / hf.SAFETENSORS, tensors)
+        write_safetensors(directory / SAFETENSORS, tensors)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
@@ -99,7 +97,7 @@ def _write_weights(directory: Path, tensors: dict[str, np.ndarray], max_shard_by
         write_safetensors(directory / name, shard)
         weight_map |= dict.fromkeys(shard, name)
     total = sum(array.nbytes for array in tensors.values())
-    _write_json(directory / hf.SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(directory / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _split(tensors: Mapping[str, np.ndarray], max_bytes: int) -> list[dict[str, np.ndarray]]:
@@ -123,16 +121,10 @@ def _write_tokenizer(directory: Path, checkpoint: Checkpoint) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": token_text(checkpoint.tokenizer_json, config.bos_token_id),
         "eos_token": token_text(checkpoint.tokenizer_json, eos[0] if eos else None),
-        "model_max_length": config.max_position_embeddings,
+        "model_max_length": config.context_length,
         "chat_template": checkpoint.chat_template,
     }
     _write_json(directory / "tokenizer_config.json", {k: v for k, v in settings.items() if v is not None})
-
-
-def _write_part(directory: Path, tree: dict[str, Any], settings: dict[str, Any]) -> None:
-    directory.mkdir()
-    write_safetensors(directory / hf.SAFETENSORS, dict(flatten(tree)))
-    _write_json(directory / "config.json", settings)
 
 
 def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 
 from conversion.pickle_check import check_torch_file
-from conversion.tensors import Rows, row_chunks
 from dvi_jax.errors import UserError
+from dvi_jax.importing.tensors import Rows, row_chunks
 
 # Pages of a mapping stay resident until it goes away, so a large file is mapped anew after this many bytes.
 _REMAP_BYTES = 64 << 20

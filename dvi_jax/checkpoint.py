@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import jax
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -41,7 +40,10 @@ MOST_TEXT = 32 * 2**20  # bytes of a text file of a checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What the arrays are and where they came from. `verifier` names the model that "lossless" is relative to."""
+    """What the arrays are and where they came from. `verifier` names the model that "lossless" is relative to.
+
+    `base_sha256` is `identity.hash_base` of the base weights; checkpoints from before there was one have none.
+    """
 
     source: str
     source_sha256: str
@@ -52,6 +54,7 @@ class Manifest:
     lora: dict[str, Any] = field(default_factory=dict)
     training_step: int = 0
     verifier: str = "base"
+    base_sha256: str = ""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -113,7 +116,7 @@ def write_checkpoint(
         for name, tree in (("base", base), ("drafter", drafter), ("lora", lora)):
             if tree:
                 save_tree(partial / name, tree)
-        _write_manifest(partial, manifest)
+        write_manifest(partial, manifest)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -139,37 +142,6 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         load_tree(path / "lora") if (path / "lora").exists() else None,
         _read_optional(path / "tokenizer.json"),
         _read_optional(path / "chat_template.jinja"),
-    )
-
-
-def write_drafter(path: str | Path, checkpoint: Checkpoint) -> None:
-    """The trained drafter alone, in bfloat16, with the manifest that says which verifier it belongs to."""
-    if checkpoint.drafter is None:
-        raise UserError(f"{checkpoint.path} holds no trained drafter")
-    half = _map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), checkpoint.drafter)
-    with new_directory(path) as partial:
-        save_tree(partial / "drafter", half)
-        if checkpoint.lora:
-            save_tree(partial / "lora", checkpoint.lora)
-        _write_manifest(partial, checkpoint.manifest)
-
-
-def with_drafter_from(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
-    """`checkpoint` with the drafter of another directory: a checkpoint's, or one that `write_drafter` made.
-
-    The verifier must be the same model (by the source's sha256, at any dtype), else `UserError`.
-    """
-    path = Path(path)
-    manifest = read_manifest(path)
-    if manifest.source_sha256 != checkpoint.manifest.source_sha256:
-        raise UserError(
-            f"{path}: this drafter was made for {manifest.source}, another model than {checkpoint.manifest.source}"
-        )
-    return replace(
-        checkpoint,
-        manifest=replace(manifest, dtype=checkpoint.manifest.dtype),
-        drafter=load_tree(path / "drafter"),
-        lora=load_tree(path / "lora") if (path / "lora").exists() else None,
     )
 
 
@@ -206,7 +178,7 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def _write_manifest(directory: Path, manifest: Manifest) -> None:
+def write_manifest(directory: Path, manifest: Manifest) -> None:
     """The last file of a directory: all others are hashed here."""
     document, checksums = asdict(manifest), hash_files(directory)
     checksums[MANIFEST] = _manifest_checksum(document, checksums)

@@ -7,6 +7,7 @@ import argparse
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dvi_jax.checkpoint import DTYPES
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.memory import GIB
 from dvi_jax.errors import UserError, add_debug
@@ -16,8 +17,15 @@ from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `load_model` reads, and --draft-steps and --threshold."""
     defaults = DecodeConfig()
-    parser.add_argument("--checkpoint", required=True, metavar="CKPT")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="CKPT",
+        help="a checkpoint; or a Hugging Face directory, a GGUF file or a cached org/name, which is imported once",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of such an import (default: float32 on CPUs, else bfloat16)")
     parser.add_argument("--drafter-from", metavar="DIR", help="use the trained drafter of another directory")
+    parser.add_argument("--any-drafter", action="store_true", help="even one that was made for other weights")
     parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="the only token ids to draft")
     parser.add_argument("--exit-layer", type=int, metavar="K", help="split elsewhere (untrained drafter only)")
     parser.add_argument("--draft-steps", type=int, default=defaults.draft_steps, metavar="S")
@@ -34,6 +42,8 @@ def load_model(options: argparse.Namespace) -> LoadedModel:
     enable_compilation_cache()
     return load(
         options.checkpoint,
+        dtype=options.dtype,
+        any_drafter=options.any_drafter,
         exit_layer=options.exit_layer,
         drafter_from=options.drafter_from,
         draft_vocabulary=options.draft_vocabulary,

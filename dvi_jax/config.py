@@ -1,6 +1,6 @@
 """Every setting of the package: frozen dataclasses, read strictly from JSON and YAML (`settings.py`).
 
-`LlamaConfig` describes an architecture and lives in a checkpoint's `config.json`; `TrainConfig` describes a training
+`LlamaConfig` (`architecture.py`) lives in a checkpoint's `config.json`; `TrainConfig` describes a training
 run and lives in a YAML file, with `--set section.key=value` on top. Unknown keys and values out of range are errors
 that name the key.
 """
@@ -8,81 +8,14 @@ that name the key.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dvi_jax.architecture import LlamaConfig as LlamaConfig
+from dvi_jax.architecture import RopeScaling as RopeScaling
 from dvi_jax.errors import UserError
 from dvi_jax.settings import from_dict, parse_yaml, read_yaml, require
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Rescaling of the rotary frequencies, `linear` (position interpolation) or `llama3` (by wavelength)."""
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        require(self.kind in ("linear", "llama3"), "rope_scaling.kind", self.kind, "linear or llama3")
-        require(self.factor > 0, "rope_scaling.factor", self.factor, "above 0")
-
-
-# Beyond any Llama: a config alone must not make anything allocate.
-MOST = {
-    "vocab_size": 2**24,
-    "hidden_size": 2**20,
-    "intermediate_size": 2**20,
-    "num_layers": 1024,
-    "num_heads": 2**16,
-    "num_kv_heads": 2**16,
-    "head_dim": 2**16,
-    "max_position_embeddings": 2**31,
-}
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Architecture of a Llama model; names follow Hugging Face where they have one."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    tie_word_embeddings: bool = False
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, most in MOST.items():
-            require(0 < getattr(self, name) <= most, name, getattr(self, name), f"at least 1 and at most {most}")
-        require(self.num_layers >= 2, "num_layers", self.num_layers, "at least 2, so that it can be split")
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            "num_kv_heads",
-            self.num_kv_heads,
-            f"a divisor of num_heads={self.num_heads}",
-        )
-        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even (rotary embeddings turn pairs)")
-
-    def to_json(self) -> dict[str, Any]:
-        """The config as plain JSON values."""
-        return asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any], where: str = "config.json") -> LlamaConfig:
-        """Read what `to_json` wrote; unknown, missing or ill-typed keys raise `UserError`."""
-        return from_dict(cls, data, where)
 
 
 @dataclass(frozen=True, kw_only=True)

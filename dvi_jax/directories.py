@@ -35,10 +35,17 @@ def partial_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def remove_partial(directory: Path) -> None:
-    """Remove what writers that were killed left in `directory`; nobody may be writing there."""
+def remove_partial(directory: Path, name: str = "") -> None:
+    """Remove what writers that were killed left in `directory`, of `name` alone if given; nobody may be writing it."""
     for path in directory.glob(f".*{PARTIAL}"):
-        shutil.rmtree(path, ignore_errors=True)
+        if not name or path.name.startswith(f".{name}."):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def cache_folder() -> Path:
+    """Where downloads, imports and compiled programs are kept: $DVI_JAX_CACHE, or else ~/.cache/dvi_jax."""
+    given = os.environ.get("DVI_JAX_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "dvi_jax"
 
 
 def hash_files(directory: Path) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,22 +10,17 @@ from typing import Any, TypedDict
 import jax
 import jax.numpy as jnp
 
-from dvi_jax.checkpoint import (
-    Checkpoint,
-    Manifest,
-    check_shapes,
-    read_checkpoint,
-    read_json,
-    string_keys,
-    with_drafter_from,
-)
+from dvi_jax.checkpoint import Checkpoint, Manifest, check_shapes, read_json, string_keys
 from dvi_jax.config import LlamaConfig
 from dvi_jax.data.tokenizer import Tokenizer
+from dvi_jax.directories import cache_folder
 from dvi_jax.errors import UserError
+from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.model.drafters import Origin, build_drafter
 from dvi_jax.model.llama import Llama
 from dvi_jax.model.lora import inject_dual_lora
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, Tree, join, split
+from dvi_jax.trained_parts import with_drafter_from
 
 
 @dataclass(frozen=True)
@@ -79,20 +73,22 @@ class LoadedModel:
 def load(
     path: str | Path,
     *,
+    dtype: str | None = None,
     exit_layer: int | None = None,
     drafter_from: str | Path | None = None,
+    any_drafter: bool = False,
     draft_vocabulary: str | Path | None = None,
     seed: int = 0,
 ) -> LoadedModel:
-    """Load a checkpoint written by `python -m conversion import` or a training run.
+    """Load a checkpoint, or what `importing.cache.open_checkpoint` makes one of, as `dtype` then.
 
     `exit_layer` overrides the manifest's while the drafter is untrained. `seed` initialises what the checkpoint does
-    not hold. `drafter_from`: a directory whose trained drafter to use. `draft_vocabulary`: a JSON list of the only
-    token ids to draft. Raises `UserError` naming what does not fit.
+    not hold. `drafter_from`: a directory whose trained drafter to use, made for these weights unless `any_drafter`.
+    `draft_vocabulary`: a JSON list of the only token ids to draft. Raises `UserError` naming what does not fit.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = open_checkpoint(path, dtype)
     if drafter_from is not None:
-        checkpoint = with_drafter_from(checkpoint, drafter_from)
+        checkpoint = with_drafter_from(checkpoint, drafter_from, any_model=any_drafter)
     model = from_checkpoint(checkpoint, exit_layer=exit_layer, seed=seed)
     return model if draft_vocabulary is None else with_draft_vocabulary(model, draft_vocabulary)
 
@@ -166,8 +162,7 @@ def trained_parts(params: Params) -> TrainedParts:
 
 def enable_compilation_cache() -> None:
     """Keep compiled programs on disk, so that the next start decodes within seconds."""
-    root = Path(os.environ.get("DVI_JAX_CACHE", Path.home() / ".cache" / "dvi_jax"))
-    jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

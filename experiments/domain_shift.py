@@ -21,13 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.config import TrainConfig
 from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import PromptStream
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
 from dvi_jax.evaluate.plots import BLUE, new_figure
+from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.metrics import MetricsLog
 from dvi_jax.learn.online import train_online
 from dvi_jax.loading import enable_compilation_cache
@@ -88,7 +88,7 @@ def check_stream(config: TrainConfig, per_domain: int) -> None:
     Otherwise the traffic would not change where the summary and the picture say so.
     """
     data = config.data
-    tokenizer = Tokenizer.from_checkpoint(read_checkpoint(config.checkpoint))
+    tokenizer = Tokenizer.from_checkpoint(open_checkpoint(config.checkpoint))
     stream = PromptStream(ConversationStream(data.files), tokenizer, data)
     given = Counter(prompt.position.file for prompt in stream)
     if any(given[index] != per_domain for index in range(len(data.files))):

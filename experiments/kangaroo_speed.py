@@ -30,9 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from conversion.layout import HF_NAMES, base_slots
 from conversion.parity.inputs import choose_prompts, make_case
-from conversion.tensors import get_path
 from dvi_jax import presets
 from dvi_jax.checkpoint import Manifest
 from dvi_jax.config import DecodeConfig, LlamaConfig
@@ -40,6 +38,8 @@ from dvi_jax.decode.batch import read_generations, start
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import Knobs
 from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
+from dvi_jax.importing.layout import HF_NAMES, base_slots
+from dvi_jax.importing.tensors import get_path
 from dvi_jax.loading import LoadedModel, build_model, load, restore_trained
 from dvi_jax.model.llama import base_shapes
 from dvi_jax.model.speculative_llama import split

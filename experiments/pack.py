@@ -16,12 +16,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.data.conversations import Conversation, ConversationStream
 from dvi_jax.data.prompts import HELD_OUT_SALT, from_first_question, is_held_out
 from dvi_jax.data.template import TemplateRefusedError
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
+from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.packing import pack
 from experiments.domains import HELD_OUT_FRACTION, chat_alone, question_of
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.unseen and options.domain == "all":
         raise UserError("--unseen goes with --domain chat; all conversations share text with the streams made of them")
-    checkpoint = read_checkpoint(options.checkpoint)
+    checkpoint = open_checkpoint(options.checkpoint)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     conversations = training_conversations(options.data, options.held_out_fraction)
     if options.domain == "chat":

@@ -28,12 +28,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.data.conversations import Conversation, ConversationStream, Message
 from dvi_jax.data.prompts import HELD_OUT_SALT, context_of_turn, is_held_out
 from dvi_jax.data.template import TemplateRefusedError
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
+from dvi_jax.importing.cache import open_checkpoint
 from experiments.domains import (
     CODE,
     HELD_OUT_FRACTION,
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--first-turns", type=int, default=2200, help="training prompts in conversations.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    tokenizer = Tokenizer.from_checkpoint(read_checkpoint(options.checkpoint))
+    tokenizer = Tokenizer.from_checkpoint(open_checkpoint(options.checkpoint))
     parts = by_purpose(ConversationStream(options.data), np.random.default_rng(options.seed))
     options.out.mkdir(parents=True, exist_ok=True)
     longest = options.max_prompt_tokens

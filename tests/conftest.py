@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -23,9 +23,12 @@ from experiments.tiny import byte_tokenizer_json, write_questions, write_tiny_mo
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def tiny_model(dtype: str = "float32", seed: int = 0, lora: dict | None = None) -> LoadedModel:
+def tiny_model(
+    dtype: str = "float32", seed: int = 0, lora: dict | None = None, model_type: str = "llama"
+) -> LoadedModel:
     """A random model; matrices are wide enough apart that greedy tokens vary."""
-    base = random_base(TINY, jax.random.key(seed), jnp.dtype(dtype), std=0.3)
+    config = replace(TINY, model_type=model_type)
+    base = random_base(config, jax.random.key(seed), jnp.dtype(dtype), std=0.3)
     manifest = Manifest(
         source="random",
         source_sha256="",
@@ -35,7 +38,7 @@ def tiny_model(dtype: str = "float32", seed: int = 0, lora: dict | None = None) 
         drafter_config={"rank": 4, "alpha": 4.0},
         lora=lora or {},
     )
-    return LoadedModel(TINY, manifest, *split(build_model(TINY, manifest, base, seed=seed)))
+    return LoadedModel(config, manifest, *split(build_model(config, manifest, base, seed=seed)))
 
 
 def shake(params: Params, *names: str, seed: int = 1, std: float = 0.2) -> Params:
@@ -50,6 +53,14 @@ def shake(params: Params, *names: str, seed: int = 1, std: float = 0.2) -> Param
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full-contract", action="store_true", help="every combination of the axes of tests/contract")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of large models run where they are asked for: `-m large`."""
+    if "large" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("large"):
+                item.add_marker(pytest.mark.skip(reason="a large model: pytest -m large"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -49,8 +49,8 @@ def copy_of(checkpoint: Path, target: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"--checkpoint": "nowhere"}, "no checkpoint at nowhere: not a directory"),
-        ({"--checkpoint": str(MHA)}, "is no checkpoint: MANIFEST.json is missing"),
+        ({"--checkpoint": "nowhere"}, "no checkpoint at nowhere: no such file or directory, nor a repository"),
+        ({"--checkpoint": str(MHA.parent)}, "is no checkpoint: MANIFEST.json is missing"),
         ({"--exit-layer": "4"}, "exit_layer must be between 1 and 3 for a model of 4 layers, got 4"),
         ({"--exit-layer": "0"}, "exit_layer must be between 1 and 3 for a model of 4 layers, got 0"),
         ({"--prompt-ids": "1,x"}, "--prompt-ids must look like 1,2,3, got '1,x'"),
@@ -180,7 +180,9 @@ def test_conversion(tmp_path, complaint):
     out = tmp_path / "out"
     cases = {
         "no model at": tmp_path / "none",
-        "mistral": edited_hf(tmp_path / "mistral", model_type="mistral", architectures=["MistralForCausalLM"]),
+        "a mixture of experts": edited_hf(
+            tmp_path / "experts", model_type="mixtral", architectures=["MixtralForCausalLM"]
+        ),
         "attention_bias": edited_hf(tmp_path / "bias", attention_bias=True),
         "pytorch_model.bin": edited_hf(tmp_path / "cut"),
     }

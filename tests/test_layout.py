@@ -18,14 +18,22 @@ FORBIDDEN = {
 }
 
 
+# The one way from the library to what may use PyTorch: reading .bin files, by name, when one is met.
+EXCEPTIONS = {"dvi_jax/importing/weight_files.py": {"conversion"}}
+
+
 def imported(tree: ast.Module) -> set[str]:
-    """Every module a file imports, with its parents."""
+    """Every module a file imports, also by a name in a string, with its parents."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            (name, *_) = node.args
+            assert isinstance(name, ast.Constant), "an import by a name that nobody can check"
+            names.add(name.value)
     return {".".join(name.split(".")[: i + 1]) for name in names for i in range(name.count(".") + 1)}
 
 
@@ -37,7 +45,8 @@ def identifier(path: Path) -> str:
 def test_source_file(path):
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
-    assert not imported(tree) & FORBIDDEN.get(path.relative_to(ROOT).parts[0], set())
+    forbidden = FORBIDDEN.get(path.relative_to(ROOT).parts[0], set())
+    assert imported(tree) & forbidden == EXCEPTIONS.get(identifier(path), set())
     assert text.count("\n") <= 400
     assert ast.get_docstring(tree) or not text.strip(), "say what the file owns"
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]

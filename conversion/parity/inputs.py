@@ -10,18 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from conversion import hf
 from conversion.exporting import export_checkpoint
-from conversion.importing import import_model, open_source
+from conversion.importing import import_model
 from conversion.kangaroo import write_adapter
-from conversion.layout import HF_NAMES, base_slots
-from conversion.safetensors_file import write_safetensors
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.config import LlamaConfig
 from dvi_jax.data.conversations import Message
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import UserError
 from dvi_jax.evaluate.spec_bench import read_questions
+from dvi_jax.importing import hf
+from dvi_jax.importing.layout import HF_NAMES, base_slots
+from dvi_jax.importing.safetensors_file import write_safetensors
+from dvi_jax.importing.source import open_source
+from dvi_jax.importing.weight_files import SAFETENSORS
 
 ADAPTER_SEED = 0
 PROMPT_LENGTHS = (1, 5, 14, 24)
@@ -137,7 +139,7 @@ def write_tiny_model(directory: Path, config: LlamaConfig, seed: int) -> None:
         else:
             tensors[slot.name] = noise * np.float32(0.8 / np.sqrt(slot.shape[1]))
     directory.mkdir(parents=True)
-    write_safetensors(directory / hf.SAFETENSORS, tensors)
+    write_safetensors(directory / SAFETENSORS, tensors)
     (directory / "config.json").write_text(json.dumps(hf.config_to_hf(config, "float32")), encoding="utf-8")
 
 
@@ -145,11 +147,10 @@ def random_prompts(config: LlamaConfig, max_new_tokens: int, seed: int = 0) -> l
     """Prompts of 1 to 24 random ids, those that leave room for `max_new_tokens`."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(3, config.vocab_size, length).tolist() for length in PROMPT_LENGTHS]
-    fitting = [prompt for prompt in prompts if len(prompt) + max_new_tokens <= config.max_position_embeddings]
+    fitting = [prompt for prompt in prompts if len(prompt) + max_new_tokens <= config.context_length]
     if not fitting:
         raise UserError(
-            f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in a context of"
-            f" {config.max_position_embeddings}"
+            f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in a context of {config.context_length}"
         )
     return fitting
 

@@ -149,10 +149,10 @@ def check_prompts(model: LoadedModel, prompts: Sequence[Sequence[int]], max_new_
     for prompt in prompts:
         if not all(0 <= token < config.vocab_size for token in prompt):
             raise UserError(f"prompt ids must be between 0 and {config.vocab_size - 1}")
-        if len(prompt) + max_new_tokens > config.max_position_embeddings:
+        if len(prompt) + max_new_tokens > config.context_length:
             raise UserError(
                 f"the prompt has {len(prompt)} tokens and {max_new_tokens} new ones were asked for;"
-                f" the model's context holds {config.max_position_embeddings}"
+                f" the model's context holds {config.context_length}"
             )
 
 

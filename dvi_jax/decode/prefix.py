@@ -31,8 +31,8 @@ class Prefix:
 def make_prefix(model: LoadedModel, ids: Sequence[int]) -> Prefix:
     """Take in `ids`. Raises `UserError` where there are none, or some the model does not know."""
     config = model.config
-    if not 1 <= len(ids) < config.max_position_embeddings:
-        raise UserError(f"a prefix has 1 to {config.max_position_embeddings - 1} tokens, got {len(ids)}")
+    if not 1 <= len(ids) < config.context_length:
+        raise UserError(f"a prefix has 1 to {config.context_length - 1} tokens, got {len(ids)}")
     if not all(0 <= token < config.vocab_size for token in ids):
         raise UserError(f"prefix ids must be between 0 and {config.vocab_size - 1}")
     tokens = _pad([ids])

@@ -165,7 +165,7 @@ def conversation_prompt(decoder: PairedDecoder, messages: Sequence[Message]) -> 
         prompt = decoder.tokenizer.chat(messages)
     except TemplateRefusedError:
         return REFUSED
-    room = decoder.model.config.max_position_embeddings - decoder.settings.max_new_tokens
+    room = decoder.model.config.context_length - decoder.settings.max_new_tokens
     return TOO_LONG if len(prompt) > room else prompt
 
 

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvi_jax.checkpoint import Checkpoint, read_checkpoint
+from dvi_jax.checkpoint import Checkpoint
 from dvi_jax.config import DistillConfig
 from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import from_first_question
 from dvi_jax.data.template import TemplateRefusedError
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import UserError
+from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.distill import DistillState, distill_metrics, distill_step, init_distill
 from dvi_jax.learn.new_drafter import matching_or_new_drafter
 from dvi_jax.learn.packing import Packed, load_packed, pack
@@ -50,7 +51,7 @@ def train_offline(
     """
     with RunDirectory(config.out, keep=config.keep_checkpoints, keep_best=0, resume=resume, report=report) as directory:
         checkpoint = matching_or_new_drafter(
-            read_checkpoint(config.checkpoint),
+            open_checkpoint(config.checkpoint),
             config.drafter,
             config.drafter_options,
             config.exit_layer,

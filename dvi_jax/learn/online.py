@@ -17,13 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from dvi_jax.checkpoint import Checkpoint, read_checkpoint
+from dvi_jax.checkpoint import Checkpoint
 from dvi_jax.config import TrainConfig
 from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import Prompt, PromptStream
 from dvi_jax.decode.acceptance import Acceptance, measure_acceptance
 from dvi_jax.decode.batch import Generation, check_draft_steps
 from dvi_jax.errors import UserError
+from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.fast_update import Batch, LearnerState, fast_update, init_learner, with_trainable
 from dvi_jax.learn.new_drafter import kept_or_new_drafter
 from dvi_jax.learn.replay import Replay, Windows, push
@@ -72,7 +73,7 @@ def train_online(
     with RunDirectory(
         config.out, keep=config.keep_checkpoints, keep_best=config.keep_best, resume=resume, report=report
     ) as directory:
-        checkpoint = read_checkpoint(config.checkpoint)
+        checkpoint = open_checkpoint(config.checkpoint)
         checkpoint = kept_or_new_drafter(checkpoint, config.drafter, config.drafter_options, config.exit_layer)
         run = OnlineRun(config, with_new_lora_d(checkpoint, config), directory)
         run.restore()
@@ -109,11 +110,11 @@ class OnlineRun(Run[LearnerState, Acceptance]):
     def _check(self, model: LoadedModel) -> None:
         """Raise `UserError` for settings that this model cannot serve."""
         config = self.config
-        if self.window > model.config.max_position_embeddings:
+        if self.window > model.config.context_length:
             raise UserError(
                 f"data.max_prompt_tokens {config.data.max_prompt_tokens} and decode.max_new_tokens"
                 f" {config.decode.max_new_tokens} exceed the model's context of"
-                f" {model.config.max_position_embeddings} tokens"
+                f" {model.config.context_length} tokens"
             )
         if config.slow.every and not model.params.lora_d:
             raise UserError("slow.every needs a verifier with a lora_D: set slow.rank_d")

@@ -76,17 +76,24 @@ def apply_rope(x: jax.Array, tables: Rope) -> jax.Array:
 
 
 def attend_cached(
-    qkv: jax.Array, heads: Heads, rope: Rope, cache: LayerCache, positions: jax.Array
+    qkv: jax.Array,
+    heads: Heads,
+    rope: Rope,
+    cache: LayerCache,
+    positions: jax.Array,
+    bias: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache]:
     """Rows qkv [P, B, T, (N+2K)H] at consecutive `positions` [B, T] into the cache, and their attention over it.
 
+    `bias` [(N+2K)H] is added to the sum of the parts, which are then in float32, before that is rounded.
     -> [B, T, N*H], cache.
     """
     dtype = cache.key.dtype
     if decode_attention.is_supported(qkv.shape[2] * heads[0] // heads[1], heads[2], dtype):
-        mixed, key, value = decode_attention.cached_attention(by_head(qkv, heads), rope, *cache, positions)
+        biases = () if bias is None else (by_head(bias, heads),)
+        mixed, key, value = decode_attention.cached_attention(by_head(qkv, heads), rope, *cache, positions, *biases)
         return mixed, LayerCache(key, value)
-    query, key, value = split_heads(total(qkv, dtype), heads, rope)
+    query, key, value = split_heads(total(qkv, dtype, bias), heads, rope)
     cache = write_rows(cache, key, value, positions[:, 0])
     mask = cached_mask(positions, cache.key.shape[2])
     # Rounds stay with the einsum, in which no row depends on the rows beside it.
@@ -96,10 +103,16 @@ def attend_cached(
 
 
 def attend_fresh(
-    qkv: jax.Array, heads: Heads, rope: Rope, cache: LayerCache | None, positions: jax.Array
+    qkv: jax.Array,
+    heads: Heads,
+    rope: Rope,
+    cache: LayerCache | None,
+    positions: jax.Array,
+    bias: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache | None]:
     """The same where nothing lies in the cache yet, or there is none: rows see the rows of this call alone. P is 1."""
-    query, key, value = split_heads(qkv[0], heads, rope)
+    rows = qkv[0] if bias is None else total(qkv, bias.dtype, bias)
+    query, key, value = split_heads(rows, heads, rope)
     if cache is not None:
         cache = write_rows(cache, key, value, positions[:, 0])
     if has_gpu_kernels(query.dtype):

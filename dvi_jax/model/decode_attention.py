@@ -51,11 +51,13 @@ def cached_attention(
     key: jax.Array,
     value: jax.Array,
     positions: jax.Array,
+    bias: jax.Array | None = None,
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rows qkv [P, B, T, N+2K, H], not turned yet, into slots `positions` [B, T] of key, value [B, K, S, H].
 
+    `bias` [N+2K, H] is added to every row's sum of parts, which are then in float32, before that is rounded.
     Returns the rows' attention [B, T, N*H] over slots 0 .. position, and key and value, in place where they are not
     needed any more; all in key's dtype. rope: cos and sin [B, T, 1, H/2]. `interpret` runs it on any device, for tests.
     """
@@ -70,7 +72,7 @@ def cached_attention(
     whole = [(batch, tokens, queries, size)] if chunks == 1 else [(*partial_shape, size), partial_shape, partial_shape]
     dtype = key.dtype if chunks == 1 else jnp.float32
     key, value, *outputs = pl.pallas_call(
-        partial(_kernel, kv_heads=kv_heads, chunks=chunks, interpret=interpret),
+        partial(_kernel, biased=bias is not None, kv_heads=kv_heads, chunks=chunks, interpret=interpret),
         grid=(batch, kv_heads, chunks),
         in_specs=[
             cache,
@@ -79,6 +81,7 @@ def cached_attention(
             table,
             table,
             pl.BlockSpec((None, tokens), lambda b, k, c: (b, 0)),
+            *([] if bias is None else [pl.BlockSpec((heads, size), lambda b, k, c: (0, 0))]),
         ],
         out_specs=[cache, cache, *(_output_spec(shape, chunks) for shape in whole)],
         out_shape=[
@@ -89,7 +92,7 @@ def cached_attention(
         compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
         name="cached_attention",
-    )(key, value, qkv, cos, sin, positions)
+    )(key, value, qkv, cos, sin, positions, *([] if bias is None else [bias]))
     mixed = outputs[0] if chunks == 1 else _combine(*outputs).astype(key.dtype)
     return mixed.reshape(batch, tokens, queries * size), key, value
 
@@ -114,32 +117,33 @@ def _kernel(
     cos: Ref,
     sin: Ref,
     positions: Ref,
-    key: Ref,
-    value: Ref,
-    *outputs: Ref,
+    *rest: Ref,
+    biased: bool,
     kv_heads: int,
     chunks: int,
     interpret: bool,
 ) -> None:
     """One KV head and one chunk: write the new rows, then attend with all rows of the G query heads.
 
-    `_key` and `_value` are `key` and `value` before the call: the same memory.
+    `rest`: the bias if there is one, then the outputs key, value and what `cached_attention` makes its result of.
+    `_key` and `_value` are key and value before the call: the same memory.
     """
+    bias, (key, value, *outputs) = (rest[0], rest[1:]) if biased else (None, rest)
     _, tokens, heads, size = qkv.shape
     queries, kv_head = heads - 2 * kv_heads, pl.program_id(1)
     group = queries // kv_heads
     row = _rows(tokens * group, SMALLEST)
     token, head = row // group, kv_head * group + row % group
-    query = _turned(qkv, cos, sin, (token[:, None], head[:, None]), key.dtype)
+    query = _turned(qkv, bias, cos, sin, (token[:, None], head[:, None]), key.dtype)
 
     # Every chunk writes all of the new rows, always the same: each then reads what it wrote itself.
     new = _rows(tokens, 1)[:, None]
     slot, column = plt.load(positions.at[new]), jnp.arange(size)[None, :]
     half = jnp.arange(size // 2)[None, :]
-    low, high = _turned(qkv, cos, sin, (new, queries + kv_head), key.dtype)
+    low, high = _turned(qkv, bias, cos, sin, (new, queries + kv_head), key.dtype)
     plt.store(key.at[slot, half], low)
     plt.store(key.at[slot, half + size // 2], high)
-    plt.store(value.at[slot, column], _total(qkv, (new, queries + kv_heads + kv_head, column), value.dtype))
+    plt.store(value.at[slot, column], _total(qkv, bias, (new, queries + kv_heads + kv_head, column), value.dtype))
     if not interpret:
         plt.debug_barrier()  # the program's other threads wrote what the next lines read
 
@@ -190,18 +194,22 @@ def _rows(count: int, least: int) -> jax.Array:
     return jnp.where(row < count, row, 0)
 
 
-def _total(qkv: Ref, at: tuple[Any, ...], dtype: jnp.dtype) -> jax.Array:
-    """Sum of the parts of a product, rounded as the product itself would be."""
+def _total(qkv: Ref, bias: Ref | None, at: tuple[Any, ...], dtype: jnp.dtype) -> jax.Array:
+    """Sum of the parts of a product and its bias at (token, head, column), rounded as the product itself would be."""
     total = plt.load(qkv.at[(0, *at)]).astype(jnp.float32)
     for part in range(1, qkv.shape[0]):
         total += plt.load(qkv.at[(part, *at)])
+    if bias is not None:
+        total += plt.load(bias.at[at[1:]]).astype(jnp.float32)
     return total.astype(dtype)
 
 
-def _turned(qkv: Ref, cos: Ref, sin: Ref, at: tuple[Any, Any], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def _turned(
+    qkv: Ref, bias: Ref | None, cos: Ref, sin: Ref, at: tuple[Any, Any], dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
     """Both halves [rows, H/2] of the heads `at` (token, head), turned to the token's position."""
     half = jnp.arange(cos.shape[-1])[None, :]
-    first = _total(qkv, (*at, half), dtype).astype(jnp.float32)
-    second = _total(qkv, (*at, half + cos.shape[-1]), dtype).astype(jnp.float32)
+    first = _total(qkv, bias, (*at, half), dtype).astype(jnp.float32)
+    second = _total(qkv, bias, (*at, half + cos.shape[-1]), dtype).astype(jnp.float32)
     c, s = plt.load(cos.at[at[0], half]), plt.load(sin.at[at[0], half])
     return (first * c - second * s).astype(dtype), (second * c + first * s).astype(dtype)

@@ -51,6 +51,9 @@ class Block(nnx.Module):
         self.mlp_norm = Base(weights["mlp_norm"])
         self.gate_up = Base(weights["gate_up"])
         self.down = Base(weights["down"])
+        self.is_biased = "qkv_bias" in weights
+        if self.is_biased:
+            self.qkv_bias = Base(weights["qkv_bias"])
         self.heads = heads
         self.eps = eps
         self.lora: nnx.Dict[LoRA] = nnx.Dict()  # by weight name
@@ -70,17 +73,18 @@ class Block(nnx.Module):
         Returns the stream as it enters the layer [B, T, D], which costs nothing, the stream behind it, and the cache.
         """
 
-        def project(name: str, x: jax.Array, split: bool = residual.kernels) -> jax.Array:
-            return self._project(name, x, adapted, split)
+        def project(name: str, x: jax.Array, split: bool = residual.kernels, wide: bool = False) -> jax.Array:
+            return self._project(name, x, adapted, split, wide)
 
         residual, normed = residual.normed(self.attn_norm[...], self.eps)
         entered = residual.x
-        qkv = project("qkv", normed)
+        qkv = project("qkv", normed, wide=self.is_biased)
+        bias = self.qkv_bias[...] if self.is_biased else None
         with jax.named_scope("attention"):
             if fresh or cache is None:
-                mixed, cache = attention.attend_fresh(qkv, self.heads, rope, cache, positions)
+                mixed, cache = attention.attend_fresh(qkv, self.heads, rope, cache, positions, bias)
             else:
-                mixed, cache = attention.attend_cached(qkv, self.heads, rope, cache, positions)
+                mixed, cache = attention.attend_cached(qkv, self.heads, rope, cache, positions, bias)
         residual = residual.plus(project("out", mixed))
         with jax.named_scope("mlp"):
             residual, normed = residual.normed(self.mlp_norm[...], self.eps)
@@ -88,12 +92,17 @@ class Block(nnx.Module):
             gate, up = jnp.split(total(project("gate_up", normed, split=False), normed.dtype), 2, axis=-1)
             return entered, residual.plus(project("down", jax.nn.silu(gate) * up)), cache
 
-    def _project(self, name: str, x: jax.Array, adapted: bool, split: bool) -> jax.Array:
-        """x [B, T, in] times the weight `name`, in parts where kernels add them up: [P, B, T, out]."""
+    def _project(self, name: str, x: jax.Array, adapted: bool, split: bool, wide: bool) -> jax.Array:
+        """x [B, T, in] times the weight `name`, in parts where kernels add them up: [P, B, T, out].
+
+        `wide`: in float32 also where it is one part, since something is still to be added before it is rounded.
+        """
         weight = getattr(self, name)[...]
-        parts = split_linear(x, weight, part_count(x.shape[0] * x.shape[1], weight.shape) if split else 1)
+        dtype = jnp.float32 if wide else x.dtype
+        count = part_count(x.shape[0] * x.shape[1], weight.shape) if split else 1
+        parts = split_linear(x, weight, count, dtype)
         adapter = self.lora.get(name)
         # lora_D is part of the verifier; lora_S acts only in the draft pass.
         if adapter is not None and (adapted or isinstance(adapter.a, DeepLoRA)):
-            return (total(parts, x.dtype) + adapter(x))[None]
+            return (total(parts, dtype) + adapter(x))[None]
         return parts

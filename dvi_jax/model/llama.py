@@ -30,6 +30,7 @@ def base_shapes(config: LlamaConfig) -> dict[str, Any]:
     block = {
         "attn_norm": (d,),
         "qkv": (query + 2 * kv, d),
+        **({"qkv_bias": (query + 2 * kv,)} if config.qkv_bias else {}),
         "out": (d, query),
         "mlp_norm": (d,),
         "gate_up": (2 * f, d),
@@ -48,13 +49,16 @@ def base_shapes(config: LlamaConfig) -> dict[str, Any]:
 def random_base(
     config: LlamaConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32, std: float = 0.02
 ) -> dict[str, Any]:
-    """A random weight tree (norms 1, matrices normal with `std`), for tests and speed measurements."""
-    shapes, tree = jax.tree.flatten(base_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+    """A random weight tree (norms 1, all else normal with `std`), for tests and speed measurements."""
+    shapes, tree = jax.tree.flatten_with_path(base_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
     make = jax.jit(lambda k, shape: (jax.random.normal(k, shape, dtype) * std).astype(dtype), static_argnums=1)
     keys = jax.random.split(key, len(shapes))
     return jax.tree.unflatten(
         tree,
-        [jnp.ones(s, dtype) if len(s) == 1 else make(k, s) for k, s in zip(keys, shapes, strict=True)],
+        [
+            jnp.ones(shape, dtype) if path[-1].key.endswith("norm") else make(k, shape)
+            for k, (path, shape) in zip(keys, shapes, strict=True)
+        ],
     )
 
 

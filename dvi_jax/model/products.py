@@ -31,19 +31,22 @@ def linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) 
     return result.astype(out_dtype or x.dtype)
 
 
-def split_linear(x: jax.Array, weight: jax.Array, count: int) -> jax.Array:
+def split_linear(x: jax.Array, weight: jax.Array, count: int, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """`linear` as `count` sums over equal pieces of the input: [P, ..., out], float32 unless there is but one."""
     if count == 1:
-        return linear(x, weight)[None]
+        return linear(x, weight, out_dtype)[None]
     rows, weights = x.reshape(-1, count, x.shape[-1] // count), weight.reshape(weight.shape[0], count, -1)
     numbers = (((2,), (2,)), ((1,), (1,)))
     parts = jax.lax.dot_general(rows, weights, numbers, precision=precision(x), preferred_element_type=jnp.float32)
     return parts.reshape(count, *x.shape[:-1], weight.shape[0])
 
 
-def total(parts: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Sum of parts [P, ...], rounded once, as the whole product would be."""
-    return parts[0].astype(dtype) if len(parts) == 1 else jnp.sum(parts, axis=0).astype(dtype)
+def total(parts: jax.Array, dtype: jnp.dtype, bias: jax.Array | None = None) -> jax.Array:
+    """Sum of parts [P, ..., out], and of `bias` [out] where there is one, rounded once, as the whole would be."""
+    whole = parts[0] if len(parts) == 1 else jnp.sum(parts, axis=0)
+    if bias is not None:
+        whole = whole.astype(jnp.float32) + bias.astype(jnp.float32)
+    return whole.astype(dtype)
 
 
 def part_count(rows: int, shape: tuple[int, int]) -> int:

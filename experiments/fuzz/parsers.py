@@ -145,7 +145,7 @@ def questions() -> Parser:
 
 def safetensors() -> Parser:
     """Headers of safetensors files, and reading what they describe."""
-    from conversion.safetensors_file import SafetensorsFile
+    from dvi_jax.importing.safetensors_file import SafetensorsFile
 
     seed = seeds.safetensors_seed({"a": [2, 3], "b.weight": [4], "c": [1, 1, 2]})
     words = (b'"F16"', b'"F64"', b'"BF16"', b'"I64"', b'"BOOL"', b'"F8_E4M3"', b'"__metadata__"', b"[0, 0]", b"[0]")
@@ -159,22 +159,62 @@ def safetensors() -> Parser:
 
 def gguf() -> Parser:
     """GGUF files: container, config, tokenizer and weights."""
-    from conversion.importing import load_base, open_source
-    from conversion.layout import GGUF_NAMES
+    from dvi_jax.importing.layout import GGUF_NAMES
+    from dvi_jax.importing.source import load_base, open_source
 
     def run(folder: Path) -> None:
         load_base(open_source(folder / "model.gguf"), "float32")
 
     shapes = seeds.model_shapes(GGUF_NAMES)
     found = [{"model.gguf": seeds.gguf_seed(shapes, seeds.gguf_metadata(kind))} for kind in ("gpt2", "llama")]
+    biased = seeds.model_shapes(GGUF_NAMES, biased=True)
+    found.append({"model.gguf": seeds.gguf_seed(biased, seeds.gguf_metadata("llama", "qwen2"))})
     return Parser("gguf", tuple(found), run, _GGUF_WORDS)
+
+
+def gguf_parts() -> Parser:
+    """A GGUF file in two parts."""
+    from dvi_jax.importing.layout import GGUF_NAMES
+    from dvi_jax.importing.source import load_base, open_source
+
+    names = [f"model-0000{number}-of-00002.gguf" for number in (1, 2)]
+    shapes = list(seeds.model_shapes(GGUF_NAMES, biased=True).items())
+    files = {}
+    for number, name in enumerate(names):
+        metadata = {"split.no": number, "split.count": 2} | (
+            seeds.gguf_metadata("llama", "qwen2") if not number else {}
+        )
+        files[name] = seeds.gguf_seed(dict(shapes[number::2]), metadata)
+    words = (*_GGUF_WORDS, b"split.count", b"split.no")
+    return Parser("gguf parts", (files,), lambda folder: load_base(open_source(folder / names[0]), "float32"), words)
+
+
+def trained_parts() -> Parser:
+    """The drafter and LoRA sets in a Hugging Face directory: the manifest's values, and safetensors."""
+    from dvi_jax.importing.weight_files import SAFETENSORS
+    from dvi_jax.trained_parts import DRAFTER, LORA, read_trained_parts
+
+    def run(folder: Path) -> None:
+        for part in (DRAFTER, LORA):
+            (folder / part).mkdir()
+            (folder / part / SAFETENSORS).write_bytes((folder / part).with_suffix(".safetensors").read_bytes())
+        (folder / DRAFTER / "config.json").write_bytes((folder / "config.json").read_bytes())
+        read_trained_parts(folder)
+
+    files = {
+        "config.json": seeds.json_seed(seeds.MANIFEST),
+        f"{DRAFTER}.safetensors": seeds.safetensors_seed({"norm": [8], "scale": [], "lora.a": [2, 8]}),
+        f"{LORA}.safetensors": seeds.safetensors_seed({"lora_s.drafter.a": [2, 8], "lora_s.drafter.b": [8, 2]}),
+    }
+    words = (b'"norm.a"', b'"lora"', b'"lora.a.b"', b'".."', b'"."', b'"F16"', b'"I64"', b"[]", b"[0]")
+    return Parser("trained parts", (files,), run, words)
 
 
 def tokenizer() -> Parser:
     """Tokenizers of a model directory, then what a checkpoint's own are used for."""
-    from conversion import tokenizer as source
     from dvi_jax.data.conversations import Message
     from dvi_jax.data.tokenizer import Tokenizer
+    from dvi_jax.importing import tokenizer as source
 
     def run(folder: Path) -> None:
         source.chat_template(folder)  # rendering it has a process of its own, with limits
@@ -206,19 +246,31 @@ def tokenizer() -> Parser:
 
 def model_directory() -> Parser:
     """A Hugging Face directory: config, generation config, index of the shards, one shard."""
-    from conversion import hf
-    from conversion.importing import load_base, open_source
-    from conversion.layout import HF_NAMES
+    from dvi_jax.importing.layout import HF_NAMES
+    from dvi_jax.importing.source import load_base, open_source
+    from dvi_jax.importing.weight_files import SAFETENSORS_INDEX
 
-    shapes, shard = seeds.model_shapes(HF_NAMES), "model-1.safetensors"
-    files = {
-        "config.json": seeds.json_seed(seeds.HF_CONFIG),
-        "generation_config.json": seeds.json_seed({"eos_token_id": 2}),
-        hf.SAFETENSORS_INDEX: seeds.json_seed({"weight_map": dict.fromkeys(shapes, shard)}),
-        shard: seeds.safetensors_seed(shapes),
-    }
-    words = (b'"model-2.safetensors"', b'"../model-1.safetensors"', b'"a\\u0000b"', b'"yarn"', b'"linear"')
-    return Parser("model directory", (files,), lambda folder: load_base(open_source(folder), "float32"), words)
+    shard, found = "model-1.safetensors", []
+    for config in (seeds.HF_CONFIG, seeds.HF_MISTRAL, seeds.HF_QWEN2):
+        shapes = seeds.model_shapes(HF_NAMES, biased=config is seeds.HF_QWEN2)
+        files = {
+            "config.json": seeds.json_seed(config),
+            "generation_config.json": seeds.json_seed({"eos_token_id": 2}),
+            SAFETENSORS_INDEX: seeds.json_seed({"weight_map": dict.fromkeys(shapes, shard)}),
+            shard: seeds.safetensors_seed(shapes),
+        }
+        found.append(files)
+    pointer = b"version https://git-lfs.github.com/spec/v1\n"
+    words = (
+        pointer,
+        b'"sliding_window"',
+        b'"model-2.safetensors"',
+        b'"../model-1.safetensors"',
+        b'"a\\u0000b"',
+        b'"yarn"',
+        b'"linear"',
+    )
+    return Parser("model directory", tuple(found), lambda folder: load_base(open_source(folder), "float32"), words)
 
 
 def torch_file() -> Parser:
@@ -254,6 +306,8 @@ _MAKERS = (
     questions,
     safetensors,
     gguf,
+    gguf_parts,
+    trained_parts,
     tokenizer,
     model_directory,
     torch_file,

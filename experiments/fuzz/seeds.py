@@ -57,6 +57,21 @@ HF_CONFIG = {
     "bos_token_id": 1,
     "eos_token_id": [2, 3],
 }
+HF_MISTRAL = HF_CONFIG | {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "sliding_window": 64,
+    "rope_scaling": None,
+    "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6},
+}
+HF_QWEN2 = HF_CONFIG | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "use_sliding_window": True,
+    "sliding_window": 8,
+    "max_window_layers": 2,
+    "layer_types": ["full_attention", "full_attention"],
+}
 MANIFEST = {
     "source": "tiny",
     "source_sha256": "00",
@@ -67,6 +82,7 @@ MANIFEST = {
     "lora": {"rank_s": 4, "alpha_s": 4.0},
     "training_step": 3,
     "verifier": "base",
+    "base_sha256": "",
     "format_version": 1,
 }
 CONVERSATIONS = [
@@ -151,8 +167,8 @@ def safetensors_seed(names: Mapping[str, list[int]]) -> Seed:
     return text_seed(json.dumps(header), lambda text: struct.pack("<Q", len(text)) + text + bytes(end))
 
 
-def model_shapes(names: Mapping[str, str]) -> dict[str, list[int]]:
-    """Shapes of the tensors of `LLAMA` under a source's names (`conversion.layout`)."""
+def model_shapes(names: Mapping[str, str], biased: bool = False) -> dict[str, list[int]]:
+    """Shapes of the tensors of `LLAMA` under a source's names (`dvi_jax.importing.layout`), with biases or without."""
     width, inner, vocab, kv = 8, 16, 8, 4
     layer = {
         "attn_norm": [width],
@@ -164,6 +180,7 @@ def model_shapes(names: Mapping[str, str]) -> dict[str, list[int]]:
         "gate": [inner, width],
         "up": [inner, width],
         "down": [width, inner],
+        **({"q_bias": [width], "k_bias": [kv], "v_bias": [kv]} if biased else {}),
     }
     shapes = {names[key].format(i=i): shape for i in range(2) for key, shape in layer.items()}
     return {names["embed"]: [vocab, width], **shapes, names["norm"]: [width], names["head"]: [vocab, width]}
@@ -182,8 +199,8 @@ def gguf_seed(shapes: Mapping[str, list[int]], metadata: Mapping[str, Any]) -> S
     return Seed(tuple(tokens), lambda header: header + bytes(-len(header) % 32 + offset))
 
 
-def gguf_metadata(kind: str) -> dict[str, Any]:
-    """What a Llama's GGUF says of itself, with a tokenizer of `kind` (gpt2 or llama)."""
+def gguf_metadata(kind: str, name: str = "llama") -> dict[str, Any]:
+    """What the GGUF of a model of architecture `name` says of itself, with a tokenizer of `kind` (gpt2 or llama)."""
     tokenizer: dict[str, Any] = {
         "tokenizer.ggml.model": kind,
         "tokenizer.ggml.tokens": TOKENS,
@@ -197,16 +214,16 @@ def gguf_metadata(kind: str) -> dict[str, Any]:
     else:
         tokenizer |= {"tokenizer.ggml.scores": [0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0, -5.0]}
     return {
-        "general.architecture": "llama",
-        "llama.block_count": 2,
-        "llama.context_length": 32,
-        "llama.embedding_length": 8,
-        "llama.feed_forward_length": 16,
-        "llama.attention.head_count": 2,
-        "llama.attention.head_count_kv": 1,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        "llama.rope.scaling.type": "linear",
-        "llama.rope.scaling.factor": 2.0,
+        "general.architecture": name,
+        f"{name}.block_count": 2,
+        f"{name}.context_length": 32,
+        f"{name}.embedding_length": 8,
+        f"{name}.feed_forward_length": 16,
+        f"{name}.attention.head_count": 2,
+        f"{name}.attention.head_count_kv": 1,
+        f"{name}.attention.layer_norm_rms_epsilon": 1e-5,
+        f"{name}.rope.scaling.type": "linear",
+        f"{name}.rope.scaling.factor": 2.0,
         **tokenizer,
     }
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Kind
 
-from conversion.importing import load_base, open_source
 from dvi_jax.config import RopeScaling
 from dvi_jax.errors import UserError
+from dvi_jax.importing.source import load_base, open_source
 
 PARTS = {
     "input_layernorm": "attn_norm",
@@ -100,7 +100,7 @@ def test_every_type_is_the_quantised_value_in_hugging_face_order(helpers, write,
 
 
 def test_many_chunks_of_whole_heads(helpers, write, monkeypatch):
-    monkeypatch.setattr("conversion.tensors.CHUNK_BYTES", 1500)
+    monkeypatch.setattr("dvi_jax.importing.tensors.CHUNK_BYTES", 1500)
     tensors = helpers.tensors(helpers.tiny)
     helpers.assert_equal(load(write(tensors)), helpers.expected(helpers.tiny, tensors))
 
@@ -201,11 +201,11 @@ def test_other_architectures_and_extra_tensors_are_refused(helpers, write, tmp_p
     bias = {"blk.0.attn_q.bias": np.zeros(32, np.float32)}
     with pytest.raises(UserError, match=r"unknown tensor blk\.0\.attn_q\.bias"):
         load(write(helpers.tensors(helpers.tiny), extra=bias))
-    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "qwen2")
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "qwen3")
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UserError, match="architecture is 'qwen2'"):
+    with pytest.raises(UserError, match="architecture is 'qwen3', which needs norms of queries and keys"):
         open_source(tmp_path / "other.gguf")

@@ -10,10 +10,10 @@ import pytest
 import safetensors.numpy
 import torch
 
-from conversion import hf
-from conversion.importing import load_base, open_source
 from dvi_jax.config import RopeScaling
 from dvi_jax.errors import UserError
+from dvi_jax.importing import hf
+from dvi_jax.importing.source import load_base, open_source
 
 
 def load(directory, dtype="float32"):
@@ -139,7 +139,8 @@ def test_missing_unknown_misshapen_and_non_finite_tensors(helpers, make_hf):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral'"),
+        ({"model_type": "mixtral"}, "model_type is 'mixtral', which needs a mixture of experts"),
+        ({"model_type": "mistral"}, "only MistralForCausalLM"),
         ({"model_type": ...}, "model_type is None"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM"),
         ({"attention_bias": True}, "attention_bias=True is not part of a plain Llama"),

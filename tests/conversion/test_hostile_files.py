@@ -15,11 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conversion.gguf_file import GGUFFile
-from conversion.importing import load_base, open_source
-from conversion.safetensors_file import SafetensorsFile, write_safetensors
 from conversion.torch_file import TorchFile
 from dvi_jax.errors import UserError
+from dvi_jax.importing.gguf_file import GGUFFile
+from dvi_jax.importing.safetensors_file import SafetensorsFile, write_safetensors
+from dvi_jax.importing.source import load_base, open_source
 
 
 def safetensors_bytes(header, data=b"", length=None):
@@ -183,7 +183,7 @@ def test_gguf_headers(tmp_path, content, message):
 
 
 def test_a_gguf_header_is_not_kept_whatever_its_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("conversion.gguf_file._MAX_HEADER", 10_000)
+    monkeypatch.setattr("dvi_jax.importing.gguf_file._MAX_HEADER", 10_000)
     path = tmp_path / "x.gguf"
     path.write_bytes(gguf_bytes(keys=1, body=text(b"k") + struct.pack("<IIQ", 9, 0, 20_000) + bytes(20_000)))
     with pytest.raises(UserError, match="a header of more than"):

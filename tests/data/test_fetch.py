@@ -109,6 +109,6 @@ def test_a_cache_that_cannot_be_written(tmp_path, downloads):
 
 def test_the_cache_folder_can_be_chosen(monkeypatch):
     monkeypatch.setenv("DVI_JAX_CACHE", "/some/where")
-    assert fetch.default_cache() == Path("/some/where")
+    assert fetch.cache_folder() == Path("/some/where")
     monkeypatch.delenv("DVI_JAX_CACHE")
-    assert fetch.default_cache() == Path.home() / ".cache" / "dvi_jax"
+    assert fetch.cache_folder() == Path.home() / ".cache" / "dvi_jax"

@@ -50,12 +50,12 @@ def test_golden_prompts(golden, dtype, trained, train_noise):
     assert len(accepted) > 1
 
 
-@pytest.mark.parametrize("trunk", ["shared", "separate"])
+@pytest.mark.parametrize("trunk", ["shared", "separate", "separate, biased"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_accept_length_bit_for_bit(make_tiny, train_noise, dtype, trunk):
     """Verifier hidden states of committed rows are equal in every bit, whatever was drafted around them."""
-    lora = {"rank_s": 2, "rank_d": 2} if trunk == "separate" else None
-    model = make_tiny(dtype, lora=lora)
+    lora = None if trunk == "shared" else {"rank_s": 2, "rank_d": 2}
+    model = make_tiny(dtype, lora=lora, model_type="qwen2" if "biased" in trunk else "llama")
     settings, prompts = DecodeConfig(draft_steps=3, max_new_tokens=48), [[5, 9, 2], [7, 7, 1]]
     seen, features = set(), {}
     # Four drafters, from one that the verifier often agrees with to noise, and none at all.

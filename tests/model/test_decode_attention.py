@@ -7,28 +7,30 @@ import pytest
 
 from dvi_jax.model import attention, decode_attention
 from dvi_jax.model.decode_attention import CHUNK_SLOTS, UNCUT_SLOTS, cached_attention
-from dvi_jax.model.products import total
 
 TOKENS = 4
-# name: parts of the product, query heads, KV heads, head size, cache slots, first position of each batch row
+# name: parts of the product, query heads, KV heads, head size, cache slots, first position of each batch row, biased
 SHAPES = {
-    "one query head per KV head, whole": (1, 2, 2, 32, 128, (61, 0)),  # 61 .. 64 cross from one block to the next
-    "three, whole": (2, 3, 1, 64, UNCUT_SLOTS, (UNCUT_SLOTS - TOKENS, 300)),
+    "one query head per KV head, whole": (1, 2, 2, 32, 128, (61, 0), False),  # 61 .. 64 cross a block's end
+    "three, whole": (2, 3, 1, 64, UNCUT_SLOTS, (UNCUT_SLOTS - TOKENS, 300), False),
     # Rows that end in different chunks, the last of which is cut short.
-    "three, split": (4, 6, 2, 32, UNCUT_SLOTS + 76, (CHUNK_SLOTS - 2, UNCUT_SLOTS + 72)),
+    "three, split": (4, 6, 2, 32, UNCUT_SLOTS + 76, (CHUNK_SLOTS - 2, UNCUT_SLOTS + 72), False),
+    "parts and a bias, whole": (2, 3, 1, 32, 128, (61, 0), True),
 }
 
 
 class Case:
     """Random rows, keys and values, the compiled kernel, and its result for them."""
 
-    def __init__(self, parts, heads, kv_heads, size, slots, starts):
+    def __init__(self, parts, heads, kv_heads, size, slots, starts, biased):
         self.heads, self.kv_heads, self.size, self.slots = heads, kv_heads, size, slots
         self.starts = np.array(starts, np.int32)
-        keys = jax.random.split(jax.random.key(0), 3)
+        keys = jax.random.split(jax.random.key(0), 4)
         rows, shape = (parts, len(starts), TOKENS, heads + 2 * kv_heads, size), (len(starts), kv_heads, slots, size)
-        self.qkv = jax.random.normal(keys[0], rows, jnp.float32 if parts > 1 else jnp.bfloat16) / np.sqrt(parts)
-        self.key, self.value = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[1:])
+        rows_dtype = jnp.float32 if parts > 1 or biased else jnp.bfloat16
+        self.qkv = jax.random.normal(keys[0], rows, rows_dtype) / np.sqrt(parts)
+        self.key, self.value = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[1:3])
+        self.bias = jax.random.normal(keys[3], rows[3:], jnp.bfloat16) if biased else None
         self.kernel = jax.jit(lambda *arrays: cached_attention(*arrays, interpret=True))
         self.mixed, *self.cache = self(self.qkv)
 
@@ -39,11 +41,13 @@ class Case:
     def __call__(self, qkv, cache=None, starts=None):
         """Attention and caches by the kernel, with some inputs other than the case's."""
         positions, rope = self.positions(self.starts if starts is None else starts)
-        return [np.asarray(x) for x in self.kernel(qkv, rope, *(cache or (self.key, self.value)), positions)]
+        arrays = (qkv, rope, *(cache or (self.key, self.value)), positions, self.bias)
+        return [np.asarray(x) for x in self.kernel(*arrays)]
 
     def by_einsum(self):
         positions, rope = self.positions(self.starts)
-        whole = total(self.qkv, jnp.bfloat16).reshape(len(self.starts), TOKENS, -1)
+        bias = 0 if self.bias is None else self.bias.astype(jnp.float32)
+        whole = (self.qkv.sum(axis=0) + bias).astype(jnp.bfloat16).reshape(len(self.starts), TOKENS, -1)
         query, key, value = attention.split_heads(whole, (self.heads, self.kv_heads, self.size), rope)
         cache = attention.write_rows(attention.LayerCache(self.key, self.value), key, value, positions[:, 0])
         return attention.attend(query, *cache, attention.cached_mask(positions, self.slots)), *cache

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from dvi_jax.directories import cache_folder
 from dvi_jax.loading import LoadedModel, load
-from experiments.fetch import default_cache, fetch_model
+from experiments.fetch import fetch_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_dev.json"
-CACHE = default_cache()  # read before another test points DVI_JAX_CACHE elsewhere
+CACHE = cache_folder()  # read before another test points DVI_JAX_CACHE elsewhere
 EXIT_LAYER = 27  # of 30: even an untrained exit head is right now and then
 
 

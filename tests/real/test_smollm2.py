@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import pytest
 
+from dvi_jax.checkpoint import read_manifest
 from dvi_jax.config import DecodeConfig
 from dvi_jax.data import Message
 from dvi_jax.decode.batch import generate_batch
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.real
 
@@ -16,6 +21,13 @@ def test_architecture(model):
     config = model.config
     assert (config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads) == (30, 576, 9, 3)
     assert (config.vocab_size, config.rope_theta, config.tie_word_embeddings) == (49152, 100000.0, True)
+
+
+def test_the_kept_drafter_is_this_models(checkpoint):
+    """By the weights' hash: the file is a Q4_1 one, so the official weights are others."""
+    kept = read_manifest(ROOT / "experiments" / "results" / "drafters" / "smollm2-135m-instruct")
+    assert kept.base_sha256 == read_manifest(checkpoint).base_sha256
+    assert len(kept.base_sha256) == 64
 
 
 def test_chat_template_gives_the_golden_prompt_ids(model, rows):

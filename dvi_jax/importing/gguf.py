@@ -1,19 +1,20 @@
-"""GGUF files of Llama models: the config from their metadata, and the weights in Hugging Face's order."""
+"""GGUF files of `llama` and `qwen2` models: the config from their metadata, the weights in Hugging Face's order."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from conversion.gguf_file import GGUFFile
-from conversion.layout import GGUF_NAMES
-from conversion.tensors import Rows
 from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import UserError
+from dvi_jax.importing.families import check_gguf_architecture
+from dvi_jax.importing.gguf_file import GGUFFile, open_parts
+from dvi_jax.importing.layout import GGUF_NAMES
+from dvi_jax.importing.tensors import Rows
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _SMALLEST, _LARGEST = 1e-30, 1e30  # of a number that becomes a float32
@@ -22,24 +23,37 @@ _LLAMA3_BOUNDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max
 
 
 class GGUFModel:
-    """One GGUF file as a `TensorSource` with its `config`; `file.metadata` keeps tokenizer and template."""
+    """A GGUF file, or all parts of one, as a `TensorSource` with its `config`.
+
+    `file` is the first part, whose metadata keeps tokenizer and template.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.file = GGUFFile(path)
+        parts = open_parts(path)
+        self.file = parts[0]
         self.label = path.name
-        self.files: tuple[Path, ...] = (path,)
-        self.shapes = {name: tensor.shape for name, tensor in self.file.tensors.items()}
-        self.config = _read_config(self.file)
+        self.files: tuple[Path, ...] = tuple(part.path for part in parts)
+        self._owner: dict[str, GGUFFile] = {}
+        for part in parts:
+            for name in part.tensors:
+                if name in self._owner:
+                    raise UserError(f"tensor {name} is in both {self._owner[name].path.name} and {part.path.name}")
+                self._owner[name] = part
+        self.shapes = {name: part.tensors[name].shape for name, part in self._owner.items()}
+        self.config = _read_config(self.file, self._owner)
+        # llama.cpp turns neighbouring pairs for `llama`, whose converter reorders rows for it; for `qwen2`, halves.
+        self._reordered = self.file.metadata["general.architecture"] == "llama"
 
     def chunks(self, name: str) -> Iterator[tuple[Rows, np.ndarray]]:
         """As `TensorSource.chunks`, with the rotary permutation of q and k undone."""
-        if not _is_rotary(name):
-            yield from self.file.rows(name)
+        file = self._owner[name]
+        if not self._reordered or not _is_rotary(name):
+            yield from file.rows(name)
             return
         size = self.config.head_dim
         # GGUF's row 2i + j of a head is Hugging Face's row j * H/2 + i: pairs abut there, halves here.
         order = np.arange(size).reshape(2, size // 2).T.reshape(-1)
-        for rows, values in self.file.rows(name, multiple=size):
+        for rows, values in file.rows(name, multiple=size):
             heads = np.arange(rows.start, rows.stop, size)
             yield (heads[:, None] + order).reshape(-1), values
 
@@ -81,38 +95,47 @@ class _Metadata:
         return float(str(np.float32(value)))
 
 
-def _read_config(file: GGUFFile) -> LlamaConfig:
+def _read_config(file: GGUFFile, owner: Mapping[str, GGUFFile]) -> LlamaConfig:
+    """`file`: the one with the metadata; `owner`: the part that holds each tensor."""
     meta = _Metadata(file)
-    architecture = meta.text("general.architecture")
-    if architecture != "llama":
-        raise UserError(f"{meta.label}: architecture is {architecture!r:.100}; only 'llama' GGUF files can be imported")
-    if meta.integer("llama.expert_count", 0):
+    name = check_gguf_architecture(meta.text("general.architecture"), meta.label)
+    if meta.integer(f"{name}.expert_count", 0):
         raise UserError(f"{meta.label}: a mixture of experts is not a plain Llama")
-    heads, width = meta.integer("llama.attention.head_count"), meta.integer("llama.embedding_length")
-    head_dim = meta.integer("llama.attention.key_length", width // heads if heads > 0 else None)
-    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+    heads, width = meta.integer(f"{name}.attention.head_count"), meta.integer(f"{name}.embedding_length")
+    head_dim = meta.integer(f"{name}.attention.key_length", width // heads if heads > 0 else None)
+    for key in (f"{name}.rope.dimension_count", f"{name}.attention.value_length"):
         if meta.integer(key, head_dim) != head_dim:
             raise UserError(f"{meta.label}: {key}={file.metadata[key]} must equal the head size {head_dim}")
-    embed = file.tensors.get(GGUF_NAMES["embed"])
-    if embed is None:
+    if GGUF_NAMES["embed"] not in owner:
         raise UserError(f"{meta.label}: tensor {GGUF_NAMES['embed']} is missing")
+    vocab_size = owner[GGUF_NAMES["embed"]].tensors[GGUF_NAMES["embed"]].shape[0]
+    theta = meta.number(f"{name}.rope.freq_base", 10000.0)
+    scaling = _rope_scaling(meta, name, owner.get(_ROPE_FACTORS), theta, head_dim)
+    context = meta.integer(f"{name}.context_length")
+    if scaling is not None and scaling["kind"] == "linear":
+        context = meta.integer(f"{name}.rope.scaling.original_context_length", context)
     values: dict[str, Any] = {
-        "vocab_size": embed.shape[0],
+        "vocab_size": vocab_size,
         "hidden_size": width,
-        "intermediate_size": meta.integer("llama.feed_forward_length"),
-        "num_layers": meta.integer("llama.block_count"),
+        "intermediate_size": meta.integer(f"{name}.feed_forward_length"),
+        "num_layers": meta.integer(f"{name}.block_count"),
         "num_heads": heads,
-        "num_kv_heads": meta.integer("llama.attention.head_count_kv", heads),
+        "num_kv_heads": meta.integer(f"{name}.attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": meta.integer("llama.context_length"),
-        "rms_norm_eps": meta.number("llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": meta.number("llama.rope.freq_base", 10000.0),
-        "tie_word_embeddings": GGUF_NAMES["head"] not in file.tensors,
+        "max_position_embeddings": context,
+        "rms_norm_eps": meta.number(f"{name}.attention.layer_norm_rms_epsilon"),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": GGUF_NAMES["head"] not in owner,
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_ids": _eos_ids(file, embed.shape[0]),
+        "eos_token_ids": _eos_ids(file, vocab_size),
+        "model_type": name,
     }
-    values["rope_scaling"] = _rope_scaling(file, meta, values["rope_theta"], head_dim)
-    return LlamaConfig.from_json(values, meta.label)
+    config = LlamaConfig.from_json(values, meta.label)
+    window = meta.integer(f"{name}.attention.sliding_window", 0)
+    if 0 < window < config.context_length:
+        raise UserError(f"{meta.label}: attention through a sliding window ({window} tokens) is not supported")
+    return config
 
 
 def _eos_ids(file: GGUFFile, vocab_size: int) -> list[int]:
@@ -126,15 +149,18 @@ def _eos_ids(file: GGUFFile, vocab_size: int) -> list[int]:
     return ids
 
 
-def _rope_scaling(file: GGUFFile, meta: _Metadata, theta: float, head_dim: int) -> dict[str, Any] | None:
-    kind = meta.text("llama.rope.scaling.type", "none")
-    factor_key = "llama.rope.scaling.factor"
-    if "llama.rope.scale_linear" in file.metadata:
-        kind, factor_key = "linear", "llama.rope.scale_linear"
-    if _ROPE_FACTORS in file.tensors:
+def _rope_scaling(
+    meta: _Metadata, name: str, factors: GGUFFile | None, theta: float, head_dim: int
+) -> dict[str, Any] | None:
+    """The scaling that the metadata of architecture `name` states, or whose factors the part `factors` holds."""
+    kind = meta.text(f"{name}.rope.scaling.type", "none")
+    factor_key = f"{name}.rope.scaling.factor"
+    if f"{name}.rope.scale_linear" in meta.values:
+        kind, factor_key = "linear", f"{name}.rope.scale_linear"
+    if factors is not None:
         if kind != "none":
             raise UserError(f"{meta.label}: {_ROPE_FACTORS} together with rope scaling {kind!r:.100} is not supported")
-        return _llama3_scaling(file, theta, head_dim)
+        return _llama3_scaling(factors, theta, head_dim)
     if kind == "none":
         return None
     if kind != "linear":

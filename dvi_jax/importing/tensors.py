@@ -23,7 +23,7 @@ MAX_ELEMENTS_PER_BYTE = 8
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 Tree = dict[str, Any]
-Rows = slice | np.ndarray
+Rows = slice | np.ndarray | tuple[()]
 
 
 class TensorSource(Protocol):

@@ -16,9 +16,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from conversion.files import open_file, parse_json_object
-from conversion.tensors import Rows, row_chunks
 from dvi_jax.errors import UserError
+from dvi_jax.importing.files import open_file, parse_json_object
+from dvi_jax.importing.tensors import Rows, row_chunks
 
 MAX_HEADER_BYTES = 8 << 20
 _MAX_NAME, _MAX_DIMENSIONS = 256, 8
@@ -49,20 +49,21 @@ class SafetensorsFile:
         self._path = path
         self._entries = _read_header(path)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self.dtypes = {name: _FLOATS.get(entry.code) for name, entry in self._entries.items()}
 
     def chunks(self, name: str) -> Iterator[tuple[Rows, np.ndarray]]:
         entry = self._entries[name]
         dtype = _FLOATS.get(entry.code)
         if dtype is None:
             raise UserError(f"{self.label}: {name} is of type {entry.code}; weights must be F32, F16, BF16 or F64")
-        num_rows, width = entry.shape[0], math.prod(entry.shape[1:])
+        num_rows, *row_shape = entry.shape or (1,)
         with open_file(self._path) as file:
             file.seek(entry.offset)
-            for start, stop in row_chunks(num_rows, width * dtype.itemsize):
-                values = np.empty((stop - start, *entry.shape[1:]), dtype)
+            for start, stop in row_chunks(num_rows, math.prod(row_shape) * dtype.itemsize):
+                values = np.empty((stop - start, *row_shape), dtype)
                 if file.readinto(values.view(np.uint8).reshape(-1)) != values.nbytes:
                     raise UserError(f"{self.label}: the file ends inside tensor {name}")
-                yield slice(start, stop), values
+                yield (slice(start, stop), values) if entry.shape else ((), values[0])  # a single number has no rows
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,10 +18,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from conversion.files import open_file
-from conversion.tensors import row_chunks
 from dvi_jax.errors import UserError
+from dvi_jax.importing.files import open_file
+from dvi_jax.importing.tensors import row_chunks
 
+# The name of one part of a model in several files, as llama.cpp writes and expects it.
+PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_MAX_PARTS = 1000
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_HEADER = 256 << 20
@@ -69,6 +73,42 @@ class GGUFFile:
                     raise UserError(f"{self.path.name}: the file ends inside tensor {name}")
                 values = _dequantise(raw, tensor.kind, f"{self.path.name}: tensor {name}")
                 yield (slice(None), values[0]) if vector else (slice(start, stop), values)
+
+
+def open_parts(path: Path) -> list[GGUFFile]:
+    """The file at `path`, or all parts of the model that it is a part of, in order.
+
+    A part that is missing or does not belong is a `UserError` that says which.
+    """
+    file = GGUFFile(path)
+    count = file.metadata.get("split.count", 1)
+    if type(count) is not int or not 0 <= count <= _MAX_PARTS:
+        raise UserError(f"{path.name}: split.count={count!r:.100} is not a sensible number of parts")
+    if count <= 1:
+        return [file]
+    match = PART_NAME.fullmatch(path.name)
+    if match is None or int(match["count"]) != count:
+        raise UserError(
+            f"{path.name} is part {_part_number(file)} of {count}; the parts must be named as they were split,"
+            f" model-00001-of-{count:05d}.gguf, and lie together"
+        )
+    names = [path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    missing = [name.name for name in names if not name.exists()]
+    if missing:
+        raise UserError(
+            f"{path.name} is part {_part_number(file)} of {count}; {', '.join(missing):.300} must lie beside it"
+        )
+    parts = [file if name == path else GGUFFile(name) for name in names]
+    for number, part in enumerate(parts, 1):
+        if part.metadata.get("split.count") != count or _part_number(part) != number:
+            raise UserError(f"{part.path.name} is not part {number} of {count}, as its name says")
+    return parts
+
+
+def _part_number(file: GGUFFile) -> object:
+    """From 1 on, as in the names; the key counts from 0."""
+    number = file.metadata.get("split.no")
+    return number + 1 if type(number) is int else "?"
 
 
 class _Cursor:

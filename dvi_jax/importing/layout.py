@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from conversion.tensors import Slot
 from dvi_jax.config import LlamaConfig
+from dvi_jax.importing.tensors import Slot
 
 # Our name of each part -> the name in the file; `{i}` is the layer.
 HF_NAMES = {
@@ -17,6 +17,9 @@ HF_NAMES = {
     "q": "model.layers.{i}.self_attn.q_proj.weight",
     "k": "model.layers.{i}.self_attn.k_proj.weight",
     "v": "model.layers.{i}.self_attn.v_proj.weight",
+    "q_bias": "model.layers.{i}.self_attn.q_proj.bias",
+    "k_bias": "model.layers.{i}.self_attn.k_proj.bias",
+    "v_bias": "model.layers.{i}.self_attn.v_proj.bias",
     "out": "model.layers.{i}.self_attn.o_proj.weight",
     "mlp_norm": "model.layers.{i}.post_attention_layernorm.weight",
     "gate": "model.layers.{i}.mlp.gate_proj.weight",
@@ -25,12 +28,17 @@ HF_NAMES = {
     "norm": "model.norm.weight",
     "head": "lm_head.weight",
 }
+# What Yi called its norms before its models became Llamas by name too.
+YI_NAMES = {"attn_norm": "model.layers.{i}.ln1.weight", "mlp_norm": "model.layers.{i}.ln2.weight"}
 GGUF_NAMES = {
     "embed": "token_embd.weight",
     "attn_norm": "blk.{i}.attn_norm.weight",
     "q": "blk.{i}.attn_q.weight",
     "k": "blk.{i}.attn_k.weight",
     "v": "blk.{i}.attn_v.weight",
+    "q_bias": "blk.{i}.attn_q.bias",
+    "k_bias": "blk.{i}.attn_k.bias",
+    "v_bias": "blk.{i}.attn_v.bias",
     "out": "blk.{i}.attn_output.weight",
     "mlp_norm": "blk.{i}.ffn_norm.weight",
     "gate": "blk.{i}.ffn_gate.weight",
@@ -66,9 +74,15 @@ def attention_parts(width: int, q_rows: int, kv_rows: int) -> list[tuple[str, st
 def _layer_parts(config: LlamaConfig) -> list[tuple[str, str, int, tuple[int, ...]]]:
     width, inner = config.hidden_size, config.intermediate_size
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    biases = [
+        ("q_bias", "qkv_bias", 0, (q_rows,)),
+        ("k_bias", "qkv_bias", q_rows, (kv_rows,)),
+        ("v_bias", "qkv_bias", q_rows + kv_rows, (kv_rows,)),
+    ]
     return [
         ("attn_norm", "attn_norm", 0, (width,)),
         *attention_parts(width, q_rows, kv_rows),
+        *(biases if config.qkv_bias else []),
         ("mlp_norm", "mlp_norm", 0, (width,)),
         ("gate", "gate_up", 0, (inner, width)),
         ("up", "gate_up", inner, (inner, width)),

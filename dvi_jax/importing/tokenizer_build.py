@@ -19,6 +19,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 _MAX_CHARACTERS, _MAX_PIECE, _MAX_MERGES = 1 << 22, 256, 1 << 20
 
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen")
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -84,10 +85,12 @@ def _pre_tokenizer(pre: str) -> dict[str, Any]:
     if pre == "smollm":
         digits = {"type": "Digits", "individual_digits": True}
         return {"type": "Sequence", "pretokenizers": [digits, _byte_level(True)]}
-    if pre in _LLAMA3_NAMES:
+    if pre in (*_LLAMA3_NAMES, *_QWEN2_NAMES):
+        # Qwen2 takes the digits of a number one by one.
+        pattern = _LLAMA3_SPLIT.replace("{1,3}", "") if pre in _QWEN2_NAMES else _LLAMA3_SPLIT
         split = {
             "type": "Split",
-            "pattern": {"Regex": _LLAMA3_SPLIT},
+            "pattern": {"Regex": pattern},
             "behavior": "Isolated",
             "invert": False,
         }
@@ -95,7 +98,7 @@ def _pre_tokenizer(pre: str) -> dict[str, Any]:
     if pre in ("gpt-2", "default"):
         return _byte_level(True)
     raise UserError(
-        f"pre-tokenizer {pre!r:.100} is not known (smollm, llama-bpe and gpt-2 are); import from Hugging Face"
+        f"pre-tokenizer {pre!r:.100} is not known (smollm, llama-bpe, qwen2 and gpt-2 are); import from Hugging Face"
     )
 
 

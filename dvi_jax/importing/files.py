@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from io import BufferedReader
 from pathlib import Path
@@ -11,19 +12,28 @@ from typing import Any, NoReturn
 
 from dvi_jax.errors import UserError
 
+FILE_NAME = re.compile(r"\w[\w.-]{0,199}", re.ASCII)  # so it lies in the directory itself
 MAX_JSON_BYTES = 16 << 20
+_LFS_POINTER, _LONGEST_POINTER = b"version https://git-lfs.github.com/spec/", 1024
 _HASH_BLOCK = 1 << 20
 
 
 def open_file(path: Path) -> BufferedReader:
-    """`path` open for reading; missing, unreadable or no regular file is a `UserError`.
+    """`path` open for reading; missing, unreadable, no regular file or a mere pointer to one is a `UserError`.
 
     Links are followed (the Hugging Face cache is made of them), but a pipe would block and a device never end.
     """
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"cannot read {path}: it is not a regular file")
-        return path.open("rb")
+        file = path.open("rb")
+        if path.stat().st_size <= _LONGEST_POINTER:
+            begin = file.read(len(_LFS_POINTER))
+            file.seek(0)
+            if begin == _LFS_POINTER:
+                file.close()
+                raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch it (git lfs pull)")
+        return file
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 

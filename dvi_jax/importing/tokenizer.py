@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from conversion.files import parse_json_object, read_bytes, read_json_object, read_text
-from conversion.sentencepiece_file import parse_sentencepiece
-from conversion.tokenizer_build import Vocabulary, added_token, byte_level_bpe, sentencepiece_bpe
 from dvi_jax.data.tokenizer import largest_id, load_tokenizer
 from dvi_jax.errors import UserError
+from dvi_jax.importing.files import parse_json_object, read_bytes, read_json_object, read_text
+from dvi_jax.importing.sentencepiece_file import parse_sentencepiece
+from dvi_jax.importing.tokenizer_build import Vocabulary, added_token, byte_level_bpe, sentencepiece_bpe
 
 MAX_TOKENIZER_BYTES = 32 << 20
 MAX_TEMPLATE_BYTES = 1 << 20

@@ -1,0 +1,79 @@
+"""From an opened source to a checkpoint directory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from dvi_jax.checkpoint import Manifest, write_checkpoint
+from dvi_jax.errors import UserError
+from dvi_jax.identity import hash_base
+from dvi_jax.importing.files import sha256_of
+from dvi_jax.importing.source import SourceModel, load_base
+from dvi_jax.importing.tensors import DTYPES
+from dvi_jax.trained_parts import TrainedParts, read_safetensors_parts
+
+DEFAULT_EXIT_LAYER = 2
+
+
+def write_import(
+    source: Path,
+    out: Path,
+    model: SourceModel,
+    *,
+    trained: TrainedParts | None = None,
+    dtype: str = "float32",
+    exit_layer: int | None = None,
+) -> Manifest:
+    """Write the checkpoint directory `out` from `model`, opened at `source`.
+
+    Weights are stored as `dtype` ("float32" or "bfloat16"). A drafter that lies in the source, as `export --to hf` puts
+    it there, comes along unless another is given (`trained`). The exit layer is the drafter's, or else 2. An exit layer
+    outside 1 .. L-1 or a file that does not belong raises `UserError`.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype must be float32 or bfloat16, got {dtype!r}")
+    if trained is None and source.is_dir():
+        trained = read_safetensors_parts(source)
+    exit_layer = _exit_layer(exit_layer, model.config.num_layers, trained)
+    base = load_base(model, dtype)
+    kept = (
+        Manifest(source="", source_sha256="", dtype=dtype, exit_layer=exit_layer)
+        if trained is None
+        else trained.manifest
+    )
+    manifest = replace(
+        kept,
+        source=source.absolute().name,  # a link's own: in Hugging Face's cache it leads to a hash
+        source_sha256=sha256_of(model.weights.files),
+        base_sha256=hash_base(base),
+        dtype=dtype,
+        exit_layer=exit_layer,
+    )
+    if kept.base_sha256 not in ("", manifest.base_sha256):
+        raise UserError(f"{source}: its drafter was trained for other weights than those beside it; remove drafter/")
+    write_checkpoint(
+        out,
+        model.config,
+        manifest,
+        base,
+        drafter=trained.drafter if trained else None,
+        lora=trained.lora if trained else None,
+        tokenizer_json=model.tokenizer_json,
+        chat_template=model.chat_template,
+    )
+    return manifest
+
+
+def _exit_layer(exit_layer: int | None, num_layers: int, trained: TrainedParts | None) -> int:
+    if trained is not None and trained.manifest.exit_layer:
+        if exit_layer not in (None, trained.manifest.exit_layer):
+            raise UserError(
+                f"--exit-layer {exit_layer}: the drafter was trained at exit layer {trained.manifest.exit_layer}"
+            )
+        exit_layer = trained.manifest.exit_layer
+    if exit_layer is None:
+        return min(DEFAULT_EXIT_LAYER, num_layers - 1)
+    if not 1 <= exit_layer < num_layers:
+        raise UserError(f"--exit-layer must be in 1..{num_layers - 1} for {num_layers} layers, got {exit_layer}")
+    return exit_layer

@@ -1,0 +1,73 @@
+"""What a source of weights holds, whatever its format: config, tokenizer, chat template, and the fused base tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dvi_jax.config import LlamaConfig
+from dvi_jax.errors import UserError
+from dvi_jax.importing import gguf, hf, tokenizer
+from dvi_jax.importing.layout import GGUF_NAMES, HF_NAMES, YI_NAMES, base_slots
+from dvi_jax.importing.tensors import TensorSource, Tree, check_slots, load_tree
+from dvi_jax.importing.weight_files import open_weights
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """What a source holds, its weights not yet read."""
+
+    config: LlamaConfig
+    weights: TensorSource
+    tokenizer_json: str | None
+    chat_template: str | None
+
+
+def open_source(source: Path) -> SourceModel:
+    """Config, tokenizer and weight headers of a directory or GGUF file; weight names are checked later."""
+    if source.is_dir():
+        config = hf.read_config(source)
+        text = tokenizer.from_directory(source, config.vocab_size)
+        return SourceModel(config, open_weights(source), text, tokenizer.chat_template(source))
+    if not source.is_file():
+        raise UserError(f"no model at {source}: expected a Hugging Face directory or a GGUF file")
+    model = gguf.GGUFModel(source)
+    metadata = model.file.metadata
+    template = tokenizer.checked_template(metadata.get("tokenizer.chat_template"), model.label)
+    text = tokenizer.from_gguf(metadata, model.config.vocab_size, model.label)
+    return SourceModel(model.config, model, text, template)
+
+
+def load_base(model: SourceModel, dtype: str) -> Tree:
+    """The fused base tree of a source, as numpy arrays of `dtype`."""
+    is_gguf = isinstance(model.weights, gguf.GGUFModel)
+    names, ignored = (GGUF_NAMES, gguf.is_ignored) if is_gguf else (HF_NAMES, hf.is_ignored)
+    head, shapes = names["head"], model.weights.shapes
+    if YI_NAMES["attn_norm"].format(i=0) in shapes:
+        names = {**names, **YI_NAMES}
+    tied = model.config.tie_word_embeddings
+    if tied and head in shapes and names["embed"] not in shapes:
+        names = {**names, "embed": head}  # some tools save of two tied tensors the last one only
+
+    def may_be_left(name: str) -> bool:
+        return ignored(name) or (tied and name == head)
+
+    slots = check_slots(model.weights, base_slots(model.config, names), may_be_left)
+    base = load_tree(model.weights, slots, dtype)
+    if tied and head in shapes and names["embed"] != head:
+        _require_tied(model.weights, head, base["embed"])
+    return base
+
+
+def _require_tied(weights: TensorSource, name: str, embed: np.ndarray) -> None:
+    """A tied model may carry its head, but only as the copy that the config says it is."""
+    if weights.shapes[name] == embed.shape:
+        differing = any(
+            not np.array_equal(values.astype(embed.dtype), embed[rows]) for rows, values in weights.chunks(name)
+        )
+    else:
+        differing = True
+    if differing:
+        raise UserError(f"{weights.label}: the config ties {name} to the embedding, but the two differ")
