@@ -15,12 +15,12 @@ from conversion.layout import HF_NAMES, base_slots
 from conversion.safetensors_file import write_safetensors
 from conversion.tensors import flatten, get_path
 from conversion.tokenizer import token_text
-from dvi_jax.checkpoint import Checkpoint, new_directory, read_checkpoint, save_tree, write_drafter
+from dvi_jax.checkpoint import SPECIAL_TOKENS, Checkpoint, new_directory, read_checkpoint, save_tree, write_drafter
 from dvi_jax.errors import UserError
 from dvi_jax.model.lora import merge_lora
 
 MAX_SHARD_BYTES = 5_000_000_000
-_TEXTS = ("config.json", "tokenizer.json", "chat_template.jinja")
+_TEXTS = ("config.json", "tokenizer.json", "chat_template.jinja", SPECIAL_TOKENS)
 
 
 def export_checkpoint(source: Path, out: Path, kind: str, *, merge: bool = False) -> None:
@@ -119,10 +119,15 @@ def _write_tokenizer(directory: Path, checkpoint: Checkpoint) -> None:
         return
     (directory / "tokenizer.json").write_text(checkpoint.tokenizer_json, encoding="utf-8")
     config, eos = checkpoint.config, checkpoint.config.eos_token_ids
+    special = checkpoint.special_tokens
+    if special is None:
+        ids = {"bos_token": config.bos_token_id, "eos_token": eos[0] if eos else None}
+        special = {name: token_text(checkpoint.tokenizer_json, index) for name, index in ids.items()}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": token_text(checkpoint.tokenizer_json, config.bos_token_id),
-        "eos_token": token_text(checkpoint.tokenizer_json, eos[0] if eos else None),
+        # Without it, transformers 4.33.3 also makes token_type_ids, which a Llama's `generate` refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
+        **special,
         "model_max_length": config.max_position_embeddings,
         "chat_template": checkpoint.chat_template,
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from conversion.end_tokens import end_ids
 from conversion.gguf_file import GGUFFile
 from conversion.layout import GGUF_NAMES
 from conversion.tensors import Rows
@@ -109,21 +110,10 @@ def _read_config(file: GGUFFile) -> LlamaConfig:
         "rope_theta": meta.number("llama.rope.freq_base", 10000.0),
         "tie_word_embeddings": GGUF_NAMES["head"] not in file.tensors,
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_ids": _eos_ids(file, embed.shape[0]),
+        "eos_token_ids": end_ids(file.metadata, embed.shape[0], meta.label),
     }
     values["rope_scaling"] = _rope_scaling(file, meta, values["rope_theta"], head_dim)
     return LlamaConfig.from_json(values, meta.label)
-
-
-def _eos_ids(file: GGUFFile, vocab_size: int) -> list[int]:
-    ids: list[int] = []
-    for key in ("eos", "eot"):
-        token = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token is not None and token not in ids:
-            if type(token) is not int or not 0 <= token < vocab_size:
-                raise UserError(f"{file.path.name}: {key}_token_id {token} is outside the vocabulary of {vocab_size}")
-            ids.append(token)
-    return ids
 
 
 def _rope_scaling(file: GGUFFile, meta: _Metadata, theta: float, head_dim: int) -> dict[str, Any] | None:

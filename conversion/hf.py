@@ -84,8 +84,9 @@ def parse_config(data: dict[str, Any], where: object) -> LlamaConfig:
         "head_dim": head_dim,
         "rope_theta": _or(data.get("rope_theta"), rope.get("rope_theta", 10000.0)),
         "rope_scaling": _parse_rope_scaling(data.get("rope_scaling") or rope, where),
-        "bos_token_id": data.get("bos_token_id"),
-        "eos_token_ids": _as_list(data.get("eos_token_id")),
+        # Hugging Face's defaults for keys that are absent; null is none.
+        "bos_token_id": data.get("bos_token_id", 1),
+        "eos_token_ids": _as_list(data.get("eos_token_id", 2)),
     }
     return _checked(LlamaConfig.from_json(values, str(where)), where)
 

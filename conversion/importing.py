@@ -26,6 +26,7 @@ class SourceModel:
     weights: TensorSource
     tokenizer_json: str | None
     chat_template: str | None
+    special_tokens: dict[str, str] | None = None  # by the names that templates know
 
 
 def import_model(
@@ -55,6 +56,7 @@ def import_model(
         drafter="exit_head" if drafter is None else "kangaroo",
         drafter_config=drafter_config,
     )
+    tokenizer.report_template(model.tokenizer_json, model.chat_template, model.special_tokens)
     write_checkpoint(
         out,
         model.config,
@@ -63,6 +65,7 @@ def import_model(
         drafter=drafter,
         tokenizer_json=model.tokenizer_json,
         chat_template=model.chat_template,
+        special_tokens=model.special_tokens,
     )
     return manifest
 
@@ -72,14 +75,15 @@ def open_source(source: Path) -> SourceModel:
     if source.is_dir():
         config = hf.read_config(source)
         text = tokenizer.from_directory(source, config.vocab_size)
-        return SourceModel(config, hf.open_weights(source), text, tokenizer.chat_template(source))
+        template, special = tokenizer.chat_template(source), tokenizer.special_tokens(source)
+        return SourceModel(config, hf.open_weights(source), text, template, special)
     if not source.is_file():
         raise UserError(f"no model at {source}: expected a Hugging Face directory or a GGUF file")
     model = gguf.GGUFModel(source)
     metadata = model.file.metadata
     template = tokenizer.checked_template(metadata.get("tokenizer.chat_template"), model.label)
     text = tokenizer.from_gguf(metadata, model.config.vocab_size, model.label)
-    return SourceModel(model.config, model, text, template)
+    return SourceModel(model.config, model, text, template, tokenizer.gguf_special_tokens(metadata))
 
 
 def load_base(model: SourceModel, dtype: str) -> Tree:

@@ -59,6 +59,11 @@ def run_cli(main: Callable[[], int | None]) -> int:
         return INTERRUPTED_STATUS
 
 
+def notice(text: str) -> None:
+    """Tell the user, in one line on stderr, what was done otherwise than asked or expected."""
+    print(f"note: {one_line(text)}", file=sys.stderr)
+
+
 def one_line(text: str) -> str:
     """`text` on one line of at most `LONGEST_LINE` characters, without control characters.
 
