@@ -119,10 +119,10 @@ def _write_tokenizer(directory: Path, checkpoint: Checkpoint) -> None:
         return
     (directory / "tokenizer.json").write_text(checkpoint.tokenizer_json, encoding="utf-8")
     config, eos = checkpoint.config, checkpoint.config.eos_token_ids
-    special = checkpoint.special_tokens
-    if special is None:
-        ids = {"bos_token": config.bos_token_id, "eos_token": eos[0] if eos else None}
-        special = {name: token_text(checkpoint.tokenizer_json, index) for name, index in ids.items()}
+    ids = {"bos_token": config.bos_token_id, "eos_token": eos[0] if eos else None}
+    is_listed = bool(json.loads(checkpoint.tokenizer_json).get("added_tokens"))
+    special = {name: token_text(checkpoint.tokenizer_json, index) for name, index in ids.items() if is_listed}
+    special |= {name: text or None for name, text in (checkpoint.special_tokens or {}).items()}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         # Without it, transformers 4.33.3 also makes token_type_ids, which a Llama's `generate` refuses.

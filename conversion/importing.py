@@ -13,6 +13,7 @@ from conversion.layout import GGUF_NAMES, HF_NAMES, base_slots
 from conversion.tensors import DTYPES, TensorSource, Tree, check_slots, load_tree
 from dvi_jax.checkpoint import Manifest, write_checkpoint
 from dvi_jax.config import LlamaConfig
+from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import UserError
 
 DEFAULT_EXIT_LAYER = 2
@@ -26,7 +27,7 @@ class SourceModel:
     weights: TensorSource
     tokenizer_json: str | None
     chat_template: str | None
-    special_tokens: dict[str, str] | None = None  # by the names that templates know
+    special_tokens: dict[str, str]  # by the names that templates know
 
 
 def import_model(
@@ -56,7 +57,6 @@ def import_model(
         drafter="exit_head" if drafter is None else "kangaroo",
         drafter_config=drafter_config,
     )
-    tokenizer.report_template(model.tokenizer_json, model.chat_template, model.special_tokens)
     write_checkpoint(
         out,
         model.config,
@@ -67,6 +67,16 @@ def import_model(
         chat_template=model.chat_template,
         special_tokens=model.special_tokens,
     )
+    if model.tokenizer_json is not None:
+        tokenizer.report_template(
+            Tokenizer(
+                model.tokenizer_json,
+                model.chat_template,
+                bos_token_id=model.config.bos_token_id,
+                eos_token_ids=model.config.eos_token_ids,
+                special_tokens=model.special_tokens,
+            )
+        )
     return manifest
 
 

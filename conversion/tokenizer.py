@@ -15,7 +15,7 @@ from conversion.sentencepiece_file import parse_sentencepiece
 from conversion.tokenizer_build import LLAMA3_NAMES, NORMAL, TEKKEN, Vocabulary, byte_level_bpe
 from conversion.tokenizer_complete import complete, stated_tokens, without_tokens_beyond
 from conversion.tokenizer_config import TokenizerConfig, chat_template, checked_template, read_tokenizer_config
-from dvi_jax.data.template import ChatTemplate
+from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.data.tokenizer_file import largest_id, load_tokenizer
 from dvi_jax.errors import UserError, notice
 
@@ -41,25 +41,19 @@ def from_directory(directory: Path, vocab_size: int) -> str | None:
     elif (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
         text = _from_merges(directory, config)
     else:
-        notice(
-            f"{directory} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json and merges.txt): prompts"
-            " must be token ids"
-        )
         return None
     return _checked(complete(text, config), vocab_size, str(directory))
 
 
-def special_tokens(directory: Path) -> dict[str, str] | None:
-    """What chat templates know as `bos_token` and so on; None where no file of the directory says anything."""
-    config = read_tokenizer_config(directory)
-    return config.special_tokens if config.is_given else None
+def special_tokens(directory: Path) -> dict[str, str]:
+    """What chat templates know as `bos_token` and so on, as far as a file says it; empty for one that is null."""
+    return read_tokenizer_config(directory).special_tokens
 
 
 def from_gguf(metadata: dict[str, Any], vocab_size: int, label: str) -> str | None:
     """`tokenizer.json` text built from GGUF metadata, None where the file has no tokenizer."""
     kind = metadata.get("tokenizer.ggml.model")
     if kind is None:
-        notice(f"{label} has no tokenizer: prompts must be token ids")
         return None
     kind = kind if isinstance(kind, str) else repr(kind)
     tokens = metadata.get("tokenizer.ggml.tokens")
@@ -92,20 +86,18 @@ def from_gguf(metadata: dict[str, Any], vocab_size: int, label: str) -> str | No
     return _checked(text, vocab_size, label)
 
 
-def gguf_special_tokens(metadata: dict[str, Any]) -> dict[str, str] | None:
+def gguf_special_tokens(metadata: dict[str, Any]) -> dict[str, str]:
     """`special_tokens` of a GGUF file: the texts of the ids that it names."""
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
-        return None
+        return {}
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _GGUF_NAMES.items()}
     return {name: tokens[index] for name, index in ids.items() if type(index) is int and 0 <= index < len(tokens)}
 
 
-def report_template(tokenizer_json: str | None, template: str | None, tokens: dict[str, str] | None) -> None:
-    """Say on stderr, in one line, if the chat template cannot be used as it is; token ids never need it."""
-    if template is None or tokenizer_json is None:
-        return
-    fault = ChatTemplate(template, tokens or {}).fault()
+def report_template(tokenizer: Tokenizer) -> None:
+    """Say on stderr, in one line, if the chat template does not take a single user message; token ids never need it."""
+    fault = tokenizer.template_fault()
     if fault is not None:
         notice(f"for a single user message {fault}; --prompt will fail like this, token ids work")
 

@@ -75,8 +75,12 @@ def _add_tokens(
         elif name == token.content and index in config.flags_given and _differs(by_content[name], token, index):
             by_content[name].update(token.to_json(index))
             is_changed = True
-    missing = replace(config, stated=tuple(content for content in config.stated if known_as(content) is None))
-    for index, token in stated_tokens(missing, vocabulary, {entry["id"] for entry in entries}).items():
+    # A file that lists some of its special tokens does not want the others matched in texts.
+    is_listed = bool(document.get("added_tokens"))
+    missing = [text for text in config.stated if known_as(text) is None and not (is_listed and text in vocabulary)]
+    for index, token in stated_tokens(
+        replace(config, stated=tuple(missing)), vocabulary, {entry["id"] for entry in entries}
+    ).items():
         add(index, token)
     return is_changed
 
@@ -124,6 +128,6 @@ def _with_text_around(text: str, document: dict[str, Any], config: TokenizerConf
 
 def _token(tokenizer: Any, config: TokenizerConfig, name: str) -> list[tuple[int, str]]:
     """(id, text) of a special token, none where the vocabulary does not have it."""
-    content = config.special_tokens.get(name)
-    index = None if content is None else tokenizer.token_to_id(content)
+    content = config.special_tokens.get(name, "")
+    index = tokenizer.token_to_id(content)
     return [] if index is None else [(index, content)]

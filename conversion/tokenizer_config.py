@@ -30,16 +30,15 @@ _DEFAULTS = {"Llama": _LLAMA, "CodeLlama": _LLAMA, "GPT2": _GPT2, "Qwen2": _QWEN
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The settings beside a tokenizer; without any file `is_given` is False and all is empty.
+    """The settings beside a tokenizer; without any file all is empty.
 
-    `special_tokens`: texts by name, as templates know them; `stated`: all that a file says itself, further special
-    tokens included. `added`: tokens by the id that a file gives them, `flags_given` where it gives all their flags.
-    `add_bos`, `add_eos`: what goes around a text, None where no file says. `family`: the class of tokenizer without
-    "Tokenizer" or "TokenizerFast" (empty for none).
+    `special_tokens`: texts by name, as templates know them, "" for one that is null; `stated`: all that a file says
+    itself, further special tokens included. `added`: tokens by the id that a file gives them, `flags_given` where it
+    gives all their flags. `add_bos`, `add_eos`: what goes around a text, None where no file says. `family`: the class
+    of tokenizer without "Tokenizer" or "TokenizerFast" (empty for none).
     """
 
     where: str
-    is_given: bool
     family: str
     special_tokens: dict[str, str]
     stated: tuple[str, ...]
@@ -58,22 +57,20 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
     settings, mapped, added = (
         read_json_object(directory / name) if (directory / name).exists() else {} for name in names
     )
-    is_given = path.exists() or (directory / names[1]).exists()
     family = str(settings.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
     defaults = _DEFAULTS.get(family, {}) if path.exists() else {}
-    named = {name: _text(settings.get(name, mapped.get(name)), path, name) for name in NAMES}
+    given = {name: (mapped | settings)[name] for name in NAMES if name in mapped or name in settings}
+    named = {name: _text(token, path, name) or "" for name, token in given.items()}
     extra = [
         _text(token, path, key)
         for key in ("additional_special_tokens", "extra_special_tokens")
         for token in _values(settings.get(key) or mapped.get(key))
     ]
     stated = tuple(dict.fromkeys(text for text in [*named.values(), *extra] if text))
-    unsaid = {name: text for name, text in defaults.items() if name not in settings and name not in mapped}
-    tokens = {name: text for name, text in (named | unsaid).items() if text}
-    decoder = _decoder(settings, {*stated, *unsaid.values()}, path)
+    tokens = {**defaults, **named}
+    decoder = _decoder(settings, {*stated, *tokens.values()}, path)
     return TokenizerConfig(
         where=str(path),
-        is_given=is_given,
         family=family,
         special_tokens=tokens,
         stated=stated,
@@ -97,7 +94,7 @@ def chat_template(directory: Path) -> str | None:
         return read_text(directory / "chat_template.jinja", MAX_TEMPLATE_BYTES)
     template = read_json_object(path).get("chat_template") if path.exists() else None
     if isinstance(template, list):
-        template = {item["name"]: item.get("template") for item in template if _is_named(item)} or None
+        template = {item["name"]: item["template"] for item in template if _is_named(item)} or None
     if isinstance(template, dict):
         if "default" not in template:
             raise UserError(
@@ -118,7 +115,7 @@ def checked_template(template: object, where: str) -> str | None:
 
 
 def _is_named(item: object) -> bool:
-    return isinstance(item, dict) and isinstance(item.get("name"), str)
+    return isinstance(item, dict) and isinstance(item.get("name"), str) and item.get("template") is not None
 
 
 def _is_unicode(text: str) -> bool:

@@ -80,7 +80,7 @@ class Checkpoint:
     lora: dict[str, Any] | None = None
     tokenizer_json: str | None = None
     chat_template: str | None = None
-    special_tokens: dict[str, str] | None = None  # what templates know as `eos_token` and so on
+    special_tokens: dict[str, str] | None = None  # what templates know as `eos_token` and so on; "" for none
 
 
 def write_checkpoint(
@@ -100,7 +100,7 @@ def write_checkpoint(
         "config.json": json.dumps(config.to_json(), indent=1),
         "tokenizer.json": tokenizer_json,
         "chat_template.jinja": chat_template,
-        SPECIAL_TOKENS: None if special_tokens is None else json.dumps(special_tokens, ensure_ascii=False, indent=1),
+        SPECIAL_TOKENS: json.dumps(special_tokens, ensure_ascii=False, indent=1) if special_tokens else None,
     }
     with new_directory(path) as partial:
         for name, text in texts.items():

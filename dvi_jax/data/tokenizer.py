@@ -27,8 +27,8 @@ class Tokenizer:
 
     A template is started where it is used, so a bad one is no obstacle to token ids. Without one, a conversation
     reads "User: ...\\nAssistant: ...\\n" (and "System: ..." where there is a system message), between the special
-    tokens that the tokenizer puts around a text. `special_tokens` are the template's variables such as `eos_token`;
-    without them, the texts of the ids.
+    tokens that the tokenizer puts around a text. `special_tokens` are the template's variables such as `eos_token`,
+    which are else the texts of the ids.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class Tokenizer:
         self._shown: dict[int, bool] = {}  # of ids asked for
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(eos_token_ids)
-        if special_tokens is None:
-            special_tokens = {
-                "bos_token": self._text_of(bos_token_id),
-                "eos_token": self._text_of(next(iter(eos_token_ids), None)),
-            }
-        self._template = ChatTemplate(chat_template, special_tokens) if chat_template is not None else None
+        tokens = {
+            "bos_token": self._text_of(bos_token_id),
+            "eos_token": self._text_of(next(iter(eos_token_ids), None)),
+            **(special_tokens or {}),
+        }
+        self._template = ChatTemplate(chat_template, tokens) if chat_template is not None else None
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Tokenizer:
@@ -99,6 +99,10 @@ class Tokenizer:
         known = [int(token) for token in ids if 0 <= token < self.vocab_size and token not in left_out]
         with library_faults("the tokenizer cannot decode these tokens"):
             return self._tokenizer.decode(known, skip_special_tokens=False)
+
+    def template_fault(self) -> str | None:
+        """Why the chat template does not take a single user message; None if it does, or if there is none."""
+        return None if self._template is None else self._template.fault()
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, system: str | None = None

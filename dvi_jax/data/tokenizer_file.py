@@ -145,11 +145,8 @@ def _has_prepend_scheme() -> bool:
 def _as_normalizer(description: dict[str, Any], pre: dict[str, Any]) -> None:
     """Say with normalizers what an old release's Metaspace cannot: the blank in front, and no cut at blanks."""
     scheme, is_split = pre["prepend_scheme"], pre.get("split", True) is not False
-    if (
-        (scheme != "first" and is_split)
-        or pre.get("replacement") != _SPACE
-        or scheme not in ("first", "always", "never")
-    ):
+    is_known = scheme in ("first", "always", "never") and pre.get("replacement") == _SPACE
+    if (scheme != "first" and is_split) or not is_known:
         return
     if description.get("normalizer") is not None:
         raise UserError(

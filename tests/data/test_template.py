@@ -120,14 +120,14 @@ FORBIDDEN = {
 def test_runaway_templates_end(name):
     began = time.monotonic()
     with pytest.raises(UserError, match="the chat template failed"):
-        ChatTemplate(RUNAWAY[name], {}, TemplateLimits(cpu_seconds=0.2, memory_bytes=256 << 20))
+        ChatTemplate(RUNAWAY[name], {}, TemplateLimits(cpu_seconds=0.2, memory_bytes=256 << 20)).render(CHAT)
     assert time.monotonic() - began < 20  # seconds on a busy machine; unbounded otherwise
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)
 def test_forbidden_templates_are_refused(name):
     with pytest.raises(UserError, match=r"the chat template failed: [A-Z][A-Za-z]+(Error|NotFound): "):
-        ChatTemplate(FORBIDDEN[name], {})
+        ChatTemplate(FORBIDDEN[name], {}).render(CHAT)
 
 
 def test_only_some_messages_run_away():
@@ -150,7 +150,7 @@ def test_messages_longer_than_any_text_are_not_even_sent():
 
 def test_long_source_is_refused():
     with pytest.raises(UserError, match="longer than 200000 characters"):
-        ChatTemplate("x" * 200_001, {})
+        ChatTemplate("x" * 200_001, {}).render(CHAT)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files through /proc")
@@ -160,6 +160,8 @@ def test_no_process_or_pipe_is_left():
 
     before = open_files()
     template = ChatTemplate("{{ messages[0].content }}", {})
+    assert open_files() == before  # nothing is started that may never be used
+    template.render(CHAT)
     worker = template._worker
     assert open_files() > before
     del template
