@@ -14,9 +14,9 @@ from conversion import hf, kangaroo
 from conversion.layout import HF_NAMES, base_slots
 from conversion.safetensors_file import write_safetensors
 from conversion.tensors import flatten, get_path
-from conversion.tokenizer import token_text
 from dvi_jax.checkpoint import SPECIAL_TOKENS, Checkpoint, new_directory, read_checkpoint, save_tree, write_drafter
 from dvi_jax.errors import UserError
+from dvi_jax.importing.tokenizer import token_text
 from dvi_jax.model.lora import merge_lora
 
 MAX_SHARD_BYTES = 5_000_000_000

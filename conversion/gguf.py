@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from conversion.end_tokens import end_ids
 from conversion.gguf_file import GGUFFile
 from conversion.layout import GGUF_NAMES
 from conversion.tensors import Rows
 from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import UserError
+from dvi_jax.importing.end_tokens import end_ids
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _SMALLEST, _LARGEST = 1e-30, 1e30  # of a number that becomes a float32

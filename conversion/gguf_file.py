@@ -17,9 +17,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from conversion.files import open_file
 from conversion.tensors import row_chunks
 from dvi_jax.errors import UserError
+from dvi_jax.importing.files import open_file
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from conversion.files import read_json_object
 from conversion.safetensors_file import SafetensorsFile
 from conversion.tensors import Rows, TensorSource
 from conversion.torch_file import TorchFile
 from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import UserError
+from dvi_jax.importing.files import read_json_object
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

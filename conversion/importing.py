@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion import gguf, hf, kangaroo, tokenizer
-from conversion.files import sha256_of
+from conversion import gguf, hf, kangaroo
 from conversion.layout import GGUF_NAMES, HF_NAMES, base_slots
 from conversion.tensors import DTYPES, TensorSource, Tree, check_slots, load_tree
 from dvi_jax.checkpoint import Manifest, write_checkpoint
 from dvi_jax.config import LlamaConfig
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import UserError
+from dvi_jax.importing import tokenizer
+from dvi_jax.importing.files import sha256_of
 
 DEFAULT_EXIT_LAYER = 2
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from conversion.files import read_json_object
 from conversion.hf import TORCH, open_weights
 from conversion.layout import attention_parts
 from conversion.tensors import Slot, Tree, check_slots, get_path, load_tree
 from conversion.torch_file import write_torch
 from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import UserError
+from dvi_jax.importing.files import read_json_object
 
 _NAMES = {
     "attn_norm": "layers.0.input_layernorm.weight",

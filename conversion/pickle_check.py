@@ -11,9 +11,9 @@ import pickletools
 import zipfile
 from pathlib import Path
 
-from conversion.files import open_file
 from dvi_jax.archives import DAMAGED_ZIP
 from dvi_jax.errors import UserError
+from dvi_jax.importing.files import open_file
 
 MAX_PICKLE_BYTES = 64 << 20
 _MAX_INSTRUCTIONS = 1 << 20

@@ -16,9 +16,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from conversion.files import open_file, parse_json_object
 from conversion.tensors import Rows, row_chunks
 from dvi_jax.errors import UserError
+from dvi_jax.importing.files import open_file, parse_json_object
 
 MAX_HEADER_BYTES = 8 << 20
 _MAX_NAME, _MAX_DIMENSIONS = 256, 8

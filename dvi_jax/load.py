@@ -143,7 +143,11 @@ def trained_parts(params: Params) -> dict[str, dict | None]:
 
 def enable_compilation_cache() -> None:
     """Keep compiled programs on disk, so that the next start decodes within seconds."""
-    root = Path(os.environ.get("DVI_JAX_CACHE", Path.home() / ".cache" / "dvi_jax"))
+    given = os.environ.get("DVI_JAX_CACHE")
+    try:
+        root = Path(given) if given else Path.home() / ".cache" / "dvi_jax"
+    except RuntimeError:  # a user without a home
+        return
     jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

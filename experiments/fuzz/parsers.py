@@ -172,9 +172,9 @@ def gguf() -> Parser:
 
 def tokenizer() -> Parser:
     """Tokenizers of a model directory, then what a checkpoint's own are used for."""
-    from conversion import tokenizer as source
     from dvi_jax.data.conversations import Message
     from dvi_jax.data.tokenizer import Tokenizer
+    from dvi_jax.importing import tokenizer as source
 
     def run(folder: Path) -> None:
         source.chat_template(folder)  # rendering it has a process of its own, with limits

@@ -72,7 +72,7 @@ def resident(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
 
 from conversion.importing import import_model
-import conversion.tokenizer, conversion.gguf
+import dvi_jax.importing.tokenizer, conversion.gguf
 for small in sys.argv[2:3]:
     import_model(Path(small), Path(small + "-out"))
 before = resident("VmRSS")

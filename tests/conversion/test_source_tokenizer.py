@@ -11,10 +11,10 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from conversion import tokenizer
 from conversion.importing import open_source
-from conversion.sentencepiece_file import parse_sentencepiece
 from dvi_jax.errors import UserError
+from dvi_jax.importing import tokenizer
+from dvi_jax.importing.sentencepiece_file import parse_sentencepiece
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, 1234567890 times.",

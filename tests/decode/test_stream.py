@@ -10,7 +10,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from conversion.tokenizer_build import CONTROL, NORMAL, UNKNOWN, Vocabulary, sentencepiece_bpe
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.decode import speculative
@@ -18,6 +17,7 @@ from dvi_jax.decode.generate import generate
 from dvi_jax.decode.prefix import make_prefix
 from dvi_jax.decode.stream import Stream, StreamedText
 from dvi_jax.errors import UserError
+from dvi_jax.importing.tokenizer_build import CONTROL, NORMAL, UNKNOWN, Vocabulary, sentencepiece_bpe
 
 SETTINGS = DecodeConfig(3, 0.0, 48)
 

@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from conversion.files import parse_json_object
-from conversion.tokenizer_build import AddedToken, around_text
-from conversion.tokenizer_config import TokenizerConfig
 from dvi_jax.data.tokenizer_file import SYMBOL_MARK, library_faults, load_tokenizer
 from dvi_jax.errors import UserError, notice
+from dvi_jax.importing.files import parse_json_object
+from dvi_jax.importing.tokenizer_build import AddedToken, around_text
+from dvi_jax.importing.tokenizer_config import TokenizerConfig
 
 _ADDS_BOS = ("Llama", "CodeLlama")  # classes of tokenizer that do unless told not to
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from conversion.files import parse_json_object, read_bytes, read_json_object, read_text
-from conversion.sentencepiece_build import Normalization, sentencepiece_bpe
-from conversion.sentencepiece_file import parse_sentencepiece
-from conversion.tokenizer_build import LLAMA3_NAMES, NORMAL, TEKKEN, Vocabulary, byte_level_bpe
-from conversion.tokenizer_complete import complete, stated_tokens, without_tokens_beyond
-from conversion.tokenizer_config import TokenizerConfig, chat_template, checked_template, read_tokenizer_config
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.data.tokenizer_file import largest_id, load_tokenizer
 from dvi_jax.errors import UserError, notice
+from dvi_jax.importing.files import parse_json_object, read_bytes, read_json_object, read_text
+from dvi_jax.importing.sentencepiece_build import Normalization, sentencepiece_bpe
+from dvi_jax.importing.sentencepiece_file import parse_sentencepiece
+from dvi_jax.importing.tokenizer_build import LLAMA3_NAMES, NORMAL, TEKKEN, Vocabulary, byte_level_bpe
+from dvi_jax.importing.tokenizer_complete import complete, stated_tokens, without_tokens_beyond
+from dvi_jax.importing.tokenizer_config import TokenizerConfig, chat_template, checked_template, read_tokenizer_config
 
 __all__ = ["chat_template", "checked_template", "from_directory", "from_gguf", "gguf_special_tokens", "token_text"]
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.files import read_json_object, read_text
-from conversion.tokenizer_build import AddedToken
 from dvi_jax.errors import UserError
+from dvi_jax.importing.files import read_json_object, read_text
+from dvi_jax.importing.tokenizer_build import AddedToken
 
 MAX_TEMPLATE_BYTES = 1 << 20
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

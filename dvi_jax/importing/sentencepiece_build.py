@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conversion.tokenizer_build import (
+from dvi_jax.data.tokenizer_file import SYMBOL_MARK, without_prefix_before
+from dvi_jax.errors import UserError
+from dvi_jax.importing.tokenizer_build import (
     CONTROL,
     NORMAL,
     UNKNOWN,
@@ -24,8 +26,6 @@ from conversion.tokenizer_build import (
     bpe_model,
     document,
 )
-from dvi_jax.data.tokenizer_file import SYMBOL_MARK, without_prefix_before
-from dvi_jax.errors import UserError
 
 _SPACE = "\u2581"
 # Finding the merges looks at every cut of every piece.
