@@ -146,7 +146,7 @@ class ConversationStream:
         self.counts: collections.Counter[str] = collections.Counter()
         self.ends_early = False
         # Hashes in the order they came, with the index of their first file: of file and id, and of messages.
-        self._named: dict[bytes, int] = {}
+        self._seen: dict[bytes, int] = {}
         self._contents: dict[bytes, int] = {}
 
     def _check_paths(self) -> None:
@@ -190,9 +190,9 @@ class ConversationStream:
         An id is a name inside its file only, since many files number from 0.
         """
         named, content = _digest(f"{file} {name}"), _digest(text)
-        if named in self._named or self._contents.get(content, file) < file:
+        if named in self._seen or self._contents.get(content, file) < file:
             raise _UnusableError(DUPLICATE)
-        for seen, key in ((self._named, named), (self._contents, content)):
+        for seen, key in ((self._seen, named), (self._contents, content)):
             seen.setdefault(key, file)
             if len(seen) > self.limits.remembered_ids:
                 del seen[next(iter(seen))]

@@ -118,7 +118,7 @@ def _spell_metaspace(description: dict[str, Any]) -> bool:
         scheme = part.setdefault("prepend_scheme", "never" if part.get("add_prefix_space") is False else "always")
         part.setdefault("add_prefix_space", scheme != "never")
     pre = description.get("pre_tokenizer")
-    if isinstance(pre, dict) and pre.get("type") == "Metaspace" and not _has_prepend_scheme():
+    if isinstance(pre, dict) and pre.get("type") == "Metaspace" and not _has_newer_metaspace():
         _as_normalizer(description, pre)
     return bool(parts)
 
@@ -134,12 +134,13 @@ def _metaspaces(part: Any) -> Iterator[dict[str, Any]]:
             yield from _metaspaces(inner)
 
 
-def _has_prepend_scheme() -> bool:
+def _has_newer_metaspace() -> bool:
     """Whether the installed Metaspace can put its blank before the first piece of a text only, and can leave it whole.
 
-    It cannot before 0.15, and then skips both settings.
+    The one is older releases' lack (before 0.15), the other also that of some later ones; they skip the setting.
     """
-    return hasattr(tokenizers.pre_tokenizers.Metaspace(), "prepend_scheme")
+    metaspace = tokenizers.pre_tokenizers.Metaspace()
+    return all(hasattr(metaspace, setting) for setting in ("prepend_scheme", "split"))
 
 
 def _as_normalizer(description: dict[str, Any], pre: dict[str, Any]) -> None:
@@ -151,7 +152,7 @@ def _as_normalizer(description: dict[str, Any], pre: dict[str, Any]) -> None:
     if description.get("normalizer") is not None:
         raise UserError(
             f"tokenizer.json: tokenizers {tokenizers.__version__} knows neither prepend_scheme={scheme!r} nor split="
-            f"{is_split} of Metaspace behind a normalizer: install tokenizers 0.15 or newer"
+            f"{is_split} of Metaspace behind a normalizer: install tokenizers 0.20 or newer"
         )
     tokens = _added_tokens(description)
     for token in tokens:
