@@ -55,16 +55,17 @@ def sentencepiece_bpe(
 ) -> str:
     """The text of tokenizer.json: spaces as U+2581, unknown characters as bytes, merges by score.
 
-    `added`: tokens by id that are kept beside the vocabulary.
+    `added`: tokens by id that are kept beside the vocabulary, or that Hugging Face's files claim for themselves.
     """
     if len(scores) != len(vocabulary.tokens):
         raise UserError(f"the tokenizer has {len(vocabulary.tokens)} tokens but {len(scores)} scores")
     pairs = list(zip(vocabulary.tokens, vocabulary.kinds, strict=True))
     unknown = next((token for token, kind in pairs if kind == UNKNOWN), None)
-    added = {i: token for i, token in (added or {}).items() if i >= len(pairs) or pairs[i][1] == NORMAL}
+    added = {i: token for i, token in (added or {}).items() if i >= len(pairs) or pairs[i][1] in (NORMAL, USER_DEFINED)}
     special = [token for token, kind in pairs if kind in (UNKNOWN, CONTROL)]
     special += [token.content for token in added.values()]
-    symbols = [token for token, kind in pairs if kind == USER_DEFINED] if rules.match_symbols_late else []
+    late = [token for token, kind in pairs if kind == USER_DEFINED] if rules.match_symbols_late else []
+    symbols = set(late).difference(special)
     model = bpe_model(vocabulary, _merges_from_scores(vocabulary, scores), unk_token=unknown, byte_fallback=True)
     content = json.loads(
         document(
@@ -75,8 +76,10 @@ def sentencepiece_bpe(
         )
     )
     if symbols:
-        _match_late(content, set(symbols), rules.add_dummy_prefix)
-    content["added_tokens"] += [added[index].to_json(index) for index in sorted(added)]
+        _match_late(content, symbols, rules.add_dummy_prefix)
+    given = {token["id"]: token for token in content["added_tokens"]}
+    given |= {index: token.to_json(index) for index, token in added.items()}
+    content["added_tokens"] = [given[index] for index in sorted(given)]
     for token in content["added_tokens"]:
         token["normalized"] = token["normalized"] or not rules.legacy
     return json.dumps(content, ensure_ascii=False)
