@@ -16,6 +16,7 @@ from typing import Any
 
 from dvi_jax.data.tokenizer_file import SYMBOL_MARK, without_prefix_before
 from dvi_jax.errors import UserError
+from dvi_jax.importing.sentencepiece_file import has_rule
 from dvi_jax.importing.tokenizer_build import (
     CONTROL,
     NORMAL,
@@ -28,6 +29,7 @@ from dvi_jax.importing.tokenizer_build import (
 )
 
 _SPACE = "\u2581"
+_JAMO = "\u1100\u1161"  # composed by NFC and NFKC
 # Finding the merges looks at every cut of every piece.
 _MAX_PIECE, _MAX_MERGES = 256, 1 << 20
 
@@ -88,6 +90,11 @@ def sentencepiece_bpe(
 def _normalizers(rules: Normalization, special: Sequence[str], has_symbols: bool) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = []
     if rules.charsmap:
+        # The library applies rules to short clusters as a whole and to longer ones letter by letter, so what letters
+        # are composed of is put together before. A compatibility form (a Roman numeral, say) with an accent of its own
+        # may still come out otherwise than in SentencePiece.
+        if has_rule(rules.charsmap, _JAMO):
+            steps.append({"type": "NFC"})
         steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(rules.charsmap).decode()})
     if rules.remove_extra_whitespaces:
         steps += [_replace_all(rf"\A +|[ {_SPACE}]+\z", ""), _replace_all(" {2,}", " ")]

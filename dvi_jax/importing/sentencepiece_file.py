@@ -47,6 +47,19 @@ def parse_sentencepiece(data: bytes, where: object) -> SentencePieceModel:
         raise UserError(f"{where} is not a SentencePiece model, or is damaged: {error}") from error
 
 
+def has_rule(charsmap: bytes, text: str) -> bool:
+    """Whether compiled rules say something about `text`: a length, a double array (Darts) of so many bytes, texts."""
+    size = int.from_bytes(charsmap[:4], "little") // 4
+    units = struct.unpack(f"<{size}I", charsmap[4 : 4 + 4 * size]) if len(charsmap) >= 4 + 4 * size else ()
+    at, unit = 0, units[0] if units else 0
+    for byte in text.encode():
+        at ^= (unit >> 10) << ((unit & (1 << 9)) >> 6) ^ byte
+        if at >= len(units) or units[at] & 0x800000FF != byte:
+            return False
+        unit = units[at]
+    return bool(unit >> 8 & 1)
+
+
 def _parse(data: bytes, where: object) -> SentencePieceModel:
     pieces: list[tuple[str, float, int]] = []
     trainer: dict[int, int | bytes] = {}
