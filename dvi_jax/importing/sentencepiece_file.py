@@ -8,6 +8,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from dvi_jax.errors import UserError
 
@@ -48,16 +51,37 @@ def parse_sentencepiece(data: bytes, where: object) -> SentencePieceModel:
 
 
 def has_rule(charsmap: bytes, text: str) -> bool:
-    """Whether compiled rules say something about `text`: a length, a double array (Darts) of so many bytes, texts."""
-    size = int.from_bytes(charsmap[:4], "little") // 4
-    units = struct.unpack(f"<{size}I", charsmap[4 : 4 + 4 * size]) if len(charsmap) >= 4 + 4 * size else ()
-    at, unit = 0, units[0] if units else 0
+    """Whether compiled rules say something about `text`."""
+    units = _double_array(charsmap)
+    at, unit = 0, int(units[0])
     for byte in text.encode():
-        at ^= (unit >> 10) << ((unit & (1 << 9)) >> 6) ^ byte
-        if at >= len(units) or units[at] & 0x800000FF != byte:
+        at ^= _offset(unit) ^ byte
+        unit = int(units[at])
+        if unit & 0x800000FF != byte:
             return False
-        unit = units[at]
     return bool(unit >> 8 & 1)
+
+
+def _double_array(charsmap: bytes) -> np.ndarray:
+    """[n] uint32 of the double array (Darts) that compiled rules begin with: its size in bytes, its units, then texts.
+
+    One that leads outside of itself or of the texts is a `ValueError`; the tokenizers library would panic.
+    """
+    size = int.from_bytes(charsmap[:4], "little")
+    units = np.frombuffer(charsmap[4 : 4 + size - size % 4], "<u4")
+    if 4 * len(units) != size or not len(units) or len(units) % 256:
+        raise ValueError("its rules of normalisation are cut off")
+    is_value = units >> 31 == 1
+    targets = np.arange(len(units)) ^ _offset(units.astype(np.int64))
+    values = units[is_value] & 0x7FFFFFFF
+    if (targets[~is_value] >= len(units)).any() or (values >= len(charsmap) - 4 - size).any():
+        raise ValueError("its rules of normalisation lead nowhere")
+    return units
+
+
+def _offset(unit: Any) -> Any:
+    """How far the children of a unit, or of an array of units, are."""
+    return (unit >> 10) << ((unit & (1 << 9)) >> 6)
 
 
 def _parse(data: bytes, where: object) -> SentencePieceModel:
@@ -94,6 +118,8 @@ def _parse(data: bytes, where: object) -> SentencePieceModel:
     ids = [_as_int(trainer.get(number, default)) for number, default in ((_BOS_ID, 1), (_EOS_ID, 2))]
     # -1, "none", is a negative int32 and so a huge unsigned number here.
     bos_id, eos_id = (index if index < len(pieces) else None for index in ids)
+    if charsmap := _as_bytes(normalizer.get(_CHARSMAP, b"")):
+        _double_array(charsmap)
     texts, scores, kinds = zip(*pieces, strict=True)
     return SentencePieceModel(
         texts,
@@ -101,7 +127,7 @@ def _parse(data: bytes, where: object) -> SentencePieceModel:
         kinds,
         bos_id,
         eos_id,
-        charsmap=_as_bytes(normalizer.get(_CHARSMAP, b"")),
+        charsmap=charsmap,
         add_dummy_prefix=bool(normalizer.get(_ADD_DUMMY_PREFIX, 1)),
         remove_extra_whitespaces=bool(normalizer.get(_REMOVE_EXTRA_WHITESPACES, 1)),
     )

@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizers"
 
 @pytest.fixture
 def exported(make_hf, tmp_path):
-    """A model with SmolLM2's kind of tokenizer, imported and exported; its eos id is another token than its eos text."""
+    """A model with SmolLM2's kind of tokenizer, imported and exported; its eos id is not its eos text."""
     source = make_hf(vocab_size=483, eos_token_id=2)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(GOLDEN / "smollm2" / name, source / name)

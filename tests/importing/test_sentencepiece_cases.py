@@ -112,6 +112,12 @@ def test_what_cannot_be_honoured_is_refused_by_name():
     denormalizer = b"\x2a\x03\x12\x01x"  # field 5 with a charsmap of one byte
     with pytest.raises(UserError, match="denormalizer_spec"):
         parse_sentencepiece(trained() + denormalizer, "test")
+    for rules in (b"\x00\x04\x00\x00" + bytes(1000), b"\x00\x04\x00\x00" + b"\x00\xfc\xff\x7f" * 256 + b"\0"):
+        size = len(rules)
+        normalizer = b"\x12" + bytes([size & 127 | 128, size >> 7]) + rules
+        message = b"\x1a" + bytes([len(normalizer) & 127 | 128, len(normalizer) >> 7]) + normalizer
+        with pytest.raises(UserError, match="is damaged: its rules of normalisation"):
+            parse_sentencepiece(trained() + message, "test")
     unused = b"\x0a\x0a\x0a\x01q\x15\x00\x00\x00\x00\x18\x05"  # a piece of kind 5
     with pytest.raises(UserError, match="unused pieces"):
         parse_sentencepiece(trained() + unused, "test")
