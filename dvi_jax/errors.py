@@ -54,7 +54,8 @@ def run_cli(main: Callable[[], int | None]) -> int:
             stream.reconfigure(errors="replace")
     try:
         status = main() or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:  # a shell may close it
+            sys.stdout.flush()
         return status
     except BrokenPipeError:
         # What is still in the buffers would raise again when Python closes them.

@@ -30,6 +30,12 @@ def test_a_reader_that_leaves_ends_the_program_quietly(action):
     process.stderr.close()
 
 
+def test_without_any_output_a_program_still_ends_well():
+    command = [sys.executable, "-c", PROGRAM.format("print('line')")]
+    ended = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], cwd=ROOT, capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize(("encoding", "shown"), [("latin-1", b"caf\xe9 ?\n"), ("ascii", b"caf? ?\n")])
 def test_letters_that_the_terminal_lacks_are_shown_as_question_marks(encoding, shown):
     output, errors = started("print('caf\\u00e9 \\u2603')", PYTHONIOENCODING=encoding).communicate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dvi_jax.importing.tokenizer_config import TokenizerConfig, chat_template, c
 __all__ = ["chat_template", "checked_template", "from_directory", "from_gguf", "gguf_special_tokens", "token_text"]
 
 MAX_TOKENIZER_BYTES = 32 << 20
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
 _GGUF_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 # Which splitting rule a vocab.json belongs to, by the class of tokenizer ("" is a generic one).
 _FAMILIES = {"": "gpt-2", "GPT2": "gpt-2", "PreTrained": "gpt-2", "Llama": "gpt-2", "Qwen2": "qwen2"}
@@ -144,7 +146,12 @@ def _checked(text: str, vocab_size: int, where: str) -> str:
 
 
 def _from_sentencepiece(path: Path, config: TokenizerConfig) -> str:
-    model = parse_sentencepiece(read_bytes(path, MAX_TOKENIZER_BYTES), path)
+    data = read_bytes(path, MAX_TOKENIZER_BYTES)
+    if _TIKTOKEN_LINE.match(data):
+        raise UserError(
+            f"{path} is a tiktoken vocabulary, as of Llama 3's original: add the tokenizer.json made from it"
+        )
+    model = parse_sentencepiece(data, path)
     vocabulary = Vocabulary(
         model.pieces,
         model.kinds,

@@ -135,6 +135,11 @@ def test_vocab_json_and_merges_txt(build, tmp_path):
             build(change)
 
 
+def test_a_tiktoken_vocabulary_is_called_that(build):
+    with pytest.raises(UserError, match=r"tokenizer\.model is a tiktoken vocabulary"):
+        build({"tokenizer.model": "IQ== 0\nIg== 1\n"})
+
+
 def test_qwen2_cuts_words_like_its_original(build):
     config = {"tokenizer_class": "Qwen2Tokenizer"}
     tokenizer = build({"vocab.json": VOCAB, "merges.txt": "h e\n", "tokenizer_config.json": config})
