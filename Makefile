@@ -1,50 +1,64 @@
-# Each target makes the environment it needs in .venv; Python 3.11 and make are all a machine has to have.
+# Each target makes the environment it needs; Python 3.11 and make are all a machine has to have.
+# Users and the demo have .venv. Tests have .venv-test: transformers 4.33.3, which they compare with, needs an old
+# tokenizers, which must not replace the user's. .venv-newest is the newest tokenizers alone, put in front of that.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
-RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+TEST := .venv-test
+NEWEST := .venv-newest
+PIP := -m pip install --quiet --disable-pip-version-check
+PYTEST := $(TEST)/bin/python -m pytest -n 2 --dist loadscope
 
-.PHONY: demo test test-fast contract lint format clean
+.PHONY: demo test test-fast test-newest contract lint format clean
 
 demo: $(VENV)/.demo
-	$(RUN) -m experiments.demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
+	$(VENV)/bin/python -m experiments.demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-test: $(VENV)/.test
-	$(RUN) -m pytest -n 2 --dist loadscope $(ARGS)
+test: $(TEST)/.ready $(NEWEST)/.ready
+	$(PYTEST) $(ARGS)
+	$(if $(ARGS),,@$(MAKE) --no-print-directory test-newest)
 
-test-fast: $(VENV)/.test
-	$(RUN) -m pytest -n 2 --dist loadscope -m "not real" $(ARGS)
+test-fast: $(TEST)/.ready
+	$(PYTEST) -m "not real" $(ARGS)
+
+# The tests of tokenizers once more, with the release that users get.
+test-newest: $(TEST)/.ready $(NEWEST)/.ready
+	PYTHONPATH=$(NEWEST) $(PYTEST) -m tokenizers $(ARGS)
 
 # Every combination of drafter, dtype, sampling, ... (tests/contract/cases.py); `make test` has a choice of them.
-contract: $(VENV)/.test
-	$(RUN) -m pytest -n auto --dist loadfile --full-contract tests/contract $(ARGS)
+contract: $(TEST)/.ready
+	$(TEST)/bin/python -m pytest -n auto --dist loadfile --full-contract tests/contract $(ARGS)
 
-lint: $(VENV)/.test
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
 
-format: $(VENV)/.test
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
+lint: $(TEST)/.ready
+	$(TEST)/bin/ruff check .
+	$(TEST)/bin/ruff format --check .
+	$(TEST)/bin/mypy
+
+format: $(TEST)/.ready
+	$(TEST)/bin/ruff check --fix .
+	$(TEST)/bin/ruff format .
 
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
-	@echo "Setting up .venv ..."
-	@$(PIP) --editable '.[demo]'
+	@echo "Setting up $(VENV) ..."
+	@$(VENV)/bin/python $(PIP) --editable '.[demo]'
 	@touch $@
 
 # torch first and by exact version, so that nothing else chooses another build of it.
-$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
-	@echo "Setting up .venv ..."
-	@$(PIP) torch==2.13.0
-	@$(PIP) --editable '.[convert,ref,plots,test]'
+$(TEST)/.ready: pyproject.toml | $(TEST)/bin/python
+	@echo "Setting up $(TEST) ..."
+	@$(TEST)/bin/python $(PIP) torch==2.13.0
+	@$(TEST)/bin/python $(PIP) --editable '.[convert,ref,plots,test]'
 	@touch $@
 
-$(VENV)/bin/python:
+$(NEWEST)/.ready: pyproject.toml | $(TEST)/bin/python
+	@$(TEST)/bin/python $(PIP) --upgrade --no-deps --target $(NEWEST) tokenizers
+	@touch $@
+
+$(VENV)/bin/python $(TEST)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed: install it, or name it with make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: name one with make PYTHON=..."; exit 1; }
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(@D)/..
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(TEST) $(NEWEST)

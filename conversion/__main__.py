@@ -19,7 +19,8 @@ def main() -> int:
         manifest = import_model(
             args.source, args.out, adapter=args.adapter, dtype=args.dtype, exit_layer=args.exit_layer
         )
-        print(f"{args.out}: {manifest.dtype}, exit layer {manifest.exit_layer}, drafter {manifest.drafter}")
+        missing = "" if (args.out / "tokenizer.json").exists() else "; no tokenizer in the source: only token ids work"
+        print(f"{args.out}: {manifest.dtype}, exit layer {manifest.exit_layer}, drafter {manifest.drafter}{missing}")
     else:
         from conversion.exporting import export_checkpoint
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from conversion import kangaroo
-from dvi_jax.checkpoint import Checkpoint, new_directory, save_tree
+from dvi_jax.checkpoint import SPECIAL_TOKENS, Checkpoint, new_directory, save_tree
 from dvi_jax.errors import UserError
 from dvi_jax.identity import hash_base
 from dvi_jax.importing import hf
@@ -25,7 +25,7 @@ from dvi_jax.model.lora import merge_lora
 from dvi_jax.trained_parts import write_drafter, write_safetensors_parts
 
 MAX_SHARD_BYTES = 5_000_000_000
-_TEXTS = ("config.json", "tokenizer.json", "chat_template.jinja")
+_TEXTS = ("config.json", "tokenizer.json", "chat_template.jinja", SPECIAL_TOKENS)
 
 
 def export_checkpoint(source: Path, out: Path, kind: str, *, merge: bool = False) -> None:
@@ -117,10 +117,15 @@ def _write_tokenizer(directory: Path, checkpoint: Checkpoint) -> None:
         return
     (directory / "tokenizer.json").write_text(checkpoint.tokenizer_json, encoding="utf-8")
     config, eos = checkpoint.config, checkpoint.config.eos_token_ids
+    ids = {"bos_token": config.bos_token_id, "eos_token": eos[0] if eos else None}
+    is_listed = bool(json.loads(checkpoint.tokenizer_json).get("added_tokens"))
+    special = {name: token_text(checkpoint.tokenizer_json, index) for name, index in ids.items() if is_listed}
+    special |= {name: text or None for name, text in (checkpoint.special_tokens or {}).items()}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": token_text(checkpoint.tokenizer_json, config.bos_token_id),
-        "eos_token": token_text(checkpoint.tokenizer_json, eos[0] if eos else None),
+        # Without it, transformers 4.33.3 also makes token_type_ids, which a Llama's `generate` refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
+        **special,
         "model_max_length": config.context_length,
         "chat_template": checkpoint.chat_template,
     }

@@ -1,6 +1,6 @@
 """The checkpoint directory: what is in it, writing it whole or not at all, and reading it with every shape checked.
 
-    config.json  tokenizer.json  chat_template.jinja  base/  drafter/  lora/  MANIFEST.json
+    config.json  tokenizer.json  chat_template.jinja  special_tokens_map.json  base/  drafter/  lora/  MANIFEST.json
 
 `base/`, `drafter/` and `lora/` are orbax checkpoints of plain nested dicts with string keys and restore without this
 package. MANIFEST.json also holds the SHA-256 of every file, which reading verifies; take its `checksums` out to use
@@ -32,6 +32,7 @@ from dvi_jax.settings import MOST_MESSAGE, from_dict, require
 
 FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 DTYPES = ("float32", "bfloat16")
 LORA_OPTIONS = {"rank_s", "rank_d", "alpha_s", "alpha_d"}
 MOST_OPTION = 4096  # a rank, a number of heads: a manifest alone must not make anything allocate
@@ -82,6 +83,7 @@ class Checkpoint:
     lora: dict[str, Any] | None = None
     tokenizer_json: str | None = None
     chat_template: str | None = None
+    special_tokens: dict[str, str] | None = None  # what templates know as `eos_token` and so on; "" for none
 
 
 class Changes(TypedDict, total=False):
@@ -102,12 +104,14 @@ def write_checkpoint(
     lora: dict[str, Any] | None = None,
     tokenizer_json: str | None = None,
     chat_template: str | None = None,
+    special_tokens: dict[str, str] | None = None,
 ) -> None:
     """Write a checkpoint directory at `path`, which must not exist or be empty; a failure leaves nothing there."""
     texts = {
         "config.json": json.dumps(config.to_json(), indent=1),
         "tokenizer.json": tokenizer_json,
         "chat_template.jinja": chat_template,
+        SPECIAL_TOKENS: json.dumps(special_tokens, ensure_ascii=False, indent=1) if special_tokens else None,
     }
     with new_directory(path) as partial:
         for name, text in texts.items():
@@ -142,6 +146,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         load_tree(path / "lora") if (path / "lora").exists() else None,
         _read_optional(path / "tokenizer.json"),
         _read_optional(path / "chat_template.jinja"),
+        _read_special_tokens(path / SPECIAL_TOKENS),
     )
 
 
@@ -157,6 +162,7 @@ def rewrite_checkpoint(checkpoint: Checkpoint, path: str | Path, **changes: Unpa
         lora=new.lora,
         tokenizer_json=new.tokenizer_json,
         chat_template=new.chat_template,
+        special_tokens=new.special_tokens,
     )
 
 
@@ -283,6 +289,15 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flatten(value, f"{prefix}{key}/")
         else:
             yield f"{prefix}{key}", value
+
+
+def _read_special_tokens(path: Path) -> dict[str, str] | None:
+    if not path.exists():
+        return None
+    tokens = read_json(path)
+    if not isinstance(tokens, dict) or not all(isinstance(text, str) for text in tokens.values()):
+        raise UserError(f"{path} must be an object of names and texts")
+    return tokens
 
 
 def _read_optional(path: Path) -> str | None:

@@ -43,9 +43,15 @@ def remove_partial(directory: Path, name: str = "") -> None:
 
 
 def cache_folder() -> Path:
-    """Where downloads, imports and compiled programs are kept: $DVI_JAX_CACHE, or else ~/.cache/dvi_jax."""
+    """Where downloads, imports and compiled programs are kept: $DVI_JAX_CACHE, or else ~/.cache/dvi_jax.
+
+    A user without a home directory must name one: `UserError`.
+    """
     given = os.environ.get("DVI_JAX_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "dvi_jax"
+    try:
+        return Path(given) if given else Path.home() / ".cache" / "dvi_jax"
+    except RuntimeError as error:
+        raise UserError("there is no home directory to keep files in: set DVI_JAX_CACHE to a folder") from error
 
 
 def hash_files(directory: Path) -> dict[str, str]:

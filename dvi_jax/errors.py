@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -10,6 +12,7 @@ from typing import NoReturn
 EXIT_STATUS = 2
 LONGEST_LINE = 1000
 INTERRUPTED_STATUS = 130  # what shells report for Ctrl-C
+NO_READER_STATUS = 141  # and for a program whose reader, `head` say, is gone
 
 
 class UserError(Exception):
@@ -43,10 +46,23 @@ def run_cli(main: Callable[[], int | None]) -> int:
     """Run `main`; a `UserError` becomes one line on stderr and exit status 2.
 
     Anything else is a defect of ours and keeps its traceback. `--debug` on the command line shows the traceback
-    of a `UserError` too.
+    of a `UserError` too. A reader of the output who leaves ends the program quietly, and letters that the terminal's
+    encoding lacks are shown as question marks.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        return main() or 0
+        status = main() or 0
+        if sys.stdout is not None:  # a shell may close it
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # What is still in the buffers would raise again when Python closes them.
+        with open(os.devnull, "wb") as nowhere:
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(nowhere.fileno(), stream.fileno())
+        return NO_READER_STATUS
     except UserError as error:
         if "--debug" in sys.argv:
             raise
@@ -57,6 +73,11 @@ def run_cli(main: Callable[[], int | None]) -> int:
             raise
         print("stopped", file=sys.stderr)
         return INTERRUPTED_STATUS
+
+
+def notice(text: str) -> None:
+    """Tell the user, in one line on stderr, what was done otherwise than asked or expected."""
+    print(f"note: {one_line(text)}", file=sys.stderr)
 
 
 def one_line(text: str) -> str:

@@ -162,7 +162,11 @@ def trained_parts(params: Params) -> TrainedParts:
 
 def enable_compilation_cache() -> None:
     """Keep compiled programs on disk, so that the next start decodes within seconds."""
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    try:
+        root = cache_folder()
+    except UserError:  # a user without a home
+        return
+    jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

@@ -22,17 +22,25 @@ from dvi_jax.data.sources import CUT_OFF, STDIN, ByteSource
 from dvi_jax.errors import UserError
 
 MISSING_FIELD = "missing field"
+CUT_SHORT = "cut short at "  # how a reason begins that did not cost the whole conversation
 WRONG_TYPE = "wrong type"
 WRONG_ROLE = "wrong role"
 EMPTY = "empty"
 NO_USER_MESSAGE = "no user message"
-DUPLICATE_ID = "duplicate id"
+DUPLICATE = "duplicate id"  # or the same messages as in another file
 
 ROLES = {
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant"),
-    "system": "system",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "ai"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
 }
+# Turns with a tool, by whichever side: what they say is no text between a user and an assistant.
+TOOL_ROLES = {
+    *("tool", "tools", "tool_call", "tool_calls", "tool_response", "tool_result", "observation", "environment"),
+    *("function", "function_call", "function-call", "function_response", "function-response", "ipython"),
+}
+_CALLS = ("tool_calls", "function_call")  # what an assistant's turn has besides or instead of its content
+_SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,9 @@ class ConversationStream:
 
     def __iter__(self) -> Iterator[Conversation]:
         self._reset()
+        for path in self.paths:
+            if path not in self._pipes:  # before the first conversation, not hours later
+                RecordReader(ByteSource(path), self.limits.max_record_bytes).check()
         for index, path in enumerate(self.paths):
             yield from self._read_file(index, path)
         is_resumed_pipe = bool(self._pipes) and self.start != StreamPosition()
@@ -119,9 +130,12 @@ class ConversationStream:
 
     def summary(self) -> str:
         """One line for people: how many were read, how many skipped and why, whether a file ends early."""
-        reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(self.counts.items()))
-        skipped = f", {sum(self.counts.values()):,} skipped ({reasons})" if reasons else ""
-        return f"{self.read:,} conversations read{skipped}" + ("; the data end early" if self.ends_early else "")
+        short = {reason: n for reason, n in self.counts.items() if reason.startswith(CUT_SHORT)}
+        parts = [f"{self.read:,} conversations read"]
+        for counts, what in ((self.counts - collections.Counter(short), "skipped"), (short, "of them cut short")):
+            reasons = ", ".join(f"{reason.removeprefix(CUT_SHORT)}: {n}" for reason, n in sorted(counts.items()))
+            parts += [f"{sum(counts.values()):,} {what} ({reasons})"] if reasons else []
+        return ", ".join(parts) + ("; the data end early" if self.ends_early else "")
 
     @property
     def is_repeatable(self) -> bool:
@@ -132,7 +146,9 @@ class ConversationStream:
         self.read = 0
         self.counts: collections.Counter[str] = collections.Counter()
         self.ends_early = False
-        self._seen: dict[bytes, None] = {}  # hashes of ids, in the order they came
+        # Hashes in the order they came, with the index of their first file: of file and id, and of messages.
+        self._seen: dict[bytes, int] = {}
+        self._contents: dict[bytes, int] = {}
 
     def _check_paths(self) -> None:
         if not self.paths or self.paths.count(STDIN) > 1:
@@ -158,22 +174,30 @@ class ConversationStream:
         """The conversation in `record`, or None after counting why there is none."""
         try:
             fields = _object(record)
-            messages = parse_messages(fields, self.limits)
-            name = _conversation_id(fields, messages)
-            self._remember(name)
+            messages, cut = parse_messages(fields, self.limits)
+            text = json.dumps([(message.role, message.content) for message in messages])
+            name = _conversation_id(fields) or _digest(text).hex()
+            self._remember(name, text, position.file)
         except _UnusableError as unusable:
             self.counts[unusable.reason] += 1
             return None
         self.read += 1
+        if cut is not None:
+            self.counts[CUT_SHORT + cut] += 1
         return Conversation(name, messages, position)
 
-    def _remember(self, name: str) -> None:
-        key = _digest(name)
-        if key in self._seen:
-            raise _UnusableError(DUPLICATE_ID)
-        self._seen[key] = None
-        if len(self._seen) > self.limits.remembered_ids:
-            del self._seen[next(iter(self._seen))]
+    def _remember(self, name: str, text: str, file: int) -> None:
+        """Refuse what was read before: the same id in one file, or the same messages in an earlier one.
+
+        An id is a name inside its file only, since many files number from 0.
+        """
+        named, content = _digest(f"{file} {name}"), _digest(text)
+        if named in self._seen or self._contents.get(content, file) < file:
+            raise _UnusableError(DUPLICATE)
+        for seen, key in ((self._seen, named), (self._contents, content)):
+            seen.setdefault(key, file)
+            if len(seen) > self.limits.remembered_ids:
+                del seen[next(iter(seen))]
 
 
 class _UnusableError(Exception):
@@ -192,37 +216,74 @@ def _object(record: object) -> dict[str, Any]:
     return record
 
 
-def parse_messages(record: dict[str, Any], limits: StreamLimits) -> tuple[Message, ...]:
-    """The messages of one record (`messages` or `conversations`); raises `_UnusableError` with the reason."""
+def parse_messages(record: dict[str, Any], limits: StreamLimits) -> tuple[tuple[Message, ...], str | None]:
+    """The messages of one record (`messages` or `conversations`), and why it was cut short, if it was.
+
+    A conversation ends before a turn with a tool, an empty turn or one that is no text. An empty system message is
+    none. Raises `_UnusableError` with the reason where no question is left.
+    """
     turns = _field(record, "messages", "conversations")
     if not isinstance(turns, list):
         raise _UnusableError(WRONG_TYPE)
     if len(turns) > limits.max_messages:
         raise _UnusableError(TOO_LONG)
-    messages = tuple(_parse_message(turn, limits.max_message_chars) for turn in turns)
-    if not messages:
+    if not turns:
         raise _UnusableError(EMPTY)
+    messages, cut = _until_unusable(turns, limits.max_message_chars)
     if all(message.role != "user" for message in messages):
-        raise _UnusableError(NO_USER_MESSAGE)
-    return messages
+        raise _UnusableError(cut or NO_USER_MESSAGE)
+    system = next((record[name] for name in _SYSTEM_FIELDS if isinstance(record.get(name), str)), "")
+    if system.strip() and all(message.role != "system" for message in messages):
+        _check_content(system, limits.max_message_chars)
+        messages.insert(0, Message("system", system))
+    is_last_empty = cut == EMPTY and len(messages) >= len(turns) - 1
+    return tuple(messages), None if is_last_empty else cut
 
 
-def _parse_message(turn: object, max_chars: int) -> Message:
-    if turn is None:
-        raise _UnusableError(MISSING_FIELD)
-    if not isinstance(turn, dict):
+def _until_unusable(turns: list[object], max_chars: int) -> tuple[list[Message], str | None]:
+    """The messages before the first turn that cannot be one, and what that turn is."""
+    messages: list[Message] = []
+    for turn in turns:
+        if turn is None:
+            raise _UnusableError(MISSING_FIELD)
+        if not isinstance(turn, dict):
+            raise _UnusableError(WRONG_TYPE)
+        role = _field(turn, "role", "from")
+        if not isinstance(role, str):
+            raise _UnusableError(WRONG_ROLE)
+        name = role.strip().lower()
+        calls = next((key for key in _CALLS if turn.get(key)), None)
+        if name in TOOL_ROLES or calls is not None:
+            return messages, f"turn of {calls or name}"
+        if name not in ROLES:
+            raise _UnusableError(WRONG_ROLE)
+        content = _text(next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None))
+        if content is None:
+            return messages, MISSING_FIELD
+        _check_content(content, max_chars)
+        if content.strip():
+            messages.append(Message(ROLES[name], content))
+        elif ROLES[name] != "system":
+            return messages, EMPTY
+    return messages, None
+
+
+def _text(content: object) -> str | None:
+    """A turn's text, which may come in parts; None if there is none, `_UnusableError` if it is something else."""
+    if content is None or isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    strings = [text for text in texts if isinstance(text, str)]
+    if len(strings) < len(texts):
         raise _UnusableError(WRONG_TYPE)
-    role, content = _field(turn, "role", "from"), _field(turn, "content", "value")
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        raise _UnusableError(WRONG_ROLE)
-    if not isinstance(content, str):
-        raise _UnusableError(WRONG_TYPE)
+    return "".join(strings)
+
+
+def _check_content(content: str, max_chars: int) -> None:
     if len(content) > max_chars:
         raise _UnusableError(TOO_LONG)
-    if not content.strip():
-        raise _UnusableError(EMPTY)
     _check_encodable(content)
-    return Message(ROLES[role.lower()], content)
 
 
 def _field(value: dict[str, Any], *names: str) -> object:
@@ -233,15 +294,13 @@ def _field(value: dict[str, Any], *names: str) -> object:
     raise _UnusableError(MISSING_FIELD)
 
 
-def _conversation_id(record: dict[str, Any], messages: tuple[Message, ...]) -> str:
+def _conversation_id(record: dict[str, Any]) -> str | None:
+    """The record's own name, if it has a sensible one."""
     name = record.get("id", record.get("conversation_id"))
     if isinstance(name, str) and 0 < len(name) <= 256:
         _check_encodable(name)
         return name
-    if type(name) is int:
-        return str(name)
-    text = json.dumps([(message.role, message.content) for message in messages])
-    return _digest(text).hex()
+    return str(name) if type(name) is int else None
 
 
 def _digest(text: str) -> bytes:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dvi_jax.data.encodings import HEAD_BYTES, refuse_binary, unix_lines, utf8_chunks
 from dvi_jax.data.sources import CUT_OFF, ByteSource
 
 INVALID_JSON = "invalid JSON"
@@ -21,10 +22,10 @@ INVALID_UTF8 = "invalid UTF-8"
 TOO_LONG = "too long"
 NOT_AN_OBJECT = "not an object"
 
-HEAD_BYTES = 1 << 16
 ARRAY, JSON_LINES, TEXT_LINES = "array", "json lines", "text lines"
 
 _BOM = codecs.BOM_UTF8
+_LINE_END = re.compile(rb"[\r\n]")
 _ARRAY_START = re.compile(rb"\s*\[\s*(?:[{\]]|$)|\s*\{\s*$", re.MULTILINE)
 _SEPARATORS = re.compile(r"[ \t\n\r\f\v,\[\]]*")
 _NOT_A_BRACKET = {ord(blank): None for blank in ", \t\n\r\f\v"}
@@ -56,15 +57,25 @@ class RecordReader:
         self._max_record = max_record_bytes
 
     def __iter__(self) -> Iterator[object]:
-        chunks = self._source.chunks()
-        head = b""
-        while len(head) < HEAD_BYTES and b"\n" not in head.lstrip() and (chunk := next(chunks, b"")):
-            head += chunk
-        chunks = itertools.chain([head.removeprefix(_BOM)], chunks)
-        kind = detect_format(head, self._source.path)
+        kind, chunks = self._open()
         if kind == ARRAY:
             return self._array(_TextBuffer(chunks))
-        return self._json_lines(chunks) if kind == JSON_LINES else self._text_lines(chunks)
+        lines = unix_lines(chunks)
+        return self._json_lines(lines) if kind == JSON_LINES else self._text_lines(lines)
+
+    def check(self) -> None:
+        """Raise `UserError` if the stream is not text, after reading its beginning; it is then used up."""
+        self._open()
+
+    def _open(self) -> tuple[str, Iterator[bytes]]:
+        """The format, and all chunks in UTF-8."""
+        chunks = utf8_chunks(self._source.chunks())
+        head = b""
+        while len(head) < HEAD_BYTES and not _LINE_END.search(head.lstrip()) and (chunk := next(chunks, b"")):
+            head += chunk
+        kind = detect_format(head, self._source.path)
+        refuse_binary(head, self._source.path, is_text=kind == TEXT_LINES)
+        return kind, itertools.chain([head], chunks)
 
     def _json_lines(self, chunks: Iterator[bytes]) -> Iterator[object]:
         for line, is_whole in _lines(chunks, self._max_record):

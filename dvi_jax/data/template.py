@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -35,29 +35,40 @@ class TemplateLimits:
 
 
 class ChatTemplate:
-    """A Hugging Face chat template (jinja2), compiled once and rendered many times.
+    """A Hugging Face chat template (jinja2), compiled at its first use and rendered many times.
 
-    `tokens` are the variables besides the messages, such as `bos_token`. Raises `UserError` for a template
-    that does not compile or that cannot render the simplest conversation.
+    `tokens` are the variables besides the messages, such as `bos_token`.
     """
 
-    def __init__(self, source: str, tokens: dict[str, str], limits: TemplateLimits | None = None):
+    def __init__(self, source: str, tokens: Mapping[str, str], limits: TemplateLimits | None = None):
         self.limits = limits or TemplateLimits()
-        if len(source) > self.limits.max_source_chars:
-            raise UserError(f"the chat template is longer than {self.limits.max_source_chars} characters")
-        self._setup = {
+        self._setup: dict[str, Any] = {
             "source": source,
-            "tokens": tokens,
+            "tokens": dict(tokens),
             "max_chars": self.limits.max_chars,
             "cpu_seconds": self.limits.cpu_seconds,
             "memory_bytes": self.limits.memory_bytes,
         }
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[str] | None = None
-        self.render([Message("user", "Hello")])
+
+    def fault(self) -> str | None:
+        """What is wrong with the template, as the simplest conversation shows it; None if nothing is.
+
+        A template may refuse that conversation, for want of a system message say, and still take others.
+        """
+        try:
+            self.render([Message("user", "Hello")])
+        except UserError as error:
+            return str(error)
+        return None
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The text of a conversation; raises `TemplateRefusedError`."""
+        """The text of a conversation.
+
+        Raises `TemplateRefusedError` where the template fails on these messages, and `UserError` where it can be used
+        for none: it does not compile, or the process that renders it cannot be started.
+        """
         if sum(len(message.content) for message in messages) > self.limits.max_chars:
             raise TemplateRefusedError(f"the messages are longer than {self.limits.max_chars} characters")
         request = {
@@ -69,18 +80,29 @@ class ChatTemplate:
             return self._ask(worker, request)
 
     def _start(self) -> subprocess.Popen[str]:
+        if len(self._setup["source"]) > self.limits.max_source_chars:
+            raise UserError(f"the chat template is longer than {self.limits.max_source_chars} characters")
         # -P and the explicit path: the worker finds this process's packages, not the modules beside it.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        worker = self._worker = subprocess.Popen(
-            [sys.executable, "-P", "-B", str(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-            encoding="utf-8",
-        )
+        try:
+            worker = self._worker = subprocess.Popen(
+                [sys.executable, "-P", "-B", str(WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # whatever it dies of, our error is one line
+                env=environment,
+                text=True,
+                encoding="utf-8",
+            )
+        except (OSError, ValueError) as error:  # ValueError: an environment that cannot be handed on
+            raise UserError(f"the chat template cannot be rendered: its process does not start ({error})") from error
         weakref.finalize(self, _stop, worker)
-        self._ask(worker, self._setup)
+        try:
+            self._ask(worker, self._setup)
+        except TemplateRefusedError as error:
+            _stop(worker)
+            self._worker = None
+            raise UserError(str(error)) from error
         return worker
 
     def _ask(self, worker: subprocess.Popen[str], request: dict[str, Any]) -> str:
@@ -100,6 +122,8 @@ class ChatTemplate:
         """Why the worker ended; the next rendering starts another."""
         self._worker = None
         _stop(worker)
+        if worker.returncode == 1:  # what Python ends with after an error of its own
+            return "its process failed (exit status 1)"
         seconds, mebibytes = self.limits.cpu_seconds, self.limits.memory_bytes >> 20
         return f"it ran over its limits of {seconds} s and {mebibytes} MiB (exit status {worker.returncode})"
 

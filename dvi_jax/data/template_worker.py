@@ -11,6 +11,7 @@ one reply, {"text": ...} or {"error": ...}; a process that ends without a reply 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import resource
 import signal
@@ -20,6 +21,8 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 
 # All that a template's own expressions can raise, besides jinja's errors.
@@ -36,17 +39,41 @@ TEMPLATE_FAULTS = (
     ValueError,
 )
 
+# What `strftime_now` shows, so that a prompt is the same every day: the date that Llama 3's own templates fall back to.
+TODAY = datetime.datetime(2024, 7, 26)
+# Hugging Face hands these to every template, so that "is defined" and "is none" are both true.
+NOTHING = {"tools": None, "documents": None}
+
 
 class TooMuchOutputError(jinja2.TemplateError):
     """The rendered text is longer than allowed."""
 
 
+class Generation(jinja2.ext.Extension):
+    """`{% generation %}`, which marks what an assistant writes: here its inside is simply rendered.
+
+    A block of its own, as in Hugging Face, so that what is set inside is not seen outside.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 - jinja's own declaration
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """The block between the tag and `{% endgeneration %}`."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
+
+    def _inside(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
 def make_environment() -> jinja2.Environment:
     """The environment that Hugging Face templates are written for."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
     )
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = TODAY.strftime
     environment.filters["tojson"] = to_json
     return environment
 
@@ -56,9 +83,15 @@ def raise_exception(message: object) -> None:
     raise jinja2.TemplateError(str(message))
 
 
-def to_json(value: object, indent: int | None = None) -> str:
-    """Plain JSON; jinja's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON, with the arguments that Hugging Face's filter takes; jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def limit_process(memory_bytes: int) -> None:
@@ -103,7 +136,8 @@ def main() -> None:
     for line in sys.stdin:
 
         def answer(request: str = line) -> str:
-            return render(compiled[0], {**setup["tokens"], **json.loads(request)}, setup["max_chars"])
+            variables: dict[str, Any] = {**NOTHING, **setup["tokens"], **json.loads(request)}
+            return render(compiled[0], variables, setup["max_chars"])
 
         reply(answer, setup["cpu_seconds"])
 

@@ -7,30 +7,28 @@ same every day.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
-import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import tokenizers
 
 from dvi_jax.data.conversations import Message
 from dvi_jax.data.template import ChatTemplate, TemplateRefusedError
+from dvi_jax.data.tokenizer_file import SYMBOL_MARK, largest_id, library_faults, read_tokenizer
 from dvi_jax.errors import UserError
 
 if TYPE_CHECKING:
     from dvi_jax.checkpoint import Checkpoint
 
-MAX_GROWTH = 16  # how many times longer the replacements of a normalizer or decoder may make a text
-
 
 class Tokenizer:
-    """Tokenizer and chat template of one checkpoint; raises `UserError` for a damaged one.
+    """Tokenizer and chat template of one checkpoint; raises `UserError` for a damaged tokenizer.
 
-    Without a chat template, a conversation reads "User: ...\\nAssistant: ...\\n" (and "System: ..." where
-    there is a system message).
+    A template is started where it is used, so a bad one is no obstacle to token ids. Without one, a conversation
+    reads "User: ...\\nAssistant: ...\\n" (and "System: ..." where there is a system message), between the special
+    tokens that the tokenizer puts around a text. `special_tokens` are the template's variables such as `eos_token`,
+    which are else the texts of the ids.
     """
 
     def __init__(
@@ -40,14 +38,17 @@ class Tokenizer:
         *,
         bos_token_id: int | None = None,
         eos_token_ids: Sequence[int] = (),
+        special_tokens: Mapping[str, str] | None = None,
     ):
-        self._tokenizer = load_tokenizer(tokenizer_json)
+        file = read_tokenizer(tokenizer_json)
+        self._tokenizer, self._special_ids = file.tokenizer, file.special_ids
         self._shown: dict[int, bool] = {}  # of ids asked for
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(eos_token_ids)
         tokens = {
             "bos_token": self._text_of(bos_token_id),
             "eos_token": self._text_of(next(iter(eos_token_ids), None)),
+            **(special_tokens or {}),
         }
         self._template = ChatTemplate(chat_template, tokens) if chat_template is not None else None
 
@@ -61,6 +62,7 @@ class Tokenizer:
             checkpoint.chat_template,
             bos_token_id=checkpoint.config.bos_token_id,
             eos_token_ids=checkpoint.config.eos_token_ids,
+            special_tokens=checkpoint.special_tokens,
         )
 
     @functools.cached_property
@@ -70,7 +72,8 @@ class Tokenizer:
 
     def token_id(self, text: str) -> int | None:
         """The id of one token, None if there is no such token."""
-        return self._tokenizer.token_to_id(text)
+        index = self._tokenizer.token_to_id(text)
+        return self._tokenizer.token_to_id(SYMBOL_MARK + text) if index is None else index
 
     @functools.cached_property
     def byte_ids(self) -> frozenset[int]:
@@ -92,9 +95,14 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids that the tokenizer does not know are left out."""
-        known = [int(token) for token in ids if 0 <= token < self.vocab_size]
+        left_out = self._special_ids if skip_special_tokens else frozenset()
+        known = [int(token) for token in ids if 0 <= token < self.vocab_size and token not in left_out]
         with library_faults("the tokenizer cannot decode these tokens"):
-            return self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
+            return self._tokenizer.decode(known, skip_special_tokens=False)
+
+    def template_fault(self) -> str | None:
+        """Why the chat template does not take a single user message; None if it does, or if there is none."""
+        return None if self._template is None else self._template.fault()
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, system: str | None = None
@@ -111,7 +119,8 @@ class Tokenizer:
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, system: str | None = None
     ) -> list[int]:
         """Token ids of a conversation, ready for the model to answer; raises `TemplateRefusedError`."""
-        return self.encode(self.render(messages, add_generation_prompt=add_generation_prompt, system=system))
+        text = self.render(messages, add_generation_prompt=add_generation_prompt, system=system)
+        return self._encode_rendered(text).ids
 
     def encode_conversation(
         self, messages: Sequence[Message], *, system: str | None = None
@@ -127,7 +136,7 @@ class Tokenizer:
             for index, message in enumerate(messages)
             if message.role == "assistant"
         ]
-        encoding = self._encode(whole, add_special_tokens=False)
+        encoding = self._encode_rendered(whole)
         mask = [any(start < last <= end for start, end in spans) for _, last in encoding.offsets]
         return encoding.ids, mask
 
@@ -138,6 +147,10 @@ class Tokenizer:
         if not (whole.startswith(after) and after.startswith(before.rstrip())):
             raise TemplateRefusedError("the chat template does not render turn by turn, so answers cannot be marked")
         return min(len(before), len(after)), len(after)
+
+    def _encode_rendered(self, text: str) -> tokenizers.Encoding:
+        """A template writes the special tokens that belong around a text itself."""
+        return self._encode(text, add_special_tokens=self._template is None)
 
     def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         try:
@@ -150,52 +163,3 @@ class Tokenizer:
     def _text_of(self, token: int | None) -> str:
         is_known = token is not None and 0 <= token < self.vocab_size
         return (self._tokenizer.id_to_token(token) or "") if is_known else ""
-
-
-def load_tokenizer(tokenizer_json: str) -> tokenizers.Tokenizer:
-    """The library's tokenizer, without truncation and padding; raises `UserError` for a damaged or hostile one."""
-    try:
-        description = json.loads(tokenizer_json)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"tokenizer.json is not valid JSON: {error}") from None
-    if not isinstance(description, dict) or not isinstance(description.get("model"), dict):
-        raise UserError("tokenizer.json must be an object with a model")
-    with library_faults(f"tokenizer.json cannot be loaded by tokenizers {tokenizers.__version__}"):
-        tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
-        tokenizer.no_truncation()  # some files ask for a cut at 512 tokens
-        tokenizer.no_padding()
-    for part in ("normalizer", "decoder"):
-        if _growth(description.get(part)) > MAX_GROWTH:
-            raise UserError(f"tokenizer.json: its {part} would make texts more than {MAX_GROWTH} times longer")
-    return tokenizer
-
-
-def largest_id(tokenizer: tokenizers.Tokenizer) -> int:
-    """The largest id that the tokenizer can give, of its vocabulary or put around a text; -1 if it has none."""
-    with library_faults("tokenizer.json cannot be used"):
-        around = tokenizer.encode("", add_special_tokens=True).ids
-        return max((*tokenizer.get_vocab(with_added_tokens=True).values(), *around), default=-1)
-
-
-@contextlib.contextmanager
-def library_faults(what: str) -> Iterator[None]:
-    """Turn what the tokenizers library raises into a `UserError` that begins with `what`.
-
-    It raises nothing more special than `Exception`; its panics are a `BaseException` of a class it does not export.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"{what}: {str(error)[:200]}") from None
-
-
-def _growth(part: Any) -> int:
-    """How many times longer the replacements in a part of tokenizer.json can make a text."""
-    if isinstance(part, list):
-        return math.prod(_growth(inner) for inner in part)
-    if not isinstance(part, dict):
-        return 1
-    inserted = [len(part[key]) for key in ("content", "prepend") if isinstance(part.get(key), str)]
-    return max(*inserted, 1, 1) * math.prod(_growth(inner) for inner in part.values())

@@ -8,7 +8,9 @@ families.py     which architectures are a Llama, and what the others have that t
 layout.py       the key table: which source tensor lands where in the fused base tree
 tensors.py      streaming named tensors into that tree, with every name and shape checked
 weight_files.py, safetensors_file.py, gguf_file.py, sentencepiece_file.py    the file formats, read defensively
-tokenizer.py    tokenizer.json and chat template of a source  tokenizer_build.py   made from vocabularies
+tokenizer.py    tokenizer.json of a source; tokenizer_config.py what stands beside it, tokenizer_complete.py both
+                together, tokenizer_build.py made from a byte-level vocabulary, sentencepiece_build.py from the other
+end_tokens.py   which tokens end a generation, by llama.cpp's rules
 """
 
 from __future__ import annotations

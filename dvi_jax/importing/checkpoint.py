@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from dvi_jax.checkpoint import Manifest, write_checkpoint
+from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import UserError
 from dvi_jax.identity import hash_base
+from dvi_jax.importing import tokenizer
 from dvi_jax.importing.files import sha256_of
 from dvi_jax.importing.source import SourceModel, load_base
 from dvi_jax.importing.tensors import DTYPES
@@ -61,7 +63,18 @@ def write_import(
         lora=trained.lora if trained else None,
         tokenizer_json=model.tokenizer_json,
         chat_template=model.chat_template,
+        special_tokens=model.special_tokens,
     )
+    if model.tokenizer_json is not None:
+        tokenizer.report_template(
+            Tokenizer(
+                model.tokenizer_json,
+                model.chat_template,
+                bos_token_id=model.config.bos_token_id,
+                eos_token_ids=model.config.eos_token_ids,
+                special_tokens=model.special_tokens,
+            )
+        )
     return manifest
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import UserError
+from dvi_jax.importing.end_tokens import end_ids
 from dvi_jax.importing.families import check_gguf_architecture
 from dvi_jax.importing.gguf_file import GGUFFile, open_parts
 from dvi_jax.importing.layout import GGUF_NAMES
@@ -128,7 +129,7 @@ def _read_config(file: GGUFFile, owner: Mapping[str, GGUFFile]) -> LlamaConfig:
         "rope_scaling": scaling,
         "tie_word_embeddings": GGUF_NAMES["head"] not in owner,
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_ids": _eos_ids(file, vocab_size),
+        "eos_token_ids": end_ids(file.metadata, vocab_size, meta.label),
         "model_type": name,
     }
     config = LlamaConfig.from_json(values, meta.label)
@@ -136,17 +137,6 @@ def _read_config(file: GGUFFile, owner: Mapping[str, GGUFFile]) -> LlamaConfig:
     if 0 < window < config.context_length:
         raise UserError(f"{meta.label}: attention through a sliding window ({window} tokens) is not supported")
     return config
-
-
-def _eos_ids(file: GGUFFile, vocab_size: int) -> list[int]:
-    ids: list[int] = []
-    for key in ("eos", "eot"):
-        token = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token is not None and token not in ids:
-            if type(token) is not int or not 0 <= token < vocab_size:
-                raise UserError(f"{file.path.name}: {key}_token_id {token} is outside the vocabulary of {vocab_size}")
-            ids.append(token)
-    return ids
 
 
 def _rope_scaling(

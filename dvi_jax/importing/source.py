@@ -23,6 +23,7 @@ class SourceModel:
     weights: TensorSource
     tokenizer_json: str | None
     chat_template: str | None
+    special_tokens: dict[str, str]  # by the names that templates know
 
 
 def open_source(source: Path) -> SourceModel:
@@ -30,14 +31,15 @@ def open_source(source: Path) -> SourceModel:
     if source.is_dir():
         config = hf.read_config(source)
         text = tokenizer.from_directory(source, config.vocab_size)
-        return SourceModel(config, open_weights(source), text, tokenizer.chat_template(source))
+        template, special = tokenizer.chat_template(source), tokenizer.special_tokens(source)
+        return SourceModel(config, open_weights(source), text, template, special)
     if not source.is_file():
         raise UserError(f"no model at {source}: expected a Hugging Face directory or a GGUF file")
     model = gguf.GGUFModel(source)
     metadata = model.file.metadata
     template = tokenizer.checked_template(metadata.get("tokenizer.chat_template"), model.label)
     text = tokenizer.from_gguf(metadata, model.config.vocab_size, model.label)
-    return SourceModel(model.config, model, text, template)
+    return SourceModel(model.config, model, text, template, tokenizer.gguf_special_tokens(metadata))
 
 
 def load_base(model: SourceModel, dtype: str) -> Tree:

@@ -1,38 +1,55 @@
-"""The tokenizer and chat template of a source: copied, or built from SentencePiece or GGUF vocabularies."""
+"""The tokenizer of a source as `tokenizer.json`: copied and completed, or built from another kind of vocabulary."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dvi_jax.data.tokenizer import largest_id, load_tokenizer
-from dvi_jax.errors import UserError
+from dvi_jax.data.tokenizer import Tokenizer
+from dvi_jax.data.tokenizer_file import largest_id, load_tokenizer
+from dvi_jax.errors import UserError, notice
 from dvi_jax.importing.files import parse_json_object, read_bytes, read_json_object, read_text
+from dvi_jax.importing.sentencepiece_build import Normalization, sentencepiece_bpe
 from dvi_jax.importing.sentencepiece_file import parse_sentencepiece
-from dvi_jax.importing.tokenizer_build import Vocabulary, added_token, byte_level_bpe, sentencepiece_bpe
+from dvi_jax.importing.tokenizer_build import LLAMA3_NAMES, NORMAL, TEKKEN, Vocabulary, byte_level_bpe
+from dvi_jax.importing.tokenizer_complete import complete, stated_tokens, without_tokens_beyond
+from dvi_jax.importing.tokenizer_config import TokenizerConfig, chat_template, checked_template, read_tokenizer_config
+
+__all__ = ["chat_template", "checked_template", "from_directory", "from_gguf", "gguf_special_tokens", "token_text"]
 
 MAX_TOKENIZER_BYTES = 32 << 20
-MAX_TEMPLATE_BYTES = 1 << 20
-_CONFIG = "tokenizer_config.json"
-_TOKEN_ID = re.compile("[0-9]{1,9}")
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
+_GGUF_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+# Which splitting rule a vocab.json belongs to, by the class of tokenizer ("" is a generic one).
+_FAMILIES = {"": "gpt-2", "GPT2": "gpt-2", "PreTrained": "gpt-2", "Llama": "gpt-2", "Qwen2": "qwen2"}
 
 
 def from_directory(directory: Path, vocab_size: int) -> str | None:
     """`tokenizer.json` text of a Hugging Face directory, None where it has no tokenizer.
 
-    A tokenizer with ids outside `vocab_size` is a `UserError`.
+    Added tokens with ids outside `vocab_size` are left out, which a line on stderr says; others are a `UserError`.
     """
+    config = read_tokenizer_config(directory)
     if (directory / "tokenizer.json").exists():
         text = _portable(read_text(directory / "tokenizer.json", MAX_TOKENIZER_BYTES), "tokenizer.json")
     elif (directory / "tokenizer.model").exists():
-        text = _from_sentencepiece(directory)
+        text = _from_sentencepiece(directory / "tokenizer.model", config)
+        config = replace(config, flags_given=frozenset())  # it has them already
+    elif (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
+        text = _from_merges(directory, config)
     else:
         return None
-    return _checked(text, vocab_size, str(directory))
+    return _checked(complete(text, config), vocab_size, str(directory))
+
+
+def special_tokens(directory: Path) -> dict[str, str]:
+    """What chat templates know as `bos_token` and so on, as far as a file says it; empty for one that is null."""
+    return read_tokenizer_config(directory).special_tokens
 
 
 def from_gguf(metadata: dict[str, Any], vocab_size: int, label: str) -> str | None:
@@ -46,49 +63,45 @@ def from_gguf(metadata: dict[str, Any], vocab_size: int, label: str) -> str | No
         raise UserError(f"{label}: tokenizer.ggml.tokens is missing or not a list of strings")
     if kind not in ("gpt2", "llama"):
         raise UserError(f"{label}: tokenizer model {kind!r:.100} is not known (gpt2 and llama are)")
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pre = pre if isinstance(pre, str) else repr(pre)
+    # What llama.cpp does where the file does not say.
+    adds_bos = kind == "llama" or (pre in (*LLAMA3_NAMES, TEKKEN) and "tokenizer.ggml.bos_token_id" in metadata)
+    bos_id = metadata.get("tokenizer.ggml.bos_token_id", 1 if kind == "llama" else None)
     vocabulary = Vocabulary(
         tokens,
         _numbers(metadata, "tokenizer.ggml.token_type", label),
-        metadata.get("tokenizer.ggml.bos_token_id"),
-        _flag(metadata, "tokenizer.ggml.add_bos_token", kind == "llama", label),
+        bos_id,
+        _flag(metadata, "tokenizer.ggml.add_bos_token", adds_bos, label),
+        metadata.get("tokenizer.ggml.eos_token_id"),
+        _flag(metadata, "tokenizer.ggml.add_eos_token", False, label),
     )
     if kind == "gpt2":
-        merges, pre = metadata.get("tokenizer.ggml.merges"), metadata.get("tokenizer.ggml.pre", "default")
+        merges = metadata.get("tokenizer.ggml.merges")
         if not isinstance(merges, list):
             raise UserError(f"{label}: tokenizer.ggml.merges is missing or not a list of strings")
-        text = byte_level_bpe(vocabulary, merges, pre if isinstance(pre, str) else repr(pre))
+        text = byte_level_bpe(vocabulary, merges, pre)
     else:
         scores = _numbers(metadata, "tokenizer.ggml.scores", label)
         prefix = _flag(metadata, "tokenizer.ggml.add_space_prefix", True, label)
-        text = sentencepiece_bpe(vocabulary, scores, prefix)
+        text = sentencepiece_bpe(vocabulary, scores, Normalization(add_dummy_prefix=prefix))
     return _checked(text, vocab_size, label)
 
 
-def chat_template(directory: Path) -> str | None:
-    """The chat template of a directory: `chat_template.jinja`, or the one in `tokenizer_config.json`."""
-    if (directory / "chat_template.jinja").exists():
-        return read_text(directory / "chat_template.jinja", MAX_TEMPLATE_BYTES)
-    if not (directory / _CONFIG).exists():
-        return None
-    template = read_json_object(directory / _CONFIG).get("chat_template")
-    if isinstance(template, list):
-        named = [item for item in template if isinstance(item, dict) and item.get("name") == "default"]
-        template = named[-1].get("template") if named else None
-    return checked_template(template, str(directory / _CONFIG))
+def gguf_special_tokens(metadata: dict[str, Any]) -> dict[str, str]:
+    """`special_tokens` of a GGUF file: the texts of the ids that it names."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        return {}
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _GGUF_NAMES.items()}
+    return {name: tokens[index] for name, index in ids.items() if type(index) is int and 0 <= index < len(tokens)}
 
 
-def checked_template(template: object, where: str) -> str | None:
-    """`template` if it is absent or a string of sensible length, else a `UserError`."""
-    if template is None:
-        return None
-    if not isinstance(template, str) or len(template) > MAX_TEMPLATE_BYTES or not _is_unicode(template):
-        raise UserError(f"{where}: the chat template must be a string of at most {MAX_TEMPLATE_BYTES >> 20} MiB")
-    return template
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether UTF-8 can hold it; JSON can write halves of surrogate pairs."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+def report_template(tokenizer: Tokenizer) -> None:
+    """Say on stderr, in one line, if the chat template does not take a single user message; token ids never need it."""
+    fault = tokenizer.template_fault()
+    if fault is not None:
+        notice(f"for a single user message {fault}; --prompt will fail like this, token ids work")
 
 
 def token_text(tokenizer_json: str, index: int | None) -> str | None:
@@ -115,6 +128,8 @@ def _portable(text: str, where: str) -> str:
 
 def _checked(text: str, vocab_size: int, where: str) -> str:
     try:
+        load_tokenizer(text)  # what is no tokenizer should be called that first
+        text = without_tokens_beyond(text, vocab_size, where)
         tokenizer = load_tokenizer(text)
         largest = largest_id(tokenizer)
     except UserError as error:
@@ -132,37 +147,55 @@ def _checked(text: str, vocab_size: int, where: str) -> str:
     return text
 
 
-def _from_sentencepiece(directory: Path) -> str:
-    path = directory / "tokenizer.model"
-    model = parse_sentencepiece(read_bytes(path, MAX_TOKENIZER_BYTES), path)
-    settings = read_json_object(directory / _CONFIG) if (directory / _CONFIG).exists() else {}
-    add_bos = bool(settings.get("add_bos_token", True)) and model.bos_id is not None
-    vocabulary = Vocabulary(model.pieces, model.kinds, model.bos_id, add_bos)
-    text = sentencepiece_bpe(vocabulary, model.scores, model.add_dummy_prefix)
-    return _with_added_tokens(text, directory, settings)
+def _from_sentencepiece(path: Path, config: TokenizerConfig) -> str:
+    data = read_bytes(path, MAX_TOKENIZER_BYTES)
+    if _TIKTOKEN_LINE.match(data):
+        raise UserError(
+            f"{path} is a tiktoken vocabulary, as of Llama 3's original: add the tokenizer.json made from it"
+        )
+    model = parse_sentencepiece(data, path)
+    vocabulary = Vocabulary(
+        model.pieces,
+        model.kinds,
+        model.bos_id,
+        config.add_bos is not False and model.bos_id is not None,
+        model.eos_id,
+        config.add_eos is True and model.eos_id is not None,
+    )
+    rules = Normalization(
+        add_dummy_prefix=model.add_dummy_prefix and config.add_prefix_space is not False,
+        remove_extra_whitespaces=model.remove_extra_whitespaces,
+        charsmap=model.charsmap,
+        legacy=config.legacy,
+        match_symbols_late=True,
+    )
+    named = stated_tokens(config, {piece: index for index, piece in enumerate(model.pieces)}, config.added)
+    return sentencepiece_bpe(vocabulary, model.scores, rules, config.added | named)
 
 
-def _with_added_tokens(text: str, directory: Path, settings: dict[str, Any]) -> str:
-    """Add the tokens kept beside `tokenizer.model`, in `added_tokens.json` and `tokenizer_config.json`."""
-    extra: dict[int, tuple[str, bool]] = {}
-    if (directory / "added_tokens.json").exists():
-        for content, index in read_json_object(directory / "added_tokens.json").items():
-            if type(index) is not int:
-                raise UserError(f"{directory / 'added_tokens.json'}: the id of {content!r:.100} is not a whole number")
-            extra[index] = (content, True)
-    entries = settings.get("added_tokens_decoder") or {}
-    if not isinstance(entries, dict):
-        raise UserError(f"{directory / _CONFIG}: added_tokens_decoder must be an object of ids and tokens")
-    for index, token in entries.items():
-        is_token = isinstance(token, dict) and isinstance(token.get("content"), str)
-        if not is_token or not _TOKEN_ID.fullmatch(index):
-            raise UserError(f"{directory / _CONFIG}: added_tokens_decoder entry {index!r:.100} is malformed")
-        extra[int(index)] = (token["content"], bool(token.get("special", False)))
-    document = json.loads(text)
-    known = {token["id"] for token in document["added_tokens"]}
-    for index in sorted(set(extra) - known):
-        document["added_tokens"].append(added_token(index, *extra[index]))
-    return json.dumps(document, ensure_ascii=False)
+def _from_merges(directory: Path, config: TokenizerConfig) -> str:
+    """A byte-level tokenizer kept as vocab.json (ids by token) and merges.txt (a merge a line)."""
+    if config.family not in _FAMILIES:
+        known = ", ".join(f"{name}Tokenizer" for name in _FAMILIES if name)
+        raise UserError(
+            f"{config.where}: how a {config.family}Tokenizer cuts words is not known ({known} are): add tokenizer.json"
+        )
+    ids = read_json_object(directory / "vocab.json", MAX_TOKENIZER_BYTES)
+    tokens = sorted(ids, key=lambda token: ids[token] if type(ids[token]) is int else -1)
+    if [ids[token] for token in tokens] != list(range(len(tokens))):
+        raise UserError(f"{directory / 'vocab.json'} must number its tokens from 0 without a gap")
+    lines = read_text(directory / "merges.txt", MAX_TOKENIZER_BYTES).split("\n")
+    merges = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
+    wrong = next((line for line in merges if len(line.split(" ")) != 2), None)
+    if wrong is not None:
+        raise UserError(f"{directory / 'merges.txt'}: {wrong!r:.100} is not two tokens with a blank between them")
+    text = byte_level_bpe(Vocabulary(tokens, [NORMAL] * len(tokens)), merges, _FAMILIES[config.family])
+    if config.add_prefix_space:
+        document = json.loads(text)
+        parts = document["pre_tokenizer"].get("pretokenizers", [document["pre_tokenizer"]])
+        parts[-1]["add_prefix_space"] = True
+        text = json.dumps(document, ensure_ascii=False)
+    return text
 
 
 def _flag(metadata: dict[str, Any], key: str, default: bool, label: str) -> bool:

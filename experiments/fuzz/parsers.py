@@ -5,8 +5,10 @@ A parser's `run` gets a folder with the case's files. It must return or raise `U
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +51,10 @@ _STREAM_WORDS = (
     b'"\\ud83d"',
     b"\x28\xb5\x2f\xfd",
     b"\x1f\x8b",
+    b"\xff\xfe",
+    b"\r",
+    b"PAR1",
+    b'{"role": "tool", "content": [{"type": "text", "text": "x"}], "tool_calls": [{}]}',
 )
 _GGUF_WORDS = (
     b"GGUF",
@@ -63,6 +69,12 @@ _GGUF_WORDS = (
 _TOKENIZER_WORDS = (
     *(b'"Unigram"', b'"WordPiece"', b'"WordLevel"', b'"####"', b'{"Regex": "(a+)+$"}', b'{"Regex": ""}', b'"Strip"'),
     *(b'"NFKC"', b'"Prepend"', b'"Precompiled"', b'"Bert"', b'"Metaspace"', b'"Template"', b"[0, 1]", b'["a", "b"]'),
+    *(
+        b'"prepend_scheme": "first", "split": false',
+        b'"ignore_merges": true',
+        b'"normalized": true',
+        b'"legacy": false',
+    ),
 )
 _PICKLE_WORDS = (
     *(b"(", b"t", b"R", b"b", b"s", b"u", b"0", b"2", b"h\x00", b"q\x00", b".", b"]", b"}", b"\x85", b"\x86", b"Q"),
@@ -129,6 +141,13 @@ def conversations() -> Parser:
 
     names = ("data.json", "data.jsonl", "data.txt", "data.gz", "data", "data.zst")
     found = [{name: seed} for name, seed in zip(names, seeds.conversation_seeds(), strict=True)]
+    found.append(
+        {
+            "utf16.txt": text_seed(
+                "\ufeffWhat?\r\nAnd?\r", lambda text: text.decode("utf-8", "replace").encode("utf-16-le")
+            )
+        }
+    )
     return Parser("conversations", tuple(found), run, _STREAM_WORDS)
 
 
@@ -218,10 +237,12 @@ def tokenizer() -> Parser:
 
     def run(folder: Path) -> None:
         source.chat_template(folder)  # rendering it has a process of its own, with limits
-        text = source.from_directory(folder, 16)
+        special = source.special_tokens(folder)
+        with contextlib.redirect_stderr(io.StringIO()):  # notes of tokens left out
+            text = source.from_directory(folder, 16)
         if text is None:
             return
-        loaded = Tokenizer(text, bos_token_id=1, eos_token_ids=(2,))
+        loaded = Tokenizer(text, bos_token_id=1, eos_token_ids=(2,), special_tokens=special)
         for probe in _PROBES:
             ids = loaded.encode(probe, add_special_tokens=True)
             assert all(0 <= token < loaded.vocab_size for token in ids)
@@ -241,7 +262,22 @@ def tokenizer() -> Parser:
         "added_tokens.json": seeds.json_seed({"<pad>": 8}),
         "tokenizer_config.json": seeds.json_seed(added),
     }
-    return Parser("tokenizer", (fast, slow), run, _TOKENIZER_WORDS)
+    beside = {
+        "tokenizer.json": seeds.json_seed(seeds.metaspace_tokenizer()),
+        "special_tokens_map.json": seeds.json_seed({"bos_token": "<s>", "eos_token": {"content": "</s>"}}),
+        "added_tokens.json": seeds.json_seed({"<pad>": 16, "<|end|>": 8}),
+        "tokenizer_config.json": seeds.json_seed(added | {"additional_special_tokens": ["<|new|>"], "legacy": False}),
+    }
+    merges = {
+        "vocab.json": seeds.json_seed({token: index for index, token in enumerate(seeds.TOKENS)}),
+        "merges.txt": text_seed("#version: 0.2\na b\n\u2581 ab\n"),
+        "tokenizer_config.json": seeds.json_seed({"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": True}),
+    }
+    rules = {
+        "tokenizer.model": seeds.sentencepiece_seed(with_rules=True),
+        "tokenizer_config.json": seeds.json_seed({"legacy": False, "bos_token": "<s>"}),
+    }
+    return Parser("tokenizer", (fast, slow, beside, merges, rules), run, _TOKENIZER_WORDS)
 
 
 def model_directory() -> Parser:

@@ -283,15 +283,29 @@ def byte_level_tokenizer() -> dict[str, Any]:
     }
 
 
-def sentencepiece_seed() -> Seed:
-    """A `tokenizer.model`: pieces with text, score and kind, the trainer's and the normaliser's settings."""
+def metaspace_tokenizer() -> dict[str, Any]:
+    """A `tokenizer.json` of the newer kind, which old releases of the library are handed in other words."""
+    document = byte_level_tokenizer()
+    pre = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    return {**document, "normalizer": None, "pre_tokenizer": pre, "decoder": pre}
+
+
+def sentencepiece_seed(*, with_rules: bool = False) -> Seed:
+    """A `tokenizer.model`: pieces with text, score and kind, the trainer's and the normaliser's settings.
+
+    `with_rules`: a user-defined symbol, and rules of normalisation (of a double array with no entry).
+    """
     tokens: list[bytes] = []
     for index, piece in enumerate(TOKENS):
-        text, kind = piece.encode(), 2 if index == 0 else 3 if index < 3 else 1
+        text, kind = piece.encode(), 2 if index == 0 else 3 if index < 3 else 4 if with_rules and index == 6 else 1
         body = [b"\x0a", bytes([len(text)]), text, b"\x15", struct.pack("<f", -index), b"\x18", bytes([kind])]
         tokens += [b"\x0a", bytes([len(b"".join(body))]), *body]
     trainer = [b"\x18", b"\x02", b"\xc8\x02", b"\x01"]
-    tokens += [b"\x12", bytes([len(b"".join(trainer))]), *trainer, b"\x1a", b"\x02", b"\x18", b"\x01"]
+    tokens += [b"\x12", bytes([len(b"".join(trainer))]), *trainer]
+    if with_rules:  # 1024 bytes of array and an empty text: lengths of two bytes
+        tokens += [b"\x1a", b"\x8a\x08", b"\x12", b"\x85\x08", struct.pack("<I", 1024), bytes(1024), b"\0"]
+        return Seed((*tokens, b"\x18", b"\x01"))
+    tokens += [b"\x1a", b"\x02", b"\x18", b"\x01"]
     return Seed(tuple(tokens))
 
 

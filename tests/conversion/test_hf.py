@@ -218,3 +218,19 @@ def test_directory_without_weights_or_config(tmp_path, make_hf):
     (directory / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"holds no weights: expected one of model\.safetensors"):
         load(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bos", "eos"),
+    [
+        ({"bos_token_id": ..., "eos_token_id": ...}, 1, (2,)),
+        ({"bos_token_id": None, "eos_token_id": None}, None, ()),
+        ({"eos_token_id": [5, 6]}, 1, (5, 6)),
+    ],
+)
+def test_ends_that_a_config_does_not_name_are_hugging_faces(make_hf, changes, bos, eos):
+    directory = make_hf()
+    data = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
+    config = hf.read_config(directory)
+    assert (config.bos_token_id, config.eos_token_ids) == (bos, eos)

@@ -120,14 +120,14 @@ FORBIDDEN = {
 def test_runaway_templates_end(name):
     began = time.monotonic()
     with pytest.raises(UserError, match="the chat template failed"):
-        ChatTemplate(RUNAWAY[name], {}, TemplateLimits(cpu_seconds=0.2, memory_bytes=256 << 20))
+        ChatTemplate(RUNAWAY[name], {}, TemplateLimits(cpu_seconds=0.2, memory_bytes=256 << 20)).render(CHAT)
     assert time.monotonic() - began < 20  # seconds on a busy machine; unbounded otherwise
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)
 def test_forbidden_templates_are_refused(name):
     with pytest.raises(UserError, match=r"the chat template failed: [A-Z][A-Za-z]+(Error|NotFound): "):
-        ChatTemplate(FORBIDDEN[name], {})
+        ChatTemplate(FORBIDDEN[name], {}).render(CHAT)
 
 
 def test_only_some_messages_run_away():
@@ -150,7 +150,7 @@ def test_messages_longer_than_any_text_are_not_even_sent():
 
 def test_long_source_is_refused():
     with pytest.raises(UserError, match="longer than 200000 characters"):
-        ChatTemplate("x" * 200_001, {})
+        ChatTemplate("x" * 200_001, {}).render(CHAT)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files through /proc")
@@ -160,8 +160,68 @@ def test_no_process_or_pipe_is_left():
 
     before = open_files()
     template = ChatTemplate("{{ messages[0].content }}", {})
+    assert open_files() == before  # nothing is started that may never be used
+    template.render(CHAT)
     worker = template._worker
     assert open_files() > before
     del template
     assert worker.poll() is not None
     assert open_files() == before
+
+
+def rendered(source: str, *messages: Message) -> str:
+    return ChatTemplate(source, TOKENS).render(messages or (Message("user", "Hi"),))
+
+
+def test_the_generation_tag_passes_through():
+    source = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% set x = 1 %}{% endgeneration %}{{ x }}|{% endfor %}"
+    )
+    assert rendered(source, Message("user", "a"), Message("assistant", "b")) == "a|b|"  # x is not seen outside
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", '{"role": "user", "content": "\u00e9"}'),
+        ("(ensure_ascii=True)", '{"role": "user", "content": "\\u00e9"}'),
+        ("(indent=1, separators=(',', ':'))", '{\n "role":"user",\n "content":"\u00e9"\n}'),
+        ("(False, None, (',', ':'), True)", '{"content":"\u00e9","role":"user"}'),
+        ("(sort_keys=True)", '{"content": "\u00e9", "role": "user"}'),
+    ],
+)
+def test_tojson_takes_what_json_dumps_takes(arguments, expected):
+    assert rendered(f"{{{{ messages[0] | tojson{arguments} }}}}", Message("user", "\u00e9")) == expected
+
+
+def test_the_date_is_the_same_every_day():
+    assert rendered("{{ strftime_now('%Y-%m-%d %H:%M') }}") == "2024-07-26 00:00"
+    assert rendered("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}") == "26 Jul 2024"
+
+
+def test_tools_and_documents_are_none():
+    source = "{% for x in (tools, documents) %}{{ x is defined }},{{ x is none }};{% endfor %}{{ absent is defined }}"
+    assert rendered(source) == "True,True;True,True;False"
+
+
+def test_a_template_that_wants_a_system_message_takes_one():
+    source = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages | length }}"
+    template = ChatTemplate(source, {})
+    assert template.fault() == "the chat template failed: TemplateError: no system"
+    assert template.render([Message("system", "s"), Message("user", "u")]) == "2"
+    assert ChatTemplate(CHATML, TOKENS).fault() is None
+
+
+def test_one_that_does_not_compile_is_no_matter_of_the_messages():
+    template = ChatTemplate("{% for %}", {})
+    for _ in range(2):
+        with pytest.raises(UserError, match="the chat template failed: TemplateSyntaxError") as caught:
+            template.render([Message("user", "Hi")])
+        assert not isinstance(caught.value, TemplateRefusedError)
+
+
+def test_without_its_process_there_is_an_error_and_not_before_it_is_used(monkeypatch):
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    template = ChatTemplate("{{ messages[0].content }}", {})
+    with pytest.raises(UserError, match="its process does not start"):
+        template.render([Message("user", "Hi")])

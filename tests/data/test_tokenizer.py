@@ -155,7 +155,9 @@ def test_special_token_ids_beyond_the_vocabulary_are_empty_text(tokenizer_json):
 
 def test_from_checkpoint(tokenizer_json):
     config = types.SimpleNamespace(bos_token_id=0, eos_token_ids=(1,))
-    whole = types.SimpleNamespace(path="c", tokenizer_json=tokenizer_json, chat_template=CHATML, config=config)
+    whole = types.SimpleNamespace(
+        path="c", tokenizer_json=tokenizer_json, chat_template=CHATML, config=config, special_tokens=None
+    )
     assert Tokenizer.from_checkpoint(whole).eos_token_ids == (1,)
     whole.tokenizer_json = None
     with pytest.raises(UserError, match=r"c has no tokenizer\.json"):

@@ -17,7 +17,8 @@ from dvi_jax.decode.batch import generate_batch
 from dvi_jax.decode.prefix import make_prefix
 from dvi_jax.decode.stream import Stream, StreamedText
 from dvi_jax.errors import UserError
-from dvi_jax.importing.tokenizer_build import CONTROL, NORMAL, UNKNOWN, Vocabulary, sentencepiece_bpe
+from dvi_jax.importing.sentencepiece_build import Normalization, sentencepiece_bpe
+from dvi_jax.importing.tokenizer_build import CONTROL, NORMAL, UNKNOWN, Vocabulary
 
 SETTINGS = DecodeConfig(draft_steps=3, max_new_tokens=48)
 
@@ -140,7 +141,7 @@ def sentencepiece(_):
     pieces = ["▁", "▁▁", "a", "b", "▁a", "▁b", "é", "ab", "\ufffd"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     kinds = [UNKNOWN, CONTROL, CONTROL, *[6] * 256, *[NORMAL] * len(pieces)]
-    return sentencepiece_bpe(Vocabulary(tokens, kinds), [0.0] * len(tokens), add_prefix_space=True)
+    return sentencepiece_bpe(Vocabulary(tokens, kinds), [0.0] * len(tokens), Normalization())
 
 
 def words(decoder):

@@ -1,0 +1,168 @@
+"""What stands beside a tokenizer: tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat templates.
+
+Read as Hugging Face does: special tokens by name, tokens that were added later, what goes around a text, and which of
+several chat templates is meant.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvi_jax.errors import UserError
+from dvi_jax.importing.files import read_json_object, read_text
+from dvi_jax.importing.tokenizer_build import AddedToken
+
+MAX_TEMPLATE_BYTES = 1 << 20
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_CONFIG = "tokenizer_config.json"
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_TOKEN_ID = re.compile("[0-9]{1,9}")
+# Special tokens that a class of tokenizer has without saying so.
+_LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+_QWEN2 = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+_DEFAULTS = {"Llama": _LLAMA, "CodeLlama": _LLAMA, "GPT2": _GPT2, "Qwen2": _QWEN2}
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The settings beside a tokenizer; without any file all is empty.
+
+    `special_tokens`: texts by name, as templates know them, "" for one that is null; `stated`: all that a file says
+    itself, further special tokens included. `added`: tokens by the id that a file gives them, `flags_given` where it
+    gives all their flags. `add_bos`, `add_eos`: what goes around a text, None where no file says. `family`: the class
+    of tokenizer without "Tokenizer" or "TokenizerFast" (empty for none).
+    """
+
+    where: str
+    family: str
+    special_tokens: dict[str, str]
+    stated: tuple[str, ...]
+    added: dict[int, AddedToken]
+    flags_given: frozenset[int]
+    add_bos: bool | None
+    add_eos: bool | None
+    legacy: bool
+    add_prefix_space: bool | None
+
+
+def read_tokenizer_config(directory: Path) -> TokenizerConfig:
+    """The settings in `directory`; a malformed file is a `UserError`."""
+    path = directory / _CONFIG
+    names = (_CONFIG, "special_tokens_map.json", "added_tokens.json")
+    settings, mapped, added = (
+        read_json_object(directory / name) if (directory / name).exists() else {} for name in names
+    )
+    family = str(settings.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
+    defaults = _DEFAULTS.get(family, {}) if path.exists() else {}
+    given = {name: (mapped | settings)[name] for name in NAMES if name in mapped or name in settings}
+    named = {name: _text(token, path, name) or "" for name, token in given.items()}
+    extra = [
+        _text(token, path, key)
+        for key in ("additional_special_tokens", "extra_special_tokens")
+        for token in _values(settings.get(key) or mapped.get(key))
+    ]
+    stated = tuple(dict.fromkeys(text for text in [*named.values(), *extra] if text))
+    tokens = {**defaults, **named}
+    decoder = _decoder(settings, {*stated, *tokens.values()}, path)
+    return TokenizerConfig(
+        where=str(path),
+        family=family,
+        special_tokens=tokens,
+        stated=stated,
+        added=_added(added, stated, directory) | decoder,
+        flags_given=frozenset(decoder),
+        add_bos=_flag(settings, "add_bos_token", path),
+        add_eos=_flag(settings, "add_eos_token", path),
+        # Without the key, or with null, a SentencePiece model is an old one.
+        legacy=settings.get("legacy") is not False,
+        add_prefix_space=_flag(settings, "add_prefix_space", path),
+    )
+
+
+def chat_template(directory: Path) -> str | None:
+    """The chat template of a directory: `chat_template.jinja`, or the one in `tokenizer_config.json`.
+
+    Of several with names it is the one named default; without it, `UserError` with the names.
+    """
+    path = directory / _CONFIG
+    if (directory / "chat_template.jinja").exists():
+        return read_text(directory / "chat_template.jinja", MAX_TEMPLATE_BYTES)
+    template = read_json_object(path).get("chat_template") if path.exists() else None
+    if isinstance(template, list):
+        template = {item["name"]: item["template"] for item in template if _is_named(item)} or None
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise UserError(
+                f"{path}: its chat templates are named {', '.join(map(str, template))!s:.500}, and none of them"
+                " default; write the one to use into chat_template.jinja beside it"
+            )
+        template = template["default"]
+    return checked_template(template, str(path))
+
+
+def checked_template(template: object, where: str) -> str | None:
+    """`template` if it is absent or a string of sensible length, else a `UserError`."""
+    if template is None:
+        return None
+    if not isinstance(template, str) or len(template) > MAX_TEMPLATE_BYTES or not _is_unicode(template):
+        raise UserError(f"{where}: the chat template must be a string of at most {MAX_TEMPLATE_BYTES >> 20} MiB")
+    return template
+
+
+def _is_named(item: object) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("name"), str) and item.get("template") is not None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold it; JSON can write halves of surrogate pairs."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _values(tokens: Any) -> list[Any]:
+    if isinstance(tokens, dict):  # names of our own to texts, as newer files write it
+        return list(tokens.values())
+    return tokens if isinstance(tokens, list) else []
+
+
+def _text(token: Any, where: object, name: str) -> str | None:
+    """A special token is a string, or an object with its `content`."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not (isinstance(text, str) and _is_unicode(text)):
+        raise UserError(f"{where}: {name} must be a token's text, got {token!r:.100}")
+    return text
+
+
+def _flag(settings: dict[str, Any], key: str, where: object) -> bool | None:
+    value = settings.get(key)
+    if value is not None and type(value) is not bool:
+        raise UserError(f"{where}: {key} must be true or false, got {value!r:.100}")
+    return value
+
+
+def _added(added: dict[str, Any], special: Collection[str], directory: Path) -> dict[int, AddedToken]:
+    """added_tokens.json: ids by text."""
+    for content, index in added.items():
+        if type(index) is not int:
+            raise UserError(f"{directory / 'added_tokens.json'}: the id of {content!r:.100} is not a whole number")
+    return {index: AddedToken(content, special=content in special) for content, index in added.items()}
+
+
+def _decoder(settings: dict[str, Any], special: Collection[str], path: Path) -> dict[int, AddedToken]:
+    """`added_tokens_decoder` of tokenizer_config.json: tokens with their flags by id."""
+    entries = settings.get("added_tokens_decoder") or {}
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: added_tokens_decoder must be an object of ids and tokens")
+    found: dict[int, AddedToken] = {}
+    for index, token in entries.items():
+        is_token = isinstance(token, dict) and isinstance(token.get("content"), str)
+        if not is_token or not _TOKEN_ID.fullmatch(index):
+            raise UserError(f"{path}: added_tokens_decoder entry {index!r:.100} is malformed")
+        flags = {name: token.get(name) is True for name in _FLAGS}
+        flags["special"] = flags["special"] or token["content"] in special
+        found[int(index)] = AddedToken(token["content"], **flags)
+    return found
