@@ -48,6 +48,10 @@ SHAPES = {
     "tiny": TINY,
     "smollm2": _shape(576, 1536, 30, 9, 49152, num_kv_heads=3, rope_theta=100000.0, tie_word_embeddings=True),
     "1b": _shape(2048, 5632, 22, 32, num_kv_heads=4),  # TinyLlama 1.1B
+    # Qwen2.5-Coder-1.5B
+    "1.5b": _shape(
+        1536, 8960, 28, 12, 151936, num_kv_heads=2, rope_theta=1e6, tie_word_embeddings=True, model_type="qwen2"
+    ),
     "7b": _shape(4096, 11008, 32, 32),
     "13b": _shape(5120, 13824, 40, 40),
 }
