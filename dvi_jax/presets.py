@@ -27,6 +27,7 @@ def _shape(
     num_kv_heads: int | None = None,
     rope_theta: float = 10000.0,
     tie_word_embeddings: bool = False,
+    model_type: str = "llama",
 ) -> LlamaConfig:
     """A shape with as many key/value heads as query heads unless given."""
     return LlamaConfig(
@@ -41,6 +42,7 @@ def _shape(
         rms_norm_eps=1e-5,
         rope_theta=rope_theta,
         tie_word_embeddings=tie_word_embeddings,
+        model_type=model_type,
     )
 
 
@@ -48,10 +50,8 @@ SHAPES = {
     "tiny": TINY,
     "smollm2": _shape(576, 1536, 30, 9, 49152, num_kv_heads=3, rope_theta=100000.0, tie_word_embeddings=True),
     "1b": _shape(2048, 5632, 22, 32, num_kv_heads=4),  # TinyLlama 1.1B
-    # Qwen2.5-Coder-1.5B
-    "1.5b": _shape(
-        1536, 8960, 28, 12, 151936, num_kv_heads=2, rope_theta=1e6, tie_word_embeddings=True, model_type="qwen2"
-    ),
+    # Qwen2.5-Coder-1.5B, whose input and output embeddings stand apart in the file that is measured
+    "1.5b": _shape(1536, 8960, 28, 12, 151936, num_kv_heads=2, rope_theta=1e6, model_type="qwen2"),
     "7b": _shape(4096, 11008, 32, 32),
     "13b": _shape(5120, 13824, 40, 40),
 }
