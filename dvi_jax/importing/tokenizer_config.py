@@ -147,8 +147,8 @@ def _flag(settings: dict[str, Any], key: str, where: object) -> bool | None:
 def _added(added: dict[str, Any], special: Collection[str], directory: Path) -> dict[int, AddedToken]:
     """added_tokens.json: ids by text."""
     for content, index in added.items():
-        if type(index) is not int:
-            raise UserError(f"{directory / 'added_tokens.json'}: the id of {content!r:.100} is not a whole number")
+        if type(index) is not int or index < 0:
+            raise UserError(f"{directory / 'added_tokens.json'}: the id of {content!r:.100} is not a number from 0 on")
     return {index: AddedToken(content, special=content in special) for content, index in added.items()}
 
 

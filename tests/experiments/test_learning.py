@@ -103,16 +103,15 @@ def test_objectives_see_the_same_tokens(write_config, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "objectives.png").exists()
 
 
-def write_domains(folder: Path, *names: str, ids: tuple[str, ...]) -> dict:
-    """The data settings of a run over files of 8 questions to learn from and 2 held-out ones each, ids as given."""
-    for name, prefix in zip(names, ids, strict=True):
-        questions = [f"{name} {index}?" for index in range(200)]
+def write_domains(folder: Path, *names: str, topics: tuple[str, ...]) -> dict:
+    """The data settings of a run over files of 8 questions to learn from and 2 held-out ones each, on a topic each."""
+    for name, topic in zip(names, topics, strict=True):
+        questions = [f"{topic} {index}?" for index in range(200)]
         apart = [is_held_out(question, 0.1, HELD_OUT_SALT) for question in questions]
         chosen = [q for q, held in zip(questions, apart, strict=True) if held][:2]
         chosen += [q for q, held in zip(questions, apart, strict=True) if not held][:8]
         records = [
-            {"id": f"{prefix}-{index}", "messages": [{"role": "user", "content": question}]}
-            for index, question in enumerate(chosen)
+            {"id": index, "messages": [{"role": "user", "content": question}]} for index, question in enumerate(chosen)
         ]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     files = [str(folder / f"{name}.jsonl") for name in names]
@@ -124,7 +123,7 @@ def test_domain_shift(write_config, tmp_path, capsys):
 
     An update follows every other rollout.
     """
-    data = write_domains(tmp_path, "chat", "code", ids=("chat", "code"))
+    data = write_domains(tmp_path, "chat", "code", topics=("chat", "code"))
     config, out = write_config(prompts=16, update_every=2, data=data), tmp_path / "out"
     sizes = ["--per-domain", "8", "--seeds", "1", "--cost-prompts", "12"]
     assert domain_shift.main(["--config", str(config), "--out", str(out), *sizes]) == 0
@@ -147,15 +146,15 @@ def test_domain_shift(write_config, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("ids", "prompts", "message"),
+    ("topics", "prompts", "message"),
     [
         (("same", "same"), 16, r"chat.jsonl 8, code.jsonl 0 .*duplicate id: 10"),
         (("a", "b"), 15, r"prompts is 15: 2 files of 8 prompts need as many"),
     ],
 )
-def test_traffic_that_does_not_change_where_it_should(write_config, tmp_path, ids, prompts, message):
+def test_traffic_that_does_not_change_where_it_should(write_config, tmp_path, topics, prompts, message):
     """Found before anything is trained: no result is begun."""
-    config = write_config(prompts=prompts, data=write_domains(tmp_path, "chat", "code", ids=ids))
+    config = write_config(prompts=prompts, data=write_domains(tmp_path, "chat", "code", topics=topics))
     with pytest.raises(UserError, match=message):
         domain_shift.main(["--config", str(config), "--out", str(tmp_path / "out"), "--per-domain", "8"])
     assert not (tmp_path / "out").exists()
