@@ -11,6 +11,7 @@ from dvi_jax.decode.batch import Generation, generate_batch
 from dvi_jax.decode.speculative import decode_round
 from dvi_jax.decode.stream import Stream
 from dvi_jax.errors import UserError
+from dvi_jax.learn.offline import train_offline
 from dvi_jax.learn.online import train_online
 from dvi_jax.loading import LoadedModel, load
 from dvi_jax.model.lora import inject_dual_lora

@@ -20,15 +20,12 @@ from dvi_jax.settings import from_dict, parse_yaml, read_yaml, require
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """How one generation drafts. `draft_steps + 1` rows are verified in every round.
+    """How one generation drafts."""
 
-    `draft_cost`: what a draft costs, in rounds that draft nothing; above 0, drafting also stops where it does not pay.
-    """
-
-    draft_steps: int = 3
-    threshold: float = 0.0
-    max_new_tokens: int = 64
-    draft_cost: float = 0.0
+    draft_steps: int = 3  # most drafts of a round; it verifies one row more
+    threshold: float = 0.0  # drafting stops after a draft less probable than this
+    max_new_tokens: int = 64  # length of the answer, unless an end-of-sequence id comes before
+    draft_cost: float = 0.0  # of one draft, in rounds that draft nothing; above 0, drafting stops where it does not pay
 
     def __post_init__(self) -> None:
         require(0 <= self.draft_cost <= 1, "draft_cost", self.draft_cost, "between 0 (off) and 1")
@@ -39,15 +36,15 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How one row is sampled; temperature 0 is greedy. `coupled`: see `decode/sampling.py`; one value for a batch."""
+    """How one sequence is sampled, in the order of Hugging Face's processors."""
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    coupled: bool = True
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # only the k best tokens; 0: all
+    top_p: float = 1.0  # the best tokens that together have this probability
+    min_p: float = 0.0  # only tokens at least this share as probable as the best
+    repetition_penalty: float = 1.0  # divides the logits of tokens that the sequence holds; 1: none
+    seed: int = 0  # of the noise; the noise of a position depends on nothing else
+    coupled: bool = True  # draft with the verifier's noise (`decode/sampling.py`); one value for a batch
 
     def __post_init__(self) -> None:
         require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or above")
@@ -60,13 +57,13 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The conversation stream: local files, the turns used, and the share kept apart for evaluation."""
+    """The conversation stream that prompts come from."""
 
-    files: tuple[str, ...] = ()
-    turns: str = "first"
-    max_prompt_tokens: int = 192
-    held_out_fraction: float = 0.02
-    held_out_prompts: int = 32
+    files: tuple[str, ...] = ()  # conversations: ShareGPT JSON, JSONL with messages, one question a line; - is stdin
+    turns: str = "first"  # make a prompt of the first question alone, or of all
+    max_prompt_tokens: int = 192  # longer prompts are left out
+    held_out_fraction: float = 0.02  # share of the questions that is kept apart for evaluation
+    held_out_prompts: int = 32  # how many of those an evaluation decodes
 
     def __post_init__(self) -> None:
         require(self.turns in ("first", "all"), "data.turns", self.turns, "first or all")
@@ -79,25 +76,21 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Weights of the fast update's four terms and the KL -> RL schedule (DVI paper, section on the schedule).
+    """Weights of the fast update's four terms and the KL -> RL schedule (DVI, arXiv 2510.05421)."""
 
-    KL weight `kl_max` and policy weight 0 for `warmup` updates, then over `ramp` updates to `kl_min` and `pg_max`; with
-    `schedule` exponential instead lam = exp(-(step - warmup) / ramp) mixes the two ends.
-    """
-
-    schedule: str = "linear"
-    warmup: int = 100
-    ramp: int = 200
-    kl_max: float = 1.0
-    kl_min: float = 0.05
-    pg_max: float = 1.0
-    ce_weight: float = 0.1
-    entropy_weight: float = 0.0
-    kl_temperature: float = 1.0
-    baseline_momentum: float = 0.95
-    learn_from_prompt: bool = True
-    unroll_steps: int = 3
-    unroll_decay: float = 0.8
+    schedule: str = "linear"  # linear, or exponential: exp(-(step - warmup) / ramp) mixes the two ends
+    warmup: int = 100  # updates with KL weight `kl_max` and policy weight 0
+    ramp: int = 200  # updates from there to `kl_min` and `pg_max`
+    kl_max: float = 1.0  # KL weight at first
+    kl_min: float = 0.05  # KL weight at last
+    pg_max: float = 1.0  # policy weight at last
+    ce_weight: float = 0.1  # of the cross-entropy with the verifier's token, where the draft was accepted
+    entropy_weight: float = 0.0  # of the drafter's entropy, which is rewarded
+    kl_temperature: float = 1.0  # softens both distributions of the KL term
+    baseline_momentum: float = 0.95  # of the moving average of the reward
+    learn_from_prompt: bool = True  # learn at the positions of the prompt too, by KL alone
+    unroll_steps: int = 3  # drafts of a round that are learned from (a block drafter: all of its block)
+    unroll_decay: float = 0.8  # draft j weighs unroll_decay^j in the KL term
 
     def __post_init__(self) -> None:
         require(
@@ -111,19 +104,18 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with clipping by global norm; `head_lr` is for the drafter's own weights, `lora_lr` for lora_S.
+    """AdamW with clipping by global norm.
 
-    The defaults suit a distilled drafter, which higher rates make worse (experiments/README.md); one that starts from
-    nothing takes ten times as much. The rates rise linearly over the first `warmup` updates; `b2` is the decay of
-    Adam's second moment.
+    The default rates suit a distilled drafter, which higher ones make worse (experiments/README.md); one that starts
+    from nothing takes ten times as much.
     """
 
-    lora_lr: float = 1.5e-4
-    head_lr: float = 1.5e-4
-    warmup: int = 20
-    b2: float = 0.999
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    lora_lr: float = 1.5e-4  # learning rate of lora_S
+    head_lr: float = 1.5e-4  # learning rate of the drafter's own weights
+    warmup: int = 20  # updates over which the rates rise linearly; 0: none
+    b2: float = 0.999  # decay of Adam's second moment
+    weight_decay: float = 0.0  # of AdamW
+    clip_norm: float = 1.0  # most global norm of a gradient
 
     def __post_init__(self) -> None:
         require(
@@ -136,17 +128,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class SlowConfig:
-    """The slow update of lora_D: after every `every`-th fast update (0: never), on `rows` rows of the log.
+    """The slow update of lora_D, the verifier's own adapter."""
 
-    `rank_d` makes a lora_D where the checkpoint has none.
-    """
-
-    every: int = 0
-    rank_d: int = 0
-    rows: int = 4
-    beta: float = 0.1
-    lr: float = 5e-6
-    clip_norm: float = 1.0
+    every: int = 0  # fast updates between two slow ones; 0: never
+    rank_d: int = 0  # of a lora_D that is made where the checkpoint has none; 0: none
+    rows: int = 4  # conversations of the log in an update
+    beta: float = 0.1  # weight of the KL to the frozen verifier
+    lr: float = 5e-6  # learning rate
+    clip_norm: float = 1.0  # most global norm of a gradient
 
     def __post_init__(self) -> None:
         require(self.every >= 0, "slow.every", self.every, "0 (never) or above")
@@ -157,16 +146,12 @@ class SlowConfig:
 
 @dataclass(frozen=True)
 class RollbackConfig:
-    """When learning goes back to its last good snapshot (`learn/rollback.py`).
+    """When learning goes back to its last good snapshot (`learn/rollback.py`)."""
 
-    `after`: non-finite updates in a row (0: never). `collapse`: accept rate as a share of its best (0: never), judged
-    from `settle` rollouts on, online only. `at_most`: rollbacks in quick succession, then the run ends.
-    """
-
-    after: int = 3
-    collapse: float = 0.5
-    settle: int = 20
-    at_most: int = 5
+    after: int = 3  # non-finite updates in a row; 0: never
+    collapse: float = 0.5  # accept rate as a share of its best (0: never); online alone
+    settle: int = 20  # rollouts before a collapse is looked for
+    at_most: int = 5  # rollbacks in quick succession, then the run ends
 
     def __post_init__(self) -> None:
         require(0 <= self.after <= 5, "rollback.after", self.after, "between 0 (never) and 5")
@@ -177,38 +162,33 @@ class RollbackConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One online training run. `eval_every` and `save_every` count rollouts; `max_minutes` 0 means no limit.
+    """One online training run. What falls due within a cycle of `update_every` rollouts waits for its end."""
 
-    Every `update_every` rollouts come `updates_per_rollout` updates, each on `positions_per_update` positions of
-    `fresh_windows` windows of the newest rollout (0: all) and `replayed_windows` of those before. What falls due in
-    between waits. `keep_best` snapshots are kept by held-out accept rate, of those taken right after an evaluation.
-    """
-
-    checkpoint: str
-    out: str
-    drafter: str | None = None
-    drafter_options: dict[str, Any] = field(default_factory=dict, hash=False)
-    exit_layer: int | None = None
-    seed: int = 0
-    prompts: int = 2000
-    rollout_batch: int = 8
-    update_every: int = 1
-    updates_per_rollout: int = 1
-    fresh_windows: int = 0
-    replayed_windows: int = 8
-    positions_per_update: int = 512
-    replay_capacity: int = 256
-    eval_every: int = 50
-    save_every: int = 50
-    keep_checkpoints: int = 2
-    keep_best: int = 1
-    max_minutes: float = 0.0
-    data: DataConfig = field(default_factory=DataConfig)
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    slow: SlowConfig = field(default_factory=SlowConfig)
-    rollback: RollbackConfig = field(default_factory=RollbackConfig)
+    checkpoint: str  # the model: a checkpoint, a Hugging Face directory, a GGUF file, a name in the local cache
+    out: str  # directory of the run
+    drafter: str | None = None  # kind of a new drafter; None: the checkpoint's
+    drafter_options: dict[str, Any] = field(default_factory=dict, hash=False)  # of a new drafter
+    exit_layer: int | None = None  # of a new drafter; None: the checkpoint's
+    seed: int = 0  # of new weights and of the choice of windows
+    prompts: int = 2000  # decoded in all
+    rollout_batch: int = 8  # prompts decoded at once
+    update_every: int = 1  # rollouts between updates
+    updates_per_rollout: int = 1  # updates then; those after the first are off-policy
+    fresh_windows: int = 0  # windows of the newest rollout in an update; 0: all
+    replayed_windows: int = 8  # windows of earlier rollouts in an update
+    positions_per_update: int = 512  # positions of these windows that pay for logits
+    replay_capacity: int = 256  # windows that are kept
+    eval_every: int = 50  # rollouts between evaluations
+    save_every: int = 50  # rollouts between snapshots
+    keep_checkpoints: int = 2  # newest snapshots that are kept
+    keep_best: int = 1  # snapshots kept by held-out accept rate, of those taken right after an evaluation
+    max_minutes: float = 0.0  # of learning; 0: no limit
+    data: DataConfig = field(default_factory=DataConfig)  # the prompts
+    decode: DecodeConfig = field(default_factory=DecodeConfig)  # how rollouts draft
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # the fast update's terms
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # the fast update's step
+    slow: SlowConfig = field(default_factory=SlowConfig)  # the slow update
+    rollback: RollbackConfig = field(default_factory=RollbackConfig)  # when to go back
 
     def __post_init__(self) -> None:
         for name in (
@@ -250,37 +230,32 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """One run of teacher forcing over given text. `data` holds packed .npz files or conversation files.
+    """One run of teacher forcing over given text."""
 
-    `drafter` replaces an untrained drafter of the checkpoint; `shallow_rank` puts a lora_S into the shallow layers too.
-    `targets`: the verifier's distribution, or the text's own tokens (`log`; with exit_head and a `shallow_rank` that is
-    SGP, the shallow-gradient path). `tokens` is the budget; the last `eval_rows` rows of the data are held out.
-    """
-
-    checkpoint: str
-    out: str
-    data: tuple[str, ...]
-    drafter: str = "fused"
-    drafter_options: dict[str, Any] = field(default_factory=dict, hash=False)
-    exit_layer: int | None = None
-    tokens: int = 30_000_000
-    row_length: int = 512
-    batch_rows: int = 32
-    learn_from: str = "assistant"
-    targets: str = "verifier"
-    shallow_rank: int = 0
-    unroll_steps: int = 3
-    unroll_decay: float = 0.8
-    lr: float = 1e-3
-    warmup: int = 100
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    seed: int = 0
-    eval_rows: int = 64
-    log_every: int = 20
-    save_every: int = 500
-    keep_checkpoints: int = 2
-    rollback: RollbackConfig = field(default_factory=RollbackConfig)
+    checkpoint: str  # the model, named as in `TrainConfig`
+    out: str  # directory of the run
+    data: tuple[str, ...]  # packed .npz files, or conversation files
+    drafter: str = "fused"  # replaces an untrained drafter of the checkpoint, or one of another kind
+    drafter_options: dict[str, Any] = field(default_factory=dict, hash=False)  # of a new drafter
+    exit_layer: int | None = None  # of a new drafter; None: the checkpoint's
+    tokens: int = 30_000_000  # of text in all, repetitions included
+    row_length: int = 512  # tokens of a row
+    batch_rows: int = 32  # rows of an update
+    learn_from: str = "assistant"  # the assistant's tokens, or all
+    targets: str = "verifier"  # the verifier's distribution, or the text's own tokens (log)
+    shallow_rank: int = 0  # of a lora_S inside the shallow layers; with targets log and exit_head that is SGP
+    unroll_steps: int = 3  # drafts of a round that are learned (a block drafter: all of its block)
+    unroll_decay: float = 0.8  # draft j weighs unroll_decay^j
+    lr: float = 1e-3  # highest learning rate
+    warmup: int = 100  # updates over which the rate rises; then it falls to a tenth (cosine)
+    weight_decay: float = 0.0  # of AdamW
+    clip_norm: float = 1.0  # most global norm of a gradient
+    seed: int = 0  # of new weights and of the order of rows
+    eval_rows: int = 64  # last rows of the data, which are held out
+    log_every: int = 20  # updates between metrics records
+    save_every: int = 500  # updates between snapshots
+    keep_checkpoints: int = 2  # newest snapshots that are kept
+    rollback: RollbackConfig = field(default_factory=RollbackConfig)  # when to go back
 
     def __post_init__(self) -> None:
         require(self.learn_from in ("assistant", "all"), "learn_from", self.learn_from, "assistant or all")

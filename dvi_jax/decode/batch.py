@@ -55,14 +55,14 @@ def generate_batch(
     """Continuations of `prompts` (token ids), as one batch, and the seconds that decoding took.
 
     `plain` drafts nothing, in the same compiled program (width `draft_steps + 1`), so the ids are equal. `eos_ids`
-    replaces the model's own; `()` never stops early. `sampling`: one setting for each prompt, or one for all (row b
-    then takes seed + b); None is greedy. `prefix`: what all prompts begin with, taken in before by `make_prefix`.
+    replaces the model's own; `()` never stops early. `sampling`: one setting for each prompt, or one for all (sequence
+    b then takes seed + b); None is greedy. `prefix`: what all prompts begin with, taken in before by `make_prefix`.
     `longest_prompt` gives a stream of batches one cache length.
     """
     eos = model.eos_ids if eos_ids is None else eos_ids
     knobs = make_knobs(settings, eos, plain=plain)
-    rows = make_sampling(model, prompts, sampling)
-    state = start(model, prompts, settings, knobs, sampling=rows, prefix=prefix, longest_prompt=longest_prompt)
+    drawn = make_sampling(model, prompts, sampling)
+    state = start(model, prompts, settings, knobs, sampling=drawn, prefix=prefix, longest_prompt=longest_prompt)
     state = jax.block_until_ready(state)
     # Compiled ahead so that `seconds` never holds a compilation; jax keeps the program, a repeat costs milliseconds.
     program = decode_rounds.lower(model.definition, model.decode_params, state, knobs).compile()
@@ -88,19 +88,19 @@ def make_knobs(settings: DecodeConfig, eos_ids: tuple[int, ...], *, plain: bool 
 def make_sampling(
     model: LoadedModel, prompts: Sequence[Sequence[int]], sampling: SamplingConfig | Sequence[SamplingConfig] | None
 ) -> Sampling | None:
-    """One row of settings for each prompt; None where all is greedy."""
+    """One setting for each prompt; None where all is greedy."""
     if sampling is None:
         return None
     if isinstance(sampling, SamplingConfig):
-        rows = [replace(sampling, seed=(sampling.seed + row) % 2**32) for row in range(len(prompts))]
+        each = [replace(sampling, seed=(sampling.seed + b) % 2**32) for b in range(len(prompts))]
     else:
-        rows = list(sampling)
-    if len(rows) != len(prompts):
-        raise UserError(f"{len(rows)} sampling settings for {len(prompts)} prompts")
-    if len({row.coupled for row in rows}) > 1:
-        raise UserError("the rows of a batch must agree on `coupled`")
+        each = list(sampling)
+    if len(each) != len(prompts):
+        raise UserError(f"{len(each)} sampling settings for {len(prompts)} prompts")
+    if len({one.coupled for one in each}) > 1:
+        raise UserError("the sequences of a batch must agree on `coupled`")
     check_prompts(model, prompts, 0)
-    return Sampling.make(rows, prompts, model.config.vocab_size) if rows else None
+    return Sampling.make(each, prompts, model.config.vocab_size) if each else None
 
 
 def start(
@@ -167,15 +167,15 @@ def read_generations(state: DecodeState, prompt_lengths: Sequence[int], eos_ids:
     """Copy a finished batch to the host, once."""
     tokens, lengths, accept, drafted = jax.device_get((state.tokens, state.length, state.accept_lengths, state.drafted))
     generations = []
-    for row, prompt_length in enumerate(prompt_lengths):
-        ids = tokens[row, : lengths[row]].tolist()
-        rounds = int((accept[row] > 0).sum())
+    for b, prompt_length in enumerate(prompt_lengths):
+        ids = tokens[b, : lengths[b]].tolist()
+        rounds = int((accept[b] > 0).sum())
         generations.append(
             Generation(
                 output_ids=ids,
                 new_ids=ids[prompt_length:],
-                accept_lengths=accept[row, :rounds].tolist(),
-                drafted=drafted[row, :rounds].tolist(),
+                accept_lengths=accept[b, :rounds].tolist(),
+                drafted=drafted[b, :rounds].tolist(),
                 finish_reason="eos" if ids[-1] in eos_ids else "length",
             )
         )

@@ -38,7 +38,7 @@ def with_measured_cost(model: LoadedModel, prompt: Sequence[int], settings: Deco
 
 
 def _round_seconds(model: LoadedModel, state: DecodeState, draft_steps: int) -> tuple[float, float]:
-    """Median seconds of a round, and drafts in it. Every round drafts all it may; nothing ends a row."""
+    """Median seconds of a round, and drafts in it. Every round drafts all it may; nothing ends a sequence."""
     knobs = Knobs.make(draft_steps, 0.0, (), until=ROUNDS)
     seconds = []
     for _ in range(REPEATS + 1):

@@ -1,7 +1,7 @@
 """Sampling from the verifier, plainly or speculatively, with the same distribution (or the very same tokens).
 
-The noise of a position depends on the row's seed and that position alone, never on rounds, drafts or neighbours. Two
-ways to use it:
+The noise of a position depends on the sequence's seed and that position alone, never on rounds, drafts or neighbours.
+Two ways to use it:
 
 * coupled (default): the token at a position is argmax(log p + Gumbel noise of that position), whoever asks. The drafter
   uses the same noise on its own q, and its draft is accepted if it is that token. So speculative sampling gives the
@@ -37,7 +37,7 @@ class Purpose(IntEnum):
 
 
 class Sampling(struct.PyTreeNode):
-    """How each row is sampled. Rows may differ in everything but `coupled`; temperature 0 is greedy."""
+    """How each sequence is sampled. They may differ in everything but `coupled`; temperature 0 is greedy."""
 
     key: jax.Array  # PRNG key [B]
     temperature: jax.Array  # float32 [B]
@@ -49,25 +49,25 @@ class Sampling(struct.PyTreeNode):
     coupled: bool = struct.field(pytree_node=False)
 
     @classmethod
-    def make(cls, rows: Sequence[SamplingConfig], prompts: Sequence[Sequence[int]], vocab_size: int) -> Sampling:
-        """One setting and one prompt (token ids) for each row."""
-        seen = np.zeros((len(rows), vocab_size), bool)
+    def make(cls, settings: Sequence[SamplingConfig], prompts: Sequence[Sequence[int]], vocab_size: int) -> Sampling:
+        """One setting and one prompt (token ids) for each sequence."""
+        seen = np.zeros((len(settings), vocab_size), bool)
         for row, prompt in zip(seen, prompts, strict=True):
             row[np.asarray(prompt)] = True
 
         def column(name: str, dtype: type) -> jax.Array:
-            return jnp.array([getattr(row, name) for row in rows], dtype)
+            return jnp.array([getattr(one, name) for one in settings], dtype)
 
         top_k = column("top_k", jnp.int32)
         return cls(
-            key=jax.vmap(jax.random.key)(jnp.array([row.seed for row in rows], jnp.uint32)),
+            key=jax.vmap(jax.random.key)(jnp.array([one.seed for one in settings], jnp.uint32)),
             temperature=column("temperature", jnp.float32),
             top_k=jnp.where(top_k == 0, vocab_size, jnp.minimum(top_k, vocab_size)),
             top_p=column("top_p", jnp.float32),
             min_p=column("min_p", jnp.float32),
             penalty=column("repetition_penalty", jnp.float32),
             seen=jnp.asarray(seen),
-            coupled=rows[0].coupled,
+            coupled=settings[0].coupled,
         )
 
     def with_committed(self, tokens: jax.Array, count: jax.Array) -> Sampling:

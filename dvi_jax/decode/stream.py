@@ -29,12 +29,12 @@ _CONTEXT = 4
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of one row: token ids and text (`""` without a tokenizer), and why the row is finished, if it is."""
+    """What is new of one sequence of the batch."""
 
-    row: int
-    ids: list[int]
-    text: str
-    finish_reason: str | None
+    sequence: int  # its index
+    ids: list[int]  # new token ids
+    text: str  # that they add, "" without a tokenizer
+    finish_reason: str | None  # why the sequence is finished, if it is
 
 
 class StreamedText:
@@ -109,8 +109,8 @@ class StreamedText:
 
 
 @dataclass
-class _Row:
-    """One row as far as the caller has got it."""
+class _Sequence:
+    """One sequence as far as the caller has got it."""
 
     prompt_length: int
     text: StreamedText | None
@@ -119,11 +119,11 @@ class _Row:
 
 
 class Stream:
-    """Iterate for lists of `Piece`, one list every `every` rounds; afterwards `generations` holds the whole rows.
+    """Iterate for lists of `Piece`, one list every `every` rounds; afterwards `generations` holds the whole sequences.
 
-    `stop`: strings that end a row; neither the string nor anything after it is in the text, and `new_ids` end with the
-    token that completed it. Special tokens are no text, but a stop string that is one ends a row at that token. Other
-    arguments as for `generate`.
+    `stop`: strings that end a sequence; neither the string nor anything after it is in the text, and `new_ids` end with
+    the token that completed it. Special tokens are no text, but a stop string that is one ends a sequence there. Other
+    arguments as for `generate_batch`.
     """
 
     def __init__(
@@ -148,9 +148,9 @@ class Stream:
         self._model, self._every = model, every
         self._eos = model.eos_ids if eos_ids is None else eos_ids
         self._knobs = make_knobs(settings, self._eos, plain=plain)
-        rows = make_sampling(model, prompts, sampling)
-        self._state = start(model, prompts, settings, self._knobs, sampling=rows, prefix=prefix)
-        self._rows = [_Row(len(prompt), self._new_text(stop)) for prompt in prompts]
+        drawn = make_sampling(model, prompts, sampling)
+        self._state = start(model, prompts, settings, self._knobs, sampling=drawn, prefix=prefix)
+        self._sequences = [_Sequence(len(prompt), self._new_text(stop)) for prompt in prompts]
         self.generations: list[Generation] = []
 
     def __iter__(self) -> Iterator[list[Piece]]:
@@ -160,9 +160,9 @@ class Stream:
             following = self._advance(ahead)  # under way before the last stretch is read
             ahead += 1
             tokens, lengths, done = (np.asarray(array) for array in shown)
-            pieces = [self._take(row, tokens[row, : lengths[row]], bool(done[row])) for row in range(len(self._rows))]
+            pieces = [self._take(i, tokens[i, : lengths[i]], bool(done[i])) for i in range(len(self._sequences))]
             yield [piece for piece in pieces if piece is not None]
-            finished = np.array([row.finish_reason is not None for row in self._rows])
+            finished = np.array([sequence.finish_reason is not None for sequence in self._sequences])
             if finished.all():
                 break
             self._state = self._state.replace(done=self._state.done | jnp.asarray(finished))
@@ -184,29 +184,29 @@ class Stream:
         special = [token for token in ids.values() if token is not None and not tokenizer.is_shown(token)]
         return StreamedText(tokenizer, stop, set(special).difference(self._eos))  # "eos" stays the reason it was
 
-    def _take(self, index: int, sequence: np.ndarray, done: bool) -> Piece | None:
-        """What is new of a row whose sequence (prompt included) is now this."""
-        row = self._rows[index]
-        if row.finish_reason is not None:
+    def _take(self, index: int, tokens: np.ndarray, done: bool) -> Piece | None:
+        """What is new of sequence `index`, whose tokens (prompt included) are now `tokens`."""
+        sequence = self._sequences[index]
+        if sequence.finish_reason is not None:
             return None
-        fresh, text = sequence[row.prompt_length + len(row.ids) :].tolist(), ""
+        fresh, text = tokens[sequence.prompt_length + len(sequence.ids) :].tolist(), ""
         if done:
-            row.finish_reason = "eos" if sequence[-1] in self._eos else "length"
-        if row.text is not None:
-            count, text = row.text.add(fresh, last=done)
+            sequence.finish_reason = "eos" if tokens[-1] in self._eos else "length"
+        if sequence.text is not None:
+            count, text = sequence.text.add(fresh, last=done)
             fresh = fresh[:count]
-            if row.text.stopped:
-                row.finish_reason = "stop"
-        row.ids += fresh
-        if not fresh and not text and row.finish_reason is None:
+            if sequence.text.stopped:
+                sequence.finish_reason = "stop"
+        sequence.ids += fresh
+        if not fresh and not text and sequence.finish_reason is None:
             return None
-        return Piece(index, fresh, text, row.finish_reason)
+        return Piece(index, fresh, text, sequence.finish_reason)
 
     def _whole(self) -> list[Generation]:
-        """The rows as `generate` gives them; a row that a stop string ended is cut there."""
-        lengths = [row.prompt_length for row in self._rows]
+        """The sequences as `generate_batch` gives them; one that a stop string ended is cut there."""
+        lengths = [sequence.prompt_length for sequence in self._sequences]
         generations = read_generations(self._state, lengths, self._eos)
-        return [_cut(generation, row) for generation, row in zip(generations, self._rows, strict=True)]
+        return [_cut(*pair) for pair in zip(generations, self._sequences, strict=True)]
 
 
 def _find(text: str, stops: Sequence[str]) -> int | None:
@@ -222,14 +222,14 @@ def _held_back(text: str, stops: Sequence[str]) -> int:
     )
 
 
-def _cut(generation: Generation, row: _Row) -> Generation:
-    if row.finish_reason != "stop":
+def _cut(generation: Generation, sequence: _Sequence) -> Generation:
+    if sequence.finish_reason != "stop":
         return generation
     committed = np.cumsum([0, *generation.accept_lengths])  # after so many rounds; the prefill gave the first token
-    rounds = int(np.searchsorted(committed, len(row.ids) - 1))
+    rounds = int(np.searchsorted(committed, len(sequence.ids) - 1))
     return Generation(
-        output_ids=generation.output_ids[: row.prompt_length] + row.ids,
-        new_ids=list(row.ids),
+        output_ids=generation.output_ids[: sequence.prompt_length] + sequence.ids,
+        new_ids=list(sequence.ids),
         accept_lengths=generation.accept_lengths[:rounds],
         drafted=generation.drafted[:rounds],
         finish_reason="stop",

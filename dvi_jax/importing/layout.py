@@ -1,4 +1,4 @@
-"""The key table: which tensor of a source is which rows of the fused base tree.
+"""The key table: which tensor of a source is which rows of the base tree.
 
 The same table drives imports (names -> tree) and exports (tree -> names), so the two cannot drift apart.
 """
@@ -62,7 +62,7 @@ def base_slots(config: LlamaConfig, names: Mapping[str, str]) -> Iterator[Slot]:
 
 
 def attention_parts(width: int, q_rows: int, kv_rows: int) -> list[tuple[str, str, int, tuple[int, ...]]]:
-    """(part, key in the tree, first row, shape) of the four projections, q, k and v fused."""
+    """(part, key in the tree, first row, shape) of the four projections, q, k and v joined."""
     return [
         ("q", "qkv", 0, (q_rows, width)),
         ("k", "qkv", q_rows, (kv_rows, width)),

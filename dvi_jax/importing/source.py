@@ -1,4 +1,4 @@
-"""What a source of weights holds, whatever its format: config, tokenizer, chat template, and the fused base tree."""
+"""What a source of weights holds, whatever its format: config, tokenizer, chat template, and the base tree."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def open_source(source: Path) -> SourceModel:
 
 
 def load_base(model: SourceModel, dtype: str) -> Tree:
-    """The fused base tree of a source, as numpy arrays of `dtype`."""
+    """The base tree of a source, as numpy arrays of `dtype`."""
     is_gguf = isinstance(model.weights, gguf.GGUFModel)
     names, ignored = (GGUF_NAMES, gguf.is_ignored) if is_gguf else (HF_NAMES, hf.is_ignored)
     head, shapes = names["head"], model.weights.shapes

@@ -1,4 +1,4 @@
-"""Streaming named tensors into a nested tree of fused arrays.
+"""Streaming named tensors into a nested tree of joined arrays.
 
 A `TensorSource` gives shapes without reading weights, and weights in chunks of rows, so that an import holds
 its output and one chunk. All names and shapes are checked before anything is allocated.

@@ -136,13 +136,13 @@ def cudnn_attention(
 
 
 def by_head(qkv: jax.Array, heads: Heads) -> jax.Array:
-    """Fused [..., (N+2K)H] -> [..., N+2K, H]: queries, then keys, then values."""
+    """Joined [..., (N+2K)H] -> [..., N+2K, H]: queries, then keys, then values."""
     n, k, h = heads
     return qkv.reshape(*qkv.shape[:-1], n + 2 * k, h)
 
 
 def split_heads(qkv: jax.Array, heads: Heads, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Fused [B, T, (N+2K)H] -> query [B, T, N, H], key, value [B, K, T, H]; query and key turned."""
+    """Joined [B, T, (N+2K)H] -> query [B, T, N, H], key, value [B, K, T, H]; query and key turned."""
     n, k, _ = heads
     split = by_head(qkv, heads)
     query, key, value = split[..., :n, :], split[..., n : n + k, :], split[..., n + k :, :]

@@ -1,7 +1,7 @@
 """The decoder block, and the LoRA that its products may have.
 
-q/k/v and gate/up are fused: fewer kernels, larger reads. Letters as in `attention.py`, and P parts of a product,
-D hidden, F feed-forward, V vocabulary, R LoRA rank.
+q, k, v and gate, up are joined to one matrix each: fewer kernels, larger reads. Letters as in `attention.py`, and P
+parts of a product, D hidden, F feed-forward, V vocabulary, R LoRA rank.
 """
 
 from __future__ import annotations

@@ -68,5 +68,5 @@ def precision(x: jax.Array) -> jax.lax.Precision:
 
 
 def has_gpu_kernels(dtype: jnp.dtype) -> bool:
-    """Whether the default backend has fused kernels, cuDNN's attention and our own, for arrays of this type."""
+    """Whether the default backend has kernels for it, cuDNN's attention and our own, for arrays of this type."""
     return jax.default_backend() == "gpu" and jnp.dtype(dtype).itemsize == 2

@@ -32,10 +32,10 @@ def collect(stream):
     rows = {}
     for pieces in stream:
         for piece in pieces:
-            ids, text, reason = rows.get(piece.row, ([], "", None))
+            ids, text, reason = rows.get(piece.sequence, ([], "", None))
             assert reason is None
             assert piece.ids or piece.text or piece.finish_reason
-            rows[piece.row] = (ids + piece.ids, text + piece.text, piece.finish_reason)
+            rows[piece.sequence] = (ids + piece.ids, text + piece.text, piece.finish_reason)
     return [rows[row] for row in sorted(rows)]
 
 
@@ -57,7 +57,7 @@ def test_pieces_are_the_generation(reciter, mumbler, every, eos_ids):
 def test_text_comes_in_whole_characters(mumbler):
     """One token, one byte, every round: a character comes with its last byte, a cut one at the end as it is."""
     stream = Stream(mumbler, encode(mumbler, "b", "c"), SETTINGS, every=1)
-    pieces = [piece for pieces in stream for piece in pieces if piece.row == 0]
+    pieces = [piece for pieces in stream for piece in pieces if piece.sequence == 0]
     assert [piece.text for piece in pieces[:9]] == ["", "", "€", "c", "", "", "", "😀", "d"]
     assert [len(piece.ids) for piece in pieces] == [1] * len(pieces)
     unstopped = collect(Stream(mumbler, encode(mumbler, "b", "c"), SETTINGS, every=1, stop=["\ufffd"]))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dvi_jax.config import OptimizerConfig
-from dvi_jax.directories import DamageError
+from dvi_jax.directories import DamageError, hash_files
 from dvi_jax.errors import UserError
 from dvi_jax.learn import snapshot as snapshot_module
 from dvi_jax.learn.fast_update import LearnerState, init_learner
@@ -39,6 +39,21 @@ def learner(make_tiny) -> LearnerState:
         for leaf in leaves
     ]
     return jax.tree.unflatten(structure, noisy).replace(key=jax.random.key(7))
+
+
+def test_a_snapshot_of_an_earlier_release_is_read(learner, blank, tmp_path):
+    """The verifier's states had another name in it, and no taps."""
+    with Snapshots(tmp_path, 2, 0) as snapshots:
+        snapshots.save(learner, PROGRESS_AT)
+    (path,) = (each for each in tmp_path.iterdir() if each.name.isdecimal())
+    arrays = dict(np.load(path / ARRAYS))
+    arrays["replay/windows/verifier_hidden"] = arrays.pop("replay/windows/features/final")
+    np.savez(path / ARRAYS, **arrays)
+    (path / CHECKSUMS).write_text(
+        json.dumps({name: digest for name, digest in hash_files(path).items() if name != CHECKSUMS}), encoding="utf-8"
+    )
+    with Snapshots(tmp_path, 2, 0) as snapshots:
+        assert_same(snapshots.newest(blank).state, learner)
 
 
 @pytest.fixture

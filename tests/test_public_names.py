@@ -1,0 +1,43 @@
+"""The names that users import: none is two things, and README's sample of the Python API works."""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dvi_jax
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_no_public_name_is_a_module_as_well():
+    modules = {module.name for module in pkgutil.iter_modules(dvi_jax.__path__)}
+    assert modules & set(dvi_jax.__all__) == set()
+    assert set(dvi_jax.__all__) <= set(dir(dvi_jax))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import dvi_jax.generate, dvi_jax.train; from dvi_jax import *; generate_batch, train_online, load, Stream",
+        "from dvi_jax import *; import dvi_jax.train, dvi_jax.generate; assert callable(dvi_jax.train.main)",
+        "from dvi_jax import generate, load, train, train_online; assert callable(generate.main) and callable(load)",
+    ],
+)
+def test_modules_and_functions_in_any_order(code):
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_readme_sample_works(byte_checkpoint, capsys):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    sample = re.search(r"From Python:\n\n((?:    .*\n|\n)+)", text).group(1).replace("\n    ", "\n").strip()
+    assert "runs/online/checkpoint" in sample
+    exec(sample.replace("runs/online/checkpoint", str(byte_checkpoint)), {})
+    texts, accept_lengths = eval(f"({capsys.readouterr().out.strip().replace('] [', '], [')})")
+    assert len(texts) == 2
+    assert sum(accept_lengths) == 63
