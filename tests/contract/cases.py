@@ -15,7 +15,7 @@ from tests.contract.probe import PROBES
 AXES = {
     "drafter": (*DRAFTERS, *(probe.kind for probe in PROBES)),
     "dtype": ("float32", "bfloat16"),
-    "draft_steps": (3, 1, 2),
+    "draft_steps": (3, 1),
     "sampling": ("greedy", "coupled", "rejection"),
     "batch": (3, 1),
     "prefix": (False, True),

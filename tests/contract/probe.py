@@ -21,7 +21,7 @@ class TappedStep(StepDrafter):
     """Drafts from the exit hidden state and what the layers above it made of the position before."""
 
     kind = "tapped_step"
-    taps = (1, 3)
+    taps = (1, 2)
 
     def __init__(self, origin, options):
         self.options = options
@@ -47,13 +47,13 @@ class TappedBlock(BlockDrafter):
     """Three drafts from the token they follow and the taps of the position before it."""
 
     kind = "tapped_block"
-    taps = (1, 2, 3)
+    taps = (1, 2)
     max_drafts = 3
 
     def __init__(self, origin, options):
         self.options = options
         size = origin.config.hidden_size
-        self.weight = DrafterParam(jax.random.normal(origin.key, (3, size, 3 * size), jnp.float32) * size**-0.5)
+        self.weight = DrafterParam(jax.random.normal(origin.key, (3, size, 2 * size), jnp.float32) * size**-0.5)
 
     def propose(self, state, committed, anchor):
         last = Features(*(self._last(x, committed.count) for x in committed.features))
