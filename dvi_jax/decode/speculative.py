@@ -79,7 +79,7 @@ def verify(
         hidden, tapped, shallow = llama.shallow(tokens, state.shallow, positions)
         rows, state = Rows(hidden, tapped), state.replace(shallow=shallow)
     final, tapped, deep = llama.deep(rows.hidden, state.deep, positions)
-    logits = llama.logits(final)
+    logits = llama.round_logits(final)
     if state.sampling is None:
         verified = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:

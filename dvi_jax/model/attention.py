@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dvi_jax.config import LlamaConfig, RopeScaling
-from dvi_jax.model import decode_attention
+from dvi_jax.model import decode_attention, decode_products
 from dvi_jax.model.products import has_gpu_kernels, precision, total
 
 
@@ -28,7 +28,7 @@ Caches = tuple[LayerCache, ...]
 Heads = tuple[int, int, int]  # (N, K, H)
 Rope = tuple[jax.Array, jax.Array]  # of `rope_tables`
 CUDNN: Literal["cudnn", "xla"] = "cudnn"  # the implementation of `jax.nn.dot_product_attention`
-MOST_ROUND_ROWS = 32  # more rows than any round has belong to a prefill
+MOST_ROUND_ROWS = 64  # more rows than any round has belong to a prefill
 
 
 def init_caches(config: LlamaConfig, num_layers: int, batch: int, slots: int, dtype: jnp.dtype) -> Caches:
@@ -85,14 +85,21 @@ def attend_cached(
 ) -> tuple[jax.Array, LayerCache]:
     """Rows qkv [P, B, T, (N+2K)H] at consecutive `positions` [B, T] into the cache, and their attention over it.
 
-    `bias` [(N+2K)H] is added to the sum of the parts, which are then in float32, before that is rounded.
+    `bias` [(N+2K)H] is added to the sum of the parts, which are then in float32, before that is rounded. A round's rows
+    may also lie flat, with more behind them that mean nothing: [P, R, (N+2K)H] -> [R, N*H].
     -> [B, T, N*H], cache.
     """
     dtype = cache.key.dtype
-    if decode_attention.is_supported(qkv.shape[2] * heads[0] // heads[1], heads[2], dtype):
+    if decode_attention.is_supported(positions.shape[1], heads[2], dtype):
         biases = () if bias is None else (by_head(bias, heads),)
-        mixed, key, value = decode_attention.cached_attention(by_head(qkv, heads), rope, *cache, positions, *biases)
-        return mixed, LayerCache(key, value)
+        flat = by_head(qkv, heads).reshape(qkv.shape[0], -1, heads[0] + 2 * heads[1], heads[2])
+        mixed, key, value = decode_attention.cached_attention(flat, rope, *cache, positions, *biases)
+        return mixed.reshape(*qkv.shape[1:-1], -1), LayerCache(key, value)
+    if qkv.ndim == 3:  # rows that lie flat, but heads that the kernel does not take
+        qkv = qkv[:, : positions.size].reshape(qkv.shape[0], *positions.shape, -1)
+        mixed, cache = attend_cached(qkv, heads, rope, cache, positions, bias)
+        flat = mixed.reshape(positions.size, -1)
+        return jnp.pad(flat, ((0, decode_products.padded_rows(positions.size) - positions.size), (0, 0))), cache
     query, key, value = split_heads(total(qkv, dtype, bias), heads, rope)
     cache = write_rows(cache, key, value, positions[:, 0])
     mask = cached_mask(positions, cache.key.shape[2])

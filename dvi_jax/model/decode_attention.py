@@ -7,10 +7,10 @@ together at the end (Flash-Decoding, split-KV form of FlashAttention, arXiv 2307
 
 Bit-exact losslessness: a row's result depends on its own query and on slots 0 .. position alone. Chunks are fixed
 ranges of slots, a masked slot or chunk adds an exact zero, rows never meet in a sum, and a new row is read back from
-its slot like any other.
+its slot like any other. Nor does it depend on how many rows there are: 16 queries are one tile, whatever else is there.
 
-Letters: P parts, B batch, T rows in this call, N query heads, K KV heads, G = N/K, H head size, S cache slots,
-C chunks.
+Letters: P parts, B batch, T rows of a sequence in this call, R >= B * T rows in all, N query heads, K KV heads,
+G = N/K, H head size, S cache slots, C chunks.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ UNCUT_SLOTS = 1024  # caches up to here are one chunk: a short context is not wo
 STEP_SLOTS = 64  # slots of one step inside a chunk
 WARPS = 4
 STAGES = 3  # steps whose loads are under way at once
-SMALLEST = 16  # rows of the smallest matrix product in Triton
-MOST_QUERY_ROWS = 64  # T * G beyond which the accumulators no longer fit into registers
+TILE = 16  # queries that one program works on: rows of the smallest matrix product in Triton
+MOST_ROWS = 64  # T beyond which a call is no round
 Ref = Any  # a pointer into an array; indexing gives another, `plt.load` and `plt.store` use it
 Rope = tuple[jax.Array, jax.Array]
 MASKED = -1e30  # finite: the maximum of a chunk that a row cannot see must not give inf - inf
 
 
 def is_supported(rows: int, head_dim: int, dtype: jnp.dtype) -> bool:
-    """Whether the kernel takes `rows` = T * G rows of 16-bit heads of this size on the default backend."""
+    """Whether the kernel takes `rows` = T rows of 16-bit heads of this size on the default backend."""
     half = head_dim // 2
-    sizes_fit = rows <= MOST_QUERY_ROWS and half >= SMALLEST and half & (half - 1) == 0
+    sizes_fit = rows <= MOST_ROWS and half >= 16 and half & (half - 1) == 0
     return has_gpu_kernels(dtype) and sizes_fit
 
 
@@ -55,35 +55,40 @@ def cached_attention(
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows qkv [P, B, T, N+2K, H], not turned yet, into slots `positions` [B, T] of key, value [B, K, S, H].
+    """Rows qkv [P, R, N+2K, H], not turned yet, into slots `positions` [B, T] of key, value [B, K, S, H].
+
+    Row t of sequence b is row b * T + t; rows beyond B * T are left out.
 
     `bias` [N+2K, H] is added to every row's sum of parts, which are then in float32, before that is rounded.
-    Returns the rows' attention [B, T, N*H] over slots 0 .. position, and key and value, in place where they are not
-    needed any more; all in key's dtype. rope: cos and sin [B, T, 1, H/2]. `interpret` runs it on any device, for tests.
+    Returns the rows' attention [R, N*H] over slots 0 .. position, with anything in the rows left out, and key and
+    value, in place where they are not needed any more; all in key's dtype. rope: cos and sin [B, T, 1, H/2].
+    `interpret` runs it on any device, for tests.
     """
-    parts, batch, tokens, heads, size = qkv.shape
+    _, rows, heads, size = qkv.shape
+    batch, tokens = positions.shape
     kv_heads, slots = key.shape[1:3]
     queries = heads - 2 * kv_heads
     chunks = 1 if slots <= UNCUT_SLOTS else pl.cdiv(slots, CHUNK_SLOTS)
+    tiles = pl.cdiv(tokens * queries // kv_heads, TILE)
     cos, sin = (table[:, :, 0] for table in rope)
     cache = pl.BlockSpec((None, None, slots, size), lambda b, k, c: (b, k, 0, 0))
     table = pl.BlockSpec((None, tokens, size // 2), lambda b, k, c: (b, 0, 0))
-    partial_shape = (batch, chunks, tokens, queries)
-    whole = [(batch, tokens, queries, size)] if chunks == 1 else [(*partial_shape, size), partial_shape, partial_shape]
+    partial_shape = (chunks, rows, queries)
+    whole = [(rows, queries, size)] if chunks == 1 else [(*partial_shape, size), partial_shape, partial_shape]
     dtype = key.dtype if chunks == 1 else jnp.float32
     key, value, *outputs = pl.pallas_call(
         partial(_kernel, biased=bias is not None, kv_heads=kv_heads, chunks=chunks, interpret=interpret),
-        grid=(batch, kv_heads, chunks),
+        grid=(batch, kv_heads, tiles * chunks),
         in_specs=[
             cache,
             cache,
-            pl.BlockSpec((parts, None, tokens, heads, size), lambda b, k, c: (0, b, 0, 0, 0)),
+            pl.BlockSpec(qkv.shape, lambda b, k, c: (0,) * 4),
             table,
             table,
             pl.BlockSpec((None, tokens), lambda b, k, c: (b, 0)),
             *([] if bias is None else [pl.BlockSpec((heads, size), lambda b, k, c: (0, 0))]),
         ],
-        out_specs=[cache, cache, *(_output_spec(shape, chunks) for shape in whole)],
+        out_specs=[cache, cache, *(pl.BlockSpec(shape, partial(_origin, rank=len(shape))) for shape in whole)],
         out_shape=[
             *[jax.ShapeDtypeStruct(key.shape, key.dtype)] * 2,
             *(jax.ShapeDtypeStruct(shape, dtype) for shape in whole),
@@ -94,20 +99,17 @@ def cached_attention(
         name="cached_attention",
     )(key, value, qkv, cos, sin, positions, *([] if bias is None else [bias]))
     mixed = outputs[0] if chunks == 1 else _combine(*outputs).astype(key.dtype)
-    return mixed.reshape(batch, tokens, queries * size), key, value
+    return mixed.reshape(rows, queries * size), key, value
 
 
-def _output_spec(shape: tuple[int, ...], chunks: int) -> pl.BlockSpec:
-    if chunks == 1:
-        return pl.BlockSpec((None, *shape[1:]), lambda b, k, c: (b, 0, 0, 0))
-    rest = len(shape) - 2
-    return pl.BlockSpec((None, None, *shape[2:]), lambda b, k, c: (b, c, *[0] * rest))
+def _origin(*_: jax.Array, rank: int) -> tuple[int, ...]:
+    return (0,) * rank
 
 
 def _combine(mixed: jax.Array, top: jax.Array, total: jax.Array) -> jax.Array:
-    """Chunks [B, C, T, N, H] with the maxima and sums of their scores [B, C, T, N] -> [B, T, N, H]."""
-    weight = jnp.exp(top - jnp.max(top, axis=1, keepdims=True))
-    return jnp.sum(mixed * weight[..., None], axis=1) / jnp.sum(total * weight, axis=1)[..., None]
+    """Chunks [C, R, N, H] with the maxima and sums of their scores [C, R, N] -> [R, N, H]."""
+    weight = jnp.exp(top - jnp.max(top, axis=0))
+    return jnp.sum(mixed * weight[..., None], axis=0) / jnp.sum(total * weight, axis=0)[..., None]
 
 
 def _kernel(
@@ -123,51 +125,64 @@ def _kernel(
     chunks: int,
     interpret: bool,
 ) -> None:
-    """One KV head and one chunk: write the new rows, then attend with all rows of the G query heads.
+    """One KV head, 16 queries and one chunk: write the new rows, then attend.
 
     `rest`: the bias if there is one, then the outputs key, value and what `cached_attention` makes its result of.
     `_key` and `_value` are key and value before the call: the same memory.
     """
     bias, (key, value, *outputs) = (rest[0], rest[1:]) if biased else (None, rest)
-    _, tokens, heads, size = qkv.shape
-    queries, kv_head = heads - 2 * kv_heads, pl.program_id(1)
-    group = queries // kv_heads
-    row = _rows(tokens * group, SMALLEST)
-    token, head = row // group, kv_head * group + row % group
-    query = _turned(qkv, bias, cos, sin, (token[:, None], head[:, None]), key.dtype)
+    heads, size = qkv.shape[2:]
+    (tokens,) = positions.shape
+    queries, kv_head, chunk = heads - 2 * kv_heads, pl.program_id(1), pl.program_id(2) % chunks
+    group, first_row = queries // kv_heads, pl.program_id(0) * tokens
+    # Queries by row, then head; what fills up the last tile does the first one's work again.
+    query_index = pl.program_id(2) // chunks * TILE + jnp.arange(TILE)
+    query_index = jnp.where(query_index < tokens * group, query_index, 0)
+    token, head = query_index // group, kv_head * group + query_index % group
+    query = _turned(qkv, bias, (cos, sin), (token[:, None], head[:, None]), first_row, key.dtype)
 
-    # Every chunk writes all of the new rows, always the same: each then reads what it wrote itself.
-    new = _rows(tokens, 1)[:, None]
+    # Every program writes all of the new rows, always the same: each then reads what it wrote itself.
+    new = jnp.arange(pl.next_power_of_2(tokens))[:, None]
+    new = jnp.where(new < tokens, new, 0)
     slot, column = plt.load(positions.at[new]), jnp.arange(size)[None, :]
     half = jnp.arange(size // 2)[None, :]
-    low, high = _turned(qkv, bias, cos, sin, (new, queries + kv_head), key.dtype)
+    low, high = _turned(qkv, bias, (cos, sin), (new, queries + kv_head), first_row, key.dtype)
     plt.store(key.at[slot, half], low)
     plt.store(key.at[slot, half + size // 2], high)
-    plt.store(value.at[slot, column], _total(qkv, bias, (new, queries + kv_heads + kv_head, column), value.dtype))
+    at = (first_row + new, queries + kv_heads + kv_head, column)
+    plt.store(value.at[slot, column], _total(qkv, bias, at, value.dtype))
     if not interpret:
         plt.debug_barrier()  # the program's other threads wrote what the next lines read
 
-    mixed, top, total = _attend(query, key, value, plt.load(positions.at[token]), chunks)
-    at = (token[:, None], head[:, None], column)
+    slots = key.shape[0]
+    begin = chunk * CHUNK_SLOTS
+    limit = slots if chunks == 1 else jnp.minimum(begin + CHUNK_SLOTS, slots)
+    mixed, top, total = _attend(query, key, value, plt.load(positions.at[token]), begin, limit)
+    row = first_row + token
     if chunks == 1:
+        at = (row[:, None], head[:, None], column)
         plt.store(outputs[0].at[at], (mixed / total[:, None]).astype(outputs[0].dtype))
         return
-    plt.store(outputs[0].at[at], mixed)
-    plt.store(outputs[1].at[token, head], top)
-    plt.store(outputs[2].at[token, head], total)
+    plt.store(outputs[0].at[(chunk, row[:, None], head[:, None], column)], mixed)
+    plt.store(outputs[1].at[chunk, row, head], top)
+    plt.store(outputs[2].at[chunk, row, head], total)
 
 
 def _attend(
-    query: tuple[jax.Array, jax.Array], key: Ref, value: Ref, position: jax.Array, chunks: int
+    query: tuple[jax.Array, jax.Array],
+    key: Ref,
+    value: Ref,
+    position: jax.Array,
+    begin: jax.Array | int,
+    limit: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Both halves of turned queries [rows, H/2] over this program's chunk, step by step (online softmax).
+    """Both halves of turned queries [16, H/2] over slots `begin` .. `limit` - 1, step by step (online softmax).
 
-    Returns the weighted sum of values [rows, H], the highest score and the sum of weights [rows].
+    Returns the weighted sum of values [16, H], the highest score and the sum of weights [16].
     """
     slots, size = key.shape
     rows, scale = query[0].shape[0], size**-0.5
-    begin = pl.program_id(2) * CHUNK_SLOTS
-    end = jnp.minimum(slots if chunks == 1 else jnp.minimum(begin + CHUNK_SLOTS, slots), jnp.max(position) + 1)
+    end = jnp.minimum(limit, jnp.max(position) + 1)
     column, half = jnp.arange(size)[None, :], jnp.arange(size // 2)[None, :]
 
     def step(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -188,14 +203,8 @@ def _attend(
     return jax.lax.fori_loop(0, pl.cdiv(end - begin, STEP_SLOTS), step, start)
 
 
-def _rows(count: int, least: int) -> jax.Array:
-    """0 .. count - 1, filled up with 0 to a power of two: the rows that fill up do the first one's work again."""
-    row = jnp.arange(max(least, pl.next_power_of_2(count)))
-    return jnp.where(row < count, row, 0)
-
-
 def _total(qkv: Ref, bias: Ref | None, at: tuple[Any, ...], dtype: jnp.dtype) -> jax.Array:
-    """Sum of the parts of a product and its bias at (token, head, column), rounded as the product itself would be."""
+    """Sum of the parts of a product and its bias at (row, head, column), rounded as the product itself would be."""
     total = plt.load(qkv.at[(0, *at)]).astype(jnp.float32)
     for part in range(1, qkv.shape[0]):
         total += plt.load(qkv.at[(part, *at)])
@@ -205,11 +214,12 @@ def _total(qkv: Ref, bias: Ref | None, at: tuple[Any, ...], dtype: jnp.dtype) ->
 
 
 def _turned(
-    qkv: Ref, bias: Ref | None, cos: Ref, sin: Ref, at: tuple[Any, Any], dtype: jnp.dtype
+    qkv: Ref, bias: Ref | None, rope: tuple[Ref, Ref], at: tuple[Any, Any], first_row: jax.Array, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """Both halves [rows, H/2] of the heads `at` (token, head), turned to the token's position."""
+    """Both halves [rows, H/2] of the heads `at` (token, head) of a sequence, turned to the token's position."""
+    (cos, sin), (token, head) = rope, at
     half = jnp.arange(cos.shape[-1])[None, :]
-    first = _total(qkv, bias, (*at, half), dtype).astype(jnp.float32)
-    second = _total(qkv, bias, (*at, half + cos.shape[-1]), dtype).astype(jnp.float32)
-    c, s = plt.load(cos.at[at[0], half]), plt.load(sin.at[at[0], half])
+    first = _total(qkv, bias, (first_row + token, head, half), dtype).astype(jnp.float32)
+    second = _total(qkv, bias, (first_row + token, head, half + cos.shape[-1]), dtype).astype(jnp.float32)
+    c, s = plt.load(cos.at[token, half]), plt.load(sin.at[token, half])
     return (first * c - second * s).astype(dtype), (second * c + first * s).astype(dtype)

@@ -6,13 +6,16 @@ parts of a product, D hidden, F feed-forward, V vocabulary, R LoRA rank.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dvi_jax.model import attention
 from dvi_jax.model.attention import LayerCache
-from dvi_jax.model.products import linear, part_count, split_linear, total
+from dvi_jax.model.decode_products import gated_product, part_count, product
+from dvi_jax.model.products import linear, total
 from dvi_jax.model.residual import Residual
 from dvi_jax.model.variables import Base, DeepLoRA
 
@@ -35,9 +38,11 @@ class LoRA(nnx.Module):
         a = jax.random.normal(key, (rank, width), jnp.float32) / jnp.sqrt(width)
         return cls(kind, a, jnp.zeros((out, rank), jnp.float32), alpha / rank)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        down = linear(x, self.a[...].astype(x.dtype))
-        return linear(down, self.b[...].astype(x.dtype)) * self.scale
+    def __call__(self, x: jax.Array, *, kernels: bool = False) -> jax.Array:
+        """x [..., in] -> what is added, [..., out]; `kernels` as in `Residual`."""
+        multiply = (lambda x, weight: product(x, weight)[0]) if kernels else linear
+        down = multiply(x, self.a[...].astype(x.dtype))
+        return multiply(down, self.b[...].astype(x.dtype)) * self.scale
 
 
 class Block(nnx.Module):
@@ -73,9 +78,7 @@ class Block(nnx.Module):
         Returns the stream as it enters the layer [B, T, D], which costs nothing, the stream behind it, and the cache.
         """
 
-        def project(name: str, x: jax.Array, split: bool = residual.kernels, wide: bool = False) -> jax.Array:
-            return self._project(name, x, adapted, split, wide)
-
+        project = partial(self._project, adapted=adapted, kernels=residual.kernels)
         residual, normed = residual.normed(self.attn_norm[...], self.eps)
         entered = residual.x
         qkv = project("qkv", normed, wide=self.is_biased)
@@ -88,21 +91,26 @@ class Block(nnx.Module):
         residual = residual.plus(project("out", mixed))
         with jax.named_scope("mlp"):
             residual, normed = residual.normed(self.mlp_norm[...], self.eps)
-            # Not split: SwiGLU is XLA's, and parts would cost it more than their kernel saves.
-            gate, up = jnp.split(total(project("gate_up", normed, split=False), normed.dtype), 2, axis=-1)
-            return entered, residual.plus(project("down", jax.nn.silu(gate) * up)), cache
+            if residual.kernels and "gate_up" not in self.lora:
+                gated = gated_product(normed, self.gate_up[...])
+            else:
+                gate, up = jnp.split(total(project("gate_up", normed), normed.dtype), 2, axis=-1)
+                gated = jax.nn.silu(gate) * up
+            return entered, residual.plus(project("down", gated)), cache
 
-    def _project(self, name: str, x: jax.Array, adapted: bool, split: bool, wide: bool) -> jax.Array:
-        """x [B, T, in] times the weight `name`, in parts where kernels add them up: [P, B, T, out].
+    def _project(self, name: str, x: jax.Array, *, adapted: bool, kernels: bool, wide: bool = False) -> jax.Array:
+        """x [..., in] times the weight `name`, in parts where kernels add them up: [P, ..., out].
 
         `wide`: in float32 also where it is one part, since something is still to be added before it is rounded.
         """
         weight = getattr(self, name)[...]
         dtype = jnp.float32 if wide else x.dtype
-        count = part_count(x.shape[0] * x.shape[1], weight.shape) if split else 1
-        parts = split_linear(x, weight, count, dtype)
+        if kernels:
+            parts = product(x, weight, parts=part_count(weight.shape), out_dtype=dtype)
+        else:
+            parts = linear(x, weight, dtype)[None]
         adapter = self.lora.get(name)
         # lora_D is part of the verifier; lora_S acts only in the draft pass.
         if adapter is not None and (adapted or isinstance(adapter.a, DeepLoRA)):
-            return (total(parts, dtype) + adapter(x))[None]
+            return (total(parts, dtype) + adapter(x, kernels=kernels))[None]
         return parts

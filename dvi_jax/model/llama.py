@@ -13,11 +13,11 @@ from flax import nnx
 
 from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import UserError
-from dvi_jax.model import attention
+from dvi_jax.model import attention, decode_products
 from dvi_jax.model.attention import Caches, LayerCache
 from dvi_jax.model.layers import Block
 from dvi_jax.model.products import linear
-from dvi_jax.model.residual import Residual, has_kernel
+from dvi_jax.model.residual import Residual
 from dvi_jax.model.variables import Base
 
 Tapped = tuple[jax.Array, ...]  # hidden states [B, T, D] of the tapped layers that ran, lowest first
@@ -127,7 +127,7 @@ class Llama(nnx.Module):
             x = self.embed[...][tokens]
             layers = range(self.exit_layer)
             residual, tapped, caches = self._run(layers, x, caches, positions, adapted=adapted, fresh=fresh)
-            return residual.total(), tapped, caches
+            return _by_sequence(residual.total(), positions), tapped, caches
 
     def deep(
         self, hidden: jax.Array, caches: Caches | None, positions: jax.Array, *, fresh: bool = False
@@ -139,12 +139,22 @@ class Llama(nnx.Module):
         with jax.named_scope("deep"):
             layers = range(self.exit_layer, self.config.num_layers)
             residual, tapped, caches = self._run(layers, hidden, caches, positions, adapted=False, fresh=fresh)
-            return residual.normed(self.norm[...], self.config.rms_norm_eps)[1], tapped, caches
+            normed = residual.normed(self.norm[...], self.config.rms_norm_eps)[1]
+            return _by_sequence(normed, positions), tapped, caches
 
     def logits(self, normed: jax.Array) -> jax.Array:
         """LM head: normed hidden [..., D] -> float32 logits [..., V]."""
         with jax.named_scope("head"):
             return linear(normed, self.head_weight(), jnp.float32)
+
+    def round_logits(self, normed: jax.Array) -> jax.Array:
+        """`logits` of a round's rows [B, T, D], which on a GPU do not depend on their number and have no derivative."""
+        batch, rows, _ = normed.shape
+        if not decode_products.is_supported(batch * rows, normed.dtype):
+            return self.logits(normed)
+        with jax.named_scope("head"):
+            logits = decode_products.product(_laid_flat(normed), self.head_weight(), out_dtype=jnp.float32)[0]
+            return _by_sequence(logits, normed)
 
     def init_caches(self, batch: int, slots: int) -> tuple[Caches, Caches]:
         """Empty caches for `shallow` and for `deep`, `slots` positions each."""
@@ -164,7 +174,9 @@ class Llama(nnx.Module):
         rope = attention.rope_tables(frequencies, positions)
         fresh = fresh or caches is None
         # A prefill has rows enough, and where there is no cache something may be differentiated.
-        residual = Residual(x, kernels=not fresh and has_kernel(x.shape[0] * x.shape[1], x.dtype))
+        few = x.shape[1] <= attention.MOST_ROUND_ROWS
+        kernels = not fresh and few and decode_products.is_supported(x.shape[0] * x.shape[1], x.dtype)
+        residual = Residual(_laid_flat(x) if kernels else x, kernels=kernels)
         tapped: list[jax.Array] = []
         updated: list[LayerCache] = []
         for index, cache in zip(layers, caches or (None,) * len(layers), strict=True):
@@ -172,7 +184,21 @@ class Llama(nnx.Module):
                 residual, rope, cache, positions, adapted=adapted, fresh=fresh
             )
             if index in self.taps:
-                tapped.append(entered)
+                tapped.append(_by_sequence(entered, positions))
             if new_cache is not None:
                 updated.append(new_cache)
         return residual, tuple(tapped), tuple(updated)
+
+
+def _laid_flat(x: jax.Array) -> jax.Array:
+    """A round's rows [B, T, D] one after the other, filled up with zeros as the kernels want them: [R, D]."""
+    rows = x.shape[0] * x.shape[1]
+    return jnp.pad(x.reshape(rows, x.shape[2]), ((0, decode_products.padded_rows(rows) - rows), (0, 0)))
+
+
+def _by_sequence(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The rows [B, T, ...] of `like` from [R, D], without what filled them up; [B, T, D] as it is."""
+    if x.ndim == 3:
+        return x
+    batch, rows = like.shape[:2]
+    return x[: batch * rows].reshape(batch, rows, x.shape[1])

@@ -1,8 +1,7 @@
-"""Products of rows with weights stored [out, in], whole or as partial sums (split-K).
+"""Products of rows with weights stored [out, in], and the sum of partial products.
 
-Weights are contracted on their last axis, so that a matrix-vector product reads them as they lie in memory. A product
-of a few rows has too few results to occupy a GPU, so its sum is split into parts that are worked on side by side. XLA
-does so too, but adds the parts in a kernel of its own; here they stay apart for a kernel that adds them on the way.
+Weights are contracted on their last axis, so that a matrix-vector product reads them as they lie in memory. Rounds on a
+GPU have products of their own (`decode_products.py`).
 
 Letters: P parts.
 """
@@ -11,12 +10,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-
-FEW_ROWS = 16  # more rows make partial sums dearer than the kernel they spare
-TILE = 64  # results of a row that one program of a product works out, about
-ENOUGH = 256  # programs that keep a large GPU's memory busy
-MOST_PARTS = 8
-SHORTEST = 128  # terms of a part
 
 
 def linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
@@ -31,35 +24,12 @@ def linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) 
     return result.astype(out_dtype or x.dtype)
 
 
-def split_linear(x: jax.Array, weight: jax.Array, count: int, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """`linear` as `count` sums over equal pieces of the input: [P, ..., out], float32 unless there is but one."""
-    if count == 1:
-        return linear(x, weight, out_dtype)[None]
-    rows, weights = x.reshape(-1, count, x.shape[-1] // count), weight.reshape(weight.shape[0], count, -1)
-    numbers = (((2,), (2,)), ((1,), (1,)))
-    parts = jax.lax.dot_general(rows, weights, numbers, precision=precision(x), preferred_element_type=jnp.float32)
-    return parts.reshape(count, *x.shape[:-1], weight.shape[0])
-
-
 def total(parts: jax.Array, dtype: jnp.dtype, bias: jax.Array | None = None) -> jax.Array:
     """Sum of parts [P, ..., out], and of `bias` [out] where there is one, rounded once, as the whole would be."""
     whole = parts[0] if len(parts) == 1 else jnp.sum(parts, axis=0)
     if bias is not None:
         whole = whole.astype(jnp.float32) + bias.astype(jnp.float32)
     return whole.astype(dtype)
-
-
-def part_count(rows: int, shape: tuple[int, int]) -> int:
-    """Into how many parts to split the product of `rows` rows with a weight of `shape` (out, in): a power of two."""
-    out, width = shape
-    count = 1
-    while rows <= FEW_ROWS and count < MOST_PARTS and out // TILE * count < ENOUGH and _divides(2 * count, width):
-        count *= 2
-    return count
-
-
-def _divides(count: int, width: int) -> bool:
-    return width % (16 * count) == 0 and width // count >= SHORTEST
 
 
 def precision(x: jax.Array) -> jax.lax.Precision:

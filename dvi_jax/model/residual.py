@@ -3,7 +3,7 @@
 Beside a product of a few rows a small kernel costs a launch and little else. So on a GPU a decoding round takes sum and
 norm together, in one kernel written in Pallas for Triton, which also adds up the parts of the product before.
 
-Letters: P parts, B batch, T tokens, D hidden.
+Letters: P parts, B batch, T tokens, R rows, D hidden.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from dvi_jax.model.products import has_gpu_kernels, total
+from dvi_jax.model.products import total
 
-MOST_KERNEL_ROWS = 1024  # B * T beyond which a round is no longer short of work
 MOST_WARPS = 32
 Ref = Any  # a pointer into an array; indexing gives another, `plt.load` and `plt.store` use it
 
@@ -28,21 +27,21 @@ Ref = Any  # a pointer into an array; indexing gives another, `plt.load` and `pl
 class Residual:
     """A residual stream, and what is still to be added to it."""
 
-    x: jax.Array  # [B, T, D]
-    added: jax.Array | None = None  # parts of a product, [P, B, T, D]
-    kernels: bool = False  # few rows, on a device with kernels for them, and nothing is differentiated
+    x: jax.Array  # [B, T, D]; with kernels [R, D]: all rows, and more to fill up a tile (`decode_products.padded_rows`)
+    added: jax.Array | None = None  # parts of a product, [P, ..., D]
+    kernels: bool = False  # a decoding round on a device with kernels for it: nothing is differentiated
 
     def plus(self, parts: jax.Array) -> Residual:
-        """The stream with `parts` [P, B, T, D] to be added."""
+        """The stream with `parts` [P, ..., D] to be added."""
         return replace(self, x=self.total(), added=parts)
 
     def total(self) -> jax.Array:
-        """The stream with everything added: [B, T, D]."""
+        """The stream with everything added: [..., D]."""
         return self.x if self.added is None else self.x + total(self.added, self.x.dtype)
 
     def normed(self, weight: jax.Array, eps: float) -> tuple[Residual, jax.Array]:
-        """The stream with everything added, and its RMSNorm with `weight` [D]: [B, T, D]."""
-        if self.kernels and self.added is not None:
+        """The stream with everything added, and its RMSNorm with `weight` [D]: [..., D]."""
+        if self.kernels:
             x, normed = add_and_norm(self.x, self.added, weight, eps)
         else:
             x = self.total()
@@ -57,21 +56,15 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return weight.astype(x.dtype) * normed.astype(x.dtype)
 
 
-def has_kernel(rows: int, dtype: jnp.dtype) -> bool:
-    """Whether `add_and_norm` takes this many rows of this type on the default backend."""
-    return has_gpu_kernels(dtype) and rows <= MOST_KERNEL_ROWS
-
-
 @partial(jax.jit, static_argnames=("eps", "interpret"))  # traced and lowered once for all layers
 def add_and_norm(
-    x: jax.Array, parts: jax.Array, weight: jax.Array, eps: float, *, interpret: bool = False
+    x: jax.Array, parts: jax.Array | None, weight: jax.Array, eps: float, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """x [B, T, D] plus the sum of `parts` [P, B, T, D], and the RMSNorm of that, both in x's dtype.
+    """x [R, D] plus the sum of `parts` [P, R, D], if there are any, and the RMSNorm of that, both in x's dtype.
 
     `interpret` runs the kernel on any device, for tests. It has no derivative.
     """
-    shape, size = x.shape, x.shape[-1]
-    rows = x.size // size
+    rows, size = x.shape
     warps = min(MOST_WARPS, max(4, pl.next_power_of_2(size) // 128))
     summed, normed = pl.pallas_call(
         partial(_kernel, eps=eps),
@@ -80,12 +73,13 @@ def add_and_norm(
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="add_and_norm",
-    )(x.reshape(rows, size), parts.reshape(len(parts), rows, size), weight)
-    return summed.reshape(shape), normed.reshape(shape)
+    )(x, *([] if parts is None else [parts]), weight)
+    return summed, normed
 
 
-def _kernel(x: Ref, parts: Ref, weight: Ref, summed: Ref, normed: Ref, *, eps: float) -> None:
-    """One row; rounded where XLA's sum, addition and norm would round."""
+def _kernel(x: Ref, *rest: Ref, eps: float) -> None:
+    """One row; rounded where XLA's sum, addition and norm would round. `rest`: parts if any, weight, both outputs."""
+    *parts, weight, summed, normed = rest
     row, (_, size), dtype = pl.program_id(0), x.shape, x.dtype
     lane = jnp.arange(pl.next_power_of_2(size))
     inside = lane < size
@@ -94,10 +88,13 @@ def _kernel(x: Ref, parts: Ref, weight: Ref, summed: Ref, normed: Ref, *, eps: f
         return plt.load(ref.at[(*at, lane)], mask=inside, other=0.0).astype(jnp.float32)
 
     scales = load(weight).astype(dtype)  # asked for first: it waits for nothing
-    added = load(parts, 0, row)
-    for part in range(1, parts.shape[0]):
-        added += load(parts, part, row)
-    here = (load(x, row) + added.astype(dtype).astype(jnp.float32)).astype(dtype)
+    here = load(x, row)
+    for ref in parts:
+        added = load(ref, 0, row)
+        for part in range(1, ref.shape[0]):
+            added += load(ref, part, row)
+        here += added.astype(dtype).astype(jnp.float32)
+    here = here.astype(dtype)
     wide = here.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.sum(wide * wide) / size + eps)
     plt.store(summed.at[row, lane], here, mask=inside)

@@ -9,6 +9,7 @@ from dvi_jax.model import attention, decode_attention
 from dvi_jax.model.decode_attention import CHUNK_SLOTS, UNCUT_SLOTS, cached_attention
 
 TOKENS = 4
+SPARE = 3  # rows that only fill up
 # name: parts of the product, query heads, KV heads, head size, cache slots, first position of each batch row, biased
 SHAPES = {
     "one query head per KV head, whole": (1, 2, 2, 32, 128, (61, 0), False),  # 61 .. 64 cross a block's end
@@ -41,8 +42,11 @@ class Case:
     def __call__(self, qkv, cache=None, starts=None):
         """Attention and caches by the kernel, with some inputs other than the case's."""
         positions, rope = self.positions(self.starts if starts is None else starts)
-        arrays = (qkv, rope, *(cache or (self.key, self.value)), positions, self.bias)
-        return [np.asarray(x) for x in self.kernel(*arrays)]
+        flat = qkv.reshape(qkv.shape[0], -1, *qkv.shape[3:])
+        flat = jnp.pad(flat, ((0, 0), (0, SPARE), (0, 0), (0, 0)))
+        arrays = (flat, rope, *(cache or (self.key, self.value)), positions, self.bias)
+        mixed, *written = (np.asarray(x) for x in self.kernel(*arrays))
+        return [mixed[: positions.size].reshape(*positions.shape, -1), *written]
 
     def by_einsum(self):
         positions, rope = self.positions(self.starts)
@@ -107,12 +111,28 @@ def test_a_row_may_be_any_of_a_call(case):
         np.testing.assert_array_equal(mixed[:, 0], case.mixed[:, row])
 
 
+def test_a_tile_is_16_queries_whatever_else_there_is():
+    """Eight rows of three heads are two tiles; each row's result is that of a call of its own."""
+    case = Case(1, 3, 1, 32, 128, (61,), biased=False)
+    rows = jax.random.normal(jax.random.key(9), (1, 8, 5, 32), jnp.bfloat16)
+    positions = 61 + jnp.arange(8, dtype=jnp.int32)[None]
+
+    def rope(at):
+        return attention.rope_tables(attention.rope_frequencies(32, 10000.0, None), at)
+
+    together, *cache = case.kernel(rows, rope(positions), case.key, case.value, positions, None)
+    for row in range(8):
+        at = positions[:, row : row + 1]
+        alone, *_ = case.kernel(rows[:, row : row + 1], rope(at), *cache, at, None)
+        np.testing.assert_array_equal(alone[0], together[row])
+
+
 @pytest.mark.parametrize(
     ("rows", "head_dim", "dtype", "supported"),
     [
         (4, 128, "bfloat16", True),
         (64, 32, "float16", True),
-        (65, 128, "bfloat16", False),  # too many rows for the registers
+        (65, 128, "bfloat16", False),  # more rows than a round has
         (4, 80, "bfloat16", False),  # half a head is no power of two
         (4, 16, "bfloat16", False),  # half a head is too small for a matrix product
         (4, 128, "float32", False),

@@ -14,10 +14,10 @@ EPS = 1e-5
 def arrays(parts, size):
     keys = jax.random.split(jax.random.key(0), 3)
     x, weight = (
-        jax.random.normal(keys[0], (2, 3, size), jnp.bfloat16),
+        jax.random.normal(keys[0], (6, size), jnp.bfloat16),
         jax.random.normal(keys[1], (size,), jnp.bfloat16),
     )
-    return x, jax.random.normal(keys[2], (parts, 2, 3, size), jnp.float32 if parts > 1 else jnp.bfloat16), weight
+    return x, jax.random.normal(keys[2], (parts, 6, size), jnp.float32 if parts > 1 else jnp.bfloat16), weight
 
 
 @pytest.mark.parametrize(("parts", "size"), [(1, 64), (4, 96), (2, 1000)])
@@ -37,10 +37,10 @@ def test_kernel_equals_the_formula(parts, size):
 def test_rows_do_not_meet():
     x, added, weight = arrays(2, 96)
     before = add_and_norm(x, added, weight, EPS, interpret=True)
-    after = add_and_norm(x.at[1, 2].multiply(-2), added.at[:, 1, 2].add(1), weight, EPS, interpret=True)
+    after = add_and_norm(x.at[5].multiply(-2), added.at[:, 5].add(1), weight, EPS, interpret=True)
     for old, new in zip(before, after, strict=True):
         same = np.asarray(old == new).all(axis=-1)
-        np.testing.assert_array_equal(same, [[True] * 3, [True, True, False]])
+        np.testing.assert_array_equal(same, [True] * 5 + [False])
 
 
 @pytest.mark.parametrize("kernels", [False, True])
@@ -57,11 +57,3 @@ def test_residual_stream(monkeypatch, kernels):
     expected = x + first[0] + jnp.sum(second, axis=0).astype(jnp.bfloat16)
     np.testing.assert_array_equal(stream.total(), expected)
     np.testing.assert_array_equal(normed, rms_norm(expected, weight, EPS))
-
-
-def test_what_the_kernel_takes(monkeypatch):
-    assert not module.has_kernel(6, jnp.bfloat16)  # on the CPU, where this runs
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert module.has_kernel(6, jnp.bfloat16)
-    assert not module.has_kernel(6, jnp.float32)
-    assert not module.has_kernel(5000, jnp.bfloat16)

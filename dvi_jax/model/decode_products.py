@@ -1,0 +1,163 @@
+"""Products of a round's rows with weights, as GPU kernels written in Pallas for Triton.
+
+Bit-exact losslessness: a row's result does not depend on how many rows are computed beside it. XLA chooses a kernel for
+every number of rows, by measuring, so another number may be summed in another order. Here the order is fixed by the
+weight's shape alone: `part_count` equal parts of the sum, each worked off from its first term to its last, 16 at a
+time, in tiles of 16 rows that the tensor cores treat alike. Sizes of blocks, warps and stages change times, not bits.
+
+A product of a few rows has too few results to occupy a GPU, so its sum is split into parts that are worked on side by
+side. They stay apart for the kernel that comes next, which adds them on its way: attention, or sum and norm.
+
+Letters: P parts, R rows, K terms of a sum.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from dvi_jax.model.products import has_gpu_kernels
+
+ROW_TILE = 16  # rows of the smallest matrix product in Triton
+MOST_BLOCK_ROWS = 64  # rows of one program; more are further programs, which read the weight again
+MOST_ROWS = 256  # beyond which a round is bound by arithmetic, where XLA is faster
+STEP = 64  # terms of one step of a sum, at least
+MOST_PARTS = 4
+ENOUGH = 128  # programs that keep a large GPU's memory busy
+WARPS = 4
+Ref = Any  # a pointer into an array; indexing gives another, `plt.load` and `plt.store` use it
+
+
+class Blocks(NamedTuple):
+    """How a product is cut into programs. Only `parts` has a say in the bits."""
+
+    columns: int  # results of a row that one program works out
+    step: int  # terms of one step
+    stages: int  # steps whose loads are under way at once
+    parts: int
+
+
+def is_supported(rows: int, dtype: jnp.dtype) -> bool:
+    """Whether the kernels take this many rows of this type on the default backend."""
+    return has_gpu_kernels(dtype) and rows <= MOST_ROWS
+
+
+def padded_rows(rows: int) -> int:
+    """Rows that are computed for so many: the kernels take 16, 32, or a multiple of 64."""
+    for tiles in (ROW_TILE, 2 * ROW_TILE):
+        if rows <= tiles:
+            return tiles
+    return pl.cdiv(rows, MOST_BLOCK_ROWS) * MOST_BLOCK_ROWS
+
+
+def part_count(shape: tuple[int, int]) -> int:
+    """Into how many parts to split the sums of a product with a weight of `shape` (out, in)."""
+    out, width = shape
+    programs = pl.cdiv(out, _columns(out))
+    counts = [n for n in range(1, MOST_PARTS + 1) if width % (n * STEP) == 0 and width // n >= 3 * STEP]
+    return next((n for n in counts if programs * n >= ENOUGH), max(counts, default=1))
+
+
+@partial(jax.jit, static_argnames=("parts", "out_dtype", "interpret"))  # traced and lowered once for all layers
+def product(
+    x: jax.Array, weight: jax.Array, *, parts: int = 1, out_dtype: jnp.dtype | None = None, interpret: bool = False
+) -> jax.Array:
+    """x [R, in] times weight [out, in] -> [P, R, out]: float32 sums, in `out_dtype` or x's where P is 1.
+
+    R as `padded_rows` has it. `interpret` runs the kernel on any device, for tests. It has no derivative.
+    """
+    dtype = jnp.float32 if parts > 1 else jnp.dtype(out_dtype or x.dtype)
+    return _run(_kernel, x, weight, blocks_for(weight.shape, parts), dtype, interpret)
+
+
+@partial(jax.jit, static_argnames=("interpret",))
+def gated_product(x: jax.Array, weight: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """SwiGLU: silu(x gate) * (x up) for x [R, in] and weight [2F, in], gate's rows before up's -> [R, F].
+
+    Both products are rounded to x's dtype, as is silu's result; R, `interpret` and derivative as for `product`.
+    """
+    blocks = blocks_for((weight.shape[0] // 2, weight.shape[1]), 1)._replace(columns=32)
+    return _run(_gated_kernel, x, weight, blocks, x.dtype, interpret)[0]
+
+
+def blocks_for(shape: tuple[int, int], parts: int) -> Blocks:
+    """Blocks of a product with a weight of `shape` (out, in): measured on H100s, for SmolLM2 to 7B shapes."""
+    out, width = shape
+    long = width // parts % (2 * STEP) == 0 and width // parts >= 6 * STEP
+    return Blocks(_columns(out), 2 * STEP if long else STEP, 4 if long else 5, parts)
+
+
+def _columns(out: int) -> int:
+    return 64 if out >= 4096 else 32
+
+
+def _run(kernel: Any, x: jax.Array, weight: jax.Array, blocks: Blocks, dtype: jnp.dtype, interpret: bool) -> jax.Array:
+    """`kernel` over blocks of rows, columns and parts. [P, R, columns of all blocks that the result has]."""
+    rows, out = len(x), weight.shape[0] // (2 if kernel is _gated_kernel else 1)
+    block_rows = min(rows, MOST_BLOCK_ROWS)
+    return pl.pallas_call(
+        partial(kernel, blocks=blocks, block_rows=block_rows),
+        grid=(
+            rows // block_rows,
+            pl.cdiv(out, blocks.columns),
+            blocks.parts,
+        ),  # programs that share weights run together
+        out_shape=jax.ShapeDtypeStruct((blocks.parts, rows, out), dtype),
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=blocks.stages),
+        interpret=interpret,
+        name="product" if kernel is _kernel else "gated_product",
+    )(x, weight)
+
+
+def _kernel(x: Ref, weight: Ref, out: Ref, *, blocks: Blocks, block_rows: int) -> None:
+    """One block of results: all their sums over one part of the terms."""
+    place = _Place.here(out, blocks, block_rows)
+    (sums,) = _sums(x, weight, (0,), place, blocks)
+    plt.store(out.at[place.part, place.rows, place.columns.T], sums.astype(out.dtype), mask=place.inside.T)
+
+
+def _gated_kernel(x: Ref, weight: Ref, out: Ref, *, blocks: Blocks, block_rows: int) -> None:
+    """One block of gate's and of up's results, rounded where products and silu by themselves would be."""
+    place = _Place.here(out, blocks, block_rows)
+    gate, up = (
+        sums.astype(out.dtype).astype(jnp.float32) for sums in _sums(x, weight, (0, out.shape[2]), place, blocks)
+    )
+    gated = (gate / (1 + jnp.exp(-gate))).astype(out.dtype).astype(jnp.float32) * up
+    plt.store(out.at[0, place.rows, place.columns.T], gated.astype(out.dtype), mask=place.inside.T)
+
+
+class _Place(NamedTuple):
+    """Where one program's results lie."""
+
+    rows: jax.Array  # [block rows, 1]
+    columns: jax.Array  # [block columns, 1]
+    inside: jax.Array  # bool [block columns, 1], there is such a column
+    part: jax.Array  # int32 scalar
+
+    @classmethod
+    def here(cls, out: Ref, blocks: Blocks, block_rows: int) -> _Place:
+        columns = pl.program_id(1) * blocks.columns + jnp.arange(blocks.columns)[:, None]
+        rows = pl.program_id(0) * block_rows + jnp.arange(block_rows)[:, None]
+        return cls(rows, columns, columns < out.shape[2], pl.program_id(2))
+
+
+def _sums(x: Ref, weight: Ref, offsets: tuple[int, ...], place: _Place, blocks: Blocks) -> tuple[jax.Array, ...]:
+    """float32 [block rows, block columns] for each offset into the weight's rows, step by step over one part."""
+    length = x.shape[1] // blocks.parts
+    whole = length % blocks.step == 0
+
+    def step(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        term = index * blocks.step + jnp.arange(blocks.step)[None, :]
+        at, there = place.part * length + term, term < length
+        left = plt.load(x.at[place.rows, at]) if whole else plt.load(x.at[place.rows, at], mask=there, other=0.0)
+        mask = place.inside if whole else place.inside & there
+        rights = [plt.load(weight.at[place.columns + by, at], mask=mask, other=0.0) for by in offsets]
+        return tuple(total + plt.dot(left, right.T) for total, right in zip(sums, rights, strict=True))
+
+    zeros = jnp.zeros((place.rows.shape[0], blocks.columns), jnp.float32)
+    return jax.lax.fori_loop(0, pl.cdiv(length, blocks.step), step, (zeros,) * len(offsets))
