@@ -23,6 +23,7 @@ class DecodeConfig:
     """How one generation drafts."""
 
     draft_steps: int = 3  # most drafts of a round; it verifies one row more
+    plan: str | None = None  # how a round drafts (`decode/plan.py`), at most draft_steps; None: as suits the device
     threshold: float = 0.0  # drafting stops after a draft less probable than this
     max_new_tokens: int = 64  # length of the answer, unless an end-of-sequence id comes before
     draft_cost: float = 0.0  # of one draft, in rounds that draft nothing; above 0, drafting stops where it does not pay
@@ -32,6 +33,11 @@ class DecodeConfig:
         require(0 <= self.draft_steps <= 16, "draft_steps", self.draft_steps, "between 0 and 16")
         require(self.threshold >= 0, "threshold", self.threshold, "0 or above")
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+
+    @property
+    def width(self) -> int:
+        """Rows of a sequence that a round verifies at most."""
+        return self.draft_steps + 1
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from dvi_jax.command_line import add_model_options, load_model, memory_limit
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.data.conversations import Message
-from dvi_jax.decode.batch import Generation, check_prompts, generate_batch, slots_for
+from dvi_jax.decode.batch import Generation, check_prompts, choose_plan, generate_batch, slots_for
 from dvi_jax.decode.cost import with_measured_cost
 from dvi_jax.decode.memory import Sizes, measure_memory
 from dvi_jax.decode.prefill import bucket
@@ -34,8 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--drafter {options.drafter}: this checkpoint's drafter is {model.manifest.drafter}")
     prompt, eos_ids = _prompt_ids(options, model), _eos_ids(options, model)
     check_prompts(model, [prompt], settings.max_new_tokens)
+    plan = choose_plan(model, settings, plain=options.plain)
     coupled = None if sampling is None else sampling.coupled
-    sizes = Sizes(1, slots_for(len(prompt), settings), settings.draft_steps + 1, bucket(len(prompt)), coupled=coupled)
+    sizes = Sizes(1, slots_for(len(prompt), settings), settings.width, bucket(len(prompt)), coupled=coupled, plan=plan)
     print(measure_memory(model, sizes, memory_limit(options)).describe(), file=sys.stderr)
     if options.adaptive:
         settings = with_measured_cost(model, prompt, settings)

@@ -16,7 +16,7 @@ from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.directories import cache_folder
 from dvi_jax.errors import UserError
 from dvi_jax.importing.cache import open_checkpoint
-from dvi_jax.model.drafters import Origin, build_drafter
+from dvi_jax.model.drafters import BlockDrafter, Origin, build_drafter
 from dvi_jax.model.llama import Llama
 from dvi_jax.model.lora import inject_dual_lora
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, Tree, join, split
@@ -42,6 +42,11 @@ class LoadedModel:
     def taps(self) -> tuple[int, ...]:
         """Layers of the verifier that the drafter looks at."""
         return join(self.definition, self.params).llama.taps
+
+    @property
+    def drafts_blocks(self) -> bool:
+        """Whether the drafter makes all drafts of a round in one pass."""
+        return isinstance(join(self.definition, self.params).drafter, BlockDrafter)
 
     @property
     def max_drafts(self) -> int | None:

@@ -26,7 +26,7 @@ from conversion.importing import import_model
 from dvi_jax.checkpoint import read_json
 from dvi_jax.config import DecodeConfig, TrainConfig
 from dvi_jax.data import ConversationStream, Message
-from dvi_jax.decode.batch import Generation, make_knobs, read_generations, start
+from dvi_jax.decode.batch import Generation, choose_plan, make_knobs, read_generations, start
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import Knobs
 from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
@@ -149,8 +149,8 @@ class Comparison:
 def compare(
     model: LoadedModel, prompts: Sequence[list[int]], settings: DecodeConfig, longest_prompt: int
 ) -> Comparison:
-    """Decode every prompt in both modes with one compiled program; which mode goes first alternates."""
-    for plain in (True, False):  # untimed: compiles and runs the program once
+    """Decode every prompt in both modes; which mode goes first alternates."""
+    for plain in (True, False):  # untimed: compiles each program and runs it once
         program, state, knobs = _prepare(model, prompts[0], settings, longest_prompt, plain=plain)
         jax.block_until_ready(program(model.decode_params, state, knobs))
     seconds: dict[bool, list[float]] = {True: [], False: []}
@@ -158,7 +158,7 @@ def compare(
     for index, prompt in enumerate(prompts):
         found: dict[bool, Generation] = {}
         for plain in (True, False) if index % 2 else (False, True):
-            _, state, knobs = _prepare(model, prompt, settings, longest_prompt, plain=plain)
+            program, state, knobs = _prepare(model, prompt, settings, longest_prompt, plain=plain)
             began = time.perf_counter()
             state = jax.block_until_ready(program(model.decode_params, state, knobs))
             seconds[plain].append(time.perf_counter() - began)
@@ -175,7 +175,13 @@ def _prepare(
     """The compiled loop (jax keeps it), the prefilled state and the knobs of one generation."""
     knobs = make_knobs(settings, model.eos_ids, plain=plain)
     state = jax.block_until_ready(start(model, [prompt], settings, knobs, longest_prompt=longest_prompt))
-    return decode_rounds.lower(model.definition, model.decode_params, state, knobs).compile(), state, knobs
+    return (
+        decode_rounds.lower(
+            model.definition, model.decode_params, state, knobs, choose_plan(model, settings, plain=plain)
+        ).compile(),
+        state,
+        knobs,
+    )
 
 
 def show(result: OnlineResult, timing: Comparison, config: TrainConfig, console: Console) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 from dvi_jax.checkpoint import Manifest
 from dvi_jax.config import LlamaConfig
 from dvi_jax.decode.memory import Sizes, abstract_state
+from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import UserError
@@ -178,10 +179,12 @@ class Timing:
     tokens_per_second: float
 
 
-def compile_decode(model: LoadedModel, state: DecodeState) -> tuple[jax.stages.Compiled, float]:
+def compile_decode(
+    model: LoadedModel, state: DecodeState, plan: Plan | None = None
+) -> tuple[jax.stages.Compiled, float]:
     """The decode loop compiled for states like this one, and the seconds that tracing and compiling took."""
     began = time.perf_counter()
-    program = decode_rounds.lower(model.definition, model.decode_params, state, Knobs.make(0, 0.0, ())).compile()
+    program = decode_rounds.lower(model.definition, model.decode_params, state, Knobs.make(0, 0.0, ()), plan).compile()
     return program, time.perf_counter() - began
 
 

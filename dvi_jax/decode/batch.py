@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import jax
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
+from dvi_jax.decode.plan import PLAIN, Plan, check_plan, plan_for
 from dvi_jax.decode.prefill import bucket, cache_slots, prefill
 from dvi_jax.decode.prefix import Prefix, pad_prompts
 from dvi_jax.decode.sampling import Sampling
@@ -54,7 +55,7 @@ def generate_batch(
 ) -> tuple[list[Generation], float]:
     """Continuations of `prompts` (token ids), as one batch, and the seconds that decoding took.
 
-    `plain` drafts nothing, in the same compiled program (width `draft_steps + 1`), so the ids are equal. `eos_ids`
+    `plain` drafts nothing, in verifying passes of the same row class, so the ids are equal. `eos_ids`
     replaces the model's own; `()` never stops early. `sampling`: one setting for each prompt, or one for all (sequence
     b then takes seed + b); None is greedy. `prefix`: what all prompts begin with, taken in before by `make_prefix`.
     `longest_prompt` gives a stream of batches one cache length.
@@ -64,8 +65,9 @@ def generate_batch(
     drawn = make_sampling(model, prompts, sampling)
     state = start(model, prompts, settings, knobs, sampling=drawn, prefix=prefix, longest_prompt=longest_prompt)
     state = jax.block_until_ready(state)
+    plan = choose_plan(model, settings, plain=plain)
     # Compiled ahead so that `seconds` never holds a compilation; jax keeps the program, a repeat costs milliseconds.
-    program = decode_rounds.lower(model.definition, model.decode_params, state, knobs).compile()
+    program = decode_rounds.lower(model.definition, model.decode_params, state, knobs, plan).compile()
     began = time.perf_counter()
     state = jax.block_until_ready(program(model.decode_params, state, knobs))
     seconds = time.perf_counter() - began
@@ -116,7 +118,7 @@ def start(
 ) -> DecodeState:
     """Check the prompts, pad them and prefill, all but a shared `prefix`. `longest_prompt` fixes the cache length."""
     check_prompts(model, prompts, settings.max_new_tokens)
-    check_draft_steps(model, settings)
+    choose_plan(model, settings)
     tokens, lengths = pad_prompts(prompts, prefix)
     longest = max(longest_prompt, *map(len, prompts))
     return prefill(
@@ -127,7 +129,7 @@ def start(
         lengths + settings.max_new_tokens,
         knobs.eos_ids,
         slots=slots_for(longest, settings),
-        width=settings.draft_steps + 1,
+        width=settings.width,
         record=record,
         sampling=sampling,
         prefix=prefix and prefix.filled,
@@ -136,7 +138,7 @@ def start(
 
 def slots_for(longest_prompt: int, settings: DecodeConfig) -> int:
     """Cache slots of a generation whose longest prompt has so many tokens."""
-    return cache_slots(bucket(longest_prompt) + settings.max_new_tokens + settings.draft_steps + 1)
+    return cache_slots(bucket(longest_prompt) + settings.max_new_tokens + settings.width)
 
 
 def check_prompts(model: LoadedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -156,11 +158,15 @@ def check_prompts(model: LoadedModel, prompts: Sequence[Sequence[int]], max_new_
             )
 
 
-def check_draft_steps(model: LoadedModel, settings: DecodeConfig) -> None:
-    """Raise `UserError` for more drafts in a round than the drafter can make."""
-    most = model.max_drafts
-    if most is not None and settings.draft_steps > most:
-        raise UserError(f"draft_steps {settings.draft_steps}: drafter {model.manifest.drafter} drafts at most {most}")
+def choose_plan(model: LoadedModel, settings: DecodeConfig, *, plain: bool = False) -> Plan:
+    """How rounds draft: as the settings say, or as suits drafter and device; `UserError` where that cannot be."""
+    blocks = model.drafts_blocks
+    plan = Plan.parse(settings.plan) if settings.plan else plan_for(settings.draft_steps, drafts_blocks=blocks)
+    check_plan(plan, model.manifest.drafter, drafts_blocks=blocks, max_drafts=model.max_drafts)
+    if plan.rows > settings.width:
+        raise UserError(f"plan {plan} makes more than draft_steps {settings.draft_steps} drafts")
+    # A plan that asks before each draft drafts nothing for nothing: no other program is needed.
+    return PLAIN if plain and plan.kind != "early-exit" else plan
 
 
 def read_generations(state: DecodeState, prompt_lengths: Sequence[int], eos_ids: tuple[int, ...]) -> list[Generation]:

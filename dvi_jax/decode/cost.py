@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvi_jax.config import DecodeConfig
-from dvi_jax.decode.batch import make_knobs, start
+from dvi_jax.decode.batch import choose_plan, make_knobs, start
+from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.loading import LoadedModel
@@ -22,12 +23,12 @@ REPEATS = 3
 
 
 def measure_draft_cost(model: LoadedModel, state: DecodeState, settings: DecodeConfig) -> float:
-    """Seconds of a draft over seconds of a round that drafts nothing, from a few rounds of the compiled program.
+    """Seconds of a draft over seconds of a round that drafts nothing, from a few rounds of the compiled programs.
 
     `state` (just prefilled) is left as it is. 0 where nothing can be drafted.
     """
-    plain, _ = _round_seconds(model, state, 0)
-    drafting, drafts = _round_seconds(model, state, settings.draft_steps)
+    plain, _ = _round_seconds(model, state, choose_plan(model, settings, plain=True), 0)
+    drafting, drafts = _round_seconds(model, state, choose_plan(model, settings), settings.draft_steps)
     return min(max(drafting / plain - 1, 0.0) / drafts, 1.0) if drafts else 0.0
 
 
@@ -37,14 +38,14 @@ def with_measured_cost(model: LoadedModel, prompt: Sequence[int], settings: Deco
     return replace(settings, draft_cost=measure_draft_cost(model, state, settings))
 
 
-def _round_seconds(model: LoadedModel, state: DecodeState, draft_steps: int) -> tuple[float, float]:
+def _round_seconds(model: LoadedModel, state: DecodeState, plan: Plan, draft_steps: int) -> tuple[float, float]:
     """Median seconds of a round, and drafts in it. Every round drafts all it may; nothing ends a sequence."""
     knobs = Knobs.make(draft_steps, 0.0, (), until=ROUNDS)
     seconds = []
     for _ in range(REPEATS + 1):
         copied = jax.block_until_ready(jax.tree.map(jnp.copy, state.replace(done=jnp.zeros_like(state.done))))
         began = time.perf_counter()
-        copied = jax.block_until_ready(decode_rounds(model.definition, model.decode_params, copied, knobs))
+        copied = jax.block_until_ready(decode_rounds(model.definition, model.decode_params, copied, knobs, plan))
         seconds.append(time.perf_counter() - began)
     rounds = max(int(copied.rounds), 1)
     drafts = float(np.max(np.sum(copied.drafted, axis=1)))

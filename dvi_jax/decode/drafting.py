@@ -1,6 +1,6 @@
 """Drafting, as far as all drafters share it: a round's drafts, how one is chosen, and when to stop.
 
-Letters: B batch, W rows of a round, D hidden, V vocabulary, Vd tokens that may be drafted.
+Letters: B batch, W rows of a round, V vocabulary, Vd tokens that may be drafted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from flax import struct
 
 from dvi_jax.decode.sampling import draw_draft
 from dvi_jax.decode.state import NO_TOKEN, DecodeState, Knobs
-from dvi_jax.model.llama import Tapped
 from dvi_jax.model.speculative_llama import SpeculativeLlama
 
 
@@ -26,12 +25,12 @@ class Draft(struct.PyTreeNode):
     reach: jax.Array  # float32 [B], the drafter's probability of all its drafts
     log_q: jax.Array | None  # float32 [B, W, V], what row i + 1 was drawn from; for rejection sampling alone
 
-
-class Rows(NamedTuple):
-    """What the layers below the exit make of a round's rows; at exit layer 0 their embeddings."""
-
-    hidden: jax.Array  # [B, W, D], exit hidden state of each row
-    tapped: Tapped  # [B, W, D] each, of the tapped layers below the exit
+    def widened(self, width: int) -> Draft:
+        """The same with `width` rows, those behind without a draft."""
+        more = width - self.tokens.shape[1]
+        tokens = jnp.pad(self.tokens, ((0, 0), (0, more)), constant_values=NO_TOKEN)
+        log_q = None if self.log_q is None else jnp.pad(self.log_q, ((0, 0), (0, more), (0, 0)))
+        return self.replace(tokens=tokens, log_q=log_q)
 
 
 class Bounds(NamedTuple):
@@ -41,19 +40,21 @@ class Bounds(NamedTuple):
     least_reach: jax.Array  # float32 [B], of the drafts so far: below it one more does not pay
 
 
-def begin(model: SpeculativeLlama, state: DecodeState, knobs: Knobs) -> tuple[Draft, Bounds]:
-    """A round with nothing drafted yet: the pending token in row 0."""
-    batch, width = state.committed.hidden.shape[:2]
+def begin(model: SpeculativeLlama, state: DecodeState, knobs: Knobs, rows: int) -> tuple[Draft, Bounds]:
+    """A round of so many rows with nothing drafted yet: the pending token in row 0."""
+    (batch,) = state.length.shape
     pending = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
     # A round must not commit more than the sequence may still get; the verifier's own token is one of those.
-    most = jnp.where(state.done, 0, jnp.minimum(knobs.draft_steps, state.limit - state.length - 1))
+    most = jnp.where(
+        state.done, 0, jnp.minimum(jnp.minimum(knobs.draft_steps, rows - 1), state.limit - state.length - 1)
+    )
     rejection = state.sampling is not None and not state.sampling.coupled
     draft = Draft(
-        tokens=jnp.full((batch, width), NO_TOKEN, jnp.int32).at[:, :1].set(pending),
+        tokens=jnp.full((batch, rows), NO_TOKEN, jnp.int32).at[:, :1].set(pending),
         count=jnp.zeros((batch,), jnp.int32),
         active=most > 0,
         reach=jnp.ones((batch,), jnp.float32),
-        log_q=jnp.zeros((batch, width, model.llama.config.vocab_size), jnp.float32) if rejection else None,
+        log_q=jnp.zeros((batch, rows, model.llama.config.vocab_size), jnp.float32) if rejection else None,
     )
     return draft, Bounds(most, least_reach(state, knobs.draft_cost))
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from dvi_jax.config import SamplingConfig
+from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.prefill import Filled, prefill
 from dvi_jax.decode.prefix import fill_prefix
 from dvi_jax.decode.sampling import Sampling
@@ -39,11 +40,12 @@ class Sizes(NamedTuple):
 
     batch: int
     slots: int  # positions in the caches
-    width: int  # draft_steps + 1
+    width: int  # rows of a sequence in a round
     prompt: int  # tokens that prompts, behind a shared prefix, are padded to
     record: bool = False  # keep learning signals
     coupled: bool | None = None  # how it samples; None: greedily
     prefix: int = 0  # tokens that a shared prefix is padded to; 0: there is none
+    plan: Plan | None = None  # how it drafts; None: as suits drafter and device
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def lower_programs(model: LoadedModel, sizes: Sizes) -> tuple[jax.stages.Lowered
     state = abstract_state(model, sizes)
     return (
         prefill.lower(model.definition, *arrays, **options, **statics),
-        decode_rounds.lower(model.definition, arrays[0], state, knobs),
+        decode_rounds.lower(model.definition, arrays[0], state, knobs, sizes.plan),
     )
 
 

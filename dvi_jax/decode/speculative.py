@@ -1,8 +1,8 @@
 """The jitted decode loop: propose, verify in one pass, accept, commit, until every sequence is done.
 
-Losslessness is by construction. Plain decoding is this same compiled program with nothing drafted: a committed row
-always went through the same verifying pass of W rows, and no row's arithmetic depends on the rows beside it. So
-speculative and plain logits are equal bit for bit, in any dtype.
+Losslessness is by construction. Whatever a round proposes, all its rows go through the whole verifier in one pass, and
+no row's arithmetic depends on the rows beside it. So programs that draft, and one that drafts nothing, give equal bits,
+in any dtype. `plan.rows_alike` says where their passes may even differ in width.
 Letters: B batch, W rows of a round, D hidden, V vocabulary.
 """
 
@@ -14,8 +14,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dvi_jax.decode import drafting
 from dvi_jax.decode.block_drafting import propose_block
-from dvi_jax.decode.drafting import Draft, Rows
+from dvi_jax.decode.drafting import Draft
+from dvi_jax.decode.plan import Plan, plan_for, rows_alike
 from dvi_jax.decode.sampling import draw_verified
 from dvi_jax.decode.state import NO_TOKEN, DecodeState, Knobs, Signals
 from dvi_jax.decode.step_drafting import propose_by_steps
@@ -25,60 +27,76 @@ from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama
 
 
 # The state is donated: the caches are updated in place, round by round, instead of being copied.
-@partial(jax.jit, static_argnames=("definition",), donate_argnames=("state",))
-def decode_rounds(definition: Definition, params: Params, state: DecodeState, knobs: Knobs) -> DecodeState:
-    """Rounds until every sequence has met an eos id or its limit, or `until`. One program, no host in the loop."""
+@partial(jax.jit, static_argnames=("definition", "plan"), donate_argnames=("state",))
+def decode_rounds(
+    definition: Definition, params: Params, state: DecodeState, knobs: Knobs, plan: Plan | None = None
+) -> DecodeState:
+    """Rounds until every sequence has met an eos id or its limit, or `until`. One program, no host in the loop.
+
+    `plan`: how it drafts, with at most as many rows as the state has; None for all of them (`plan.plan_for`).
+    """
     model = join(definition, params)
 
     def goes_on(s: DecodeState) -> jax.Array:
         return ~jnp.all(s.done) & (s.rounds < knobs.until)
 
-    return jax.lax.while_loop(goes_on, lambda s: speculative_round(model, s, knobs), state)
+    return jax.lax.while_loop(goes_on, lambda s: speculative_round(model, s, knobs, plan), state)
 
 
-@partial(jax.jit, static_argnames=("definition",), donate_argnames=("state",))
-def decode_round(definition: Definition, params: Params, state: DecodeState, knobs: Knobs) -> DecodeState:
+@partial(jax.jit, static_argnames=("definition", "plan"), donate_argnames=("state",))
+def decode_round(
+    definition: Definition, params: Params, state: DecodeState, knobs: Knobs, plan: Plan | None = None
+) -> DecodeState:
     """One round alone, for callers that look at every round."""
-    return speculative_round(join(definition, params), state, knobs)
+    return speculative_round(join(definition, params), state, knobs, plan)
 
 
-def speculative_round(model: SpeculativeLlama, state: DecodeState, knobs: Knobs) -> DecodeState:
-    """One round: up to `draft_steps` proposed tokens, all verified in one deep pass, the accepted ones committed."""
+def speculative_round(
+    model: SpeculativeLlama, state: DecodeState, knobs: Knobs, plan: Plan | None = None
+) -> DecodeState:
+    """One round: proposed tokens, all verified in one pass, the accepted ones committed."""
     # Propose. Row 0 is the pending token, which is committed but has not been through the model; then come the drafts.
-    draft, rows, state = propose(model, state, knobs)
+    draft, state = propose(model, state, knobs, plan)
     # Verify. All rows at once: which token would the model itself put after each of them?
-    verified, features, state = verify(model, state, draft, rows)
+    verified, hidden, features, state = verify(model, state, draft)
     # Accept. Row i's verified token stands against the draft in row i + 1.
     following = jnp.pad(draft.tokens[:, 1:], ((0, 0), (0, 1)), constant_values=NO_TOKEN)
     verdict = accept(verified, following, draft.count, knobs.eos_ids)
     # Commit. The accepted drafts and one token of the verifier's own; its last token is pending in the next round.
     signals = None if state.signals is None else record(state.signals, state, following, features, verdict)
-    return commit(state, draft, verified, rows, features, verdict, signals)
+    return commit(state, draft, verified, hidden, features, verdict, signals)
 
 
-def propose(model: SpeculativeLlama, state: DecodeState, knobs: Knobs) -> tuple[Draft, Rows, DecodeState]:
-    """The round's drafts, its rows as the draft pass sees them, and the state with the draft pass's caches."""
+def propose(model: SpeculativeLlama, state: DecodeState, knobs: Knobs, plan: Plan | None) -> tuple[Draft, DecodeState]:
+    """The round's drafts, and the state with the draft pass's caches."""
     drafter = model.drafter
-    if isinstance(drafter, BlockDrafter):
-        return propose_block(model, drafter, state, knobs)
-    assert isinstance(drafter, StepDrafter)  # there are two kinds
-    return propose_by_steps(model, drafter, state, knobs)
+    batch, width = state.committed.hidden.shape[:2]
+    plan = plan or plan_for(width - 1, drafts_blocks=isinstance(drafter, BlockDrafter))
+    if plan.kind == "plain":
+        draft, _ = drafting.begin(model, state, knobs, 1)
+    elif plan.kind == "block":
+        assert isinstance(drafter, BlockDrafter)  # `check_plan`
+        draft, state = propose_block(model, drafter, state, knobs, plan.drafts)
+    else:
+        assert isinstance(drafter, StepDrafter)
+        early_exit = plan.kind == "early-exit"
+        draft, state = propose_by_steps(model, drafter, state, knobs, plan.drafts, early_exit=early_exit)
+    return (draft if rows_alike(batch * width, model.llama.dtype) else draft.widened(width)), state
 
 
 def verify(
-    model: SpeculativeLlama, state: DecodeState, draft: Draft, rows: Rows
-) -> tuple[jax.Array, Features, DecodeState]:
-    """All W rows through the verifier: tokens int32 [B, W], features [B, W, ...], the state with caches filled.
+    model: SpeculativeLlama, state: DecodeState, draft: Draft
+) -> tuple[jax.Array, jax.Array, Features, DecodeState]:
+    """All W rows through the verifier: tokens int32 [B, W], exit hidden states [B, W, D], features [B, W, ...].
 
-    Rows beyond the drafts are computed and ignored: the width is what keeps plain and speculative rows equal.
+    And the state with its caches filled: what the draft pass wrote into the shallow ones is overwritten. Rows beyond
+    the drafts are computed and ignored.
     """
     llama, width = model.llama, draft.tokens.shape[1]
     positions = (state.length - 1)[:, None] + jnp.arange(width)
-    if model.separate_trunk:  # lora_S touched the rows that were drafted from: compute them again without
-        tokens = jnp.maximum(draft.tokens, 0)  # rows without a draft hold NO_TOKEN
-        hidden, tapped, shallow = llama.shallow(tokens, state.shallow, positions)
-        rows, state = Rows(hidden, tapped), state.replace(shallow=shallow)
-    final, tapped, deep = llama.deep(rows.hidden, state.deep, positions)
+    tokens = jnp.maximum(draft.tokens, 0)  # rows without a draft hold NO_TOKEN
+    hidden, tapped_below, shallow = llama.shallow(tokens, state.shallow, positions)
+    final, tapped, deep = llama.deep(hidden, state.deep, positions)
     logits = llama.round_logits(final)
     if state.sampling is None:
         verified = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -86,7 +104,8 @@ def verify(
         real = jnp.arange(width) <= draft.count[:, None]
         tokens = jnp.where(real, draft.tokens, NO_TOKEN)
         verified = draw_verified(logits, state.sampling, state.length, tokens, draft.log_q)
-    return verified, Features.of(final, rows.tapped + tapped), state.replace(deep=deep)
+    state = state.replace(shallow=shallow, deep=deep)
+    return verified, hidden, Features.of(final, tapped_below + tapped), state
 
 
 class Verdict(NamedTuple):
@@ -118,23 +137,27 @@ def commit(
     state: DecodeState,
     draft: Draft,
     verified: jax.Array,
-    rows: Rows,
+    hidden: jax.Array,
     features: Features,
     verdict: Verdict,
     signals: Signals | None,
 ) -> DecodeState:
     """Append the accepted tokens and move the lengths; finished sequences stay as they are."""
+    width = state.committed.hidden.shape[1]
     accepted = jnp.where(state.done, 0, verdict.accept_length)
     length = state.length + accepted
 
     def counted(counts: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(counts, new[:, None], state.rounds, axis=1)
 
+    def widened(rows: jax.Array) -> jax.Array:
+        return jnp.pad(rows, ((0, 0), (0, width - rows.shape[1]), (0, 0)))
+
     return state.replace(
         tokens=_write(state.tokens, verified, state.length),
         length=length,
         done=state.done | verdict.stopped | (length >= state.limit),
-        committed=Committed(rows.hidden, features, state.length - 1, accepted),
+        committed=Committed(widened(hidden), jax.tree.map(widened, features), state.length - 1, accepted),
         rounds=state.rounds + 1,
         accept_lengths=counted(state.accept_lengths, accepted),
         drafted=counted(state.drafted, draft.count),

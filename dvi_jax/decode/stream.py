@@ -15,7 +15,7 @@ import numpy as np
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.data.tokenizer import Tokenizer
-from dvi_jax.decode.batch import Generation, make_knobs, make_sampling, read_generations, start
+from dvi_jax.decode.batch import Generation, choose_plan, make_knobs, make_sampling, read_generations, start
 from dvi_jax.decode.prefix import Prefix
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.errors import UserError
@@ -148,6 +148,7 @@ class Stream:
         self._model, self._every = model, every
         self._eos = model.eos_ids if eos_ids is None else eos_ids
         self._knobs = make_knobs(settings, self._eos, plain=plain)
+        self._plan = choose_plan(model, settings, plain=plain)
         drawn = make_sampling(model, prompts, sampling)
         self._state = start(model, prompts, settings, self._knobs, sampling=drawn, prefix=prefix)
         self._sequences = [_Sequence(len(prompt), self._new_text(stop)) for prompt in prompts]
@@ -173,7 +174,9 @@ class Stream:
         """Dispatch the next rounds (before the first: none). Copies of tokens, lengths, done: the state is donated."""
         if stretch:
             knobs = self._knobs._replace(until=jnp.int32(stretch * self._every))
-            self._state = decode_rounds(self._model.definition, self._model.decode_params, self._state, knobs)
+            self._state = decode_rounds(
+                self._model.definition, self._model.decode_params, self._state, knobs, self._plan
+            )
         return jnp.copy(self._state.tokens), jnp.copy(self._state.length), jnp.copy(self._state.done)
 
     def _new_text(self, stop: Sequence[str]) -> StreamedText | None:

@@ -14,7 +14,7 @@ from dvi_jax.config import DecodeConfig
 from dvi_jax.data.conversations import Message
 from dvi_jax.data.template import TemplateRefusedError
 from dvi_jax.data.tokenizer import Tokenizer
-from dvi_jax.decode.batch import Generation, make_knobs, read_generations, slots_for, start
+from dvi_jax.decode.batch import Generation, choose_plan, make_knobs, read_generations, slots_for, start
 from dvi_jax.decode.memory import Sizes, measure_memory
 from dvi_jax.decode.prefill import bucket
 from dvi_jax.decode.speculative import decode_rounds
@@ -59,17 +59,18 @@ class TimedGeneration:
 
 
 class PairedDecoder:
-    """Decodes a prompt in either mode, at batch 1. Plain decoding is the same executable with nothing drafted.
+    """Decodes a prompt in either mode, at batch 1, with verifying passes of one row class.
 
     Cache slots follow the prompt's bucket, so a stream of prompts needs a handful of programs. Each is compiled and
-    run once in both modes before anything is timed.
+    run once before anything is timed.
     """
 
     def __init__(self, model: LoadedModel, settings: DecodeConfig, memory_limit: int | None = None):
         """`memory_limit`: bytes; a prompt whose caches do not fit raises `UserError` with the numbers."""
         self.model, self.settings, self._limit = model, settings, memory_limit
         self._knobs = {mode: make_knobs(settings, model.eos_ids, plain=mode == PLAIN) for mode in (PLAIN, SPECULATIVE)}
-        self._programs: dict[int, Any] = {}  # by cache slots
+        self._plans = {mode: choose_plan(model, settings, plain=mode == PLAIN) for mode in (PLAIN, SPECULATIVE)}
+        self._programs: dict[tuple[str, int], Any] = {}  # by mode and cache slots
         self._warm: set[int] = set()  # prompt buckets
 
     @property
@@ -90,7 +91,7 @@ class PairedDecoder:
         state = self._start(prompt, mode)
         prefilled = time.perf_counter()
         slots = state.tokens.shape[1]
-        program = self._programs[slots]
+        program = self._programs[mode, slots]
         decoding = time.perf_counter()
         state = jax.block_until_ready(program(self.model.decode_params, state, self._knobs[mode]))
         ended = time.perf_counter()
@@ -107,18 +108,18 @@ class PairedDecoder:
             return
         measure_memory(
             self.model,
-            Sizes(1, slots_for(len(prompt), self.settings), self.settings.draft_steps + 1, padded),
+            Sizes(1, slots_for(len(prompt), self.settings), self.settings.width, padded, plan=self._plans[SPECULATIVE]),
             self._limit,
         )
         for mode, knobs in self._knobs.items():
             state = self._start(prompt, mode)
             slots = state.tokens.shape[1]
-            if slots not in self._programs:
-                self._programs[slots] = decode_rounds.lower(
-                    self.model.definition, self.model.decode_params, state, knobs
+            if (mode, slots) not in self._programs:
+                self._programs[mode, slots] = decode_rounds.lower(
+                    self.model.definition, self.model.decode_params, state, knobs, self._plans[mode]
                 ).compile()
-            few = state.replace(limit=jnp.minimum(state.limit, state.length + 3 * (self.settings.draft_steps + 1)))
-            jax.block_until_ready(self._programs[slots](self.model.decode_params, few, knobs))
+            few = state.replace(limit=jnp.minimum(state.limit, state.length + 3 * self.settings.width))
+            jax.block_until_ready(self._programs[mode, slots](self.model.decode_params, few, knobs))
         self._warm.add(padded)
 
 

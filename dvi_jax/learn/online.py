@@ -22,7 +22,7 @@ from dvi_jax.config import TrainConfig
 from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import Prompt, PromptStream
 from dvi_jax.decode.acceptance import Acceptance, measure_acceptance
-from dvi_jax.decode.batch import Generation, check_draft_steps
+from dvi_jax.decode.batch import Generation, choose_plan
 from dvi_jax.errors import UserError
 from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.fast_update import Batch, LearnerState, fast_update, init_learner, with_trainable
@@ -118,7 +118,7 @@ class OnlineRun(Run[LearnerState, Acceptance]):
             )
         if config.slow.every and not model.params.lora_d:
             raise UserError("slow.every needs a verifier with a lora_D: set slow.rank_d")
-        check_draft_steps(model, config.decode)
+        choose_plan(model, config.decode)
 
     def initial_state(self, params: Params) -> LearnerState:
         config = self.config

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dvi_jax.config import DecodeConfig
-from dvi_jax.decode.batch import Generation, make_knobs, read_generations, start
+from dvi_jax.decode.batch import Generation, choose_plan, make_knobs, read_generations, start
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.learn.replay import Windows, read_windows
 from dvi_jax.loading import LoadedModel
@@ -22,7 +22,7 @@ def rollout(
     """
     knobs = make_knobs(settings, model.eos_ids)
     state = start(model, prompts, settings, knobs, record=True, longest_prompt=longest_prompt)
-    state = decode_rounds(model.definition, model.decode_params, state, knobs)
+    state = decode_rounds(model.definition, model.decode_params, state, knobs, choose_plan(model, settings))
     lengths = [len(prompt) for prompt in prompts]
     windows = read_windows(state, np.array(lengths, np.int32), window=window_length(settings, longest_prompt))
     return windows, read_generations(state, lengths, model.eos_ids)

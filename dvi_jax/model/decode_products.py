@@ -55,7 +55,7 @@ def padded_rows(rows: int) -> int:
     return pl.cdiv(rows, MOST_BLOCK_ROWS) * MOST_BLOCK_ROWS
 
 
-def part_count(shape: tuple[int, int]) -> int:
+def part_count(shape: tuple[int, ...]) -> int:
     """Into how many parts to split the sums of a product with a weight of `shape` (out, in)."""
     out, width = shape
     programs = pl.cdiv(out, _columns(out))
@@ -85,7 +85,7 @@ def gated_product(x: jax.Array, weight: jax.Array, *, interpret: bool = False) -
     return _run(_gated_kernel, x, weight, blocks, x.dtype, interpret)[0]
 
 
-def blocks_for(shape: tuple[int, int], parts: int) -> Blocks:
+def blocks_for(shape: tuple[int, ...], parts: int) -> Blocks:
     """Blocks of a product with a weight of `shape` (out, in): measured on H100s, for SmolLM2 to 7B shapes."""
     out, width = shape
     long = width // parts % (2 * STEP) == 0 and width // parts >= 6 * STEP

@@ -1,0 +1,84 @@
+"""Plans: how a compiled round drafts.
+
+A plan is fixed in its program, whose rounds are straight-line code: no condition inside one is read by the host.
+Thresholds, limits and costs mask drafts, they do not skip them. Adapting means to change between plans from one stretch
+of rounds to the next. `early-exit` alone asks before every draft whether one is wanted: Kangaroo's own way, and right
+for CPUs, where such a question costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import jax
+
+from dvi_jax.errors import UserError
+from dvi_jax.model import decode_products
+
+Kind = Literal["plain", "chain", "block", "early-exit"]
+MOST_DRAFTS = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way of drafting, and how many drafts a round makes."""
+
+    kind: Kind
+    drafts: int = 0  # of a round; it verifies one row more
+
+    def __post_init__(self) -> None:
+        least, most = (0, 0) if self.kind == "plain" else (1, MOST_DRAFTS)
+        if not least <= self.drafts <= most:
+            raise UserError(f"plan {self}: a {self.kind} plan makes between {least} and {most} drafts")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a sequence that a round verifies: the pending token's and the drafts'."""
+        return self.drafts + 1
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "plain" else f"{self.kind}:{self.drafts}"
+
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """The plan that `str` gives as `text`; `UserError` where there is none such."""
+        kind, _, drafts = text.partition(":")
+        if kind not in get_args(Kind) or (kind == "plain") != (drafts == "") or (drafts and not drafts.isdecimal()):
+            raise UserError(f"plan {text!r}: it must be plain, chain:N, block:N or early-exit:N")
+        return cls(kind, int(drafts or 0))  # type: ignore[arg-type]  # one of Kind's values
+
+
+PLAIN = Plan("plain")
+
+
+def plan_for(draft_steps: int, *, drafts_blocks: bool) -> Plan:
+    """The plan of a round of at most `draft_steps` drafts on this device."""
+    if not draft_steps:
+        return PLAIN
+    if drafts_blocks:
+        return Plan("block", draft_steps)
+    return Plan("early-exit" if jax.default_backend() == "cpu" else "chain", draft_steps)
+
+
+def check_plan(plan: Plan, drafter: str, *, drafts_blocks: bool, max_drafts: int | None) -> None:
+    """Raise `UserError` for a plan that a drafter of this kind cannot follow."""
+    if plan.kind != "plain" and (plan.kind == "block") != drafts_blocks:
+        right = "block:N" if drafts_blocks else "chain:N or early-exit:N"
+        raise UserError(f"plan {plan}: drafter {drafter} takes {right}")
+    if max_drafts is not None and plan.drafts > max_drafts:
+        raise UserError(f"plan {plan}: drafter {drafter} drafts at most {max_drafts}")
+
+
+def rows_alike(rows: int, dtype: jax.typing.DTypeLike) -> bool:
+    """Whether a row's bits are the same among any number of rows up to `rows` (batch times rows of a sequence).
+
+    So they are in the GPU kernels. Elsewhere they depend on that number: there all plans of a generation verify as many
+    rows as its widest.
+    """
+    return decode_products.is_supported(rows, jax.numpy.dtype(dtype))
+
+
+def row_class(batch: int, width: int, dtype: jax.typing.DTypeLike) -> str:
+    """What equal bits are relative to: `any` number of rows, or passes of just so many, batch by rows of a sequence."""
+    return "any" if rows_alike(batch * width, dtype) else f"{batch}x{width}"
