@@ -23,6 +23,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from dvi_jax.decode.plan import plan_for
 from dvi_jax.decode.state import Knobs
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
@@ -87,7 +88,7 @@ def profile_rounds(model: LoadedModel, options: argparse.Namespace, drafts: int)
     """One profile: untraced milliseconds per round, and what the traced generation consisted of, per round."""
     width, new_tokens = options.draft_steps + 1, options.rounds + 1
     fresh = partial(filled_state, model, options.batch, options.slots, width, options.prompt, new_tokens)
-    program, _ = compile_decode(model, fresh())
+    program, _ = compile_decode(model, fresh(), plan_for(drafts, drafts_blocks=model.drafts_blocks))
     timing = time_decode(program, model, fresh, drafts, repeats=3)
     state, knobs = jax.block_until_ready(fresh()), Knobs.make(drafts, 0.0, ())
     with tempfile.TemporaryDirectory() as scratch:

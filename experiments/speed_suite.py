@@ -1,7 +1,7 @@
-"""What the speed suite measures: a list of cases, each one compiled program, and how one is measured.
+"""What the speed suite measures: a list of cases, each a few compiled programs, and how one is measured.
 
-Compiling dominates (about ten seconds a program), so a case takes every measurement its program can serve: the number
-of drafts and the length of the context are run-time values, only batch, cache length and width compile anew.
+Compiling dominates (about ten seconds a program), so a case takes every measurement its programs can serve: the length
+of the context is a run-time value, while batch, cache length, width and the number of drafts compile anew.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from dvi_jax.decode.memory import workspace_bytes
+from dvi_jax.decode.plan import plan_for
 from dvi_jax.loading import LoadedModel
 from experiments.measure import compile_decode, filled_state, floor_of, time_decode
 
@@ -67,9 +68,10 @@ def measure(model: LoadedModel, case: Case, repeats: int, bandwidth: float) -> I
     """A row for every context and draft count of `case`."""
     floor = floor_of(model, case.batch)
     fresh = partial(filled_state, model, case.batch, case.slots, case.width, new_tokens=case.new_tokens)
-    program, compile_seconds = compile_decode(model, fresh(case.prompts[0]))
-    for prompt in case.prompts:
-        for drafts in case.drafts:
+    for drafts in case.drafts:
+        plan = plan_for(drafts, drafts_blocks=model.drafts_blocks)
+        program, compile_seconds = compile_decode(model, fresh(case.prompts[0]), plan)
+        for prompt in case.prompts:
             timing = time_decode(program, model, partial(fresh, prompt), drafts, repeats)
             context = prompt + case.new_tokens / 2
             floor_bytes = floor.bytes(timing.drafted_per_round, context)
@@ -81,6 +83,7 @@ def measure(model: LoadedModel, case: Case, repeats: int, bandwidth: float) -> I
                 "batch": case.batch,
                 "width": case.width,
                 "drafts": drafts,
+                "plan": str(plan),
                 "slots": case.slots,
                 "context": context,
                 **vars(timing),
