@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import jax
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
-from dvi_jax.decode.plan import PLAIN, Plan, check_plan, plan_for
+from dvi_jax.decode.plan import PLAIN, Option, Plan, check_plan, plan_for
 from dvi_jax.decode.prefill import bucket, cache_slots, prefill
 from dvi_jax.decode.prefix import Prefix, pad_prompts
 from dvi_jax.decode.sampling import Sampling
@@ -42,6 +43,16 @@ class Generation:
         return sum(length - 1 for length in self.accept_lengths)
 
 
+class Chooser(Protocol):
+    """Chooses plans while decoding."""
+
+    def begin(self) -> Option:
+        """How the next generation begins."""
+
+    def decode(self, state: DecodeState, knobs: Knobs, option: Option) -> DecodeState:
+        """Rounds until every sequence is done; the state is donated."""
+
+
 def generate_batch(
     model: LoadedModel,
     prompts: Sequence[Sequence[int]],
@@ -52,24 +63,32 @@ def generate_batch(
     sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
     prefix: Prefix | None = None,
     longest_prompt: int = 0,
+    chooser: Chooser | None = None,
 ) -> tuple[list[Generation], float]:
     """Continuations of `prompts` (token ids), as one batch, and the seconds that decoding took.
 
     `plain` drafts nothing, in verifying passes of the same row class, so the ids are equal. `eos_ids`
     replaces the model's own; `()` never stops early. `sampling`: one setting for each prompt, or one for all (sequence
     b then takes seed + b); None is greedy. `prefix`: what all prompts begin with, taken in before by `make_prefix`.
-    `longest_prompt` gives a stream of batches one cache length.
+    `longest_prompt` gives a stream of batches one cache length. `chooser` chooses how rounds draft (`choosing.py`), at
+    most `draft_steps` drafts; its first seconds hold a compilation.
     """
     eos = model.eos_ids if eos_ids is None else eos_ids
+    option = None if chooser is None else chooser.begin()
+    settings = settings if option is None else option.settings(settings)
     knobs = make_knobs(settings, eos, plain=plain)
     drawn = make_sampling(model, prompts, sampling)
     state = start(model, prompts, settings, knobs, sampling=drawn, prefix=prefix, longest_prompt=longest_prompt)
     state = jax.block_until_ready(state)
-    plan = choose_plan(model, settings, plain=plain)
-    # Compiled ahead so that `seconds` never holds a compilation; jax keeps the program, a repeat costs milliseconds.
-    program = decode_rounds.lower(model.definition, model.decode_params, state, knobs, plan).compile()
-    began = time.perf_counter()
-    state = jax.block_until_ready(program(model.decode_params, state, knobs))
+    if chooser is None or option is None:
+        plan = choose_plan(model, settings, plain=plain)
+        # Compiled ahead: `seconds` never holds a compilation. jax keeps the program, a repeat costs milliseconds.
+        program = decode_rounds.lower(model.definition, model.decode_params, state, knobs, plan).compile()
+        began = time.perf_counter()
+        state = jax.block_until_ready(program(model.decode_params, state, knobs))
+    else:
+        began = time.perf_counter()
+        state = jax.block_until_ready(chooser.decode(state, knobs, option))
     seconds = time.perf_counter() - began
     return read_generations(state, [len(p) for p in prompts], eos), seconds
 

@@ -27,8 +27,8 @@ def measure_draft_cost(model: LoadedModel, state: DecodeState, settings: DecodeC
 
     `state` (just prefilled) is left as it is. 0 where nothing can be drafted.
     """
-    plain, _ = _round_seconds(model, state, choose_plan(model, settings, plain=True), 0)
-    drafting, drafts = _round_seconds(model, state, choose_plan(model, settings), settings.draft_steps)
+    plain, _ = round_seconds(model, state, choose_plan(model, settings, plain=True), 0)
+    drafting, drafts = round_seconds(model, state, choose_plan(model, settings), settings.draft_steps)
     return min(max(drafting / plain - 1, 0.0) / drafts, 1.0) if drafts else 0.0
 
 
@@ -38,9 +38,11 @@ def with_measured_cost(model: LoadedModel, prompt: Sequence[int], settings: Deco
     return replace(settings, draft_cost=measure_draft_cost(model, state, settings))
 
 
-def _round_seconds(model: LoadedModel, state: DecodeState, plan: Plan, draft_steps: int) -> tuple[float, float]:
+def round_seconds(
+    model: LoadedModel, state: DecodeState, plan: Plan, draft_steps: int, rounds: int = ROUNDS
+) -> tuple[float, float]:
     """Median seconds of a round, and drafts in it. Every round drafts all it may; nothing ends a sequence."""
-    knobs = Knobs.make(draft_steps, 0.0, (), until=ROUNDS)
+    knobs = Knobs.make(draft_steps, 0.0, (), until=rounds)
     seconds = []
     for _ in range(REPEATS + 1):
         copied = jax.block_until_ready(jax.tree.map(jnp.copy, state.replace(done=jnp.zeros_like(state.done))))

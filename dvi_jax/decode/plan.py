@@ -8,11 +8,12 @@ for CPUs, where such a question costs nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, get_args
 
 import jax
 
+from dvi_jax.config import DecodeConfig
 from dvi_jax.errors import UserError
 from dvi_jax.model import decode_products
 
@@ -50,6 +51,17 @@ class Plan:
 
 
 PLAIN = Plan("plain")
+
+
+class Option(NamedTuple):
+    """A plan, and how many rows of a sequence the passes of its generation may have."""
+
+    plan: Plan
+    width: int
+
+    def settings(self, other: DecodeConfig) -> DecodeConfig:
+        """The settings of a generation that begins so, all else as in `other`."""
+        return replace(other, draft_steps=self.width - 1, plan=str(self.plan))
 
 
 def plan_for(draft_steps: int, *, drafts_blocks: bool) -> Plan:

@@ -151,7 +151,7 @@ def commit(
         return jax.lax.dynamic_update_slice_in_dim(counts, new[:, None], state.rounds, axis=1)
 
     def widened(rows: jax.Array) -> jax.Array:
-        return jnp.pad(rows, ((0, 0), (0, width - rows.shape[1]), (0, 0)))
+        return jnp.pad(rows, ((0, 0), (0, width - rows.shape[1]), *[(0, 0)] * (rows.ndim - 2)))
 
     return state.replace(
         tokens=_write(state.tokens, verified, state.length),

@@ -21,14 +21,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from dvi_jax.model.products import has_gpu_kernels
+from dvi_jax.model.products import has_gpu_kernels, linear, total
 
 ROW_TILE = 16  # rows of the smallest matrix product in Triton
 MOST_BLOCK_ROWS = 64  # rows of one program; more are further programs, which read the weight again
 MOST_ROWS = 256  # beyond which a round is bound by arithmetic, where XLA is faster
 STEP = 64  # terms of one step of a sum, at least
 MOST_PARTS = 4
+WIDE, NARROW = 64, 32  # results of a row in one program
+WIDE_FROM = 4096  # results of a row, from which on blocks are wide
 ENOUGH = 128  # programs that keep a large GPU's memory busy
+TOO_FEW = 80  # programs, below which narrower blocks are faster
 WARPS = 4
 Ref = Any  # a pointer into an array; indexing gives another, `plt.load` and `plt.store` use it
 
@@ -58,7 +61,7 @@ def padded_rows(rows: int) -> int:
 def part_count(shape: tuple[int, ...]) -> int:
     """Into how many parts to split the sums of a product with a weight of `shape` (out, in)."""
     out, width = shape
-    programs = pl.cdiv(out, _columns(out))
+    programs = pl.cdiv(out, WIDE if out >= WIDE_FROM else NARROW)
     counts = [n for n in range(1, MOST_PARTS + 1) if width % (n * STEP) == 0 and width // n >= 3 * STEP]
     return next((n for n in counts if programs * n >= ENOUGH), max(counts, default=1))
 
@@ -81,19 +84,34 @@ def gated_product(x: jax.Array, weight: jax.Array, *, interpret: bool = False) -
 
     Both products are rounded to x's dtype, as is silu's result; R, `interpret` and derivative as for `product`.
     """
-    blocks = blocks_for((weight.shape[0] // 2, weight.shape[1]), 1)._replace(columns=32)
+    blocks = blocks_for((weight.shape[0] // 2, weight.shape[1]), 1)._replace(columns=NARROW)
     return _run(_gated_kernel, x, weight, blocks, x.dtype, interpret)[0]
+
+
+def round_linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`products.linear` of a round's rows x [B, T, in], by the kernels where they take them: [B, T, out]."""
+    batch, rows, _ = x.shape
+    if not is_supported(batch * rows, x.dtype):
+        return linear(x, weight)
+    result = total(product(laid_flat(x), weight, parts=part_count(weight.shape)), x.dtype)
+    return result[: batch * rows].reshape(batch, rows, -1)
+
+
+def laid_flat(x: jax.Array) -> jax.Array:
+    """A round's rows [B, T, D] one after the other, filled up with zeros as the kernels want them: [R, D]."""
+    rows = x.shape[0] * x.shape[1]
+    return jnp.pad(x.reshape(rows, x.shape[2]), ((0, padded_rows(rows) - rows), (0, 0)))
 
 
 def blocks_for(shape: tuple[int, ...], parts: int) -> Blocks:
     """Blocks of a product with a weight of `shape` (out, in): measured on H100s, for SmolLM2 to 7B shapes."""
     out, width = shape
-    long = width // parts % (2 * STEP) == 0 and width // parts >= 6 * STEP
-    return Blocks(_columns(out), 2 * STEP if long else STEP, 4 if long else 5, parts)
-
-
-def _columns(out: int) -> int:
-    return 64 if out >= 4096 else 32
+    length = width // parts
+    long = length % (2 * STEP) == 0 and length >= 6 * STEP
+    columns = WIDE if out >= WIDE_FROM else NARROW
+    if pl.cdiv(out, columns) * parts < TOO_FEW:
+        columns //= 2
+    return Blocks(columns, 2 * STEP if long else STEP, 4 if long else 5, parts)
 
 
 def _run(kernel: Any, x: jax.Array, weight: jax.Array, blocks: Blocks, dtype: jnp.dtype, interpret: bool) -> jax.Array:

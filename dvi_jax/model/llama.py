@@ -153,7 +153,9 @@ class Llama(nnx.Module):
         if not decode_products.is_supported(batch * rows, normed.dtype):
             return self.logits(normed)
         with jax.named_scope("head"):
-            logits = decode_products.product(_laid_flat(normed), self.head_weight(), out_dtype=jnp.float32)[0]
+            logits = decode_products.product(
+                decode_products.laid_flat(normed), self.head_weight(), out_dtype=jnp.float32
+            )[0]
             return _by_sequence(logits, normed)
 
     def init_caches(self, batch: int, slots: int) -> tuple[Caches, Caches]:
@@ -176,7 +178,7 @@ class Llama(nnx.Module):
         # A prefill has rows enough, and where there is no cache something may be differentiated.
         few = x.shape[1] <= attention.MOST_ROUND_ROWS
         kernels = not fresh and few and decode_products.is_supported(x.shape[0] * x.shape[1], x.dtype)
-        residual = Residual(_laid_flat(x) if kernels else x, kernels=kernels)
+        residual = Residual(decode_products.laid_flat(x) if kernels else x, kernels=kernels)
         tapped: list[jax.Array] = []
         updated: list[LayerCache] = []
         for index, cache in zip(layers, caches or (None,) * len(layers), strict=True):
@@ -188,12 +190,6 @@ class Llama(nnx.Module):
             if new_cache is not None:
                 updated.append(new_cache)
         return residual, tuple(tapped), tuple(updated)
-
-
-def _laid_flat(x: jax.Array) -> jax.Array:
-    """A round's rows [B, T, D] one after the other, filled up with zeros as the kernels want them: [R, D]."""
-    rows = x.shape[0] * x.shape[1]
-    return jnp.pad(x.reshape(rows, x.shape[2]), ((0, decode_products.padded_rows(rows) - rows), (0, 0)))
 
 
 def _by_sequence(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ AXES = {
     "prefix": (False, True),
     "trunk": ("shared", "separate"),
     "vocabulary": ("whole", "few"),
+    "plan": ("early-exit", "chain"),
 }
 
 
@@ -36,6 +37,7 @@ class Case:
     prefix: bool = False  # the prompts' beginning is taken in before, by `make_prefix`
     trunk: str = "shared"  # separate: lora_S inside the shallow layers too
     vocabulary: str = "whole"  # few: drafts are chosen from a part of the vocabulary
+    plan: str = "early-exit"  # of a step drafter; chain: rounds written out, plain decoding a program of its own
 
     def __str__(self) -> str:
         """What differs from the defaults."""
@@ -44,8 +46,18 @@ class Case:
 
     @property
     def is_possible(self) -> bool:
-        """A block drafter drafts from no shallow layers, so there is nowhere to put a lora_S."""
-        return not (self.trunk == "separate" and self.drafter in ("medusa", "tapped_block"))
+        """A block drafter drafts from no shallow layers, so there is nowhere to put a lora_S, and in one way only."""
+        return not ((self.trunk == "separate" or self.plan == "chain") and self.drafts_blocks)
+
+    @property
+    def drafts_blocks(self) -> bool:
+        """Whether the drafter makes all drafts of a round in one pass."""
+        return self.drafter in ("medusa", "tapped_block")
+
+    @property
+    def settings_plan(self) -> str:
+        """The plan as settings name it."""
+        return f"{'block' if self.drafts_blocks else self.plan}:{self.draft_steps}"
 
 
 BEGINNING = [7, 40, 3, 21]  # what all prompts begin with
@@ -64,6 +76,10 @@ PAIRS = (
     Case(drafter="exit_head", trunk="separate", sampling="rejection"),
     Case(dtype="bfloat16", sampling="coupled", prefix=True),
     Case(dtype="bfloat16", trunk="separate", draft_steps=1),
+    Case(plan="chain", dtype="bfloat16", trunk="separate"),
+    Case(plan="chain", dtype="bfloat16", sampling="coupled"),
+    Case(plan="chain", drafter="kangaroo", sampling="rejection"),
+    Case(plan="chain", drafter="tapped_step", dtype="bfloat16", prefix=True),
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from dvi_jax.checkpoint import read_checkpoint, write_checkpoint
 from dvi_jax.config import DecodeConfig, ObjectiveConfig, OptimizerConfig, SamplingConfig
-from dvi_jax.decode.batch import check_draft_steps, make_knobs, make_sampling, start
+from dvi_jax.decode.batch import choose_plan, make_knobs, make_sampling, start
 from dvi_jax.decode.memory import Sizes, estimate_memory
 from dvi_jax.decode.prefix import make_prefix
 from dvi_jax.decode.speculative import decode_rounds
@@ -31,12 +31,12 @@ SAMPLING = {
 def decoded(case, model, *, plain=False):
     """The state after a generation of the case's prompts, with learning signals."""
     prompts = PROMPTS[: case.batch]
-    settings = DecodeConfig(draft_steps=case.draft_steps, max_new_tokens=NEW)
+    settings = DecodeConfig(draft_steps=case.draft_steps, plan=case.settings_plan, max_new_tokens=NEW)
     knobs = make_knobs(settings, (), plain=plain)
     sampling = make_sampling(model, prompts, SAMPLING[case.sampling])
     prefix = make_prefix(model, BEGINNING) if case.prefix else None
     state = start(model, prompts, settings, knobs, sampling=sampling, prefix=prefix, record=True)
-    return decode_rounds(model.definition, model.decode_params, state, knobs)
+    return decode_rounds(model.definition, model.decode_params, state, knobs, choose_plan(model, settings, plain=plain))
 
 
 def bits(array):
@@ -132,7 +132,14 @@ def test_memory_counts_the_state_to_the_byte(case, case_model):
 def test_more_drafts_than_a_block_has_are_refused(case, case_model):
     most = case_model.max_drafts
     if most is None:
-        check_draft_steps(case_model, DecodeConfig(draft_steps=16))
+        assert choose_plan(case_model, DecodeConfig(draft_steps=16)).drafts == 16
         return
-    with pytest.raises(UserError, match=f"draft_steps {most + 1}: drafter {case.drafter} drafts at most {most}"):
-        check_draft_steps(case_model, DecodeConfig(draft_steps=most + 1))
+    with pytest.raises(UserError, match=f"block:{most + 1}: drafter {case.drafter} drafts at most {most}"):
+        choose_plan(case_model, DecodeConfig(draft_steps=most + 1))
+
+
+@pytest.mark.axes("drafter")
+def test_a_plan_of_the_other_kind_is_refused(case, case_model):
+    other, right = ("chain:2", "block:N") if case.drafts_blocks else ("block:2", "chain:N or early-exit:N")
+    with pytest.raises(UserError, match=f"plan {other}: drafter {case.drafter} takes {right}"):
+        choose_plan(case_model, DecodeConfig(plan=other))

@@ -89,10 +89,10 @@ def test_measuring_leaves_the_state_usable(make_close, run_rows, sampled):
     ("plain", "drafting", "drafts", "expected"),
     [(2.0, 3.0, 2.0, 0.25), (2.0, 2.6, 3.0, 0.1), (2.0, 1.9, 3.0, 0.0), (1.0, 9.0, 2.0, 1.0), (1.0, 2.0, 0.0, 0.0)],
 )
-def test_cost_by_hand(monkeypatch, plain, drafting, drafts, expected):
+def test_cost_by_hand(make_tiny, monkeypatch, plain, drafting, drafts, expected):
     """Seconds of a plain round, of a drafting one, and drafts in it -> a draft in plain rounds, within 0 and 1."""
-    monkeypatch.setattr(cost, "_round_seconds", lambda *args: (drafting, drafts) if args[-1] else (plain, 0.0))
-    assert measure_draft_cost(None, None, DecodeConfig(draft_steps=3)) == pytest.approx(expected)
+    monkeypatch.setattr(cost, "round_seconds", lambda *args: (drafting, drafts) if args[-1] else (plain, 0.0))
+    assert measure_draft_cost(make_tiny(), None, DecodeConfig(draft_steps=3)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("draft_cost", [-0.1, 1.1, float("nan")])

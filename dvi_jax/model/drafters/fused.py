@@ -10,17 +10,21 @@ arXiv 2503.01840.)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from dvi_jax.model import attention
 from dvi_jax.model.attention import LayerCache
+from dvi_jax.model.decode_products import round_linear
 from dvi_jax.model.drafters.base import Committed, NoOptions, Origin, StepDrafter
 from dvi_jax.model.features import Features
 from dvi_jax.model.products import linear
 from dvi_jax.model.residual import rms_norm
 from dvi_jax.model.variables import DrafterParam
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]  # `linear`, or in a round `round_linear`, which has no derivative
 
 
 class Fused(StepDrafter):
@@ -92,36 +96,39 @@ class Fused(StepDrafter):
         self, cache: LayerCache, hidden: jax.Array, context: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
         """Rows [B, T, D] at consecutive `positions` [B, T] through the layer and its cache."""
-        x = self._fuse(hidden, context)
-        qkv, heads, rope = self._qkv(x, positions)
+        x = self._fuse(hidden, context, round_linear)
+        qkv, heads, rope = self._qkv(x, positions, round_linear)
         mixed, cache = attention.attend_cached(qkv[None], heads, rope, cache, positions)
-        return self._finish(x, mixed), cache
+        return self._finish(x, mixed, round_linear), cache
 
-    def _fuse(self, hidden: jax.Array, context: jax.Array) -> jax.Array:
+    def _fuse(self, hidden: jax.Array, context: jax.Array, multiply: Product = linear) -> jax.Array:
         """Exit hidden and the state of the position before, the verifier's or the drafter's own: [B, T, D] each."""
         eps = self.architecture.rms_norm_eps
         normed = rms_norm(hidden, self.hidden_norm[...], eps), rms_norm(context, self.feature_norm[...], eps)
-        return _project(self.fuse, jnp.concatenate(normed, axis=-1))
+        return _project(self.fuse, jnp.concatenate(normed, axis=-1), multiply)
 
-    def _qkv(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, attention.Heads, attention.Rope]:
+    def _qkv(
+        self, x: jax.Array, positions: jax.Array, multiply: Product = linear
+    ) -> tuple[jax.Array, attention.Heads, attention.Rope]:
         """Fused queries, keys and values of x [B, T, D], how to split them, and how to turn them."""
         config = self.architecture
         frequencies = attention.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        qkv = _project(self.qkv, rms_norm(x, self.attn_norm[...], config.rms_norm_eps))
+        qkv = _project(self.qkv, rms_norm(x, self.attn_norm[...], config.rms_norm_eps), multiply)
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         return qkv, heads, attention.rope_tables(frequencies, positions)
 
-    def _finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+    def _finish(self, x: jax.Array, mixed: jax.Array, multiply: Product = linear) -> jax.Array:
         """Everything after attention: [B, T, D] residual stream and [B, T, N*H] -> draft hidden [B, T, D]."""
         eps = self.architecture.rms_norm_eps
-        x = x + _project(self.out, mixed)
-        gate, up = jnp.split(_project(self.gate_up, rms_norm(x, self.mlp_norm[...], eps)), 2, axis=-1)
-        x = x + _project(self.down, jax.nn.silu(gate) * up)
+        x = x + _project(self.out, mixed, multiply)
+        normed = rms_norm(x, self.mlp_norm[...], eps)
+        gate, up = jnp.split(_project(self.gate_up, normed, multiply), 2, axis=-1)
+        x = x + _project(self.down, jax.nn.silu(gate) * up, multiply)
         return rms_norm(x, self.norm[...], eps)
 
 
-def _project(weight: DrafterParam, x: jax.Array) -> jax.Array:
-    return linear(x, weight[...].astype(x.dtype))
+def _project(weight: DrafterParam, x: jax.Array, multiply: Product) -> jax.Array:
+    return multiply(x, weight[...].astype(x.dtype))
 
 
 def _shift(x: jax.Array, by: int, axis: int = 1) -> jax.Array:

@@ -1,0 +1,180 @@
+"""Choosing among plans while decoding (`--plan auto`): by what each costs on this device and by what is accepted.
+
+Costs are measured once and kept on disk. Acceptance is followed draft by draft, newer rounds counting for more. A plan
+is worth the tokens that its rounds can be expected to give, over what a round costs; the best is taken anew for every
+generation, and between stretches of its rounds among the plans that give the same bits. Once a generation drafts
+nothing it stays so: its drafter has missed rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dvi_jax.config import DecodeConfig
+from dvi_jax.decode.batch import make_knobs, start
+from dvi_jax.decode.cost import ROUNDS, round_seconds
+from dvi_jax.decode.plan import MOST_DRAFTS, PLAIN, Option, plan_for, rows_alike
+from dvi_jax.decode.speculative import decode_rounds
+from dvi_jax.decode.state import DecodeState, Knobs
+from dvi_jax.directories import cache_folder
+from dvi_jax.loading import LoadedModel
+
+STRETCH = 16  # rounds between two choices
+MEMORY = 0.995  # what a round still counts for after the next
+PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0  # of the first draft, and the drafts that it counts for
+RETRY = 8  # generations that draft nothing until one tries again
+MEASURED_TOKENS = 128  # room of a measured generation
+MEASURED_ROUNDS = 24  # of it on an accelerator, where starting a program takes as long as a round
+DRAFTS = (1, 2, 3, 4, 6, 8)  # numbers of drafts to choose from
+
+
+@dataclass
+class Acceptance:
+    """How often each draft of a round is right where all before it were; old rounds fade."""
+
+    judged: np.ndarray = field(default_factory=lambda: np.zeros(MOST_DRAFTS))
+    right: np.ndarray = field(default_factory=lambda: np.zeros(MOST_DRAFTS))
+
+    def add(self, accept_lengths: Sequence[int], drafted: Sequence[int]) -> None:
+        """Rounds in order; those that drafted nothing say nothing."""
+        place = np.arange(MOST_DRAFTS)
+        for accepted, drafts in zip(accept_lengths, drafted, strict=True):
+            if drafts:
+                self.judged = MEMORY * self.judged + ((place < drafts) & (place < accepted))
+                self.right = MEMORY * self.right + (place < accepted - 1)
+
+    def tokens(self, drafts: int) -> float:
+        """Tokens that a round of so many drafts can be expected to give.
+
+        A draft that was seldom judged is taken to be about as good as the one before it.
+        """
+        rate, reach, tokens = PRIOR_RATE, 1.0, 1.0
+        for right, judged in zip(self.right[:drafts], self.judged[:drafts], strict=True):
+            rate = (right + PRIOR_WEIGHT * rate) / (judged + PRIOR_WEIGHT)
+            reach *= rate
+            tokens += reach
+        return tokens
+
+
+class PlanChooser:
+    """Chooses for the generations of one model, one batch size and one way of sampling after the other."""
+
+    def __init__(self, model: LoadedModel, settings: DecodeConfig, costs: Mapping[Option, float]):
+        """`costs`: seconds of a round of each option (`measured` finds them); `settings` say all but the plan."""
+        self.model, self.settings, self.costs = model, settings, dict(costs)
+        self.acceptance = Acceptance()
+        self._plain_generations = 0
+
+    @classmethod
+    def measured(cls, model: LoadedModel, settings: DecodeConfig, prompt: Sequence[int], batch: int = 1) -> PlanChooser:
+        """One whose costs are read from disk, or measured behind `prompt` (token ids) and kept there."""
+        choices = options(model, settings, batch)
+        path = cache_folder() / "plan_costs" / f"{_key(model, batch)}.json"
+        known = _read(path)
+        costs = {}
+        for option in choices:
+            name = f"{option.plan}/{option.width}"
+            if name not in known:
+                room = model.config.context_length - len(prompt)
+                own = replace(option.settings(settings), max_new_tokens=min(MEASURED_TOKENS, room))
+                state = start(model, [list(prompt)] * batch, own, make_knobs(own, ()))
+                rounds = MEASURED_ROUNDS if jax.default_backend() != "cpu" else ROUNDS
+                known[name] = round_seconds(model, state, option.plan, option.plan.drafts, rounds)[0]
+            costs[option] = known[name]
+        _write(path, known)
+        return cls(model, settings, costs)
+
+    def begin(self) -> Option:
+        """The option of the next generation."""
+        best = max(self.costs, key=self._worth)
+        if best.plan.drafts:
+            return best
+        self._plain_generations += 1
+        drafting = [option for option in self.costs if option.plan.drafts]
+        return max(drafting, key=self._worth) if drafting and self._plain_generations % RETRY == 0 else best
+
+    def go_on(self, option: Option) -> Option:
+        """The option of the next stretch, of equal bits."""
+        if not option.plan.drafts:
+            return option
+        return max((other for other in self.costs if other.width == option.width), key=self._worth)
+
+    def decode(self, state: DecodeState, knobs: Knobs, option: Option) -> DecodeState:
+        """Rounds until every sequence is done, the first stretch by `option`; the state is donated.
+
+        The device is a stretch ahead of what is learned from, so that it never waits.
+        """
+        program = (self.model.definition, self.model.decode_params)
+        read, counts = 0, None
+        for stretch in count(1):
+            state = decode_rounds(*program, state, knobs._replace(until=jnp.int32(stretch * STRETCH)), option.plan)
+            ahead = jax.tree.map(jnp.copy, (state.accept_lengths, state.drafted, state.done))
+            if counts is not None:
+                read = self._learn(counts, read)
+                if np.all(counts[2]):
+                    break
+                option = self.go_on(option)
+            counts = ahead
+        return state
+
+    def _learn(self, counts: tuple[jax.Array, ...], read: int) -> int:
+        """Take in the rounds from number `read` on; how many there are now."""
+        accepted, drafted, _ = jax.device_get(counts)
+        rounds = int(np.max(np.sum(accepted > 0, axis=1)))
+        for lengths, drafts in zip(accepted[:, read:rounds], drafted[:, read:rounds], strict=True):
+            self.acceptance.add(lengths, drafts)
+        return rounds
+
+    def _worth(self, option: Option) -> float:
+        return self.acceptance.tokens(option.plan.drafts) / self.costs[option]
+
+
+def options(model: LoadedModel, settings: DecodeConfig, batch: int) -> list[Option]:
+    """Plain decoding, and plans of up to `draft_steps` drafts.
+
+    Where a row's bits depend on how many there are, each is as narrow as its plan allows.
+    """
+    most = min(settings.draft_steps, model.max_drafts or MOST_DRAFTS)
+    plans = [PLAIN, *(plan_for(n, drafts_blocks=model.drafts_blocks) for n in DRAFTS if n <= most)]
+    alike = rows_alike(batch * (most + 1), model.manifest.dtype)
+    return [Option(plan, most + 1 if alike else plan.rows) for plan in plans]
+
+
+def _key(model: LoadedModel, batch: int) -> str:
+    """Names what a round's time depends on: device, compiler, shapes and types."""
+    manifest = model.manifest
+    facts = [
+        *(jax.devices()[0].device_kind, os.cpu_count(), jax.__version__, repr(model.config), manifest.dtype),
+        *(manifest.exit_layer, manifest.drafter, sorted(manifest.drafter_config.items()), str(manifest.lora), batch),
+    ]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> dict[str, float]:
+    """What is kept there; nothing where it cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: float(seconds) for name, seconds in found.items() if float(seconds) > 0}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _write(path: Path, costs: Mapping[str, float]) -> None:
+    """Keep the costs, if that is possible: they can be measured again."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(dict(costs)), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)

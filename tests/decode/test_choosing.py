@@ -1,0 +1,117 @@
+"""Which plan is chosen: rates and costs worked by hand, and generations that come out the same whatever is chosen."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from dvi_jax.config import DecodeConfig
+from dvi_jax.decode import choosing
+from dvi_jax.decode.batch import generate_batch
+from dvi_jax.decode.choosing import Acceptance, PlanChooser, options
+from dvi_jax.decode.plan import PLAIN, Option, Plan
+
+WIDTH = 5
+CHAINS = {n: Option(Plan("chain", n), WIDTH) for n in (1, 2, 4)}
+NOTHING = Option(PLAIN, WIDTH)
+SETTINGS = DecodeConfig(draft_steps=4, max_new_tokens=40)
+
+
+def chooser(costs, model=None):
+    return PlanChooser(model, SETTINGS, costs)
+
+
+def test_expected_tokens_by_hand():
+    acceptance = Acceptance()
+    assert acceptance.tokens(0) == 1
+    assert acceptance.tokens(2) == pytest.approx(1 + 0.6 + 0.36)  # the prior alone
+    acceptance.add([1], [2])  # one draft judged, and wrong
+    first = (0 + 2 * 0.6) / (1 + 2)
+    assert acceptance.tokens(1) == pytest.approx(1 + first)
+    acceptance.add([3, 5, 1], [2, 0, 0])  # both right; rounds that draft nothing do not count
+    faded = choosing.MEMORY
+    first = (1 + 2 * 0.6) / (faded + 1 + 2)
+    second = (1 + 2 * first) / (1 + 2)
+    assert acceptance.tokens(2) == pytest.approx(1 + first + first * second)
+
+
+def test_rates_come_to_what_they_are():
+    rng, acceptance = np.random.default_rng(0), Acceptance()
+    right = rng.random((4000, 4)) < [0.8, 0.5, 0.5, 0.2]
+    lengths = 1 + np.cumprod(right, axis=1).sum(axis=1)
+    acceptance.add(lengths, np.full(4000, 4))
+    assert acceptance.tokens(4) == pytest.approx(1 + 0.8 + 0.4 + 0.2 + 0.04, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("accept_length", "expected"), [(1, NOTHING), (2, CHAINS[1]), (5, CHAINS[4])], ids=["none", "one", "all"]
+)
+def test_the_plan_that_pays_is_chosen(accept_length, expected):
+    """Drafts at a tenth of a round each: none right, the first alone, all."""
+    one = chooser({NOTHING: 1.0, CHAINS[1]: 1.1, CHAINS[2]: 1.2, CHAINS[4]: 1.4})
+    one.acceptance.add([accept_length] * 200, [4] * 200)
+    assert one.begin() == expected
+    assert one.go_on(CHAINS[2]) == expected
+
+
+def test_a_generation_that_drafts_nothing_stays_so_and_a_later_one_tries_again():
+    one = chooser({NOTHING: 1.0, CHAINS[1]: 1.1, CHAINS[4]: 1.4})
+    one.acceptance.add([1] * 200, [4] * 200)
+    assert one.go_on(NOTHING) == NOTHING
+    begun = [one.begin() for _ in range(2 * choosing.RETRY)]
+    assert [n for n, option in enumerate(begun, 1) if option != NOTHING] == [choosing.RETRY, 2 * choosing.RETRY]
+
+
+def test_what_there_is_to_choose_from(make_tiny, monkeypatch):
+    model = make_tiny()
+    assert options(model, SETTINGS, 1)[:2] == [Option(PLAIN, 1), Option(Plan("early-exit", 1), 2)]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    half = replace(model, manifest=replace(model.manifest, dtype="bfloat16"))
+    assert options(half, SETTINGS, 1) == [Option(PLAIN, 5), *(Option(Plan("chain", n), 5) for n in (1, 2, 3, 4))]
+
+
+def test_output_is_the_same_whatever_is_chosen(make_tiny):
+    """Plans change from stretch to stretch; the ids are those of plain decoding of the same width."""
+    model = make_tiny()
+    costs = {Option(Plan("early-exit", n), WIDTH): 1 + 0.3 * n for n in (1, 2, 4)}
+    one, seen = chooser(costs, model), []
+    original = one.go_on
+
+    def changing(option):
+        original(option)
+        seen.append(list(costs)[len(seen) % 3])
+        return seen[-1]
+
+    one.go_on = changing
+    prompts = [[5, 9, 2], [7, 7]]
+    plain, _ = generate_batch(model, prompts, SETTINGS, plain=True, eos_ids=())
+    found, _ = generate_batch(model, prompts, SETTINGS, eos_ids=(), chooser=one)
+    assert [row.output_ids for row in found] == [row.output_ids for row in plain]
+    assert len(seen) >= 1
+    rounds = sum(drafted > 0 for row in found for drafted in row.drafted)
+    assert one.acceptance.judged[0] == pytest.approx((1 - choosing.MEMORY**rounds) / (1 - choosing.MEMORY), rel=0.02)
+
+
+def test_costs_are_measured_once(make_tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("DVI_JAX_CACHE", str(tmp_path))
+    calls = []
+
+    def seconds(model, state, plan, drafts, rounds):
+        calls.append(str(plan))
+        return 1.0 + drafts, float(drafts)
+
+    monkeypatch.setattr(choosing, "round_seconds", seconds)
+    settings = DecodeConfig(draft_steps=2)
+    first = PlanChooser.measured(make_tiny(), settings, [1, 2])
+    assert calls == ["plain", "early-exit:1", "early-exit:2"]
+    assert (
+        PlanChooser.measured(make_tiny(), settings, [1, 2]).costs
+        == first.costs
+        == dict(zip(options(make_tiny(), settings, 1), (1.0, 2.0, 3.0), strict=True))
+    )
+    assert len(calls) == 3
+    (kept,) = (tmp_path / "plan_costs").iterdir()
+    kept.write_text("{broken", encoding="utf-8")
+    PlanChooser.measured(make_tiny(), settings, [1, 2])
+    assert len(calls) == 6

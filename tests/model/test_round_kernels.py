@@ -1,0 +1,91 @@
+"""A round through the GPU kernels, interpreted: the layout of rows, and the same bits however many there are."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dvi_jax.model import attention, decode_attention, decode_products, layers, residual
+from dvi_jax.model.drafters import fused
+from dvi_jax.model.speculative_llama import join
+from dvi_jax.presets import TINY
+from experiments.measure import random_model
+
+CONFIG = replace(TINY, num_layers=2, hidden_size=96, num_heads=3, num_kv_heads=1, intermediate_size=64)
+SLOTS, FILLED = 128, 70
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernels in place of XLA's products, norms and attention, as on a GPU."""
+    for name in ("product", "gated_product"):
+        kernel = partial(getattr(decode_products, name), interpret=True)
+        for module in (decode_products, layers):
+            monkeypatch.setattr(module, name, kernel)
+    monkeypatch.setattr(residual, "add_and_norm", partial(residual.add_and_norm, interpret=True))
+    attend = partial(decode_attention.cached_attention, interpret=True)
+    monkeypatch.setattr(decode_attention, "cached_attention", attend)
+    monkeypatch.setattr(decode_products, "is_supported", lambda rows, dtype: rows <= 64)
+    monkeypatch.setattr(decode_attention, "is_supported", lambda rows, size, dtype: True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(CONFIG, "bfloat16", 1, "fused")
+
+
+def caches(batch):
+    """Keys and values of every sequence, the same whatever the batch."""
+    keys = iter(jax.random.split(jax.random.key(1), 2 * CONFIG.num_layers))
+    shape = (4, CONFIG.num_kv_heads, SLOTS, CONFIG.head_dim)
+
+    def one():
+        return jax.random.normal(next(keys), shape, jnp.bfloat16)[:batch]
+
+    return [(attention.LayerCache(one(), one()),) for _ in range(CONFIG.num_layers)]
+
+
+def verified(model, tokens):
+    """Logits and caches of a pass over tokens [B, T] behind what is filled, by all layers."""
+
+    def run(params, tokens, below, above):
+        verifier = join(model.definition, params).llama
+        positions = FILLED + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, _, below = verifier.shallow(tokens, below, positions)
+        final, _, above = verifier.deep(hidden, above, positions)
+        return verifier.round_logits(final), below, above
+
+    return jax.device_get(jax.jit(run)(model.params, jnp.asarray(tokens), *caches(len(tokens))))
+
+
+def test_rows_are_alike_in_any_number(model, interpreted):
+    """Tokens 0 .. 4 of four sequences at once, then by themselves: every logit and every cached key to the bit."""
+    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, 5)).astype(np.int32)
+    whole = verified(model, tokens)
+    for batch, count in ((1, 1), (2, 3)):
+        part = verified(model, tokens[:batch, :count])
+        np.testing.assert_array_equal(part[0], whole[0][:batch, :count])
+        for few, all_ in zip(jax.tree.leaves(part[1:]), jax.tree.leaves(whole[1:]), strict=True):
+            np.testing.assert_array_equal(few[:, :, : FILLED + count], all_[:batch, :, : FILLED + count])
+
+
+def test_the_kernels_compute_what_xla_does(model, request):
+    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 3)).astype(np.int32)
+    by_xla = verified(model, tokens)
+    request.getfixturevalue("interpreted")
+    by_kernels = verified(model, tokens)
+    scale = np.abs(by_xla[0]).max()
+    np.testing.assert_allclose(by_kernels[0], by_xla[0], atol=0.02 * scale)
+    for found, expected in zip(jax.tree.leaves(by_kernels[1:]), jax.tree.leaves(by_xla[1:]), strict=True):
+        np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), atol=0.1, rtol=2.0**-6)
+
+
+def test_a_drafters_products(interpreted):
+    x = jax.random.normal(jax.random.key(0), (2, 3, 96), jnp.bfloat16)
+    weight = jax.random.normal(jax.random.key(1), (40, 96), jnp.bfloat16)
+    expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    found = np.asarray(fused.round_linear(x, weight), np.float64)
+    np.testing.assert_allclose(found, expected, rtol=2.0**-7, atol=1e-3)
