@@ -61,8 +61,10 @@ def untrained(case: Case) -> LoadedModel:
     return LoadedModel(SMALL, manifest, *split(build_model(SMALL, manifest, base)))
 
 
-def own_text(model: LoadedModel) -> np.ndarray:
+@cache
+def own_text() -> np.ndarray:
     """Greedy continuations by the verifier, of `PROMPTS` and of random tokens: int32 [ROWS, LENGTH]."""
+    model = untrained(Case())
     tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, (ROWS, LENGTH)).astype(np.int32)
     for row, prompt in zip(tokens, PROMPTS, strict=False):
         row[: len(prompt)] = prompt
@@ -91,7 +93,7 @@ def trained(drafter: str, dtype: str, trunk: str) -> tuple[LoadedModel, list[flo
         checkpoint="", out="", data=(), drafter=drafter, tokens=STEPS * ROWS * LENGTH, row_length=LENGTH,
         batch_rows=ROWS, warmup=1, lr=2e-2,
     )  # fmt: skip
-    state, tokens, losses = init_distill(model.params, config), own_text(model), []
+    state, tokens, losses = init_distill(model.params, config), own_text(), []
     for _ in range(STEPS):
         state, metrics = distill_step(
             model.definition, model.params, state, tokens, np.ones_like(tokens, bool), config=config
@@ -102,8 +104,9 @@ def trained(drafter: str, dtype: str, trunk: str) -> tuple[LoadedModel, list[flo
 
 @pytest.fixture
 def case_model(case: Case) -> LoadedModel:
-    """The case's model, its drafter trained."""
-    model, _ = trained(case.drafter, case.dtype, case.trunk)
+    """The case's model, its drafter trained beside a verifier in float32."""
+    parts, model = trained(case.drafter, "float32", case.trunk)[0].params, untrained(case)
+    model = model.with_params(parts._replace(base=model.params.base))
     if case.vocabulary == "whole":
         return model
     module = join(model.definition, model.params)
