@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
 from pathlib import Path
 
 import jax
@@ -29,12 +28,12 @@ from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.directories import cache_folder
 from dvi_jax.loading import LoadedModel
 
-STRETCH = 16  # rounds between two choices
+STRETCH = 64  # rounds until the first choice; twice as many until the next, and so on
 MEMORY = 0.995  # what a round still counts for after the next
 PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0  # of the first draft, and the drafts that it counts for
 RETRY = 8  # generations that draft nothing until one tries again
 MEASURED_TOKENS = 128  # room of a measured generation
-MEASURED_ROUNDS = 24  # of it on an accelerator, where starting a program takes as long as a round
+MEASURED_ROUNDS = 16  # of the shorter one on an accelerator, where rounds are short
 DRAFTS = (1, 2, 3, 4, 6, 8)  # numbers of drafts to choose from
 
 
@@ -112,28 +111,19 @@ class PlanChooser:
     def decode(self, state: DecodeState, knobs: Knobs, option: Option) -> DecodeState:
         """Rounds until every sequence is done, the first stretch by `option`; the state is donated.
 
-        The device is a stretch ahead of what is learned from, so that it never waits.
+        Stretches grow: each start of a program takes as long as a few rounds, and late choices change little.
         """
-        program = (self.model.definition, self.model.decode_params)
-        read, counts = 0, None
-        for stretch in count(1):
-            state = decode_rounds(*program, state, knobs._replace(until=jnp.int32(stretch * STRETCH)), option.plan)
-            ahead = jax.tree.map(jnp.copy, (state.accept_lengths, state.drafted, state.done))
-            if counts is not None:
-                read = self._learn(counts, read)
-                if np.all(counts[2]):
-                    break
-                option = self.go_on(option)
-            counts = ahead
-        return state
-
-    def _learn(self, counts: tuple[jax.Array, ...], read: int) -> int:
-        """Take in the rounds from number `read` on; how many there are now."""
-        accepted, drafted, _ = jax.device_get(counts)
-        rounds = int(np.max(np.sum(accepted > 0, axis=1)))
-        for lengths, drafts in zip(accepted[:, read:rounds], drafted[:, read:rounds], strict=True):
-            self.acceptance.add(lengths, drafts)
-        return rounds
+        program, until, read = (self.model.definition, self.model.decode_params), STRETCH, 0
+        while True:
+            state = decode_rounds(*program, state, knobs._replace(until=jnp.int32(until)), option.plan)
+            accepted, drafted, done, rounds = jax.device_get(
+                (state.accept_lengths, state.drafted, state.done, state.rounds)
+            )
+            for lengths, drafts in zip(accepted[:, read:rounds], drafted[:, read:rounds], strict=True):
+                self.acceptance.add(lengths, drafts)
+            if np.all(done):
+                return state
+            option, until, read = self.go_on(option), 2 * until + STRETCH, int(rounds)
 
     def _worth(self, option: Option) -> float:
         return self.acceptance.tokens(option.plan.drafts) / self.costs[option]

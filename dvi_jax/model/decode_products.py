@@ -32,7 +32,6 @@ WIDE, NARROW = 64, 32  # results of a row in one program
 WIDE_FROM = 4096  # results of a row, from which on blocks are wide
 ENOUGH = 128  # programs that keep a large GPU's memory busy
 TOO_FEW = 80  # programs, below which narrower blocks are faster
-WARPS = 4
 Ref = Any  # a pointer into an array; indexing gives another, `plt.load` and `plt.store` use it
 
 
@@ -43,6 +42,7 @@ class Blocks(NamedTuple):
     step: int  # terms of one step
     stages: int  # steps whose loads are under way at once
     parts: int
+    warps: int = 4
 
 
 def is_supported(rows: int, dtype: jnp.dtype) -> bool:
@@ -75,7 +75,7 @@ def product(
     R as `padded_rows` has it. `interpret` runs the kernel on any device, for tests. It has no derivative.
     """
     dtype = jnp.float32 if parts > 1 else jnp.dtype(out_dtype or x.dtype)
-    return _run(_kernel, x, weight, blocks_for(weight.shape, parts), dtype, interpret)
+    return _run(_kernel, x, weight, blocks_for(weight.shape, parts, len(x)), dtype, interpret)
 
 
 @partial(jax.jit, static_argnames=("interpret",))
@@ -84,7 +84,7 @@ def gated_product(x: jax.Array, weight: jax.Array, *, interpret: bool = False) -
 
     Both products are rounded to x's dtype, as is silu's result; R, `interpret` and derivative as for `product`.
     """
-    blocks = blocks_for((weight.shape[0] // 2, weight.shape[1]), 1)._replace(columns=NARROW)
+    blocks = gated_blocks_for((weight.shape[0] // 2, weight.shape[1]), len(x))
     return _run(_gated_kernel, x, weight, blocks, x.dtype, interpret)[0]
 
 
@@ -103,15 +103,25 @@ def laid_flat(x: jax.Array) -> jax.Array:
     return jnp.pad(x.reshape(rows, x.shape[2]), ((0, padded_rows(rows) - rows), (0, 0)))
 
 
-def blocks_for(shape: tuple[int, ...], parts: int) -> Blocks:
+def blocks_for(shape: tuple[int, ...], parts: int, rows: int) -> Blocks:
     """Blocks of a product with a weight of `shape` (out, in): measured on H100s, for SmolLM2 to 7B shapes."""
     out, width = shape
     length = width // parts
-    long = length % (2 * STEP) == 0 and length >= 6 * STEP
+    if rows > MOST_BLOCK_ROWS and out >= WIDE_FROM:
+        return Blocks(2 * WIDE, STEP, 4, parts)
     columns = WIDE if out >= WIDE_FROM else NARROW
     if pl.cdiv(out, columns) * parts < TOO_FEW:
         columns //= 2
-    return Blocks(columns, 2 * STEP if long else STEP, 4 if long else 5, parts)
+    if length % (2 * STEP) == 0 and length >= 6 * STEP:
+        return Blocks(columns, 2 * STEP, 4, parts)
+    return Blocks(columns, STEP, 5, parts)
+
+
+def gated_blocks_for(shape: tuple[int, ...], rows: int) -> Blocks:
+    """Blocks of a `gated_product` with weights of `shape` (F, in) for gate and up each, measured likewise."""
+    if rows >= MOST_BLOCK_ROWS:  # twice the sums: longer steps would leave a multiprocessor one program
+        return Blocks(WIDE if shape[0] >= WIDE_FROM else NARROW, STEP, 4, 1, warps=8)
+    return blocks_for(shape, 1, rows)._replace(columns=NARROW)
 
 
 def _run(kernel: Any, x: jax.Array, weight: jax.Array, blocks: Blocks, dtype: jnp.dtype, interpret: bool) -> jax.Array:
@@ -126,7 +136,7 @@ def _run(kernel: Any, x: jax.Array, weight: jax.Array, blocks: Blocks, dtype: jn
             blocks.parts,
         ),  # programs that share weights run together
         out_shape=jax.ShapeDtypeStruct((blocks.parts, rows, out), dtype),
-        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=blocks.stages),
+        compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name="product" if kernel is _kernel else "gated_product",
     )(x, weight)

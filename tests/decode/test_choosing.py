@@ -71,8 +71,9 @@ def test_what_there_is_to_choose_from(make_tiny, monkeypatch):
     assert options(half, SETTINGS, 1) == [Option(PLAIN, 5), *(Option(Plan("chain", n), 5) for n in (1, 2, 3, 4))]
 
 
-def test_output_is_the_same_whatever_is_chosen(make_tiny):
+def test_output_is_the_same_whatever_is_chosen(make_tiny, monkeypatch):
     """Plans change from stretch to stretch; the ids are those of plain decoding of the same width."""
+    monkeypatch.setattr(choosing, "STRETCH", 6)
     model = make_tiny()
     costs = {Option(Plan("early-exit", n), WIDTH): 1 + 0.3 * n for n in (1, 2, 4)}
     one, seen = chooser(costs, model), []
@@ -88,7 +89,7 @@ def test_output_is_the_same_whatever_is_chosen(make_tiny):
     plain, _ = generate_batch(model, prompts, SETTINGS, plain=True, eos_ids=())
     found, _ = generate_batch(model, prompts, SETTINGS, eos_ids=(), chooser=one)
     assert [row.output_ids for row in found] == [row.output_ids for row in plain]
-    assert len(seen) >= 1
+    assert len(seen) >= 2
     rounds = sum(drafted > 0 for row in found for drafted in row.drafted)
     assert one.acceptance.judged[0] == pytest.approx((1 - choosing.MEMORY**rounds) / (1 - choosing.MEMORY), rel=0.02)
 
