@@ -10,12 +10,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dvi_jax.checkpoint import DTYPES
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.memory import GIB
+from dvi_jax.decode.plan import Plan
 from dvi_jax.errors import UserError, add_debug
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
 
+AUTO = "auto"  # the plan is chosen while decoding
+AUTO_DRAFTS = 6  # most drafts that it chooses from
+
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `load_model` reads, and --draft-steps and --threshold."""
+    """Add the options that `load_model` and `decode_settings` read, --max-new-tokens apart."""
     defaults = DecodeConfig()
     parser.add_argument(
         "--checkpoint",
@@ -28,13 +32,40 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--any-drafter", action="store_true", help="even one that was made for other weights")
     parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="the only token ids to draft")
     parser.add_argument("--exit-layer", type=int, metavar="K", help="split elsewhere (untrained drafter only)")
-    parser.add_argument("--draft-steps", type=int, default=defaults.draft_steps, metavar="S")
+    parser.add_argument(
+        "--draft-steps",
+        type=int,
+        metavar="S",
+        help=f"most drafts of a round (default: {defaults.draft_steps}, with --plan auto {AUTO_DRAFTS})",
+    )
+    parser.add_argument(
+        "--plan",
+        metavar="PLAN",
+        help="how rounds draft: auto, plain, chain:N, block:N or early-exit:N (default: by device)",
+    )
     parser.add_argument(
         "--threshold", type=float, default=defaults.threshold, metavar="TAU", help="stop after a less probable draft"
     )
     parser.add_argument("--adaptive", action="store_true", help="measure what a draft costs; draft only while it pays")
     parser.add_argument("--memory-limit", type=float, metavar="GIB", help="refuse to take more than this")
     add_debug(parser)
+
+
+def decode_settings(options: argparse.Namespace) -> DecodeConfig:
+    """How the options say to decode; with `--plan auto` the plan is left open."""
+    defaults = DecodeConfig()
+    if options.plan in (None, AUTO):
+        plan, drafts = None, AUTO_DRAFTS if options.plan == AUTO else defaults.draft_steps
+        drafts = drafts if options.draft_steps is None else options.draft_steps
+    else:
+        plan, drafts = options.plan, Plan.parse(options.plan).drafts
+        if options.draft_steps not in (None, drafts):
+            raise UserError(
+                f"--plan {plan} makes {drafts} drafts a round: leave out --draft-steps {options.draft_steps}"
+            )
+    return DecodeConfig(
+        draft_steps=drafts, plan=plan, threshold=options.threshold, max_new_tokens=options.max_new_tokens
+    )
 
 
 def load_model(options: argparse.Namespace) -> LoadedModel:

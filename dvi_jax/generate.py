@@ -8,12 +8,14 @@ import sys
 import time
 from typing import Any
 
-from dvi_jax.command_line import add_model_options, load_model, memory_limit
+from dvi_jax.command_line import AUTO, add_model_options, decode_settings, load_model, memory_limit
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.data.conversations import Message
 from dvi_jax.decode.batch import Generation, check_prompts, choose_plan, generate_batch, slots_for
+from dvi_jax.decode.choosing import PlanChooser
 from dvi_jax.decode.cost import with_measured_cost
 from dvi_jax.decode.memory import Sizes, measure_memory
+from dvi_jax.decode.plan import Option, row_class
 from dvi_jax.decode.prefill import bucket
 from dvi_jax.decode.stream import Stream
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
@@ -25,9 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.json and options.stream:
         raise UserError("--json prints one object at the end: leave out --stream")
-    settings = DecodeConfig(
-        draft_steps=options.draft_steps, threshold=options.threshold, max_new_tokens=options.max_new_tokens
-    )
+    settings = decode_settings(options)
     sampling = _sampling(options)
     model = load_model(options)
     if options.drafter not in (None, model.manifest.drafter):
@@ -40,14 +40,20 @@ def main(arguments: list[str] | None = None) -> int:
     print(measure_memory(model, sizes, memory_limit(options)).describe(), file=sys.stderr)
     if options.adaptive:
         settings = with_measured_cost(model, prompt, settings)
+    option, chooser = Option(plan, settings.width), None
+    if options.plan == AUTO and not options.plain:
+        chooser = PlanChooser.measured(model, settings, prompt)
+        option = chooser.begin()
     if options.stream or options.stop:
+        settings = option.settings(settings)
         generation, seconds, text = _streamed(model, prompt, settings, options, eos_ids, sampling)
     else:
         (generation,), seconds = generate_batch(
-            model, [prompt], settings, plain=options.plain, eos_ids=eos_ids, sampling=sampling
+            model, [prompt], settings, plain=options.plain, eos_ids=eos_ids, sampling=sampling, chooser=chooser
         )
         text = model.tokenizer.decode(generation.new_ids) if model.tokenizer else ""
-    result = describe(generation, seconds, text)
+    about = {"plan": str(option.plan), "row_class": row_class(1, option.width, model.manifest.dtype)}
+    result = describe(generation, seconds, text) | about
     if options.json:
         print(json.dumps(result))
     else:
@@ -111,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeat")
     parser.add_argument("--stream", action="store_true", help="print the text as it comes")
     _add_sampling_options(parser)
-    parser.add_argument("--plain", action="store_true", help="draft nothing, in the same compiled program")
+    parser.add_argument("--plain", action="store_true", help="draft nothing, in passes of the same bits")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -72,6 +72,7 @@ class PlanChooser:
         """`costs`: seconds of a round of each option (`measured` finds them); `settings` say all but the plan."""
         self.model, self.settings, self.costs = model, settings, dict(costs)
         self.acceptance = Acceptance()
+        self.last: Option | None = None
         self._plain_generations = 0
 
     @classmethod
@@ -94,7 +95,11 @@ class PlanChooser:
         return cls(model, settings, costs)
 
     def begin(self) -> Option:
-        """The option of the next generation."""
+        """The option of the next generation, which is then `last`."""
+        self.last = self._begin()
+        return self.last
+
+    def _begin(self) -> Option:
         best = max(self.costs, key=self._worth)
         if best.plan.drafts:
             return best
@@ -106,7 +111,11 @@ class PlanChooser:
         """The option of the next stretch, of equal bits."""
         if not option.plan.drafts:
             return option
-        return max((other for other in self.costs if other.width == option.width), key=self._worth)
+        return max(self.alternatives(option), key=self._worth)
+
+    def alternatives(self, option: Option) -> list[Option]:
+        """What a generation that began with `option` may go on with."""
+        return [other for other in self.costs if other.width == option.width]
 
     def decode(self, state: DecodeState, knobs: Knobs, option: Option) -> DecodeState:
         """Rounds until every sequence is done, the first stretch by `option`; the state is donated.

@@ -13,9 +13,12 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from dvi_jax.command_line import add_model_options, load_model, memory_limit, progress_bar
+from dvi_jax.command_line import AUTO, add_model_options, decode_settings, load_model, memory_limit, progress_bar
 from dvi_jax.config import DecodeConfig
+from dvi_jax.decode.batch import choose_plan
+from dvi_jax.decode.choosing import PlanChooser
 from dvi_jax.decode.cost import with_measured_cost
+from dvi_jax.decode.plan import row_class
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.evaluate.plots import new_figure
 from dvi_jax.evaluate.report import render_report
@@ -33,11 +36,9 @@ DIFFERENT = 1  # exit status when an answer differs from plain decoding
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, measure, write the files, print the outcome; status 1 unless all answers are equal."""
     options = _parser().parse_args(arguments)
-    settings = DecodeConfig(
-        draft_steps=options.draft_steps, threshold=options.threshold, max_new_tokens=options.max_new_tokens
-    )
+    settings = decode_settings(options)
     if settings.draft_steps < 1:
-        raise UserError("--draft-steps must be at least 1: with 0 there is nothing to compare with plain decoding")
+        raise UserError("a plan that drafts is needed: without drafts there is nothing to compare with plain decoding")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit must be at least 1, got {options.limit}")
     new_figure(1, 1)  # without matplotlib there is no report: say so before the work, not after
@@ -48,8 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
     model = load_model(options)
     if options.adaptive:
         settings = with_measured_cost(model, first_prompt(PairedDecoder(model, settings), questions), settings)
+    chooser = None
+    if options.plan == AUTO:
+        prompt = first_prompt(PairedDecoder(model, settings), questions)
+        chooser = PlanChooser.measured(model, settings, prompt)
     about = describe_run(model, settings, options, len(questions))
-    decoder = PairedDecoder(model, settings, memory_limit(options))
+    decoder = PairedDecoder(model, settings, memory_limit(options), chooser)
     summary = evaluate(decoder, questions, about, out, Console(stderr=True))
     print(outcome(summary, out))
     return DIFFERENT if summary["differences"] else 0
@@ -80,8 +85,8 @@ def evaluate(
                 plain_texts = [decoder.tokenizer.decode(trace.new_ids) for trace in plain]
                 plain_answer_file.append(answer_line(question, about["model_id"] + "-plain", plain_texts, plain))
             for turn in answered.turns:
-                trace_file.append(trace_line(turn.plain))
-                trace_file.append(trace_line(turn.speculative))
+                for trace in (turn.plain, turn.speculative, *([turn.narrow] if turn.narrow else [])):
+                    trace_file.append(trace_line(trace))
             metrics_file.append(question_metrics(len(answers), answered, draft_steps))
             display.update(answers, draft_steps)
         turns = [turn for answered in answers for turn in answered.turns]
@@ -115,6 +120,8 @@ def describe_run(
         "exit_layer": manifest.exit_layer,
         "num_layers": model.config.num_layers,
         "training_step": manifest.training_step,
+        "plan": AUTO if options.plan == AUTO else str(choose_plan(model, settings)),
+        "row_class": row_class(1, settings.width, manifest.dtype),
         "draft_steps": settings.draft_steps,
         "threshold": settings.threshold,
         "draft_cost": settings.draft_cost,
@@ -133,9 +140,10 @@ def outcome(summary: dict[str, Any], out: Path) -> str:
     lines = [
         f"tokens per round {_show(overall['tokens_per_round'], '.2f')}"
         f"  accept rate {_show(overall['accept_rate'], '.1%')}",
-        f"tokens per second: plain {_show(overall['plain']['tokens_per_second'], '.1f')},"
+        f"tokens per second: fastest plain {_show(overall['fastest_plain']['tokens_per_second'], '.1f')},"
         f" speculative {_show(overall['speculative']['tokens_per_second'], '.1f')}"
-        f"  ({_show(overall['speedup'], '.2f')}x)",
+        f"  ({_show(overall['speedup_over_fastest'], '.2f')}x; plain of equal width"
+        f" {_show(overall['plain']['tokens_per_second'], '.1f')}, {_show(overall['speedup'], '.2f')}x)",
         f"identical outputs: {overall['identical_questions']} of {overall['questions']} questions",
     ]
     if skipped["turns"]:
@@ -158,7 +166,7 @@ class Display:
         so_far = measure([turn for answered in answers for turn in answered.turns], draft_steps)
         note = (
             f"{_show(so_far['tokens_per_round'], '.2f')} tokens per round"
-            f"  {_show(so_far['speedup'], '.2f')}x"
+            f"  {_show(so_far['speedup_over_fastest'], '.2f')}x"
             f"  {so_far['identical_questions']} of {so_far['questions']} identical"
         )
         self.bar.update(self.task, completed=len(answers), note=note)

@@ -1,4 +1,4 @@
-"""Runs questions: each turn decoded plainly and speculatively by one compiled program, side by side in time."""
+"""Runs questions: each turn decoded plainly and speculatively, side by side in time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from dvi_jax.data.conversations import Message
 from dvi_jax.data.template import TemplateRefusedError
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.decode.batch import Generation, choose_plan, make_knobs, read_generations, slots_for, start
+from dvi_jax.decode.choosing import PlanChooser
 from dvi_jax.decode.memory import Sizes, measure_memory
+from dvi_jax.decode.plan import PLAIN as PLAIN_PLAN
+from dvi_jax.decode.plan import Option, rows_alike
 from dvi_jax.decode.prefill import bucket
 from dvi_jax.decode.speculative import decode_rounds
-from dvi_jax.decode.state import DecodeState
+from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import UserError
 from dvi_jax.evaluate.spec_bench import Question
-from dvi_jax.evaluate.trace import PLAIN, SPECULATIVE, Trace, Turn
+from dvi_jax.evaluate.trace import FASTEST, PLAIN, SPECULATIVE, Trace, Turn
 from dvi_jax.loading import LoadedModel
 
 TOO_LONG = "prompt and new tokens exceed the model's context"
@@ -59,19 +62,27 @@ class TimedGeneration:
 
 
 class PairedDecoder:
-    """Decodes a prompt in either mode, at batch 1, with verifying passes of one row class.
+    """Decodes a prompt plainly and speculatively, at batch 1, in verifying passes of one row class.
 
-    Cache slots follow the prompt's bucket, so a stream of prompts needs a handful of programs. Each is compiled and
-    run once before anything is timed.
+    And plainly one row wide, where that is another class: the fastest plain decoding. Cache slots follow the prompt's
+    bucket, so a stream of prompts needs a handful of programs. Each is compiled and run once before anything is timed.
     """
 
-    def __init__(self, model: LoadedModel, settings: DecodeConfig, memory_limit: int | None = None):
-        """`memory_limit`: bytes; a prompt whose caches do not fit raises `UserError` with the numbers."""
-        self.model, self.settings, self._limit = model, settings, memory_limit
-        self._knobs = {mode: make_knobs(settings, model.eos_ids, plain=mode == PLAIN) for mode in (PLAIN, SPECULATIVE)}
-        self._plans = {mode: choose_plan(model, settings, plain=mode == PLAIN) for mode in (PLAIN, SPECULATIVE)}
-        self._programs: dict[tuple[str, int], Any] = {}  # by mode and cache slots
-        self._warm: set[int] = set()  # prompt buckets
+    def __init__(
+        self,
+        model: LoadedModel,
+        settings: DecodeConfig,
+        memory_limit: int | None = None,
+        chooser: PlanChooser | None = None,
+    ):
+        """`memory_limit`: bytes; a prompt whose caches do not fit raises `UserError` with the numbers.
+
+        `chooser` chooses how to draft; without one the settings say it.
+        """
+        self.model, self.settings, self._limit, self._chooser = model, settings, memory_limit, chooser
+        self._alike = rows_alike(settings.width, model.manifest.dtype)
+        self._programs: dict[tuple[Option, int], Any] = {}  # by plan, width and cache slots
+        self._warm: set[tuple[Option, int]] = set()  # by plan, width and prompt bucket
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -81,50 +92,65 @@ class PairedDecoder:
         )
 
     def both(self, prompt: Sequence[int], *, plain_first: bool) -> dict[str, TimedGeneration]:
-        """The prompt decoded in both modes, by mode, in the order asked for."""
-        self._warm_up(prompt)
-        order = (PLAIN, SPECULATIVE) if plain_first else (SPECULATIVE, PLAIN)
-        return {mode: self._decode(prompt, mode) for mode in order}
+        """The prompt decoded in every mode, by mode, in the order asked for."""
+        modes = self._modes()
+        chosen = () if self._chooser is None else self._chooser.alternatives(modes[SPECULATIVE])
+        for mode, option in (*modes.items(), *((SPECULATIVE, option) for option in chosen)):
+            self._warm_up(prompt, option, plain=mode != SPECULATIVE)
+        order = list(modes) if plain_first else list(reversed(modes))
+        return {mode: self._decode(prompt, mode, modes[mode]) for mode in order}
 
-    def _decode(self, prompt: Sequence[int], mode: str) -> TimedGeneration:
+    def _modes(self) -> dict[str, Option]:
+        """How each mode decodes the next prompt."""
+        if self._chooser is None:
+            option = Option(choose_plan(self.model, self.settings), self.settings.width)
+        else:
+            option = self._chooser.begin()
+        plain = choose_plan(self.model, option.settings(self.settings), plain=True)
+        narrow = {} if self._alike or option.width == 1 else {FASTEST: Option(PLAIN_PLAN, 1)}
+        return {PLAIN: Option(plain, option.width), **narrow, SPECULATIVE: option}
+
+    def _decode(self, prompt: Sequence[int], mode: str, option: Option) -> TimedGeneration:
         began = time.perf_counter()
-        state = self._start(prompt, mode)
+        state, knobs = self._start(prompt, option, plain=mode != SPECULATIVE)
         prefilled = time.perf_counter()
         slots = state.tokens.shape[1]
-        program = self._programs[mode, slots]
         decoding = time.perf_counter()
-        state = jax.block_until_ready(program(self.model.decode_params, state, self._knobs[mode]))
+        if mode == SPECULATIVE and self._chooser is not None:
+            state = jax.block_until_ready(self._chooser.decode(state, knobs, option))
+        else:
+            state = jax.block_until_ready(self._programs[option, slots](self.model.decode_params, state, knobs))
         ended = time.perf_counter()
         (generation,) = read_generations(state, [len(prompt)], self.model.eos_ids)
         return TimedGeneration(generation, slots, prefilled - began, ended - decoding)
 
-    def _start(self, prompt: Sequence[int], mode: str) -> DecodeState:
-        return jax.block_until_ready(start(self.model, [prompt], self.settings, self._knobs[mode]))
+    def _start(self, prompt: Sequence[int], option: Option, *, plain: bool) -> tuple[DecodeState, Knobs]:
+        settings = option.settings(self.settings)
+        knobs = make_knobs(settings, self.model.eos_ids, plain=plain)
+        return jax.block_until_ready(start(self.model, [prompt], settings, knobs)), knobs
 
-    def _warm_up(self, prompt: Sequence[int]) -> None:
+    def _warm_up(self, prompt: Sequence[int], option: Option, *, plain: bool) -> None:
         """Compile what this prompt's bucket needs, and run a few rounds: first runs allocate and record graphs."""
-        padded = bucket(len(prompt))
-        if padded in self._warm:
+        padded, settings = bucket(len(prompt)), option.settings(self.settings)
+        if (option, padded) in self._warm:
             return
-        measure_memory(
-            self.model,
-            Sizes(1, slots_for(len(prompt), self.settings), self.settings.width, padded, plan=self._plans[SPECULATIVE]),
-            self._limit,
-        )
-        for mode, knobs in self._knobs.items():
-            state = self._start(prompt, mode)
-            slots = state.tokens.shape[1]
-            if (mode, slots) not in self._programs:
-                self._programs[mode, slots] = decode_rounds.lower(
-                    self.model.definition, self.model.decode_params, state, knobs, self._plans[mode]
-                ).compile()
-            few = state.replace(limit=jnp.minimum(state.limit, state.length + 3 * self.settings.width))
-            jax.block_until_ready(self._programs[mode, slots](self.model.decode_params, few, knobs))
-        self._warm.add(padded)
+        sizes = Sizes(1, slots_for(len(prompt), settings), option.width, padded, plan=option.plan)
+        measure_memory(self.model, sizes, self._limit)
+        state, knobs = self._start(prompt, option, plain=plain)
+        slots = state.tokens.shape[1]
+        program = (self.model.definition, self.model.decode_params)
+        if (option, slots) not in self._programs:
+            self._programs[option, slots] = decode_rounds.lower(*program, state, knobs, option.plan).compile()
+        few = state.replace(limit=jnp.minimum(state.limit, state.length + 3 * option.width))
+        jax.block_until_ready(self._programs[option, slots](self.model.decode_params, few, knobs))
+        if self._chooser is not None and not plain:  # it calls the program, which jax then finds compiled
+            state, knobs = self._start(prompt, option, plain=plain)
+            jax.block_until_ready(decode_rounds(*program, state, knobs, option.plan))
+        self._warm.add((option, padded))
 
 
 def run_questions(decoder: PairedDecoder, questions: Sequence[Question]) -> Iterator[Answered]:
-    """Hold every conversation, one question after the other; which mode goes first alternates."""
+    """Hold every conversation, one question after the other; their order alternates."""
     for index, question in enumerate(questions):
         yield hold_conversation(decoder, question, plain_first=index % 2 == 0)
 
@@ -141,7 +167,7 @@ def first_prompt(decoder: PairedDecoder, questions: Sequence[Question]) -> list[
 
 
 def hold_conversation(decoder: PairedDecoder, question: Question, *, plain_first: bool) -> Answered:
-    """Ask the turns in order; a later prompt holds the model's own earlier answers, the same for both modes."""
+    """Ask the turns in order; a later prompt holds the model's own earlier answers, the same for every mode."""
     answered = Answered(question, [], [], [])
     messages: list[Message] = []
     for number, text in enumerate(question.turns):
@@ -153,8 +179,8 @@ def hold_conversation(decoder: PairedDecoder, question: Question, *, plain_first
             answered.skipped.extend(Skipped(question.question_id, turn, EARLIER_TURN) for turn in later)
             break
         timed = decoder.both(prompt, plain_first=plain_first == (number % 2 == 0))
-        traces = {mode: _trace(question, number, prompt, mode, timed) for mode in (PLAIN, SPECULATIVE)}
-        answered.turns.append(Turn(traces[PLAIN], traces[SPECULATIVE]))
+        traces = {mode: _trace(question, number, prompt, mode, timed) for mode in timed}
+        answered.turns.append(Turn(traces[PLAIN], traces[SPECULATIVE], traces.get(FASTEST)))
         answered.texts.append(decoder.tokenizer.decode(traces[SPECULATIVE].new_ids))
         messages.append(Message("assistant", answered.texts[-1]))
     return answered

@@ -10,7 +10,7 @@ from typing import Any
 from dvi_jax.decode.acceptance import accept_length_histogram, consecutive_accept_rates, measure_acceptance
 from dvi_jax.evaluate.runner import Skipped
 from dvi_jax.evaluate.spec_bench import MT_BENCH
-from dvi_jax.evaluate.trace import PLAIN, SPECULATIVE, Trace, Turn
+from dvi_jax.evaluate.trace import FASTEST, PLAIN, SPECULATIVE, Trace, Turn
 
 FORMAT_VERSION = 1
 
@@ -51,13 +51,15 @@ def summarise(
 def measure(turns: Sequence[Turn], draft_steps: int) -> dict[str, Any]:
     """All numbers about some turns. Lists run over draft positions or accept lengths, from 1; None: nothing to count.
 
-    Tokens per second is total tokens over total seconds of decoding; the prefill and its token stand apart.
+    Tokens per second is total tokens over total seconds of decoding; the prefill and its token stand apart. `speedup`
+    is over plain decoding in passes of equal width, `speedup_over_fastest` over the fastest plain decoding.
     """
     traces = [turn.speculative for turn in turns]
     acceptance = measure_acceptance(traces)
     judged = [sum(min(d, a) > i for t in traces for d, a in _rounds(t)) for i in range(draft_steps)]
     rates = [*acceptance.per_position, *[0.0] * draft_steps][:draft_steps]
     plain, speculative = speed([turn.plain for turn in turns]), speed(traces)
+    fastest = speed([turn.fastest for turn in turns])
     return {
         "questions": len({trace.question_id for trace in traces}),
         "generations": len(turns),
@@ -77,7 +79,10 @@ def measure(turns: Sequence[Turn], draft_steps: int) -> dict[str, Any]:
         "speedup_with_prefill": _ratio(
             speculative["tokens_per_second_with_prefill"], plain["tokens_per_second_with_prefill"]
         ),
+        FASTEST: fastest,
+        "speedup_over_fastest": _ratio(speculative["tokens_per_second"], fastest["tokens_per_second"]),
         "median_speedup": _median([turn_speedup(turn) for turn in turns]),
+        "fastest_plain_identical": sum(turn.fastest.new_ids == turn.speculative.new_ids for turn in turns),
         "identical_questions": _identical_questions(turns),
         "identical_generations": sum(turn.identical for turn in turns),
     }
@@ -98,8 +103,8 @@ def speed(traces: Sequence[Trace]) -> dict[str, Any]:
 
 
 def turn_speedup(turn: Turn) -> float | None:
-    """How many times faster this turn was decoded speculatively; None for an answer of the prefill's token alone."""
-    speculative, plain = turn.speculative, turn.plain
+    """How many times faster than by the fastest plain decoding; None for an answer of the prefill's token alone."""
+    speculative, plain = turn.speculative, turn.fastest
     return _ratio(
         _ratio(speculative.decoded_tokens, speculative.seconds),
         _ratio(plain.decoded_tokens, plain.seconds),

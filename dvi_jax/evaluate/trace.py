@@ -9,7 +9,8 @@ from typing import Any
 
 from dvi_jax.errors import UserError
 
-PLAIN, SPECULATIVE = "plain", "speculative"
+# FASTEST: plain decoding one row wide, where a row among more has other bits and so PLAIN is as wide as SPECULATIVE
+PLAIN, SPECULATIVE, FASTEST = "plain", "speculative", "fastest_plain"
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Trace:
     question_id: int | str
     category: str
     turn: int  # from 0
-    mode: str  # PLAIN or SPECULATIVE
-    ran_first: bool  # of the two modes
+    mode: str  # PLAIN, SPECULATIVE or FASTEST
+    ran_first: bool  # of the modes
     prompt_tokens: int
     cache_slots: int
     drafted: list[int]
@@ -41,14 +42,20 @@ class Trace:
 
 @dataclass(frozen=True)
 class Turn:
-    """The same turn answered twice, in both modes."""
+    """The same turn answered in every mode."""
 
-    plain: Trace
+    plain: Trace  # in passes of the same bits as the speculative ones
     speculative: Trace
+    narrow: Trace | None = None  # in mode FASTEST; None where `plain` is the fastest plain decoding there is
+
+    @property
+    def fastest(self) -> Trace:
+        """The fastest plain decoding."""
+        return self.narrow or self.plain
 
     @property
     def identical(self) -> bool:
-        """Both modes gave the same ids."""
+        """Plain and speculative decoding gave the same ids."""
         return self.plain.new_ids == self.speculative.new_ids
 
     def first_difference(self) -> int | None:
