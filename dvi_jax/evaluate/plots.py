@@ -45,7 +45,7 @@ def category_rows(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def plot_speed(summary: dict[str, Any]) -> Figure:
-    """Tokens per second of the fastest plain and of speculative decoding, a pair of bars per category, with the ratio beside it."""
+    """Tokens per second of fastest plain and speculative decoding, a pair of bars per category, and their ratio."""
     rows = category_rows(summary)
     figure = new_figure(9.0, 1.2 + 0.34 * len(rows))
     axes = figure.subplots()

@@ -114,7 +114,7 @@ order alternates. Compilation and first runs are not in the times.</dd>
 of equal bits computes as many rows as the speculative passes, and the fastest plain decoding is measured apart; its
 answers were identical in {{ overall.fastest_plain_identical }} of {{ overall.generations }} turns.</dd>
 <dt>Tokens per second</dt><dd>Total tokens over total seconds of decoding. The prefill and the one token it yields are
-left out, except under 'with prefill', where both count. 
+left out, except under 'with prefill', where both count.
 'median' is the median speed-up of single answers over the fastest plain decoding.</dd>
 <dt>Tokens per round</dt><dd>Mean accept length: accepted drafts plus the verifier's own token.</dd>
 <dt>Accept rate</dt><dd>Accepted drafts over judged drafts. Judged are all up to and with a round's first reject; the

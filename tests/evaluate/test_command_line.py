@@ -36,7 +36,7 @@ def test_every_file_is_there(evaluation):
 def test_traces_hold_both_modes_of_every_turn_asked(evaluation):
     asked = [(trace["question_id"], trace["turn"], trace["mode"]) for trace in lines(evaluation / "traces.jsonl")]
     turns = [(1, 0), (1, 1), (2, 0), ("three", 0), (5, 0)]
-    assert asked == [(*turn, mode) for turn in turns for mode in ("plain", "speculative")]
+    assert asked == [(*turn, mode) for turn in turns for mode in ("plain", "speculative", "fastest_plain")]
 
 
 def test_summary_agrees_with_the_traces(evaluation):
@@ -127,7 +127,10 @@ def test_an_answer_that_differs_fails_the_command(checkpoint, questions_file, tm
         ({"--checkpoint": "nowhere"}, "no checkpoint at nowhere"),
         ({"--limit": "0"}, "--limit must be at least 1, got 0"),
         ({"--limit": "two"}, "argument --limit: invalid int value: 'two'"),
-        ({"--draft-steps": "0"}, "--draft-steps must be at least 1"),
+        ({"--draft-steps": "0"}, "a plan that drafts is needed"),
+        ({"--plan": "plain"}, "a plan that drafts is needed"),
+        ({"--plan": "tree"}, "plan 'tree': it must be plain, chain:N, block:N or early-exit:N"),
+        ({"--plan": "block:2"}, "plan block:2: drafter exit_head takes chain:N or early-exit:N"),
         ({"--draft-steps": "17"}, "draft_steps must be between 0 and 16, got 17"),
         ({"--threshold": "nan"}, "threshold must be 0 or above, got nan"),
         ({"--max-new-tokens": "0"}, "max_new_tokens must be at least 1, got 0"),

@@ -90,7 +90,7 @@ def test_rows_show_the_numbers(page_of):
     # 5 tokens in 2 rounds; 3 of 3 and 0 of 1 judged drafts accepted.
     assert by_label["<i>odd</i>"][1:4] == ["1", "2.50", "75.0%"]
     # 2 tokens in 1 s against 2 s; with the prefills 3 in 1.5 s against 2.5 s.
-    assert by_label["qa"][-4:] == ["0.50x", "0.60x", "0.50x", "1 of 1"]
+    assert by_label["qa"][-6:] == ["0.50x", "0.50x", "2.0", "0.50x", "0.60x", "1 of 1"]
     assert by_label["overall"][1:4] == ["2", "2.33", "66.7%"]
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.batch import generate_batch
+from dvi_jax.decode.choosing import PlanChooser
+from dvi_jax.decode.plan import Option, Plan
 from dvi_jax.errors import UserError
 from dvi_jax.evaluate import runner
 from dvi_jax.evaluate.runner import EARLIER_TURN, TOO_LONG, PairedDecoder, Skipped, first_prompt, run_questions
@@ -93,13 +95,14 @@ def test_turns_beyond_the_context_are_skipped_with_their_reason(decoder, model):
     assert answers[2].skipped == [Skipped(3, 1, TOO_LONG), Skipped(3, 2, EARLIER_TURN)]
 
 
-def test_one_program_serves_both_modes_and_all_prompts_of_its_size(model, monkeypatch):
+def test_a_program_serves_all_prompts_of_its_size(model, monkeypatch):
+    """Early exit drafts nothing where nothing is wanted: two programs a size, that one and one of a single row."""
     compiled = []
 
     class Counting:
         @staticmethod
         def lower(*arguments):
-            compiled.append(arguments[2].tokens.shape[1])
+            compiled.append((arguments[2].tokens.shape[1], arguments[2].committed.hidden.shape[1], str(arguments[4])))
             return decode.lower(*arguments)
 
     decode = runner.decode_rounds
@@ -108,7 +111,8 @@ def test_one_program_serves_both_modes_and_all_prompts_of_its_size(model, monkey
     answers = list(run_questions(PairedDecoder(model, SETTINGS), questions))
     slots = [trace.cache_slots for a in answers for trace in (a.turns[0].plain, a.turns[0].speculative)]
     assert len(set(slots)) == 2
-    assert sorted(compiled) == sorted(set(slots))
+    programs = [(size, *program) for size in set(slots) for program in ((1, "plain"), (4, "early-exit:3"))]
+    assert sorted(compiled) == sorted(programs)
 
 
 def test_questions_of_which_none_can_be_asked_are_refused(decoder):
@@ -121,3 +125,29 @@ def test_questions_of_which_none_can_be_asked_are_refused(decoder):
 def test_a_model_without_tokenizer_is_refused(model):
     with pytest.raises(UserError, match="no tokenizer"):
         first_prompt(PairedDecoder(replace(model, tokenizer=None), SETTINGS), [TWO_TURNS])
+
+
+def test_the_fastest_plain_decoding_is_one_row_wide(decoder, model):
+    (answered,) = run_questions(decoder, [TWO_TURNS])
+    for turn, prompt in zip(answered.turns, decoder.prompts, strict=True):
+        (narrow,), _ = generate_batch(model, [prompt], replace(SETTINGS, draft_steps=0))
+        assert turn.fastest is turn.narrow
+        assert (turn.fastest.mode, turn.fastest.new_ids) == ("fastest_plain", narrow.new_ids)
+
+
+def test_where_rows_are_alike_plain_decoding_is_the_fastest(model, monkeypatch):
+    monkeypatch.setattr(runner, "rows_alike", lambda rows, dtype: True)
+    (answered,) = run_questions(PairedDecoder(model, SETTINGS), [TWO_TURNS])
+    assert all(turn.narrow is None and turn.fastest is turn.plain for turn in answered.turns)
+
+
+def test_a_chooser_chooses_every_generation(model):
+    """It starts with what costs nothing, is told what was accepted, and plain decoding follows its width."""
+    costs = {Option(Plan("early-exit", 3), 4): 1.0, Option(Plan("early-exit", 1), 2): 50.0}
+    chooser = PlanChooser(model, SETTINGS, costs)
+    (answered,) = run_questions(PairedDecoder(model, SETTINGS, chooser=chooser), [TWO_TURNS])
+    assert all(turn.identical and max(turn.speculative.drafted) == 3 for turn in answered.turns)
+    assert chooser.acceptance.judged[0] > 1
+    chooser.costs[Option(Plan("early-exit", 1), 2)] = 0.01
+    (answered,) = run_questions(PairedDecoder(model, SETTINGS, chooser=chooser), [TWO_TURNS])
+    assert all(turn.identical and max(turn.speculative.drafted) == 1 for turn in answered.turns)

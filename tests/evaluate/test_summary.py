@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -85,3 +86,18 @@ def test_skipped_turns_are_counted_by_reason(turns):
         "questions_not_asked": 1,
         "reasons": {TOO_LONG: 2, EARLIER_TURN: 1},
     }
+
+
+def test_the_fastest_plain_decoding_stands_apart(turns):
+    """Twice as fast as plain of equal width; one of its answers differs."""
+    narrow = [replace(turn.plain, mode="fastest_plain", seconds=turn.plain.seconds / 2) for turn in turns]
+    narrow[0] = replace(narrow[0], new_ids=[*narrow[0].new_ids[:-1], 99])
+    overall = measure([replace(turn, narrow=trace) for turn, trace in zip(turns, narrow, strict=True)], 3)
+    assert overall["fastest_plain"]["tokens_per_second"] == pytest.approx(2 * 12 / 9.25)
+    assert overall["speedup_over_fastest"] == pytest.approx(0.5)
+    assert overall["speedup"] == pytest.approx(1.0)
+    assert overall["median_speedup"] == pytest.approx(1.0)  # of 1, 0.25 and 1
+    assert overall["fastest_plain_identical"] == 3
+    assert overall["identical_generations"] == 4
+    alone = measure(turns, 3)
+    assert alone["fastest_plain"] == alone["plain"]
