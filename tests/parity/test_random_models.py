@@ -92,7 +92,7 @@ def check_run(decode_alone, reference, model, run):
 
 @pytest.mark.parametrize(("name", "exit_layer"), EXITS)
 def test_reference_and_jax_agree(both_sides, decode_alone, name, exit_layer):
-    @settings(max_examples=18, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
     @given(seed=st.integers(0, 2**20), run=runs())
     def check(seed, run):
         check_run(decode_alone, *both_sides(CONFIGS[name], seed, exit_layer), run)
