@@ -25,10 +25,9 @@ def restricted(model, ids, tmp_path):
 def test_proposals_stay_inside_and_output_is_unchanged(make_tiny, tmp_path):
     model = make_tiny()
     few = restricted(model, list(range(0, 64, 3)), tmp_path)
-    plain, _ = generate_batch(model, PROMPTS, SETTINGS, plain=True, eos_ids=())
-    fast, _ = generate_batch(few, PROMPTS, SETTINGS, eos_ids=())
+    plain, _ = generate_batch(model, PROMPTS, SETTINGS, plain=True)
+    windows, fast = rollout(few, PROMPTS, SETTINGS, longest_prompt=8)
     assert [g.output_ids for g in fast] == [g.output_ids for g in plain]
-    windows, _ = rollout(few, PROMPTS, SETTINGS, longest_prompt=8)
     proposals = np.asarray(windows.proposal)
     proposals = proposals[proposals >= 0]
     assert len(proposals) > 10

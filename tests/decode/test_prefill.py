@@ -65,12 +65,13 @@ def begin(
 
 
 def finish(model: LoadedModel, state: DecodeState) -> list[list[int]]:
-    state = decode_rounds(model.definition, model.decode_params, state, KNOBS)
+    state = jax.device_get(decode_rounds(model.definition, model.decode_params, state, KNOBS))
     return [row[:length].tolist() for row, length in zip(state.tokens, state.length, strict=True)]
 
 
 def check_same_state(state: DecodeState, expected: DecodeState) -> None:
     """Equal to rounding in all that decoding and learning read; what lies behind a prompt is free."""
+    state, expected = jax.device_get((state, expected))
     np.testing.assert_array_equal(state.tokens, expected.tokens)
     np.testing.assert_array_equal(state.length, expected.length)
     pairs = [
@@ -90,10 +91,10 @@ def test_chunks_against_the_original(golden, small_chunks):
     """Rows of 3 to 33 tokens in three chunks: hidden states of the PyTorch original, ids of transformers 4.33.3."""
     model, prompts = golden.model, [run["prompt"] for run in golden.runs]
     state = begin(model, prompts)
+    features, hidden = jax.device_get((state.signals.features.final, state.committed.hidden))
     for row, prompt in enumerate(prompts):
-        features = state.signals.features.final[row, 1 : len(prompt) + 1]
-        np.testing.assert_allclose(features, golden.stages[f"hidden_last_{row}"], atol=1e-5)
-        np.testing.assert_allclose(state.committed.hidden[row, 0], golden.stages[f"hidden_exit_{row}"][-1], atol=1e-5)
+        np.testing.assert_allclose(features[row, 1 : len(prompt) + 1], golden.stages[f"hidden_last_{row}"], atol=1e-5)
+        np.testing.assert_allclose(hidden[row, 0], golden.stages[f"hidden_exit_{row}"][-1], atol=1e-5)
     for run, ids in zip(golden.runs, finish(model, state), strict=True):
         count = min(len(ids), len(run["greedy_ids"]))
         assert ids[:count] == run["greedy_ids"][:count]
@@ -105,7 +106,7 @@ def test_prefix_against_transformers(golden):
     sequence = run["greedy_ids"]
     prefix = make_prefix(golden.model, sequence[:33])
     state = begin(golden.model, [sequence[:length] for length in (33, 34, 35, 40, 45, 50, 60, 63)], prefix)
-    features = state.signals.features.final[-1, 1:34]
+    features = np.asarray(state.signals.features.final)[-1, 1:34]
     np.testing.assert_allclose(features, golden.stages[f"hidden_last_{golden.runs.index(run)}"], atol=1e-5)
     for ids in finish(golden.model, state):
         assert ids[: len(sequence)] == sequence
@@ -123,7 +124,8 @@ def test_one_state_however_prefilled(fused, small_chunks, monkeypatch):
     check_same_state(in_chunks, whole)
     check_same_state(on_prefix, whole)
     # The shared slots are copies: the same bits in every row of every batch.
-    for cache, rows in zip(jax.tree.leaves(on_prefix.deep), jax.tree.leaves(prefix.filled.deep), strict=True):
+    copied, original = (jax.tree.leaves(jax.device_get(x.deep)) for x in (on_prefix, prefix.filled))
+    for cache, rows in zip(copied, original, strict=True):
         for row in cache[:, :, :20]:
             np.testing.assert_array_equal(row, rows[0, :, :20])
 

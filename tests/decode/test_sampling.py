@@ -26,6 +26,7 @@ from dvi_jax.decode import sampling as sampling_module
 from dvi_jax.decode import speculative
 from dvi_jax.decode.batch import generate_batch
 from dvi_jax.decode.sampling import Purpose, Sampling, draw_draft, draw_verified, log_probs
+from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel, build_model
 from dvi_jax.model.llama import random_base
@@ -139,15 +140,22 @@ def make_rows(*, coupled):
     return Sampling.make(rows, [[2]] * DRAWS, 5), jnp.full(DRAWS, 7)
 
 
-def first_tokens(log_q, *, coupled):
-    """The token that a round of each row commits first, and whether it was the draft."""
-    sampling, position = make_rows(coupled=coupled)
+def draft_and_verify(log_q, sampling, position):
+    """One draft of each row and what the verifier makes of it: tokens [DRAWS], twice."""
     pending = jnp.tile(jnp.array([2, -1]), (DRAWS, 1))
-    draft, q = draw_draft(jnp.tile(jnp.asarray(log_q, jnp.float32), (DRAWS, 1)), sampling, position, pending)
+    draft, q = draw_draft(jnp.tile(log_q, (DRAWS, 1)), sampling, position, pending)
     logits = jnp.tile(jnp.asarray(P, jnp.float32), (DRAWS, 2, 1))
-    q = None if coupled else jnp.stack([q, jnp.zeros_like(q)], axis=1)
-    verified = draw_verified(logits, sampling, position, pending.at[:, 1].set(draft), q)[:, 0]
-    return np.asarray(verified), np.asarray(verified == draft)
+    q = None if sampling.coupled else jnp.stack([q, jnp.zeros_like(q)], axis=1)
+    return draft, draw_verified(logits, sampling, position, pending.at[:, 1].set(draft), q)[:, 0]
+
+
+compiled_once = jax.jit(draft_and_verify)
+
+
+def first_tokens(log_q, *, coupled, program=compiled_once):
+    """The token that a round of each row commits first, and whether it was the draft."""
+    draft, verified = map(np.asarray, program(jnp.asarray(log_q, jnp.float32), *make_rows(coupled=coupled)))
+    return verified, verified == draft
 
 
 def total_variation(log_q):
@@ -178,7 +186,8 @@ def test_a_wrong_residual_is_noticed(monkeypatch):
         return original(distributions[-2] if purpose is Purpose.RESIDUAL else log_p, sampling, position, purpose)
 
     monkeypatch.setattr(sampling_module, "draw", from_p)
-    tokens, _ = first_tokens(DRAFTERS["close"], coupled=False)
+    anew = jax.jit(lambda *rows: draft_and_verify(*rows))
+    tokens, _ = first_tokens(DRAFTERS["close"], coupled=False, program=anew)
     assert p_value(np.bincount(tokens, minlength=5), np.exp(P)) < ALARM
 
 
@@ -186,7 +195,8 @@ def test_a_rejected_draft_of_the_right_distribution():
     """Where p exceeds q nowhere, as rounding may leave it, a rejected draft is replaced by a token that p allows."""
     logits = jnp.tile(jnp.array([-jnp.inf, 0.0, 0.0, 0.0, 0.0]), (DRAWS, 2, 1))
     log_q = jax.nn.log_softmax(logits) + 0.05
-    tokens = draw_verified(logits, *make_rows(coupled=False), jnp.tile(jnp.array([1, 2]), (DRAWS, 1)), log_q)[:, 0]
+    rows = jnp.tile(jnp.array([1, 2]), (DRAWS, 1))
+    tokens = jax.jit(draw_verified)(logits, *make_rows(coupled=False), rows, log_q)[:, 0]
     assert set(np.asarray(tokens).tolist()) == {1, 2, 3, 4}
 
 
@@ -194,8 +204,9 @@ def test_a_rejected_draft_of_the_right_distribution():
 def test_a_position_drafted_again(coupled):
     """Coupled: the same noise and token. Else: fresh noise, as the first draft may have set how far is drafted."""
     sampling, position = make_rows(coupled=coupled)
+    draw_jitted = jax.jit(draw_draft)
     second, first = (
-        draw_draft(jnp.zeros((DRAWS, 5)), sampling, position, jnp.tile(jnp.array(tokens), (DRAWS, 1)))[0]
+        draw_jitted(jnp.zeros((DRAWS, 5)), sampling, position, jnp.tile(jnp.array(tokens), (DRAWS, 1)))[0]
         for tokens in ([2, 1], [1, -1])
     )
     agree = np.asarray(first == second).mean()
@@ -267,15 +278,15 @@ def exact(models):
     return lookup
 
 
-def sample(model, *, coupled, rows=ROWS, stops=(0.0, 0.0), plain=False):
-    """`rows` generations for each setting, as one batch: new ids [settings, rows, NEW], and the share of drafts kept.
+def sample(model, *, coupled, stops=(0.0, 0.0), plain=False):
+    """ROWS generations for each setting, as one batch: new ids [settings, ROWS, NEW], and the share of drafts kept.
 
     stops: threshold and draft_cost.
     """
     settings = [
-        replace(setting, seed=rows * index + row, coupled=coupled)
+        replace(setting, seed=ROWS * index + row, coupled=coupled)
         for index, setting in enumerate(SETTINGS)
-        for row in range(rows)
+        for row in range(ROWS)
     ]
     options = {"plain": plain, "eos_ids": (), "sampling": settings}
     generations, _ = generate_batch(
@@ -286,7 +297,7 @@ def sample(model, *, coupled, rows=ROWS, stops=(0.0, 0.0), plain=False):
     )
     drafted = sum(sum(generation.drafted) for generation in generations)
     kept = sum(generation.accepted for generation in generations) / max(drafted, 1)
-    return np.array([generation.new_ids for generation in generations]).reshape(-1, rows, NEW), kept
+    return np.array([generation.new_ids for generation in generations]).reshape(-1, ROWS, NEW), kept
 
 
 def p_values(ids, exact_probability):
@@ -327,7 +338,7 @@ def test_distribution_with_a_draft_vocabulary(models, exact):
 
 
 def test_a_wrong_acceptance_is_noticed(models, exact, monkeypatch):
-    """Every draft accepted, with a batch size of its own, so that no other test meets the program compiled here."""
+    """Every draft accepted; no other test meets the program that is traced here."""
     original = speculative.draw_verified
 
     def accept_all(logits, sampling, position, rows, log_q):
@@ -335,7 +346,9 @@ def test_a_wrong_acceptance_is_noticed(models, exact, monkeypatch):
         return jnp.where(drafts < 0, original(logits, sampling, position, rows, log_q), drafts)
 
     monkeypatch.setattr(speculative, "draw_verified", accept_all)
-    ids, kept = sample(models["untrained"], coupled=False, rows=500)
+    decode_rounds.clear_cache()
+    ids, kept = sample(models["untrained"], coupled=False)
+    decode_rounds.clear_cache()
     assert kept == 1
     assert (p_values(ids, exact("untrained")) < ALARM).all()
 

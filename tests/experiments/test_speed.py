@@ -105,7 +105,7 @@ def test_findings_by_hand():
 
 def test_one_program_then_its_picture(tmp_path, monkeypatch, capsys):
     out, picture = tmp_path / "one.json", tmp_path / "speed.png"
-    sizes = "--slots 48 --prompt 20 30 --new-tokens 8 --draft-steps 2 --repeats 1 --dtype float32"
+    sizes = "--slots 128 --prompt 20 30 --new-tokens 8 --draft-steps 2 --repeats 1 --dtype float32"
     monkeypatch.setattr(sys, "argv", f"speed one --shape tiny {sizes} --out {out}".split())
     assert speed.main() == 0
     result = json.loads(out.read_text(encoding="utf-8"))

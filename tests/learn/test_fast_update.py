@@ -20,10 +20,13 @@ from dvi_jax.learn.fast_update import (
 from dvi_jax.learn.replay import Replay, Windows, push, sample
 from dvi_jax.learn.rollout import rollout, window_length
 from dvi_jax.model.features import Features
+from dvi_jax.model.speculative_llama import join
 
 SETTINGS = DecodeConfig(draft_steps=3, max_new_tokens=24)
 OPTIMIZER = OptimizerConfig(lora_lr=5e-3, head_lr=5e-3, warmup=0)
 PROMPTS = [[5, 9, 2], [7, 7, 1, 30, 4]]
+# Every objective is a program of its own: one that is still all KL, and one that has the policy's term from the start.
+IMITATE, ACT = ObjectiveConfig(warmup=1000), ObjectiveConfig(warmup=0, ramp=1, kl_min=0.5, learn_from_prompt=False)
 
 
 def update(model, learner, windows, objective, current=True, replayed=0, fresh=0):
@@ -48,9 +51,15 @@ def test_windows_hold_what_the_loop_did(make_tiny):
     """Tokens, proposals, rewards and verifier states, checked against the generation and the verifier itself."""
     model = make_tiny()
     windows, generations = rollout(model, PROMPTS, SETTINGS, longest_prompt=8)
-    from dvi_jax.model.speculative_llama import join
 
-    llama = join(model.definition, model.params).llama
+    @jax.jit
+    def verifier(tokens):
+        llama, positions = join(model.definition, model.params).llama, jnp.broadcast_to(jnp.arange(32), (2, 32))
+        return llama.deep(llama.shallow(tokens, None, positions)[0], None, positions)[0]
+
+    ids = [generation.output_ids for generation in generations]
+    expected = np.asarray(verifier(jnp.array([row + [0] * (32 - len(row)) for row in ids])))
+    windows = jax.device_get(windows)
     for row, generation in enumerate(generations):
         length = len(generation.output_ids)
         assert int(windows.length[row]) == length
@@ -61,12 +70,8 @@ def test_windows_hold_what_the_loop_did(make_tiny):
         assert int((rewards == 1).sum()) == generation.accepted
         is_right = proposals == windows.tokens[row, :length]
         np.testing.assert_array_equal(is_right[rewards >= 0], rewards[rewards >= 0] == 1)
-        tokens = jnp.array([generation.output_ids])
-        positions = jnp.arange(length)[None]
-        expected, _, _ = llama.deep(llama.shallow(tokens, None, positions)[0], None, positions)
-        np.testing.assert_allclose(
-            windows.features.final[row, 1:length].astype(jnp.float32), expected[0, :-1], atol=0.03
-        )
+        features = windows.features.final[row, 1:length].astype(np.float32)
+        np.testing.assert_allclose(features, expected[row, : length - 1], atol=0.03)
 
 
 def test_only_the_drafter_moves(make_tiny):
@@ -77,7 +82,7 @@ def test_only_the_drafter_moves(make_tiny):
     before = jax.tree.map(np.asarray, learner.trainable)
     base = jax.tree.map(np.asarray, model.params.base)
     for _ in range(2):  # lora's A gets a gradient once B is no longer zero
-        learner, _ = update(model, learner, windows, ObjectiveConfig(warmup=0, ramp=1, kl_min=0.5))
+        learner, _ = update(model, learner, windows, ACT)
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, jax.tree.map(np.asarray, learner.trainable))
     assert all(jax.tree.leaves(moved))
     jax.tree.map(np.testing.assert_array_equal, base, jax.tree.map(np.asarray, model.params.base))
@@ -91,7 +96,7 @@ def test_learns_and_stays_lossless(make_tiny):
     learner, first, last = new_learner(model), None, None
     for _ in range(60):
         windows, generations = rollout(model, PROMPTS, SETTINGS, longest_prompt=8)
-        learner, metrics = update(model, learner, windows, ObjectiveConfig(warmup=1000))
+        learner, metrics = update(model, learner, windows, IMITATE)
         model = model.with_params(with_trainable(model.params, learner.trainable))
         accepted = sum(g.accepted for g in generations)
         first, last = first or (float(metrics["kl"]), accepted), (float(metrics["kl"]), accepted)
@@ -105,9 +110,8 @@ def test_learns_and_stays_lossless(make_tiny):
 def test_policy_term_only_from_the_current_drafter(make_tiny):
     model = make_tiny()
     windows, _ = rollout(model, PROMPTS, SETTINGS, longest_prompt=8)
-    objective = ObjectiveConfig(warmup=0, ramp=1, learn_from_prompt=False)
-    _, fresh = update(model, new_learner(model), windows, objective, current=True)
-    _, stale = update(model, new_learner(model), windows, objective, current=False)
+    _, fresh = update(model, new_learner(model), windows, ACT, current=True)
+    _, stale = update(model, new_learner(model), windows, ACT, current=False)
     assert float(fresh["pg"]) != 0.0
     assert float(stale["pg"]) == 0.0
     assert float(stale["baseline"]) == 0.0
@@ -120,7 +124,7 @@ def test_non_finite_gradient_is_skipped(make_tiny):
     poisoned = windows.replace(features=Features(windows.features.final.at[:, 3].set(jnp.nan)))
     learner = new_learner(model)
     before = jax.tree.map(np.asarray, learner.trainable)
-    learner, metrics = update(model, learner, poisoned, ObjectiveConfig())
+    learner, metrics = update(model, learner, poisoned, IMITATE)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, learner.trainable))
     assert int(metrics["skipped_updates"]) == 1
 

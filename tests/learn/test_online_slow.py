@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from dvi_jax.config import DecodeConfig, load_train_config
@@ -43,7 +45,8 @@ def test_verifier_learns_from_the_log(write_config, answered, tmp_path):
     prompts = [list(prompt.ids) for prompt in result.held_out]
     fast, _ = generate_batch(model, prompts, settings)
     plain, _ = generate_batch(model, prompts, settings, plain=True)
-    before, _ = generate_batch(load(config.checkpoint), prompts, settings)
+    unlearned = model.params._replace(lora_d=jax.tree.map(jnp.zeros_like, model.params.lora_d))
+    before, _ = generate_batch(model.with_params(unlearned), prompts, settings)
     assert [g.output_ids for g in fast] == [g.output_ids for g in plain]
     assert [g.output_ids for g in fast] != [g.output_ids for g in before]
 

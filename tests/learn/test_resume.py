@@ -48,24 +48,24 @@ def test_a_killed_run_resumes_bit_for_bit(write_config, tmp_path, capsys):
     """Killed while the learning rate still rises."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     optimizer = {"lora_lr": 1e-2, "head_lr": 1e-2, "warmup": 150}
-    config = write_config(out=str(killed), optimizer=optimizer)
+    config = write_config(out=str(killed), optimizer=optimizer, prompts=80)
     kill_after(config, killed, 23)
     assert not (killed / "checkpoint").exists()
     assert main(["--config", str(config), "--resume"]) == 0
     assert "resumed at update" in capsys.readouterr().out
-    assert main(["--config", str(write_config(out=str(whole), optimizer=optimizer))]) == 0
+    assert main(["--config", str(write_config(out=str(whole), optimizer=optimizer, prompts=80))]) == 0
 
     resumed, expected = records(killed), records(whole)
-    assert len(expected) == 100 + 6 + 1  # rollouts, evaluations at 0, 20, ... 100, the summary
+    assert len(expected) == 40 + 3 + 1  # rollouts, evaluations at 0, 20 and 40, the summary
     assert resumed == expected
     assert resumed[-1]["stream"] == expected[-1]["stream"]
-    assert resumed[-1]["prompts"] == 200
-    snapshots = [read_arrays(out / "snapshots" / "200" / ARRAYS) for out in (killed, whole)]
+    assert resumed[-1]["prompts"] == 80
+    snapshots = [read_arrays(out / "snapshots" / "80" / ARRAYS) for out in (killed, whole)]
     jax.tree.map(np.testing.assert_array_equal, *snapshots)  # optimiser, replay, baseline and rng among them
     assert {"key", "baseline", "replay/cursor", "optimizer/notfinite_count"} < snapshots[0].keys()
     mine, theirs = (read_checkpoint(out / "checkpoint") for out in (killed, whole))
     assert mine.manifest == theirs.manifest
-    assert mine.manifest.training_step == 200
+    assert mine.manifest.training_step == 80
     for part in ("drafter", "lora", "base"):
         jax.tree.map(np.testing.assert_array_equal, getattr(mine, part), getattr(theirs, part))
 

@@ -13,6 +13,7 @@ from dvi_jax.model.speculative_llama import join
 RNG = np.random.default_rng(0)
 TOKENS = jnp.asarray(RNG.integers(0, 64, (2, 10)), jnp.int32)
 MASK = jnp.asarray(RNG.random((2, 10)) < 0.5)
+CONFIG = SlowConfig(every=1, lr=2e-2)
 
 
 def log_softmax(x):
@@ -26,7 +27,7 @@ def test_loss_closed_form():
     weight, targets = np.asarray(MASK)[:, 1:], np.asarray(TOKENS)[:, 1:]
     ce = -(np.take_along_axis(log_p, targets[..., None], -1)[..., 0] * weight).sum() / weight.sum()
     kl = ((np.exp(log_p) * (log_p - log_q)).sum(-1) * weight).sum() / weight.sum()
-    loss, terms = slow_loss(jnp.asarray(logits), jnp.asarray(reference), TOKENS, MASK, 0.1)
+    loss, terms = jax.jit(slow_loss)(jnp.asarray(logits), jnp.asarray(reference), TOKENS, MASK, 0.1)
     np.testing.assert_allclose(loss, ce + 0.1 * kl, rtol=1e-5)
     np.testing.assert_allclose((terms["slow_ce"], terms["slow_kl"]), (ce, kl), rtol=1e-5)
 
@@ -43,11 +44,11 @@ def adapted(make_tiny):
 
 def test_only_lora_d_moves_and_it_learns(adapted):
     """From a silent lora_D: KL starts at 0, the observed tokens get likelier, every B matrix moves, base stays."""
-    config, state = SlowConfig(every=1, lr=1e-2), init_slow(adapted.params, SlowConfig(every=1, lr=1e-2))
+    state = init_slow(adapted.params, CONFIG)
     base = jax.tree.map(np.asarray, adapted.params.base)
     losses = []
     for _ in range(30):
-        state, metrics = slow_update(adapted.definition, adapted.params, state, TOKENS, MASK, config=config)
+        state, metrics = slow_update(adapted.definition, adapted.params, state, TOKENS, MASK, config=CONFIG)
         losses.append((float(metrics["slow_ce"]), float(metrics["slow_kl"])))
     assert losses[0][1] == pytest.approx(0.0, abs=1e-6)
     assert losses[-1][0] < 0.5 * losses[0][0]
@@ -59,9 +60,9 @@ def test_only_lora_d_moves_and_it_learns(adapted):
 
 def test_lossless_relative_to_the_verifier_as_it_now_is(adapted):
     """After slow updates the output differs from before, and speculative still equals plain."""
-    config, state = SlowConfig(every=1, lr=3e-2), init_slow(adapted.params, SlowConfig(every=1, lr=3e-2))
+    state = init_slow(adapted.params, CONFIG)
     for _ in range(20):
-        state, _ = slow_update(adapted.definition, adapted.params, state, TOKENS, MASK, config=config)
+        state, _ = slow_update(adapted.definition, adapted.params, state, TOKENS, MASK, config=CONFIG)
     moved = adapted.with_params(adapted.params._replace(lora_d=state.lora_d))
     settings, prompts = DecodeConfig(draft_steps=3, max_new_tokens=24), [[5, 9, 2], [7, 1, 1]]
     before, _ = generate_batch(adapted, prompts, settings, eos_ids=())
@@ -77,6 +78,6 @@ def test_fast_update_does_not_see_lora_d(adapted):
 
     trainable = init_distill(adapted.params, DistillConfig("c", "o", ("d",))).trainable
     assert set(trainable) == {"drafter", "lora_s"}
-    logits = verifier_logits(join(adapted.definition, adapted.params), TOKENS)
+    logits = jax.jit(lambda params: verifier_logits(join(adapted.definition, params), TOKENS))
     noisy = adapted.params._replace(lora_s=jax.tree.map(lambda x: x + 1.0, adapted.params.lora_s))
-    np.testing.assert_array_equal(verifier_logits(join(adapted.definition, noisy), TOKENS), logits)
+    np.testing.assert_array_equal(logits(noisy), logits(adapted.params))

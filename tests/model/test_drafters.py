@@ -36,15 +36,32 @@ def committed_rows(begin: int, count: int) -> Committed:
     return Committed(rows(HIDDEN, begin, count), Features(rows(FINAL, begin, count)), begin * ones, count * ones)
 
 
+@jax.jit
+def unroll(drafter, hidden, final):
+    return drafter.unroll(hidden, Features(final), POSITIONS, STEPS)
+
+
+@jax.jit
+def prefilled(drafter):
+    """The drafter's state after 5 positions."""
+    before = Features(jnp.pad(FINAL[:, :4], ((0, 0), (1, 0), (0, 0))))
+    return drafter.prefill(drafter.init_state(BATCH, 20, jnp.float32), HIDDEN[:, :5], before, POSITIONS[:, :5])
+
+
+@jax.jit
 def draft_round(drafter, state, committed, position):
     """The drafts of one round at `position`: list of [B, D], and the state."""
+
+    def hidden(at):
+        return jax.lax.dynamic_slice_in_dim(HIDDEN, at, 1, axis=1)
+
     if isinstance(drafter, BlockDrafter):
         state = drafter.absorb(state, committed)
-        block = drafter.propose(state, committed, HIDDEN[:, position : position + 1])
+        block = drafter.propose(state, committed, hidden(position))
         return [block[:, j] for j in range(block.shape[1])], state
     drafts = []
     for step in range(STEPS):
-        at, row = jnp.full(BATCH, position + step), HIDDEN[:, position + step : position + step + 1]
+        at, row = jnp.full(BATCH, position + step), hidden(position + step)
         if step == 0:
             draft_hidden, state = drafter.first(state, committed, row, at)
         else:
@@ -58,10 +75,8 @@ def draft_round(drafter, state, committed, position):
 def test_unroll_equals_decoding(kind, accepted):
     """Prefill 5 positions, draft a round at 5, commit `accepted` of its rows, draft the next round."""
     drafter = trained(kind)
-    unrolled = drafter.unroll(HIDDEN, Features(FINAL), POSITIONS, STEPS)
-    state = drafter.init_state(BATCH, 20, jnp.float32)
-    before = Features(jnp.pad(FINAL[:, :4], ((0, 0), (1, 0), (0, 0))))
-    state = drafter.prefill(state, HIDDEN[:, :5], before, POSITIONS[:, :5])
+    unrolled = jax.device_get(unroll(drafter, HIDDEN, FINAL))
+    state = prefilled(drafter)
     committed = committed_rows(4, 1)
     for position in (5, 5 + accepted):
         drafts, state = draft_round(drafter, state, committed, position)
@@ -76,9 +91,9 @@ def test_unroll_equals_decoding(kind, accepted):
 def test_unroll_is_causal(kind):
     """Changing a position changes no draft before it, and every draft that may know of it."""
     drafter = trained(kind)
-    before = drafter.unroll(HIDDEN, Features(FINAL), POSITIONS, STEPS)
-    changed = HIDDEN.at[:, 9].add(1.0), Features(FINAL.at[:, 9].add(1.0))
-    for a, b in zip(before, drafter.unroll(*changed, POSITIONS, STEPS), strict=True):
+    changed = HIDDEN.at[:, 9].add(1.0), FINAL.at[:, 9].add(1.0)
+    before, after = jax.device_get((unroll(drafter, HIDDEN, FINAL), unroll(drafter, *changed)))
+    for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a[:, :9], b[:, :9])
         assert np.abs(a[:, 9:] - b[:, 9:]).max() > 1e-3
 
@@ -88,7 +103,7 @@ def test_fresh_exit_head_is_the_base_head():
     origin = Origin(TINY, norm=jnp.full(32, 0.5), key=jax.random.key(1))
     drafter = build_drafter("exit_head", {"rank": 4}, origin)
     head = jnp.asarray(RNG.normal(size=(64, 32)), jnp.float32)
-    (draft,) = drafter.unroll(HIDDEN, Features(FINAL), POSITIONS, STEPS)
+    (draft,) = unroll(drafter, HIDDEN, FINAL)
     x = np.asarray(HIDDEN, np.float64)
     expected = 0.5 * x / np.sqrt((x * x).mean(-1, keepdims=True) + TINY.rms_norm_eps) @ np.asarray(head, np.float64).T
     np.testing.assert_allclose(drafter.logits(draft, head), expected, atol=1e-4)
@@ -114,8 +129,8 @@ def test_medusa_heads_are_residual_blocks():
 def test_a_fresh_medusa_is_the_lm_head():
     """Untrained, every head gives the verifier's own final hidden state."""
     drafter = build_drafter("medusa", {"markov_rank": 2}, ORIGIN)
-    for j, draft in enumerate(drafter.unroll(HIDDEN, Features(FINAL), POSITIONS, STEPS)):
-        np.testing.assert_array_equal(draft[:, j + 1 :], FINAL[:, : -j - 1])
+    for j, draft in enumerate(jax.device_get(unroll(drafter, HIDDEN, FINAL))):
+        np.testing.assert_array_equal(draft[:, j + 1 :], np.asarray(FINAL)[:, : -j - 1])
     logits = jnp.ones((BATCH, 64))
     np.testing.assert_array_equal(drafter.corrected(logits, jnp.array([1, 2]), None), logits)
 

@@ -172,3 +172,35 @@ def both_sides():
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def decode_alone():
+    """decode_alone(model, prompt, ...): one generation, at shapes that all prompts of up to 48 tokens share.
+
+    A program is compiled once for a model then, whatever the settings: rounds of 9 rows, of which `draft_steps` bounds
+    those that are used, and caches of 128 slots.
+    """
+    import jax.numpy as jnp
+
+    from dvi_jax.decode.batch import read_generations
+    from dvi_jax.decode.prefill import prefill
+    from dvi_jax.decode.speculative import decode_rounds
+    from dvi_jax.decode.state import Knobs
+
+    def decode(model, prompt, *, new_tokens, draft_steps, threshold, eos_ids):
+        knobs, length = Knobs.make(draft_steps, threshold, eos_ids), len(prompt)
+        state = prefill(
+            model.definition,
+            model.decode_params,
+            jnp.asarray([prompt + [0] * (48 - length)], jnp.int32),
+            jnp.asarray([length], jnp.int32),
+            jnp.asarray([length + new_tokens], jnp.int32),
+            knobs.eos_ids,
+            slots=128,
+            width=9,
+        )
+        state = decode_rounds(model.definition, model.decode_params, state, knobs)
+        return read_generations(state, [length], eos_ids)[0]
+
+    return decode

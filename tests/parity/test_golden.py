@@ -19,16 +19,18 @@ def imported(golden, tmp_path_factory):
 
 
 @pytest.mark.parametrize("index", range(8))
-def test_ids_and_accept_lengths_equal_the_original(golden, imported, index):
-    from dvi_jax.config import DecodeConfig
-    from dvi_jax.decode.batch import generate_batch
-
+def test_ids_and_accept_lengths_equal_the_original(golden, imported, decode_alone, index):
+    """In one program for all runs: at most 8 drafts, of which a run makes as many as it asks for."""
     run = golden[1]["runs"][index]
-    settings = DecodeConfig(
-        draft_steps=run["speculative_steps"], threshold=run["threshold"], max_new_tokens=run["max_new_tokens"]
-    )
     eos_ids = () if run["eos_token_id"] < 0 else (run["eos_token_id"],)
-    (result,), _ = generate_batch(imported, [run["prompt"]], settings, eos_ids=eos_ids)
+    result = decode_alone(
+        imported,
+        run["prompt"],
+        new_tokens=run["max_new_tokens"],
+        draft_steps=run["speculative_steps"],
+        threshold=run["threshold"],
+        eos_ids=eos_ids,
+    )
     rounds = run["accept_lengths"][1:]  # the original counts the prefill as well
     assert len(rounds) == run["rounds"] > 0
     assert result.accept_lengths[: len(rounds)] == rounds

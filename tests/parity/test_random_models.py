@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -13,7 +12,6 @@ from dvi_jax.config import DecodeConfig, LlamaConfig, RopeScaling
 CONTEXT = 40
 LONGEST_PROMPT = 16
 MOST_STEPS = 8
-SLOTS = 64
 SMALLEST_GAP = 1e-5  # of two logits, or of a confidence and the threshold: below it float32 rounding decides
 
 PLAIN = LlamaConfig(
@@ -27,6 +25,7 @@ PLAIN = LlamaConfig(
     max_position_embeddings=CONTEXT,
 )
 # Every shape costs a compilation per exit layer, so there are few; weights, prompts and settings vary freely.
+# Exits lie after the first layer, in the middle, and before the last one.
 CONFIGS = {
     "plain": PLAIN,
     "grouped, tied": replace(PLAIN, num_kv_heads=2, tie_word_embeddings=True, rms_norm_eps=1e-5),
@@ -38,7 +37,14 @@ CONFIGS = {
         PLAIN, num_layers=2, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_position_embeddings=32)
     ),
 }
-EXITS = [(name, layer) for name, config in CONFIGS.items() for layer in range(1, config.num_layers)]
+EXITS = [
+    ("plain", 1),
+    ("plain", 2),
+    ("grouped, tied", 1),
+    ("one KV head, rope base, deep", 2),
+    ("two layers, wide heads, linear rope", 1),
+    ("two layers, llama3 rope", 1),
+]
 
 
 @st.composite
@@ -55,32 +61,7 @@ def runs(draw):
     }
 
 
-def decode_in_jax(model, run, eos_id):
-    """One prompt at fixed shapes: the widest round, one prompt bucket, caches for the whole context."""
-    from dvi_jax.decode.batch import read_generations
-    from dvi_jax.decode.prefill import prefill
-    from dvi_jax.decode.speculative import decode_rounds
-    from dvi_jax.decode.state import Knobs
-
-    eos_ids = () if eos_id < 0 else (eos_id,)
-    knobs = Knobs.make(run["draft_steps"], run["threshold"], eos_ids)
-    length = len(run["prompt"])
-    padded = jnp.asarray([run["prompt"] + [0] * (LONGEST_PROMPT - length)], jnp.int32)
-    state = prefill(
-        model.definition,
-        model.params,
-        padded,
-        jnp.asarray([length], jnp.int32),
-        jnp.asarray([length + run["max_new_tokens"]], jnp.int32),
-        knobs.eos_ids,
-        slots=SLOTS,
-        width=MOST_STEPS + 1,
-    )
-    state = decode_rounds(model.definition, model.params, state, knobs)
-    return read_generations(state, [length], eos_ids)[0]
-
-
-def check_run(reference, model, run):
+def check_run(decode_alone, reference, model, run):
     """Decode on both sides and compare; returns the reference's result and JAX's."""
     from kangaroo_ref import greedy_generate, kangaroo_generate
 
@@ -96,7 +77,8 @@ def check_run(reference, model, run):
         plain = plain[: len(prompt) + new_ids.index(eos_id) + 1]
     assume(reference.closest > SMALLEST_GAP)
 
-    found = decode_in_jax(model, run, eos_id)
+    options |= {"new_tokens": run["max_new_tokens"], "eos_ids": () if eos_id < 0 else (eos_id,)}
+    found = decode_alone(model, prompt, **options)
     assert found.output_ids == plain
     rounds = expected.accept_lengths[1:]
     if new_ids[0] == eos_id:  # JAX stops here; the original never checks the prefill's token
@@ -109,25 +91,25 @@ def check_run(reference, model, run):
 
 
 @pytest.mark.parametrize(("name", "exit_layer"), EXITS)
-def test_reference_and_jax_agree(both_sides, name, exit_layer):
+def test_reference_and_jax_agree(both_sides, decode_alone, name, exit_layer):
     @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
     @given(seed=st.integers(0, 2**20), run=runs())
     def check(seed, run):
-        check_run(*both_sides(CONFIGS[name], seed, exit_layer), run)
+        check_run(decode_alone, *both_sides(CONFIGS[name], seed, exit_layer), run)
 
     check()
 
 
 @pytest.mark.parametrize("draft_steps", [1, 6])
-def test_eos_inside_an_accepted_draft_ends_the_round(both_sides, draft_steps):
+def test_eos_inside_an_accepted_draft_ends_the_round(both_sides, decode_alone, draft_steps):
     """eos where the drafter proposes it too, so that the round ends on an accepted draft and not on a reject."""
     reference, model = both_sides(PLAIN, 0, 2)
     run = {"prompt": [5], "max_new_tokens": 39, "draft_steps": draft_steps, "threshold": 0.0, "eos_at": None}
-    free, _ = check_run(reference, model, run)
+    free, _ = check_run(decode_alone, reference, model, run)
     start, ended = 2, 0
     for drafted, accept_length in zip(free.drafted_ids, free.accept_lengths[1:], strict=True):
         if accept_length > 1 and free.output_ids.index(drafted[0]) == start:  # first seen as a round's first draft
-            _, found = check_run(reference, model, run | {"eos_at": start - 1})
+            _, found = check_run(decode_alone, reference, model, run | {"eos_at": start - 1})
             assert found.finish_reason == "eos"
             assert found.accept_lengths[-1] == 1 <= found.drafted[-1]
             ended += 1
@@ -135,10 +117,10 @@ def test_eos_inside_an_accepted_draft_ends_the_round(both_sides, draft_steps):
     assert ended > 0
 
 
-def test_the_context_is_used_to_its_last_position(both_sides):
+def test_the_context_is_used_to_its_last_position(both_sides, decode_alone):
     reference, model = both_sides(PLAIN, 3, 1)
     run = {"prompt": [7, 9, 4], "max_new_tokens": CONTEXT - 3, "draft_steps": 8, "threshold": 0.0, "eos_at": None}
-    expected, found = check_run(reference, model, run)
+    expected, found = check_run(decode_alone, reference, model, run)
     assert len(found.output_ids) == CONTEXT
     assert CONTEXT - 9 < len(expected.output_ids) <= CONTEXT
     assert found.rounds >= len(expected.drafted)

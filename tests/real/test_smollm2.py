@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -10,9 +11,10 @@ import pytest
 from dvi_jax.checkpoint import read_manifest
 from dvi_jax.config import DecodeConfig
 from dvi_jax.data import Message
-from dvi_jax.decode.batch import generate_batch
+from dvi_jax.decode.batch import Generation, generate_batch
 
 ROOT = Path(__file__).parents[2]
+SETTINGS = DecodeConfig(draft_steps=3, max_new_tokens=24)
 
 pytestmark = pytest.mark.real
 
@@ -45,16 +47,31 @@ def test_greedy_ids_of_all_questions(model, rows):
     assert equal == [True] * 16
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_speculative_equals_plain(model, rows, dtype):
-    """The shortest four questions as one batch; some drafts are accepted and some are not."""
-    base = jax.tree.map(lambda x: x.astype(dtype), model.params.base)
-    model = model.with_params(model.params._replace(base=base))
-    prompts = sorted((row["prompt_ids"] for row in rows), key=len)[:4]
-    settings = DecodeConfig(draft_steps=3, max_new_tokens=24)
-    plain, _ = generate_batch(model, prompts, settings, plain=True)
-    fast, _ = generate_batch(model, prompts, settings)
-    assert [g.output_ids for g in fast] == [g.output_ids for g in plain]
-    lengths = {length for g in fast for length in g.accept_lengths}
+def shortest(rows: list[dict]) -> list[dict]:
+    return sorted(rows, key=lambda row: len(row["prompt_ids"]))[:4]
+
+
+def check_some_rejected(generations: list[Generation]) -> None:
+    """Some drafts are accepted and some are not."""
+    lengths = {length for g in generations for length in g.accept_lengths}
     assert 1 in lengths
     assert len(lengths) > 1
+
+
+def test_speculative_greedy_ids(model, rows):
+    """The shortest four questions as one batch in float32, against the same ids of transformers."""
+    rows = shortest(rows)
+    generations, _ = generate_batch(model, [row["prompt_ids"] for row in rows], SETTINGS)
+    assert [g.new_ids for g in generations] == [row["greedy_ids"][:24] for row in rows]
+    check_some_rejected(generations)
+
+
+def test_speculative_equals_plain_in_bfloat16(model, rows):
+    base = jax.tree.map(lambda x: x.astype("bfloat16"), model.params.base)
+    model = replace(model, manifest=replace(model.manifest, dtype="bfloat16"))
+    model = model.with_params(model.params._replace(base=base))
+    prompts = [row["prompt_ids"] for row in shortest(rows)]
+    plain, _ = generate_batch(model, prompts, SETTINGS, plain=True)
+    fast, _ = generate_batch(model, prompts, SETTINGS)
+    assert [g.output_ids for g in fast] == [g.output_ids for g in plain]
+    check_some_rejected(fast)
