@@ -191,7 +191,9 @@ def test_conversion(tmp_path, complaint):
     weights.write_bytes(weights.read_bytes()[:1000])
     for message, source in cases.items():
         assert message in complaint(conversion, "import", "--from", source, "--out", out)
-    assert "--exit-layer must be in 1..5" in complaint(conversion, "import", "--from", MHA, "--out", out, "--exit-layer", 99)
+    assert "--exit-layer must be in 1..5" in complaint(
+        conversion, "import", "--from", MHA, "--out", out, "--exit-layer", 99
+    )
     assert "unrecognized arguments: --no-such-flag" in complaint(
         conversion, "import", "--from", MHA, "--out", out, "--no-such-flag"
     )
