@@ -1,0 +1,98 @@
+"""Row classes: are a row's bits the same however many rows are computed beside it?
+
+    python -m experiments.row_classes --shape smollm2 --passes 1x1 6x1 16x1 4x8 16x4 8x32
+
+One sequence is decoded in passes of W rows (all but one of them wrong drafts) among B sequences that differ from it.
+Every bit of the verifier's final hidden state at every position must be that of the first pass in the list.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dvi_jax.config import DecodeConfig
+from dvi_jax.decode.batch import start
+from dvi_jax.decode.plan import PLAIN, Plan, row_class
+from dvi_jax.decode.speculative import decode_rounds
+from dvi_jax.decode.state import DecodeState, Knobs
+from dvi_jax.errors import ArgumentParser, UserError, run_cli
+from dvi_jax.loading import LoadedModel, enable_compilation_cache
+from dvi_jax.presets import SHAPES
+from experiments.lossless import final_bits, with_scripted_drafter
+from experiments.measure import environment, random_model, settings_of, write_result
+
+
+def main() -> int:
+    """Run the check; exit status 1 if passes of one row class differ."""
+    parser = ArgumentParser(prog="python -m experiments.row_classes", description=__doc__)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
+    parser.add_argument("--layers", type=int, metavar="L", help="fewer than the shape has")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--passes", nargs="+", default=["1x1", "4x1", "16x1", "4x4"], metavar="WxB")
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    options = parser.parse_args()
+    passes = [_pass(text) for text in options.passes]
+    enable_compilation_cache()
+    config = SHAPES[options.shape]
+    config = replace(config, num_layers=options.layers or config.num_layers)
+    model = with_scripted_drafter(random_model(config, options.dtype, 1))
+    prompt = np.random.default_rng(0).integers(3, config.vocab_size, options.prompt).tolist()
+    rows: list[dict[str, Any]] = []
+    first = None
+    for width, batch in passes:
+        found = decoded(model, prompt, width, batch, options.new_tokens)
+        first = found if first is None else first
+        differing = np.flatnonzero((found != first).any(axis=-1))
+        rows.append(
+            {
+                "width": width,
+                "batch": batch,
+                "row_class": row_class(batch, width, options.dtype),
+                "positions": len(found),
+                "equal": not len(differing),
+                "first_difference": int(differing[0]) if len(differing) else None,
+            }
+        )
+        print(rows[-1], flush=True)
+    if options.out:
+        write_result(options.out, {"environment": environment(), "settings": settings_of(options), "rows": rows})
+    return 0 if all(row["equal"] for row in rows if row["row_class"] == rows[0]["row_class"]) else 1
+
+
+def decoded(model: LoadedModel, prompt: list[int], width: int, batch: int, new_tokens: int) -> np.ndarray:
+    """Bits of the first sequence's final hidden states that rounds gave: one row a position, [new tokens - 1, D]."""
+    settings = DecodeConfig(draft_steps=width - 1, max_new_tokens=new_tokens)
+    knobs = Knobs.make(width - 1, 0.0, ())
+    state = _among(start(model, [prompt], settings, knobs, record=True), batch, model.config.vocab_size)
+    state = state.replace(drafter=jnp.full_like(state.tokens, 1))  # drafts token 1: right by accident at most
+    plan = Plan("chain", width - 1) if width > 1 else PLAIN
+    state = decode_rounds(model.definition, model.decode_params, state, knobs, plan)
+    return final_bits(state)[0, len(prompt) + 1 : len(prompt) + new_tokens]
+
+
+def _among(state: DecodeState, batch: int, vocab_size: int) -> DecodeState:
+    """A state of one sequence as the first of `batch`; the others go on from other pending tokens."""
+    state = jax.tree.map(lambda x: x if x.ndim == 0 else jnp.repeat(x, batch, axis=0), state)
+    pending = jax.random.randint(jax.random.key(1), (batch,), 3, vocab_size, jnp.int32)
+    places = (jnp.arange(1, batch), state.length[1:] - 1)
+    return state.replace(tokens=state.tokens.at[places].set(pending[1:]))
+
+
+def _pass(text: str) -> tuple[int, int]:
+    width, _, batch = text.partition("x")
+    if not (width.isdecimal() and batch.isdecimal() and 1 <= int(width) <= 17 and int(batch) >= 1):
+        raise UserError(f"--passes {text}: it must be rows by sequences, such as 6x1, at most 17 rows")
+    return int(width), int(batch)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

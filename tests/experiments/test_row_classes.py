@@ -1,0 +1,58 @@
+"""The experiments about rows and prefills, on a tiny model."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from dvi_jax.errors import UserError
+from dvi_jax.presets import TINY
+from experiments import prefill_rate, row_classes
+
+
+def test_passes_of_one_class_are_compared(monkeypatch, tmp_path):
+    out = tmp_path / "rows.json"
+    arguments = [
+        "--dtype",
+        "float32",
+        "--layers",
+        "2",
+        "--passes",
+        "2x1",
+        "2x1",
+        "--new-tokens",
+        "6",
+        "--out",
+        str(out),
+    ]
+    monkeypatch.setattr(sys, "argv", ["row_classes", *arguments, str(out)])
+    assert row_classes.main() == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["row_class"], row["positions"], row["equal"]) for row in rows] == [("1x2", 5, True)] * 2
+
+
+def test_a_difference_within_a_class_is_reported(monkeypatch, capsys):
+    monkeypatch.setattr(row_classes, "decoded", lambda *args: next(states))
+    first = np.zeros((5, 4), np.uint32)
+    other = first.copy()
+    other[3, 1] = 1
+    states = iter([first, other])
+    monkeypatch.setattr(sys, "argv", ["row_classes", "--layers", "2", "--passes", "1x1", "1x1"])
+    assert row_classes.main() == 1
+    assert "'first_difference': 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["6", "0x1", "18x1", "1x0", "axb"])
+def test_bad_passes(monkeypatch, text):
+    monkeypatch.setattr(sys, "argv", ["row_classes", "--passes", text])
+    with pytest.raises(UserError, match=f"--passes {text}: it must be rows by sequences"):
+        row_classes.main()
+
+
+def test_operations_of_a_prefill_by_hand():
+    """Two for each weight of the layers and token; scores and sums of values over half of the square."""
+    kv = TINY.num_kv_heads * TINY.head_dim
+    weights = TINY.hidden_size * (2 * TINY.num_heads * TINY.head_dim + 2 * kv + 3 * TINY.intermediate_size)
+    attention = 2 * 2 * TINY.num_heads * TINY.head_dim * 10 * 10 / 2
+    assert prefill_rate.operations(TINY, 10) == TINY.num_layers * (2 * weights * 10 + attention)
