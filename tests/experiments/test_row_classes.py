@@ -13,20 +13,8 @@ from experiments import prefill_rate, row_classes
 
 def test_passes_of_one_class_are_compared(monkeypatch, tmp_path):
     out = tmp_path / "rows.json"
-    arguments = [
-        "--dtype",
-        "float32",
-        "--layers",
-        "2",
-        "--passes",
-        "2x1",
-        "2x1",
-        "--new-tokens",
-        "6",
-        "--out",
-        str(out),
-    ]
-    monkeypatch.setattr(sys, "argv", ["row_classes", *arguments, str(out)])
+    options = "--dtype float32 --layers 2 --passes 2x1 2x1 --new-tokens 6"
+    monkeypatch.setattr(sys, "argv", ["row_classes", *options.split(), "--out", str(out)])
     assert row_classes.main() == 0
     rows = json.loads(out.read_text())["rows"]
     assert [(row["row_class"], row["positions"], row["equal"]) for row in rows] == [("1x2", 5, True)] * 2
