@@ -22,7 +22,7 @@ from dvi_jax.presets import TINY
 from experiments.tiny import byte_tokenizer_json, write_questions, write_tiny_model
 
 GOLDEN = Path(__file__).parent / "golden"
-# Nearly all the time of the suite goes into compiling: one piece for each program, not 32, is an eighth less of it.
+# Nearly all the time of the suite goes into compiling: one piece for each program, not 32, is less of it.
 # It is the same code; jax reads this when it first compiles, as do the processes that tests start.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1".strip()
 

@@ -5,6 +5,7 @@ Weights come as the tree a checkpoint's `base/` holds (`base_shapes`). Letters a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,15 +52,19 @@ def random_base(
 ) -> dict[str, Any]:
     """A random weight tree (norms 1, all else normal with `std`), for tests and speed measurements."""
     shapes, tree = jax.tree.flatten_with_path(base_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
-    make = jax.jit(lambda k, shape: (jax.random.normal(k, shape, dtype) * std).astype(dtype), static_argnums=1)
     keys = jax.random.split(key, len(shapes))
     return jax.tree.unflatten(
         tree,
         [
-            jnp.ones(shape, dtype) if path[-1].key.endswith("norm") else make(k, shape)
+            jnp.ones(shape, dtype) if path[-1].key.endswith("norm") else _normal(k, shape, dtype, std)
             for k, (path, shape) in zip(keys, shapes, strict=True)
         ],
     )
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype", "std"))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, std: float) -> jax.Array:
+    return (jax.random.normal(key, shape, dtype) * std).astype(dtype)
 
 
 class Llama(nnx.Module):
