@@ -191,7 +191,9 @@ def test_conversion(tmp_path, complaint):
     weights.write_bytes(weights.read_bytes()[:1000])
     for message, source in cases.items():
         assert message in complaint(conversion, "import", "--from", source, "--out", out)
-    assert "--exit-layer must be in 1..5" in complaint(conversion, "import", "--from", MHA, "--out", out, "--exit-layer", 99)
+    assert "--exit-layer must be in 1..5" in complaint(
+        conversion, "import", "--from", MHA, "--out", out, "--exit-layer", 99
+    )
     assert "unrecognized arguments: --no-such-flag" in complaint(
         conversion, "import", "--from", MHA, "--out", out, "--no-such-flag"
     )
@@ -201,7 +203,7 @@ def test_conversion(tmp_path, complaint):
 
 @pytest.mark.parametrize("module", ["dvi_jax.generate", "dvi_jax.train", "experiments.demo"])
 def test_as_a_process(module, monkeypatch):
-    """What a shell sees: status 2 and the line; with --debug the exception, and so its traceback."""
+    """What a shell sees: status 2 and the line. With --debug the exception leaves `run_cli`, with its traceback."""
     command = [sys.executable, "-m", module, "--config", "none.yaml", "--data", "none.json"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
