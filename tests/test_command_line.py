@@ -203,7 +203,7 @@ def test_conversion(tmp_path, complaint):
 
 @pytest.mark.parametrize("module", ["dvi_jax.generate", "dvi_jax.train", "experiments.demo"])
 def test_as_a_process(module, monkeypatch):
-    """What a shell sees: status 2 and the line; with --debug the exception, and so its traceback."""
+    """What a shell sees: status 2 and the line. With --debug the exception leaves `run_cli`, with its traceback."""
     command = [sys.executable, "-m", module, "--config", "none.yaml", "--data", "none.json"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
