@@ -52,7 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
             model, [prompt], settings, plain=options.plain, eos_ids=eos_ids, sampling=sampling, chooser=chooser
         )
         text = model.tokenizer.decode(generation.new_ids) if model.tokenizer else ""
-    about = {"plan": str(option.plan), "row_class": row_class(1, option.width, model.manifest.dtype)}
+    about = {
+        "plan": "plain" if options.plain else str(option.plan),
+        "row_class": row_class(1, option.width, model.manifest.dtype),
+    }
     result = describe(generation, seconds, text) | about
     if options.json:
         print(json.dumps(result))

@@ -20,6 +20,11 @@ from dvi_jax.evaluate.summary import FORMAT_VERSION
 
 # Results that differ in one of these do not measure the same thing; it is said above the table.
 SAME_EVERYWHERE = ("source", "dtype", "max_new_tokens", "questions_sha256", "questions_chosen", "device")
+PANELS = {
+    "speedup_over_fastest": "speed-up over the fastest plain",
+    "speedup": "speed-up over plain of equal width",
+    "tokens_per_round": "tokens per round",
+}
 COLORS = ("#2563eb", "#d97706", "#0f9d76", "#b83280", "#6b7280", "#7c3aed", "#a16207", "#0891b2")
 
 
@@ -38,27 +43,26 @@ def read_summaries(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def overview(summaries: dict[str, dict[str, Any]]) -> str:
-    """The markdown: a warning where settings differ, the results overall, speed-up and tokens per round by category."""
+    """The markdown: a warning where settings differ, overall results, speed-ups and tokens per round by category."""
     parts = ["# Evaluations compared"]
     differing = [key for key in SAME_EVERYWHERE if len({str(s["settings"].get(key)) for s in summaries.values()}) > 1]
     if differing:
         parts.append(f"**Not directly comparable**: these evaluations differ in {', '.join(differing)}.")
     parts.append(_overall_table(summaries))
-    for key, title in (("speedup", "Speed-up over plain decoding"), ("tokens_per_round", "Tokens per round")):
-        parts += [f"## {title}, by category", _category_table(summaries, key)]
+    for key, title in PANELS.items():
+        parts += [f"## {title.capitalize()}, by category", _category_table(summaries, key)]
     return "\n\n".join(parts) + "\n"
 
 
 def plot_comparison(summaries: dict[str, dict[str, Any]], picture: Path) -> None:
-    """Speed-up and tokens per round by category, one bar per evaluation."""
+    """Speed-ups and tokens per round by category, one bar per evaluation; what none of them measured is left out."""
+    keys = [key for key in PANELS if any(key in summary["overall"] for summary in summaries.values())]
     labels = list(dict.fromkeys(label for summary in summaries.values() for label in category_rows(summary)))
     labels.sort(key=lambda label: label == "overall")  # stable: only moves the last row to the end
-    figure = new_figure(9.5, 1.4 + len(labels) * (0.16 + 0.17 * len(summaries)))
-    panels = figure.subplots(1, 2, sharey=True)
+    figure = new_figure(2.5 + 3.5 * len(keys), 1.4 + len(labels) * (0.16 + 0.17 * len(summaries)))
+    panels = figure.subplots(1, len(keys), sharey=True)
     height, size = 0.8 / len(summaries), 9 if len(summaries) < 3 else 7
-    for axes, key, title in zip(
-        panels, ("speedup", "tokens_per_round"), ("speed-up over plain decoding", "tokens per round"), strict=True
-    ):
+    for axes, key in zip(panels, keys, strict=True):
         for index, (name, summary) in enumerate(summaries.items()):
             rows = category_rows(summary)
             values = [rows.get(label, {}).get(key) or 0 for label in labels]
@@ -67,7 +71,7 @@ def plot_comparison(summaries: dict[str, dict[str, Any]], picture: Path) -> None
             axes.bar_label(bars, [f"{value:.2f}" if value else "" for value in values], fontsize=size, padding=2)
         axes.axvline(1, color="#1c2430", linewidth=0.9, linestyle=":")
         axes.set_yticks(range(len(labels)), labels)
-        axes.set_xlabel(title)
+        axes.set_xlabel(PANELS[key])
         axes.margins(x=0.12, y=0.01)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
@@ -77,19 +81,29 @@ def plot_comparison(summaries: dict[str, dict[str, Any]], picture: Path) -> None
 
 
 def _overall_table(summaries: dict[str, dict[str, Any]]) -> str:
-    header = ["evaluation", "drafter", "exit layer", "draft steps", "threshold", "tokens per round", "accept rate"]
-    header += ["plain tokens/s", "speculative tokens/s", "speed-up", "identical questions"]
+    header = ["evaluation", "drafter", "exit layer", "plan", "draft steps", "threshold", "tokens per round"]
+    header += [
+        "accept rate",
+        "fastest plain tokens/s",
+        "equal-width plain tokens/s",
+        "speculative tokens/s",
+        "speed-up",
+    ]
+    header += ["over equal width", "identical questions"]
     rows = []
     for name, summary in summaries.items():
         settings, overall = summary["settings"], summary["overall"]
         rows.append(
             [
                 name,
-                *(str(settings[key]) for key in ("drafter", "exit_layer", "draft_steps", "threshold")),
+                *(str(settings.get(key, "-")) for key in ("drafter", "exit_layer", "plan", "draft_steps", "threshold")),
                 _number(overall["tokens_per_round"]),
                 "-" if overall["accept_rate"] is None else f"{overall['accept_rate']:.1%}",
-                _number(overall["plain"]["tokens_per_second"], 1),
-                _number(overall["speculative"]["tokens_per_second"], 1),
+                *(
+                    _number(overall.get(mode, {}).get("tokens_per_second"), 1)  # kept results lack the fastest plain
+                    for mode in ("fastest_plain", "plain", "speculative")
+                ),
+                _number(overall.get("speedup_over_fastest")),
                 _number(overall["speedup"]),
                 f"{overall['identical_questions']} of {overall['questions']}",
             ]

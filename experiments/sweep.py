@@ -4,7 +4,8 @@
     python -m experiments.sweep --checkpoint CKPT --drafter-from DIR --data heldout.jsonl --all --out sweep.json
 
 Used to choose the two settings without touching evaluation questions. The threshold and the number of drafts are
-run-time arguments; only a wider round is another program. `--all` takes every conversation of the file, up to its last
+run-time arguments; only a wider round is another program. Speed-ups are over the fastest plain decoding (width 1), and
+over plain decoding of the same width. `--all` takes every conversation of the file, up to its last
 question (experiments/prompts.py writes such a file), and tells tokens per round by the kind of prompt, too. With
 `--out`, the JSON is written after every setting and a picture beside it at the end.
 """
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokenizer = model.need_tokenizer(f"{options.checkpoint} has no tokenizer")
     read = every_prompt if options.all else held_out_prompts
     prompts = read(options.data, tokenizer, options.prompts, options.max_prompt_tokens)
+    fastest = decode_all(
+        model, list(prompts.values()), DecodeConfig(draft_steps=0, max_new_tokens=options.new_tokens), plain=True
+    )
     rows: list[dict[str, Any]] = []
     result = {"environment": environment(), "settings": settings_of(options), "prompts": len(prompts), "rows": rows}
     for steps in options.draft_steps:
@@ -63,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for threshold in options.thresholds:
             settings = DecodeConfig(draft_steps=steps, threshold=threshold, max_new_tokens=options.new_tokens)
             fast = decode_all(model, list(prompts.values()), settings, plain=False)
-            row = {"draft_steps": steps, "threshold": threshold, **compare(plain, fast)}
+            row = {"draft_steps": steps, "threshold": threshold, **compare(plain, fastest, fast)}
             if options.all:
                 row["tokens_per_round_by_kind"] = by_kind(list(prompts), fast["generations"])
             rows.append(row)
@@ -107,7 +111,8 @@ def decode_all(model: LoadedModel, prompts: list[list[int]], settings: DecodeCon
         (generation,), took = generate_batch(model, [prompt], settings, plain=plain, longest_prompt=longest)
         generations.append(generation)
         seconds.append(took)
-    return {"generations": generations[1:], "seconds": sum(seconds[1:])}
+    tokens = sum(sum(generation.accept_lengths) for generation in generations[1:])
+    return {"generations": generations[1:], "seconds": sum(seconds[1:]), "tokens_per_second": tokens / sum(seconds[1:])}
 
 
 def by_kind(names: list[str], generations: list[Generation]) -> dict[str, float]:
@@ -118,8 +123,11 @@ def by_kind(names: list[str], generations: list[Generation]) -> dict[str, float]
     return {kind: measure_acceptance(found).tokens_per_round for kind, found in kinds.items()}
 
 
-def compare(plain: dict[str, Any], fast: dict[str, Any]) -> dict[str, Any]:
-    """Speed and acceptance of one setting against plain decoding of the same width."""
+def compare(plain: dict[str, Any], fastest: dict[str, Any], fast: dict[str, Any]) -> dict[str, Any]:
+    """Speed and acceptance of one setting against plain decoding of the same width, and against the fastest.
+
+    The fastest may give other tokens and another number of them, so it is compared by tokens per second.
+    """
     acceptance = measure_acceptance(fast["generations"])
     pairs = zip(plain["generations"], fast["generations"], strict=True)
     return {
@@ -128,7 +136,9 @@ def compare(plain: dict[str, Any], fast: dict[str, Any]) -> dict[str, Any]:
         "accept_rate": acceptance.accept_rate,
         "plain_seconds": plain["seconds"],
         "seconds": fast["seconds"],
+        "fastest_plain_tokens_per_second": fastest["tokens_per_second"],
         "speedup": plain["seconds"] / fast["seconds"],
+        "speedup_over_fastest": fast["tokens_per_second"] / fastest["tokens_per_second"],
         "identical": sum(a.output_ids == b.output_ids for a, b in pairs),
     }
 
@@ -137,16 +147,18 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Speed-up, and tokens and drafts of a round, over the threshold: one line for each number of draft steps."""
     figure = new_figure(8, 3.6)
     left, right = figure.subplots(1, 2)
+    over_fastest = all("speedup_over_fastest" in row for row in rows)  # kept results may lack it
+    key, over = ("speedup_over_fastest", "the fastest plain") if over_fastest else ("speedup", "equal-width plain")
     for color, steps in zip(COLORS, sorted({row["draft_steps"] for row in rows}), strict=False):
         own = sorted((row for row in rows if row["draft_steps"] == steps), key=lambda row: row["threshold"])
         places = [row["threshold"] for row in own]
-        left.plot(places, [row["speedup"] for row in own], "o-", color=color, label=f"{steps} draft steps")
-        for key, style, name in (("tokens_per_round", "o-", "committed"), ("drafts_per_round", "s--", "drafted")):
+        left.plot(places, [row[key] for row in own], "o-", color=color, label=f"{steps} draft steps")
+        for count, style, name in (("tokens_per_round", "o-", "committed"), ("drafts_per_round", "s--", "drafted")):
             label = f"{name}, {steps} draft steps"
-            right.plot(places, [row[key] for row in own], style, color=color, label=label)
-    left.set_ylabel("speed-up over plain decoding (times)")
+            right.plot(places, [row[count] for row in own], style, color=color, label=label)
+    left.set_ylabel(f"speed-up over {over} decoding (times)")
     right.set_ylabel("tokens per round")
-    left.axhline(1, color="0.4", linewidth=0.8, linestyle=":", label="as fast as plain")
+    left.axhline(1, color="0.4", linewidth=0.8, linestyle=":", label="as fast")
     for axes in (left, right):
         axes.set_xlabel("threshold (drafting stops below this probability)")
         axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
@@ -159,7 +171,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def show(rows: list[dict[str, Any]]) -> None:
     """One line for each setting."""
     table = Table()
-    for column in ("draft steps", "threshold", "drafts / round", "tokens / round", "speed-up", "identical"):
+    for column in (
+        "draft steps",
+        "threshold",
+        "drafts / round",
+        "tokens / round",
+        "speed-up",
+        "over equal width",
+        "identical",
+    ):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -167,6 +187,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['threshold']:g}",
             f"{row['drafts_per_round']:.2f}",
             f"{row['tokens_per_round']:.3f}",
+            f"{row['speedup_over_fastest']:.3f}",
             f"{row['speedup']:.3f}",
             str(row["identical"]),
         )

@@ -45,9 +45,10 @@ PAGE = """<!doctype html>
 <h1>Speculative against plain decoding</h1>
 <p>{{ overall.questions }} questions, {{ overall.generations }} answers from {{ settings.questions_file }};
 drafter {{ settings.drafter }} at exit layer {{ settings.exit_layer }} of {{ settings.num_layers }},
-on {{ settings.device }}.</p>
+plan {{ settings.plan }}, row class {{ settings.row_class }}, on {{ settings.device }}.</p>
 <div class="headline">
-  <div><b>{{ overall.speedup_over_fastest | number(2) }}x</b>speed-up over the fastest plain decoding</div>
+  <div><b>{{ overall.speedup_over_fastest | number(2) }}x</b>speed-up over the fastest plain decoding
+    ({{ overall.speedup | number(2) }}x over plain of equal width)</div>
   <div><b>{{ overall.tokens_per_round | number(2) }}</b>tokens per round</div>
   <div><b>{{ overall.accept_rate | percent }}</b>of judged drafts accepted</div>
   <div{% if differences %} class="bad"{% endif %}><b>{{ overall.identical_questions }} of {{ overall.questions }}</b>
@@ -68,7 +69,7 @@ on {{ settings.device }}.</p>
 <td>{{ row.accept_rate | percent }}</td>
 <td>{{ row.fastest_plain.tokens_per_second | number(1) }}</td>
 <td>{{ row.speculative.tokens_per_second | number(1) }}</td>
-<td>{{ row.speedup_over_fastest | number(2) }}x</td><td>{{ row.median_speedup | number(2) }}x</td>
+<td>{{ row.speedup_over_fastest | number(2) }}x</td><td>{{ row.median_speedup_over_fastest | number(2) }}x</td>
 <td>{{ row.plain.tokens_per_second | number(1) }}</td><td>{{ row.speedup | number(2) }}x</td>
 <td>{{ row.speedup_with_prefill | number(2) }}x</td><td>{{ row.identical_questions }} of {{ row.questions }}</td></tr>
 {% endfor %}</table></div>

@@ -91,13 +91,18 @@ class PairedDecoder:
             "this checkpoint has no tokenizer, which questions need: import the model with one"
         )
 
-    def both(self, prompt: Sequence[int], *, plain_first: bool) -> dict[str, TimedGeneration]:
-        """The prompt decoded in every mode, by mode, in the order asked for."""
+    def decode(self, prompt: Sequence[int], turn: int) -> dict[str, TimedGeneration]:
+        """The prompt decoded in every mode, by mode, one right after the other; `turn` says which goes first."""
         modes = self._modes()
-        chosen = () if self._chooser is None else self._chooser.alternatives(modes[SPECULATIVE])
-        for mode, option in (*modes.items(), *((SPECULATIVE, option) for option in chosen)):
-            self._warm_up(prompt, option, plain=mode != SPECULATIVE)
-        order = list(modes) if plain_first else list(reversed(modes))
+        needed = [(option, mode != SPECULATIVE) for mode, option in modes.items()]
+        if self._chooser is not None:
+            needed += [(option, False) for option in self._chooser.alternatives(modes[SPECULATIVE])]
+        # All programs are counted before any lies on the device.
+        for option in {option: None for option, _ in needed}:
+            self._count(prompt, option)
+        for option, plain in needed:
+            self._warm_up(prompt, option, plain=plain)
+        order = [*modes][turn % len(modes) :] + [*modes][: turn % len(modes)]
         return {mode: self._decode(prompt, mode, modes[mode]) for mode in order}
 
     def _modes(self) -> dict[str, Option]:
@@ -107,7 +112,8 @@ class PairedDecoder:
         else:
             option = self._chooser.begin()
         plain = choose_plan(self.model, option.settings(self.settings), plain=True)
-        narrow = {} if self._alike or option.width == 1 else {FASTEST: Option(PLAIN_PLAN, 1)}
+        is_fastest = option.width == 1 or (self._alike and plain == PLAIN_PLAN)
+        narrow = {} if is_fastest else {FASTEST: Option(PLAIN_PLAN, 1)}
         return {PLAIN: Option(plain, option.width), **narrow, SPECULATIVE: option}
 
     def _decode(self, prompt: Sequence[int], mode: str, option: Option) -> TimedGeneration:
@@ -129,13 +135,18 @@ class PairedDecoder:
         knobs = make_knobs(settings, self.model.eos_ids, plain=plain)
         return jax.block_until_ready(start(self.model, [prompt], settings, knobs)), knobs
 
+    def _count(self, prompt: Sequence[int], option: Option) -> None:
+        """`UserError` where the programs of this prompt's bucket do not fit."""
+        padded, settings = bucket(len(prompt)), option.settings(self.settings)
+        if (option, padded) not in self._warm:
+            sizes = Sizes(1, slots_for(len(prompt), settings), option.width, padded, plan=option.plan)
+            measure_memory(self.model, sizes, self._limit)
+
     def _warm_up(self, prompt: Sequence[int], option: Option, *, plain: bool) -> None:
         """Compile what this prompt's bucket needs, and run a few rounds: first runs allocate and record graphs."""
-        padded, settings = bucket(len(prompt)), option.settings(self.settings)
+        padded = bucket(len(prompt))
         if (option, padded) in self._warm:
             return
-        sizes = Sizes(1, slots_for(len(prompt), settings), option.width, padded, plan=option.plan)
-        measure_memory(self.model, sizes, self._limit)
         state, knobs = self._start(prompt, option, plain=plain)
         slots = state.tokens.shape[1]
         program = (self.model.definition, self.model.decode_params)
@@ -150,9 +161,9 @@ class PairedDecoder:
 
 
 def run_questions(decoder: PairedDecoder, questions: Sequence[Question]) -> Iterator[Answered]:
-    """Hold every conversation, one question after the other; their order alternates."""
+    """Hold every conversation, one question after the other; the mode that goes first changes from turn to turn."""
     for index, question in enumerate(questions):
-        yield hold_conversation(decoder, question, plain_first=index % 2 == 0)
+        yield hold_conversation(decoder, question, index)
 
 
 def first_prompt(decoder: PairedDecoder, questions: Sequence[Question]) -> list[int]:
@@ -166,8 +177,11 @@ def first_prompt(decoder: PairedDecoder, questions: Sequence[Question]) -> list[
     raise UserError(f"none of the {len(questions)} questions can be asked; the first: {reason}")
 
 
-def hold_conversation(decoder: PairedDecoder, question: Question, *, plain_first: bool) -> Answered:
-    """Ask the turns in order; a later prompt holds the model's own earlier answers, the same for every mode."""
+def hold_conversation(decoder: PairedDecoder, question: Question, index: int) -> Answered:
+    """Ask the turns of question number `index` in order.
+
+    A later prompt holds the model's own earlier answers, the same for every mode.
+    """
     answered = Answered(question, [], [], [])
     messages: list[Message] = []
     for number, text in enumerate(question.turns):
@@ -178,7 +192,7 @@ def hold_conversation(decoder: PairedDecoder, question: Question, *, plain_first
             later = range(number + 1, len(question.turns))
             answered.skipped.extend(Skipped(question.question_id, turn, EARLIER_TURN) for turn in later)
             break
-        timed = decoder.both(prompt, plain_first=plain_first == (number % 2 == 0))
+        timed = decoder.decode(prompt, index + number)
         traces = {mode: _trace(question, number, prompt, mode, timed) for mode in timed}
         answered.turns.append(Turn(traces[PLAIN], traces[SPECULATIVE], traces.get(FASTEST)))
         answered.texts.append(decoder.tokenizer.decode(traces[SPECULATIVE].new_ids))

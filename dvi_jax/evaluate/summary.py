@@ -81,7 +81,8 @@ def measure(turns: Sequence[Turn], draft_steps: int) -> dict[str, Any]:
         ),
         FASTEST: fastest,
         "speedup_over_fastest": _ratio(speculative["tokens_per_second"], fastest["tokens_per_second"]),
-        "median_speedup": _median([turn_speedup(turn) for turn in turns]),
+        "median_speedup": _median([_turn_ratio(turn.speculative, turn.plain) for turn in turns]),
+        "median_speedup_over_fastest": _median([turn_speedup(turn) for turn in turns]),
         "fastest_plain_identical": sum(turn.fastest.new_ids == turn.speculative.new_ids for turn in turns),
         "identical_questions": _identical_questions(turns),
         "identical_generations": sum(turn.identical for turn in turns),
@@ -104,11 +105,11 @@ def speed(traces: Sequence[Trace]) -> dict[str, Any]:
 
 def turn_speedup(turn: Turn) -> float | None:
     """How many times faster than by the fastest plain decoding; None for an answer of the prefill's token alone."""
-    speculative, plain = turn.speculative, turn.fastest
-    return _ratio(
-        _ratio(speculative.decoded_tokens, speculative.seconds),
-        _ratio(plain.decoded_tokens, plain.seconds),
-    )
+    return _turn_ratio(turn.speculative, turn.fastest)
+
+
+def _turn_ratio(fast: Trace, plain: Trace) -> float | None:
+    return _ratio(_ratio(fast.decoded_tokens, fast.seconds), _ratio(plain.decoded_tokens, plain.seconds))
 
 
 def _rounds(trace: Trace) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dvi_jax.evaluate.trace import PLAIN, SPECULATIVE, Trace, Turn
+from dvi_jax.evaluate.trace import FASTEST, PLAIN, SPECULATIVE, Trace, Turn
 from dvi_jax.loading import LoadedModel, load
 from experiments.tiny import write_tiny_model
 
@@ -49,7 +49,10 @@ def questions_file(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def make_turn() -> Callable[..., Turn]:
-    """Turns from (drafted, accept_length) pairs; seconds are of the plain and of the speculative run."""
+    """Turns from (drafted, accept_length) pairs; seconds are of the plain and of the speculative run.
+
+    `fastest`: seconds and ids of the fastest plain run; None: it is the plain one.
+    """
 
     def make(
         rounds: Sequence[tuple[int, int]],
@@ -60,17 +63,23 @@ def make_turn() -> Callable[..., Turn]:
         seconds: tuple[float, float] = (1.0, 1.0),
         prefill: float = 0.5,
         plain_ids: list[int] | None = None,
+        fastest: tuple[float, list[int]] | None = None,
     ) -> Turn:
         ids = list(range(1 + sum(length for _, length in rounds)))
         plain_ids = ids if plain_ids is None else plain_ids
         same = (question_id, category, turn)
         tail = ("length", prefill)
-        ones = [1] * (len(plain_ids) - 1)
+
+        def plain(mode: str, new_ids: list[int], took: float) -> Trace:
+            ones = [1] * (len(new_ids) - 1)
+            return Trace(*same, mode, mode == PLAIN, 7, 32, [0] * len(ones), ones, new_ids, *tail, took)
+
         return Turn(
-            Trace(*same, PLAIN, True, 7, 32, [0] * len(ones), ones, plain_ids, *tail, seconds[0]),
+            plain(PLAIN, plain_ids, seconds[0]),
             Trace(
                 *same, SPECULATIVE, False, 7, 32, [d for d, _ in rounds], [a for _, a in rounds], ids, *tail, seconds[1]
             ),
+            None if fastest is None else plain(FASTEST, fastest[1], fastest[0]),
         )
 
     return make

@@ -103,8 +103,8 @@ def test_limit_takes_the_first_questions(checkpoint, questions_file, tmp_path, c
 class Tampering(PairedDecoder):
     """Changes the last token of every plain generation."""
 
-    def both(self, prompt, *, plain_first):
-        timed = super().both(prompt, plain_first=plain_first)
+    def decode(self, prompt, turn):
+        timed = super().decode(prompt, turn)
         generation = timed[PLAIN].generation
         other = replace(generation, new_ids=[*generation.new_ids[:-1], generation.new_ids[-1] ^ 1])
         return timed | {PLAIN: replace(timed[PLAIN], generation=other)}

@@ -17,6 +17,8 @@ SETTINGS = {
     "questions_file": "<q>.jsonl",
     "drafter": "exit_head",
     "exit_layer": 2,
+    "plan": "chain:3",
+    "row_class": "1x4",
     "num_layers": 30,
     "device": "cpu",
     "draft_steps": 3,

@@ -24,12 +24,12 @@ class Listening(PairedDecoder):
 
     def __init__(self, model, settings):
         super().__init__(model, settings)
-        self.prompts, self.plain_first = [], []
+        self.prompts, self.turns = [], []
 
-    def both(self, prompt, *, plain_first):
+    def decode(self, prompt, turn):
         self.prompts.append(list(prompt))
-        self.plain_first.append(plain_first)
-        return super().both(prompt, plain_first=plain_first)
+        self.turns.append(turn)
+        return super().decode(prompt, turn)
 
 
 @pytest.fixture
@@ -70,16 +70,16 @@ def test_the_model_is_one_that_can_tell_modes_apart(decoder):
     assert max(lengths) > 1
 
 
-def test_the_mode_that_goes_first_alternates(decoder):
+def test_each_mode_goes_first_in_turn(decoder):
     answers = list(
         run_questions(
             decoder, [TWO_TURNS, Question(2, "qa", ("Is the moon old?",)), Question(3, "qa", ("Is the moon new?",))]
         )
     )
-    assert decoder.plain_first == [True, False, False, True]
+    assert decoder.turns == [0, 1, 1, 2]
     turns = [turn for answered in answers for turn in answered.turns]
-    assert [turn.plain.ran_first for turn in turns] == decoder.plain_first
-    assert [turn.speculative.ran_first for turn in turns] == [not first for first in decoder.plain_first]
+    first = [[trace.mode for trace in (turn.plain, turn.narrow, turn.speculative) if trace.ran_first] for turn in turns]
+    assert first == [["plain"], ["fastest_plain"], ["fastest_plain"], ["speculative"]]
 
 
 def test_turns_beyond_the_context_are_skipped_with_their_reason(decoder, model):
@@ -135,10 +135,33 @@ def test_the_fastest_plain_decoding_is_one_row_wide(decoder, model):
         assert (turn.fastest.mode, turn.fastest.new_ids) == ("fastest_plain", narrow.new_ids)
 
 
-def test_where_rows_are_alike_plain_decoding_is_the_fastest(model, monkeypatch):
+@pytest.mark.parametrize(("plan", "measured_apart"), [("chain:3", False), ("early-exit:3", True)])
+def test_where_rows_are_alike_plain_decoding_is_the_fastest(model, monkeypatch, plan, measured_apart):
+    """But for early exit, whose program is as wide as ever when it drafts nothing."""
     monkeypatch.setattr(runner, "rows_alike", lambda rows, dtype: True)
-    (answered,) = run_questions(PairedDecoder(model, SETTINGS), [TWO_TURNS])
-    assert all(turn.narrow is None and turn.fastest is turn.plain for turn in answered.turns)
+    (answered,) = run_questions(PairedDecoder(model, replace(SETTINGS, plan=plan)), [TWO_TURNS])
+    assert all((turn.narrow is not None) == measured_apart for turn in answered.turns)
+    assert all(turn.fastest is (turn.narrow if measured_apart else turn.plain) for turn in answered.turns)
+
+
+def test_every_program_is_counted_before_any_runs(model, monkeypatch):
+    counted = []
+
+    def refuse(model, sizes, limit):
+        counted.append((sizes.width, str(sizes.plan), limit))
+        if sizes.width == 4 and str(sizes.plan) == plan:
+            raise UserError("too much")
+
+    monkeypatch.setattr(runner, "measure_memory", refuse)
+    monkeypatch.setattr(runner, "start", None)  # nothing may be put on the device
+    for plan, programs in (
+        ("chain:3", [(4, "plain", 7), (1, "plain", 7), (4, "chain:3", 7)]),
+        ("early-exit:3", [(4, "early-exit:3", 7)]),
+    ):
+        counted.clear()
+        with pytest.raises(UserError, match="too much"):
+            PairedDecoder(model, replace(SETTINGS, plan=plan), 7).decode([1, 2, 3], 0)
+        assert counted == programs
 
 
 def test_a_chooser_chooses_every_generation(model):

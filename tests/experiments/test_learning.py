@@ -14,6 +14,7 @@ import yaml
 
 from dvi_jax.config import ObjectiveConfig, load_train_config
 from dvi_jax.data.prompts import HELD_OUT_SALT, is_held_out
+from dvi_jax.decode.batch import Generation
 from dvi_jax.errors import UserError
 from dvi_jax.learn.fast_update import _fast_update
 from dvi_jax.learn.packing import Packed
@@ -198,6 +199,22 @@ def test_sweep_over_every_prompt_of_a_file(byte_checkpoint, tmp_path):
     assert set(row["tokens_per_round_by_kind"]) == {"a", "b"}
     assert all(1 <= mean <= 3 for mean in row["tokens_per_round_by_kind"].values())
     assert out.with_suffix(".png").exists()
+
+
+def test_sweep_compares_seconds_of_equal_tokens_and_rates_of_others():
+    """12 tokens: 4 s plainly and 2 s with drafts; the fastest plain wrote 10 in 2.5 s."""
+
+    def decoded(lengths: list[int], drafted: list[int], seconds: float) -> dict:
+        new = list(range(sum(lengths)))
+        generation = Generation(new, new, lengths, drafted, "length")
+        return {"generations": [generation], "seconds": seconds, "tokens_per_second": sum(lengths) / seconds}
+
+    plain, fastest = decoded([1] * 12, [0] * 12, 4.0), decoded([1] * 10, [0] * 10, 2.5)
+    row = sweep.compare(plain, fastest, decoded([3] * 4, [3] * 4, 2.0))
+    assert row["speedup"] == 2.0
+    assert row["fastest_plain_tokens_per_second"] == 4.0
+    assert row["speedup_over_fastest"] == 1.5
+    assert row["identical"] == 1
 
 
 def test_distill_curve(tmp_path, capsys):
