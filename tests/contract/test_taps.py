@@ -6,7 +6,7 @@ import pytest
 
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode import prefill as prefill_module
-from dvi_jax.decode.batch import make_knobs, start
+from dvi_jax.decode.batch import choose_plan, make_knobs, start
 from dvi_jax.decode.prefix import make_prefix
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.model.llama import Llama
@@ -26,7 +26,7 @@ def model(request):
 def decoded(model, prefix=None, *, plain=False):
     knobs = make_knobs(SETTINGS, (), plain=plain)
     state = start(model, PROMPTS, SETTINGS, knobs, record=True, prefix=prefix)
-    return decode_rounds(model.definition, model.decode_params, state, knobs)
+    return decode_rounds(model.definition, model.decode_params, state, knobs, choose_plan(model, SETTINGS, plain=plain))
 
 
 def forward(model, tokens):

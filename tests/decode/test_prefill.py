@@ -158,12 +158,12 @@ def test_workspace_grows_with_the_prompt_not_its_square(make_tiny, monkeypatch):
 
 
 def test_fused_attention_is_the_same_attention(monkeypatch):
-    """The call that cuDNN gets, by its plain implementation: 40 rows of two sequences over what lies before them."""
+    """The call that cuDNN gets, by its plain implementation: 72 rows of two sequences over what lies before them."""
     heads, start, rng = (4, 2, 8), 9, np.random.default_rng(0)
-    qkv = jnp.asarray(rng.normal(size=(1, 2, 40, 64)), jnp.float32)
-    shape = (2, 2, 64, 8)
+    qkv = jnp.asarray(rng.normal(size=(1, 2, 72, 64)), jnp.float32)
+    shape = (2, 2, 96, 8)
     cache = attention.LayerCache(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2)))
-    positions = jnp.broadcast_to(start + jnp.arange(40), (2, 40))
+    positions = jnp.broadcast_to(start + jnp.arange(72), (2, 72))
     rope = attention.rope_tables(attention.rope_frequencies(8, 10000.0, None), positions)
 
     def both() -> tuple[jax.Array, attention.LayerCache, jax.Array]:

@@ -110,7 +110,7 @@ def test_one_program_then_its_picture(tmp_path, monkeypatch, capsys):
     assert speed.main() == 0
     result = json.loads(out.read_text(encoding="utf-8"))
     found = [(row["context"], row["drafts"], row["rounds"]) for row in result["rows"]]
-    assert [pair[:2] for pair in found] == [(24.0, 0), (24.0, 2), (34.0, 0), (34.0, 2)]
+    assert [pair[:2] for pair in found] == [(24.0, 0), (34.0, 0), (24.0, 2), (34.0, 2)]
     assert [rounds for _, drafts, rounds in found if not drafts] == [7, 7]
     for row in result["rows"]:
         assert row["floor_fraction"] == pytest.approx(row["floor_ms"] / row["round_ms"])
