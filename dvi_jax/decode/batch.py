@@ -71,7 +71,7 @@ def generate_batch(
     replaces the model's own; `()` never stops early. `sampling`: one setting for each prompt, or one for all (sequence
     b then takes seed + b); None is greedy. `prefix`: what all prompts begin with, taken in before by `make_prefix`.
     `longest_prompt` gives a stream of batches one cache length. `chooser` chooses how rounds draft (`choosing.py`), at
-    most `draft_steps` drafts; its first seconds hold a compilation.
+    most `draft_steps` drafts; a plan that it changes to may have to be compiled first.
     """
     eos = model.eos_ids if eos_ids is None else eos_ids
     option = None if chooser is None else chooser.begin()
@@ -80,14 +80,13 @@ def generate_batch(
     drawn = make_sampling(model, prompts, sampling)
     state = start(model, prompts, settings, knobs, sampling=drawn, prefix=prefix, longest_prompt=longest_prompt)
     state = jax.block_until_ready(state)
+    plan = choose_plan(model, settings, plain=plain) if option is None else option.plan
+    # Compiled ahead: `seconds` never holds a compilation. jax keeps the program, a repeat costs milliseconds.
+    program = decode_rounds.lower(model.definition, model.decode_params, state, knobs, plan).compile()
+    began = time.perf_counter()
     if chooser is None or option is None:
-        plan = choose_plan(model, settings, plain=plain)
-        # Compiled ahead: `seconds` never holds a compilation. jax keeps the program, a repeat costs milliseconds.
-        program = decode_rounds.lower(model.definition, model.decode_params, state, knobs, plan).compile()
-        began = time.perf_counter()
         state = jax.block_until_ready(program(model.decode_params, state, knobs))
     else:
-        began = time.perf_counter()
         state = jax.block_until_ready(chooser.decode(state, knobs, option))
     seconds = time.perf_counter() - began
     return read_generations(state, [len(p) for p in prompts], eos), seconds

@@ -31,7 +31,8 @@ from dvi_jax.loading import LoadedModel
 STRETCH = 64  # rounds until the first choice; twice as many until the next, and so on
 MEMORY = 0.995  # what a round still counts for after the next
 PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0  # of the first draft, and the drafts that it counts for
-RETRY = 8  # generations that draft nothing until one tries again
+RETRY = 8  # generations that draft nothing until one tries again, at least
+MOST_LOSS = 0.02  # share of the time that trying again may cost where it is in vain
 MEASURED_TOKENS = 128  # room of a measured generation
 MEASURED_ROUNDS = 16  # of the shorter one on an accelerator, where rounds are short
 DRAFTS = (1, 2, 3, 4, 6, 8)  # numbers of drafts to choose from
@@ -104,8 +105,12 @@ class PlanChooser:
         if best.plan.drafts:
             return best
         self._plain_generations += 1
-        drafting = [option for option in self.costs if option.plan.drafts]
-        return max(drafting, key=self._worth) if drafting and self._plain_generations % RETRY == 0 else best
+        drafting = max((option for option in self.costs if option.plan.drafts), key=self._worth, default=best)
+        loss = self._worth(best) / self._worth(drafting) - 1  # of a generation, in its own time
+        if self._plain_generations < max(RETRY, loss / MOST_LOSS):
+            return best
+        self._plain_generations = 0
+        return drafting
 
     def go_on(self, option: Option) -> Option:
         """The option of the next stretch, of equal bits."""

@@ -63,6 +63,16 @@ def test_a_generation_that_drafts_nothing_stays_so_and_a_later_one_tries_again()
     assert [n for n, option in enumerate(begun, 1) if option != NOTHING] == [choosing.RETRY, 2 * choosing.RETRY]
 
 
+def test_trying_again_is_the_rarer_the_more_it_costs():
+    """A round with a draft costs two and gives one token: it loses about its own time, so one in fifty may try."""
+    one = chooser({NOTHING: 1.0, CHAINS[1]: 2.0})
+    one.acceptance.add([1] * 1000, [1] * 1000)
+    begun = [one.begin() for _ in range(100)]
+    tries = [n for n, option in enumerate(begun, 1) if option != NOTHING]
+    assert len(tries) == 2
+    assert 48 <= tries[0] <= 50
+
+
 def test_what_there_is_to_choose_from(make_tiny, monkeypatch):
     model = make_tiny()
     assert options(model, SETTINGS, 1)[:2] == [Option(PLAIN, 1), Option(Plan("early-exit", 1), 2)]
