@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         text = model.tokenizer.decode(generation.new_ids) if model.tokenizer else ""
     about = {
         "plan": "plain" if options.plain else str(option.plan),
-        "row_class": row_class(1, option.width, model.manifest.dtype),
+        "row_class": row_class(1, option.width, model.config, model.manifest.dtype),
     }
     result = describe(generation, seconds, text) | about
     if options.json:

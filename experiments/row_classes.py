@@ -56,7 +56,7 @@ def main() -> int:
             {
                 "width": width,
                 "batch": batch,
-                "row_class": row_class(batch, width, options.dtype),
+                "row_class": row_class(batch, width, config, options.dtype),
                 "positions": len(found),
                 "equal": not len(differing),
                 "first_difference": int(differing[0]) if len(differing) else None,

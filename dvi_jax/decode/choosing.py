@@ -73,7 +73,6 @@ class PlanChooser:
         """`costs`: seconds of a round of each option (`measured` finds them); `settings` say all but the plan."""
         self.model, self.settings, self.costs = model, settings, dict(costs)
         self.acceptance = Acceptance()
-        self.last: Option | None = None
         self._plain_generations = 0
 
     @classmethod
@@ -96,11 +95,7 @@ class PlanChooser:
         return cls(model, settings, costs)
 
     def begin(self) -> Option:
-        """The option of the next generation, which is then `last`."""
-        self.last = self._begin()
-        return self.last
-
-    def _begin(self) -> Option:
+        """The option of the next generation."""
         best = max(self.costs, key=self._worth)
         if best.plan.drafts:
             return best
@@ -150,7 +145,7 @@ def options(model: LoadedModel, settings: DecodeConfig, batch: int) -> list[Opti
     """
     most = min(settings.draft_steps, model.max_drafts or MOST_DRAFTS)
     plans = [PLAIN, *(plan_for(n, drafts_blocks=model.drafts_blocks) for n in DRAFTS if n <= most)]
-    alike = rows_alike(batch * (most + 1), model.manifest.dtype)
+    alike = rows_alike(batch * (most + 1), model.config, model.manifest.dtype)
     return [Option(plan, most + 1 if alike else plan.rows) for plan in plans]
 
 

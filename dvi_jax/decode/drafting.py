@@ -45,9 +45,8 @@ def begin(model: SpeculativeLlama, state: DecodeState, knobs: Knobs, rows: int) 
     (batch,) = state.length.shape
     pending = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
     # A round must not commit more than the sequence may still get; the verifier's own token is one of those.
-    most = jnp.where(
-        state.done, 0, jnp.minimum(jnp.minimum(knobs.draft_steps, rows - 1), state.limit - state.length - 1)
-    )
+    allowed = jnp.minimum(knobs.draft_steps, rows - 1)
+    most = jnp.where(state.done, 0, jnp.minimum(allowed, state.limit - state.length - 1))
     rejection = state.sampling is not None and not state.sampling.coupled
     draft = Draft(
         tokens=jnp.full((batch, rows), NO_TOKEN, jnp.int32).at[:, :1].set(pending),

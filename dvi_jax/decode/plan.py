@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 
-from dvi_jax.config import DecodeConfig
+from dvi_jax.config import DecodeConfig, LlamaConfig
 from dvi_jax.errors import UserError
-from dvi_jax.model import decode_products
+from dvi_jax.model.attention import has_round_kernels
 
 Kind = Literal["plain", "chain", "block", "early-exit"]
 MOST_DRAFTS = 16
@@ -82,15 +82,15 @@ def check_plan(plan: Plan, drafter: str, *, drafts_blocks: bool, max_drafts: int
         raise UserError(f"plan {plan}: drafter {drafter} drafts at most {max_drafts}")
 
 
-def rows_alike(rows: int, dtype: jax.typing.DTypeLike) -> bool:
+def rows_alike(rows: int, config: LlamaConfig, dtype: jax.typing.DTypeLike) -> bool:
     """Whether a row's bits are the same among any number of rows up to `rows` (batch times rows of a sequence).
 
     So they are in the GPU kernels. Elsewhere they depend on that number: there all plans of a generation verify as many
     rows as its widest.
     """
-    return decode_products.is_supported(rows, jax.numpy.dtype(dtype))
+    return has_round_kernels(rows, config.head_dim, jax.numpy.dtype(dtype))
 
 
-def row_class(batch: int, width: int, dtype: jax.typing.DTypeLike) -> str:
+def row_class(batch: int, width: int, config: LlamaConfig, dtype: jax.typing.DTypeLike) -> str:
     """What equal bits are relative to: `any` number of rows, or passes of just so many, batch by rows of a sequence."""
-    return "any" if rows_alike(batch * width, dtype) else f"{batch}x{width}"
+    return "any" if rows_alike(batch * width, config, dtype) else f"{batch}x{width}"

@@ -81,7 +81,7 @@ def propose(model: SpeculativeLlama, state: DecodeState, knobs: Knobs, plan: Pla
         assert isinstance(drafter, StepDrafter)
         early_exit = plan.kind == "early-exit"
         draft, state = propose_by_steps(model, drafter, state, knobs, plan.drafts, early_exit=early_exit)
-    return (draft if rows_alike(batch * width, model.llama.dtype) else draft.widened(width)), state
+    return (draft if rows_alike(batch * width, model.llama.config, model.llama.dtype) else draft.widened(width)), state
 
 
 def verify(

@@ -121,7 +121,7 @@ def describe_run(
         "num_layers": model.config.num_layers,
         "training_step": manifest.training_step,
         "plan": AUTO if options.plan == AUTO else str(choose_plan(model, settings)),
-        "row_class": row_class(1, settings.width, manifest.dtype),
+        "row_class": row_class(1, settings.width, model.config, manifest.dtype),
         "draft_steps": settings.draft_steps,
         "threshold": settings.threshold,
         "draft_cost": settings.draft_cost,

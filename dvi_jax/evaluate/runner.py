@@ -80,7 +80,7 @@ class PairedDecoder:
         `chooser` chooses how to draft; without one the settings say it.
         """
         self.model, self.settings, self._limit, self._chooser = model, settings, memory_limit, chooser
-        self._alike = rows_alike(settings.width, model.manifest.dtype)
+        self._alike = rows_alike(settings.width, model.config, model.manifest.dtype)
         self._programs: dict[tuple[Option, int], Any] = {}  # by plan, width and cache slots
         self._warm: set[tuple[Option, int]] = set()  # by plan, width and prompt bucket
 

@@ -28,7 +28,6 @@ Caches = tuple[LayerCache, ...]
 Heads = tuple[int, int, int]  # (N, K, H)
 Rope = tuple[jax.Array, jax.Array]  # of `rope_tables`
 CUDNN: Literal["cudnn", "xla"] = "cudnn"  # the implementation of `jax.nn.dot_product_attention`
-MOST_ROUND_ROWS = 64  # more rows than any round has belong to a prefill
 
 
 def init_caches(config: LlamaConfig, num_layers: int, batch: int, slots: int, dtype: jnp.dtype) -> Caches:
@@ -75,6 +74,14 @@ def apply_rope(x: jax.Array, tables: Rope) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def has_round_kernels(rows: int, head_dim: int, dtype: jnp.dtype) -> bool:
+    """Whether all of a round of `rows` rows (batch times rows of a sequence) goes through the GPU kernels.
+
+    Then no row's bits depend on how many there are. Without attention's kernel they do.
+    """
+    return decode_products.is_supported(rows, dtype) and decode_attention.is_supported(1, head_dim, dtype)
+
+
 def attend_cached(
     qkv: jax.Array,
     heads: Heads,
@@ -85,8 +92,8 @@ def attend_cached(
 ) -> tuple[jax.Array, LayerCache]:
     """Rows qkv [P, B, T, (N+2K)H] at consecutive `positions` [B, T] into the cache, and their attention over it.
 
-    `bias` [(N+2K)H] is added to the sum of the parts, which are then in float32, before that is rounded. A round's rows
-    may also lie flat, with more behind them that mean nothing: [P, R, (N+2K)H] -> [R, N*H].
+    `bias` [(N+2K)H] is added to the sum of the parts, which are then in float32, before that is rounded. Where a round
+    has kernels, its rows may also lie flat, with more behind them that mean nothing: [P, R, (N+2K)H] -> [R, N*H].
     -> [B, T, N*H], cache.
     """
     dtype = cache.key.dtype
@@ -95,16 +102,11 @@ def attend_cached(
         flat = by_head(qkv, heads).reshape(qkv.shape[0], -1, heads[0] + 2 * heads[1], heads[2])
         mixed, key, value = decode_attention.cached_attention(flat, rope, *cache, positions, *biases)
         return mixed.reshape(*qkv.shape[1:-1], -1), LayerCache(key, value)
-    if qkv.ndim == 3:  # rows that lie flat, but heads that the kernel does not take
-        qkv = qkv[:, : positions.size].reshape(qkv.shape[0], *positions.shape, -1)
-        mixed, cache = attend_cached(qkv, heads, rope, cache, positions, bias)
-        flat = mixed.reshape(positions.size, -1)
-        return jnp.pad(flat, ((0, decode_products.padded_rows(positions.size) - positions.size), (0, 0))), cache
     query, key, value = split_heads(total(qkv, dtype, bias), heads, rope)
     cache = write_rows(cache, key, value, positions[:, 0])
     mask = cached_mask(positions, cache.key.shape[2])
     # Rounds stay with the einsum, in which no row depends on the rows beside it.
-    if query.shape[1] > MOST_ROUND_ROWS and has_gpu_kernels(dtype):
+    if query.shape[1] > decode_attention.MOST_ROUND_ROWS and has_gpu_kernels(dtype):
         return cudnn_attention(query, *cache, mask=mask[:, None]), cache
     return attend(query, *cache, mask), cache
 

@@ -31,7 +31,7 @@ STEP_SLOTS = 64  # slots of one step inside a chunk
 WARPS = 4
 STAGES = 3  # steps whose loads are under way at once
 TILE = 16  # queries that one program works on: rows of the smallest matrix product in Triton
-MOST_ROWS = 64  # T beyond which a call is no round
+MOST_ROUND_ROWS = 64  # T: more rows than any round has belong to a prefill
 Ref = Any  # a pointer into an array; indexing gives another, `plt.load` and `plt.store` use it
 Rope = tuple[jax.Array, jax.Array]
 MASKED = -1e30  # finite: the maximum of a chunk that a row cannot see must not give inf - inf
@@ -40,7 +40,7 @@ MASKED = -1e30  # finite: the maximum of a chunk that a row cannot see must not 
 def is_supported(rows: int, head_dim: int, dtype: jnp.dtype) -> bool:
     """Whether the kernel takes `rows` = T rows of 16-bit heads of this size on the default backend."""
     half = head_dim // 2
-    sizes_fit = rows <= MOST_ROWS and half >= 16 and half & (half - 1) == 0
+    sizes_fit = rows <= MOST_ROUND_ROWS and half >= 16 and half & (half - 1) == 0
     return has_gpu_kernels(dtype) and sizes_fit
 
 

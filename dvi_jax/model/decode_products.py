@@ -88,12 +88,13 @@ def gated_product(x: jax.Array, weight: jax.Array, *, interpret: bool = False) -
     return _run(_gated_kernel, x, weight, blocks, x.dtype, interpret)[0]
 
 
-def round_linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+def round_linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """`products.linear` of a round's rows x [B, T, in], by the kernels where they take them: [B, T, out]."""
     batch, rows, _ = x.shape
     if not is_supported(batch * rows, x.dtype):
-        return linear(x, weight)
-    result = total(product(laid_flat(x), weight, parts=part_count(weight.shape)), x.dtype)
+        return linear(x, weight, out_dtype)
+    parts = product(laid_flat(x), weight, parts=part_count(weight.shape), out_dtype=out_dtype)
+    result = total(parts, out_dtype or x.dtype)
     return result[: batch * rows].reshape(batch, rows, -1)
 
 
@@ -130,11 +131,8 @@ def _run(kernel: Any, x: jax.Array, weight: jax.Array, blocks: Blocks, dtype: jn
     block_rows = min(rows, MOST_BLOCK_ROWS)
     return pl.pallas_call(
         partial(kernel, blocks=blocks, block_rows=block_rows),
-        grid=(
-            rows // block_rows,
-            pl.cdiv(out, blocks.columns),
-            blocks.parts,
-        ),  # programs that share weights run together
+        # Blocks of rows first: programs that read the same weights run together.
+        grid=(rows // block_rows, pl.cdiv(out, blocks.columns), blocks.parts),
         out_shape=jax.ShapeDtypeStruct((blocks.parts, rows, out), dtype),
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,

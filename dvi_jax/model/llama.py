@@ -14,7 +14,7 @@ from flax import nnx
 
 from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import UserError
-from dvi_jax.model import attention, decode_products
+from dvi_jax.model import attention, decode_attention, decode_products
 from dvi_jax.model.attention import Caches, LayerCache
 from dvi_jax.model.layers import Block
 from dvi_jax.model.products import linear
@@ -154,14 +154,8 @@ class Llama(nnx.Module):
 
     def round_logits(self, normed: jax.Array) -> jax.Array:
         """`logits` of a round's rows [B, T, D], which on a GPU do not depend on their number and have no derivative."""
-        batch, rows, _ = normed.shape
-        if not decode_products.is_supported(batch * rows, normed.dtype):
-            return self.logits(normed)
         with jax.named_scope("head"):
-            logits = decode_products.product(
-                decode_products.laid_flat(normed), self.head_weight(), out_dtype=jnp.float32
-            )[0]
-            return _by_sequence(logits, normed)
+            return decode_products.round_linear(normed, self.head_weight(), jnp.float32)
 
     def init_caches(self, batch: int, slots: int) -> tuple[Caches, Caches]:
         """Empty caches for `shallow` and for `deep`, `slots` positions each."""
@@ -181,8 +175,8 @@ class Llama(nnx.Module):
         rope = attention.rope_tables(frequencies, positions)
         fresh = fresh or caches is None
         # A prefill has rows enough, and where there is no cache something may be differentiated.
-        few = x.shape[1] <= attention.MOST_ROUND_ROWS
-        kernels = not fresh and few and decode_products.is_supported(x.shape[0] * x.shape[1], x.dtype)
+        few = x.shape[1] <= decode_attention.MOST_ROUND_ROWS
+        kernels = not fresh and few and attention.has_round_kernels(x.shape[0] * x.shape[1], config.head_dim, x.dtype)
         residual = Residual(decode_products.laid_flat(x) if kernels else x, kernels=kernels)
         tapped: list[jax.Array] = []
         updated: list[LayerCache] = []

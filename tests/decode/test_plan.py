@@ -1,5 +1,7 @@
 """What a plan says, reads back, and refuses."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,6 +10,7 @@ from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.batch import choose_plan
 from dvi_jax.decode.plan import PLAIN, Plan, plan_for, row_class, rows_alike
 from dvi_jax.errors import UserError
+from dvi_jax.presets import SHAPES
 
 
 @pytest.mark.parametrize("text", ["plain", "chain:1", "chain:16", "block:4", "early-exit:6"])
@@ -35,13 +38,15 @@ def test_the_plan_that_suits_a_device(monkeypatch):
 
 
 def test_row_classes(monkeypatch):
-    assert not rows_alike(1, jnp.bfloat16)
-    assert row_class(2, 4, jnp.float32) == "2x4"
+    config = SHAPES["smollm2"]
+    assert not rows_alike(1, config, jnp.bfloat16)
+    assert row_class(2, 4, config, jnp.float32) == "2x4"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert rows_alike(64, jnp.bfloat16)
-    assert not rows_alike(64, jnp.float32)
-    assert row_class(4, 16, jnp.bfloat16) == "any"
-    assert row_class(64, 16, jnp.bfloat16) == "64x16"  # more rows than the kernels take
+    assert rows_alike(64, config, jnp.bfloat16)
+    assert not rows_alike(64, config, jnp.float32)
+    assert not rows_alike(64, replace(config, head_dim=96), jnp.bfloat16)  # heads of 96: no kernel for attention
+    assert row_class(4, 16, config, jnp.bfloat16) == "any"
+    assert row_class(64, 16, config, jnp.bfloat16) == "64x16"  # more rows than the kernels take
 
 
 def test_plain_decoding_has_a_program_where_drafting_cannot_be_left_out(make_tiny):

@@ -138,7 +138,7 @@ def test_the_fastest_plain_decoding_is_one_row_wide(decoder, model):
 @pytest.mark.parametrize(("plan", "measured_apart"), [("chain:3", False), ("early-exit:3", True)])
 def test_where_rows_are_alike_plain_decoding_is_the_fastest(model, monkeypatch, plan, measured_apart):
     """But for early exit, whose program is as wide as ever when it drafts nothing."""
-    monkeypatch.setattr(runner, "rows_alike", lambda rows, dtype: True)
+    monkeypatch.setattr(runner, "rows_alike", lambda rows, config, dtype: True)
     (answered,) = run_questions(PairedDecoder(model, replace(SETTINGS, plan=plan)), [TWO_TURNS])
     assert all((turn.narrow is not None) == measured_apart for turn in answered.turns)
     assert all(turn.fastest is (turn.narrow if measured_apart else turn.plain) for turn in answered.turns)
