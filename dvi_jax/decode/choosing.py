@@ -69,9 +69,9 @@ class Acceptance:
 class PlanChooser:
     """Chooses for the generations of one model, one batch size and one way of sampling after the other."""
 
-    def __init__(self, model: LoadedModel, settings: DecodeConfig, costs: Mapping[Option, float]):
-        """`costs`: seconds of a round of each option (`measured` finds them); `settings` say all but the plan."""
-        self.model, self.settings, self.costs = model, settings, dict(costs)
+    def __init__(self, model: LoadedModel, costs: Mapping[Option, float]):
+        """`costs`: seconds of a round of each option; `measured` finds them."""
+        self.model, self.costs = model, dict(costs)
         self.acceptance = Acceptance()
         self._plain_generations = 0
 
@@ -92,7 +92,7 @@ class PlanChooser:
                 known[name] = round_seconds(model, state, option.plan, option.plan.drafts, rounds)[0]
             costs[option] = known[name]
         _write(path, known)
-        return cls(model, settings, costs)
+        return cls(model, costs)
 
     def begin(self) -> Option:
         """The option of the next generation."""

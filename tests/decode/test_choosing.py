@@ -20,7 +20,7 @@ SETTINGS = DecodeConfig(draft_steps=4, max_new_tokens=40)
 
 
 def chooser(costs, model=None):
-    return PlanChooser(model, SETTINGS, costs)
+    return PlanChooser(model, costs)
 
 
 def test_expected_tokens_by_hand():

@@ -167,7 +167,7 @@ def test_every_program_is_counted_before_any_runs(model, monkeypatch):
 def test_a_chooser_chooses_every_generation(model):
     """It starts with what costs nothing, is told what was accepted, and plain decoding follows its width."""
     costs = {Option(Plan("early-exit", 3), 4): 1.0, Option(Plan("early-exit", 1), 2): 50.0}
-    chooser = PlanChooser(model, SETTINGS, costs)
+    chooser = PlanChooser(model, costs)
     (answered,) = run_questions(PairedDecoder(model, SETTINGS, chooser=chooser), [TWO_TURNS])
     assert all(turn.identical and max(turn.speculative.drafted) == 3 for turn in answered.turns)
     assert chooser.acceptance.judged[0] > 1
