@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dvi_jax.checkpoint import DTYPES
-from dvi_jax.config import DecodeConfig
+from dvi_jax.config import MOST_DRAFTS, DecodeConfig
 from dvi_jax.decode.memory import GIB
 from dvi_jax.decode.plan import Plan
 from dvi_jax.errors import UserError, add_debug
@@ -41,7 +42,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan",
         metavar="PLAN",
-        help="how rounds draft: auto, plain, chain:N, block:N or early-exit:N (default: by device)",
+        help="how rounds draft: auto, plain, chain:N, block:N, tree:ROWS or early-exit:N (default: by device)",
     )
     parser.add_argument(
         "--threshold", type=float, default=defaults.threshold, metavar="TAU", help="stop after a less probable draft"
@@ -58,7 +59,10 @@ def decode_settings(options: argparse.Namespace) -> DecodeConfig:
         plan, drafts = None, AUTO_DRAFTS if options.plan == AUTO else defaults.draft_steps
         drafts = drafts if options.draft_steps is None else options.draft_steps
     else:
-        plan, drafts = options.plan, Plan.parse(options.plan).drafts
+        parsed = Plan.parse(options.plan)
+        plan, drafts = options.plan, parsed.drafts
+        if parsed.kind == "tree" and jax.default_backend() == "cpu":
+            drafts = min(parsed.rows - 1, MOST_DRAFTS)  # there a tree has no more rows than a chain would have
         if options.draft_steps not in (None, drafts):
             raise UserError(
                 f"--plan {plan} makes {drafts} drafts a round: leave out --draft-steps {options.draft_steps}"

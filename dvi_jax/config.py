@@ -18,11 +18,14 @@ from dvi_jax.errors import UserError
 from dvi_jax.settings import from_dict, parse_yaml, read_yaml, require
 
 
+MOST_DRAFTS = 16  # of a round that may all be right
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
     """How one generation drafts."""
 
-    draft_steps: int = 3  # most drafts of a round; it verifies one row more
+    draft_steps: int = 3  # most drafts of a round that may all be right; a chain verifies one row more
     plan: str | None = None  # how a round drafts (`decode/plan.py`), at most draft_steps; None: as suits the device
     threshold: float = 0.0  # drafting stops after a draft less probable than this
     max_new_tokens: int = 64  # length of the answer, unless an end-of-sequence id comes before
@@ -30,13 +33,13 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.draft_cost <= 1, "draft_cost", self.draft_cost, "between 0 (off) and 1")
-        require(0 <= self.draft_steps <= 16, "draft_steps", self.draft_steps, "between 0 and 16")
+        require(0 <= self.draft_steps <= MOST_DRAFTS, "draft_steps", self.draft_steps, f"between 0 and {MOST_DRAFTS}")
         require(self.threshold >= 0, "threshold", self.threshold, "0 or above")
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
 
     @property
     def width(self) -> int:
-        """Rows of a sequence that a round verifies at most."""
+        """Tokens of a sequence that a round commits at most, and rows that a chain verifies."""
         return self.draft_steps + 1
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import jax
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
-from dvi_jax.decode.plan import PLAIN, Option, Plan, check_plan, plan_for
+from dvi_jax.decode.plan import PLAIN, Option, Plan, check_plan, plan_for, rows_alike
 from dvi_jax.decode.prefill import bucket, cache_slots, prefill
 from dvi_jax.decode.prefix import Prefix, pad_prompts
 from dvi_jax.decode.sampling import Sampling
@@ -136,7 +137,7 @@ def start(
 ) -> DecodeState:
     """Check the prompts, pad them and prefill, all but a shared `prefix`. `longest_prompt` fixes the cache length."""
     check_prompts(model, prompts, settings.max_new_tokens)
-    choose_plan(model, settings)
+    check_rows(model, choose_plan(model, settings), len(prompts))
     tokens, lengths = pad_prompts(prompts, prefix)
     longest = max(longest_prompt, *map(len, prompts))
     return prefill(
@@ -181,10 +182,21 @@ def choose_plan(model: LoadedModel, settings: DecodeConfig, *, plain: bool = Fal
     blocks = model.drafts_blocks
     plan = Plan.parse(settings.plan) if settings.plan else plan_for(settings.draft_steps, drafts_blocks=blocks)
     check_plan(plan, model.manifest.drafter, drafts_blocks=blocks, max_drafts=model.max_drafts)
-    if plan.rows > settings.width:
+    if plan.rows > settings.width and plan.kind != "tree":
         raise UserError(f"plan {plan} makes more than draft_steps {settings.draft_steps} drafts")
+    if plan.rows > settings.width and not rows_alike(plan.rows, model.config, model.manifest.dtype):
+        raise UserError(
+            f"plan {plan}: without the GPU's kernels a tree has at most draft_steps + 1 rows, here {settings.width}"
+        )
     # A plan that asks before each draft drafts nothing for nothing: no other program is needed.
     return PLAIN if plain and plan.kind != "early-exit" else plan
+
+
+def check_rows(model: LoadedModel, plan: Plan, batch: int) -> None:
+    """Raise `UserError` for trees of more rows, over the batch, than have the bits of plain decoding."""
+    alike = partial(rows_alike, config=model.config, dtype=model.manifest.dtype)
+    if plan.kind == "tree" and alike(plan.rows) and not alike(batch * plan.rows):
+        raise UserError(f"plan {plan}: {batch} such trees have more rows than the GPU's kernels take at once")
 
 
 def read_generations(state: DecodeState, prompt_lengths: Sequence[int], eos_ids: tuple[int, ...]) -> list[Generation]:

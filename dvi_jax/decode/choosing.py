@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvi_jax.config import DecodeConfig
+from dvi_jax.config import MOST_DRAFTS, DecodeConfig
 from dvi_jax.decode.batch import make_knobs, start
 from dvi_jax.decode.cost import ROUNDS, round_seconds
-from dvi_jax.decode.plan import MOST_DRAFTS, PLAIN, Option, plan_for, rows_alike
+from dvi_jax.decode.plan import PLAIN, Option, Plan, plan_for, rows_alike
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.directories import cache_folder
@@ -36,6 +36,8 @@ MOST_LOSS = 0.02  # share of the time that trying again may cost where it is in 
 MEASURED_TOKENS = 128  # room of a measured generation
 MEASURED_ROUNDS = 16  # of the shorter one on an accelerator, where rounds are short
 DRAFTS = (1, 2, 3, 4, 6, 8)  # numbers of drafts to choose from
+TREES = (8, 16, 32)  # rows of trees to choose from, where a row's bits do not depend on how many there are
+BRANCHES_SAVE = 0.4  # of the drafts that a chain has wrong, a tree is taken to have so many right until it is known
 
 
 @dataclass
@@ -53,17 +55,20 @@ class Acceptance:
                 self.judged = MEMORY * self.judged + ((place < drafts) & (place < accepted))
                 self.right = MEMORY * self.right + (place < accepted - 1)
 
-    def tokens(self, drafts: int) -> float:
-        """Tokens that a round of so many drafts can be expected to give.
+    def tokens(self, drafts: int, prior: Sequence[float] | None = None) -> float:
+        """Tokens that a round of so many drafts can be expected to give; `prior` as in `rates`."""
+        return 1.0 + float(np.sum(np.cumprod(self.rates(prior)[:drafts])))
 
-        A draft that was seldom judged is taken to be about as good as the one before it.
+    def rates(self, prior: Sequence[float] | None = None) -> list[float]:
+        """How often each draft is right where those before it were.
+
+        One that was seldom judged is taken to be as `prior` says, or else about as good as the one before it.
         """
-        rate, reach, tokens = PRIOR_RATE, 1.0, 1.0
-        for right, judged in zip(self.right[:drafts], self.judged[:drafts], strict=True):
-            rate = (right + PRIOR_WEIGHT * rate) / (judged + PRIOR_WEIGHT)
-            reach *= rate
-            tokens += reach
-        return tokens
+        rates: list[float] = []
+        for place in range(MOST_DRAFTS):
+            expected = prior[place] if prior else rates[-1] if rates else PRIOR_RATE
+            rates.append((self.right[place] + PRIOR_WEIGHT * expected) / (self.judged[place] + PRIOR_WEIGHT))
+        return rates
 
 
 class PlanChooser:
@@ -72,7 +77,8 @@ class PlanChooser:
     def __init__(self, model: LoadedModel, costs: Mapping[Option, float]):
         """`costs`: seconds of a round of each option; `measured` finds them."""
         self.model, self.costs = model, dict(costs)
-        self.acceptance = Acceptance()
+        self.acceptance = Acceptance()  # of chains and blocks
+        self.trees: dict[Plan, Acceptance] = {}
         self._plain_generations = 0
 
     @classmethod
@@ -129,23 +135,32 @@ class PlanChooser:
                 (state.accept_lengths, state.drafted, state.done, state.rounds)
             )
             for lengths, drafts in zip(accepted[:, read:rounds], drafted[:, read:rounds], strict=True):
-                self.acceptance.add(lengths, drafts)
+                self._acceptance(option.plan).add(lengths, drafts)
             if np.all(done):
                 return state
             option, until, read = self.go_on(option), 2 * until + STRETCH, int(rounds)
 
+    def _acceptance(self, plan: Plan) -> Acceptance:
+        return self.trees.setdefault(plan, Acceptance()) if plan.kind == "tree" else self.acceptance
+
     def _worth(self, option: Option) -> float:
-        return self.acceptance.tokens(option.plan.drafts) / self.costs[option]
+        prior = None
+        if option.plan.kind == "tree":
+            prior = [rate + BRANCHES_SAVE * (1 - rate) for rate in self.acceptance.rates()]
+        return self._acceptance(option.plan).tokens(option.plan.drafts, prior) / self.costs[option]
 
 
 def options(model: LoadedModel, settings: DecodeConfig, batch: int) -> list[Option]:
     """Plain decoding, and plans of up to `draft_steps` drafts.
 
-    Where a row's bits depend on how many there are, each is as narrow as its plan allows.
+    Where a row's bits depend on how many there are, each is as narrow as its plan allows, and none is a tree.
     """
     most = min(settings.draft_steps, model.max_drafts or MOST_DRAFTS)
     plans = [PLAIN, *(plan_for(n, drafts_blocks=model.drafts_blocks) for n in DRAFTS if n <= most)]
     alike = rows_alike(batch * (most + 1), model.config, model.manifest.dtype)
+    for tree in (Plan("tree", rows) for rows in TREES):
+        if tree.drafts <= most and rows_alike(batch * tree.rows, model.config, model.manifest.dtype):
+            plans.append(tree)
     return [Option(plan, most + 1 if alike else plan.rows) for plan in plans]
 
 

@@ -43,19 +43,29 @@ class Bounds(NamedTuple):
 def begin(model: SpeculativeLlama, state: DecodeState, knobs: Knobs, rows: int) -> tuple[Draft, Bounds]:
     """A round of so many rows with nothing drafted yet: the pending token in row 0."""
     (batch,) = state.length.shape
-    pending = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
-    # A round must not commit more than the sequence may still get; the verifier's own token is one of those.
-    allowed = jnp.minimum(knobs.draft_steps, rows - 1)
-    most = jnp.where(state.done, 0, jnp.minimum(allowed, state.limit - state.length - 1))
+    bounds = bounds_of(state, knobs, rows)
     rejection = state.sampling is not None and not state.sampling.coupled
     draft = Draft(
-        tokens=jnp.full((batch, rows), NO_TOKEN, jnp.int32).at[:, :1].set(pending),
+        tokens=jnp.full((batch, rows), NO_TOKEN, jnp.int32).at[:, :1].set(pending_token(state)),
         count=jnp.zeros((batch,), jnp.int32),
-        active=most > 0,
+        active=bounds.most > 0,
         reach=jnp.ones((batch,), jnp.float32),
         log_q=jnp.zeros((batch, rows, model.llama.config.vocab_size), jnp.float32) if rejection else None,
     )
-    return draft, Bounds(most, least_reach(state, knobs.draft_cost))
+    return draft, bounds
+
+
+def pending_token(state: DecodeState) -> jax.Array:
+    """int32 [B, 1]: committed last, not yet through the model."""
+    return jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
+
+
+def bounds_of(state: DecodeState, knobs: Knobs, rows: int) -> Bounds:
+    """When a round of paths of at most so many rows stops drafting."""
+    # A round must not commit more than the sequence may still get; the verifier's own token is one of those.
+    allowed = jnp.minimum(knobs.draft_steps, rows - 1)
+    most = jnp.where(state.done, 0, jnp.minimum(allowed, state.limit - state.length - 1))
+    return Bounds(most, least_reach(state, knobs.draft_cost))
 
 
 def add(

@@ -13,41 +13,62 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 
-from dvi_jax.config import DecodeConfig, LlamaConfig
+from dvi_jax.config import MOST_DRAFTS, DecodeConfig, LlamaConfig
 from dvi_jax.errors import UserError
 from dvi_jax.model.attention import has_round_kernels
 
-Kind = Literal["plain", "chain", "block", "early-exit"]
-MOST_DRAFTS = 16
+Kind = Literal["plain", "chain", "block", "early-exit", "tree"]
+MOST_ROWS = 64  # of a tree
+
+
+class Growth(NamedTuple):
+    """How a tree is grown (`tree.py`)."""
+
+    levels: int  # drafts of its longest path, each a pass of a step drafter
+    beam: int  # nodes of a level that the next drafts from
+    children: int  # tokens drafted from each
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A way of drafting, and how many drafts a round makes."""
+    """A way of drafting, and how much of it."""
 
     kind: Kind
-    drafts: int = 0  # of a round; it verifies one row more
+    size: int = 0  # of a tree its rows, else the drafts of a round
 
     def __post_init__(self) -> None:
-        least, most = (0, 0) if self.kind == "plain" else (1, MOST_DRAFTS)
-        if not least <= self.drafts <= most:
-            raise UserError(f"plan {self}: a {self.kind} plan makes between {least} and {most} drafts")
+        least, most = {"plain": (0, 0), "tree": (2, MOST_ROWS)}.get(self.kind, (1, MOST_DRAFTS))
+        if not least <= self.size <= most:
+            what = "has between {} and {} rows" if self.kind == "tree" else "makes between {} and {} drafts"
+            raise UserError(f"plan {self}: a {self.kind} plan {what.format(least, most)}")
 
     @property
     def rows(self) -> int:
         """Rows of a sequence that a round verifies: the pending token's and the drafts'."""
-        return self.drafts + 1
+        return self.size if self.kind == "tree" else self.size + 1
+
+    @property
+    def drafts(self) -> int:
+        """Most drafts of a round that can be right: of a tree, those of its longest path."""
+        return min(self.growth.levels, self.size - 1) if self.kind == "tree" else self.size
+
+    @property
+    def growth(self) -> Growth:
+        """What suits a tree of so many rows: levels pay where most of what they reach finds a row."""
+        if self.size <= 16:
+            return Growth(2 if self.size <= 8 else 3, 4, 4)
+        return Growth(4 if self.size <= 32 else 5, 8, 8)
 
     def __str__(self) -> str:
-        return self.kind if self.kind == "plain" else f"{self.kind}:{self.drafts}"
+        return self.kind if self.kind == "plain" else f"{self.kind}:{self.size}"
 
     @classmethod
     def parse(cls, text: str) -> Plan:
         """The plan that `str` gives as `text`; `UserError` where there is none such."""
-        kind, _, drafts = text.partition(":")
-        if kind not in get_args(Kind) or (kind == "plain") != (drafts == "") or (drafts and not drafts.isdecimal()):
-            raise UserError(f"plan {text!r}: it must be plain, chain:N, block:N or early-exit:N")
-        return cls(kind, int(drafts or 0))  # type: ignore[arg-type]  # one of Kind's values
+        kind, _, size = text.partition(":")
+        if kind not in get_args(Kind) or (kind == "plain") != (size == "") or (size and not size.isdecimal()):
+            raise UserError(f"plan {text!r}: it must be plain, chain:N, block:N, tree:ROWS or early-exit:N")
+        return cls(kind, int(size or 0))  # type: ignore[arg-type]  # one of Kind's values
 
 
 PLAIN = Plan("plain")
@@ -75,8 +96,10 @@ def plan_for(draft_steps: int, *, drafts_blocks: bool) -> Plan:
 
 def check_plan(plan: Plan, drafter: str, *, drafts_blocks: bool, max_drafts: int | None) -> None:
     """Raise `UserError` for a plan that a drafter of this kind cannot follow."""
-    if plan.kind != "plain" and (plan.kind == "block") != drafts_blocks:
-        right = "block:N" if drafts_blocks else "chain:N or early-exit:N"
+    if plan.kind in ("plain", "tree"):
+        return
+    if (plan.kind == "block") != drafts_blocks:
+        right = "block:N or tree:ROWS" if drafts_blocks else "chain:N, tree:ROWS or early-exit:N"
         raise UserError(f"plan {plan}: drafter {drafter} takes {right}")
     if max_drafts is not None and plan.drafts > max_drafts:
         raise UserError(f"plan {plan}: drafter {drafter} drafts at most {max_drafts}")

@@ -125,7 +125,7 @@ def choose_first(logits: jax.Array, sampling: Sampling | None, lengths: jax.Arra
     """The first new token int32 [B] from the last prompt row's logits [B, 1, V]."""
     if sampling is None:
         return jnp.argmax(logits, axis=-1)[:, 0].astype(jnp.int32)
-    return draw(log_probs(logits, sampling, sampling.seen[:, None]), sampling, lengths)[:, 0]
+    return draw(log_probs(logits, sampling, sampling.seen[:, None]), sampling, lengths[:, None])[:, 0]
 
 
 def lay(filled: Filled, prefix: Filled) -> Filled:

@@ -108,10 +108,16 @@ def log_probs(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> jax.Arr
 def draw(
     log_p: jax.Array, sampling: Sampling, position: jax.Array, purpose: Purpose | jax.Array = Purpose.TOKEN
 ) -> jax.Array:
-    """Tokens int32 [B, R] from log p [B, R, V]; row r's noise is that of position[b] + r."""
-    keys = _keys(sampling, position, log_p.shape[1], purpose)
-    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, log_p.shape[2:])))(keys)
-    return jnp.argmax(log_p + noise, axis=-1).astype(jnp.int32)
+    """Tokens int32 [B, R] from log p [B, R, V], each with the noise of its `position` [B, R]."""
+    return jnp.argmax(log_p + gumbel(sampling, position, log_p.shape[2], purpose), axis=-1).astype(jnp.int32)
+
+
+def gumbel(
+    sampling: Sampling, position: jax.Array, vocab_size: int, purpose: Purpose | jax.Array = Purpose.TOKEN
+) -> jax.Array:
+    """Noise float32 [B, R, V] of positions [B, R]; `purpose` is one for all or [B, R]."""
+    keys = noise_keys(sampling, position, purpose)
+    return jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,))))(keys)
 
 
 def draw_draft(
@@ -124,11 +130,20 @@ def draw_draft(
     seen = _mark(sampling.seen, tokens, tokens >= 0)
     log_q = log_probs(logits[:, None], sampling, seen[:, None])
     if sampling.coupled:
-        return draw(log_q, sampling, position)[:, 0], log_q[:, 0]
+        return draw(log_q, sampling, position[:, None])[:, 0], log_q[:, 0]
     # Noise of its own for each draft of a round: where a position is drafted again, how far that round drafts may have
     # come (through `draft_cost`) from the draft that was dropped, and a draft must not know why it is made.
     purpose = Purpose.DRAFT + len(Purpose) * jnp.sum(tokens[0] >= 0)
-    return draw(log_q, sampling, position, purpose)[:, 0], log_q[:, 0]
+    return draw(log_q, sampling, position[:, None], purpose)[:, 0], log_q[:, 0]
+
+
+def verifier_log_probs(logits: jax.Array, sampling: Sampling, before: jax.Array) -> jax.Array:
+    """log p [B, R, V] of rows with logits [B, R, V]; before: int32 [B, R, A], a round's tokens up to and with each row.
+
+    Negative where there is none.
+    """
+    seen = jax.vmap(lambda row: _mark(sampling.seen, row, row >= 0), in_axes=1, out_axes=1)(before)
+    return log_probs(logits, sampling, seen)
 
 
 def draw_verified(
@@ -139,31 +154,52 @@ def draw_verified(
     Row r predicts position[b] + r. With rejection, log_q [B, W, V] is what row r + 1 was drawn from, and the verifier's
     token is the draft where it is accepted.
     """
-    seen = jax.vmap(lambda row: _mark(sampling.seen, row, row >= 0), in_axes=1, out_axes=1)(_prefixes(rows))
-    log_p = log_probs(logits, sampling, seen)
-    token = draw(log_p, sampling, position)
+    log_p = verifier_log_probs(logits, sampling, _prefixes(rows))
+    positions = position[:, None] + jnp.arange(rows.shape[1])
     if sampling.coupled:
-        return token
+        return draw(log_p, sampling, positions)
     assert log_q is not None  # rejection keeps it
     draft = jnp.pad(rows[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
-    at = jnp.maximum(draft, 0)[..., None]
-    ratio = jnp.exp(jnp.take_along_axis(log_p, at, -1) - jnp.take_along_axis(log_q, at, -1))[..., 0]
-    keys = _keys(sampling, position, rows.shape[1], Purpose.ACCEPT)
-    accepted = jax.vmap(jax.vmap(jax.random.uniform))(keys) < ratio
-    p = jnp.exp(log_p)
-    rest = jnp.maximum(p - jnp.exp(log_q), 0.0)
-    rest = jnp.where(jnp.any(rest > 0, axis=-1, keepdims=True), rest, p)  # p and q are equal but for rounding
-    other = draw(jnp.log(rest), sampling, position, Purpose.RESIDUAL)
-    return jnp.where(draft < 0, token, jnp.where(accepted, draft, other))
+    return reject(log_p, log_q, draft[..., None], sampling, positions)
 
 
-def _keys(sampling: Sampling, position: jax.Array, rows: int, purpose: Purpose | jax.Array) -> jax.Array:
-    """Keys [B, R] for positions position[b] + r."""
+def reject(log_p: jax.Array, log_q: jax.Array, drafts: jax.Array, sampling: Sampling, position: jax.Array) -> jax.Array:
+    """The verifier's token int32 [B, R] after rows with log p [B, R, V]: one of `drafts` int32 [B, R, C], or its own.
 
-    def one(key: jax.Array, at: jax.Array) -> jax.Array:
+    The drafts after a row were drawn one after the other from q, none twice; negative where there is none. Each is
+    accepted with probability min(1, p/q); a reject leaves the positive part of p - q to the next, whose q is without
+    those before it (recursive rejection sampling, arXiv 2402.14160). In all it is p's distribution.
+    """
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    chosen = jnp.full(drafts.shape[:2], -1, jnp.int32)
+    rejected = jnp.zeros(drafts.shape[:2], bool)
+    for index in range(drafts.shape[2]):
+        draft = drafts[..., index]
+        at = jnp.maximum(draft, 0)[..., None]
+        ratio = (jnp.take_along_axis(p, at, -1) / jnp.take_along_axis(q, at, -1))[..., 0]
+        keys = noise_keys(sampling, position, Purpose.ACCEPT + len(Purpose) * index)
+        accepted = jax.vmap(jax.vmap(jax.random.uniform))(keys) < ratio
+        tried = (draft >= 0) & (chosen < 0)
+        chosen = jnp.where(tried & accepted, draft, chosen)
+        fails = (tried & ~accepted)[..., None]
+        rest = jnp.maximum(p - q, 0.0)
+        rest = jnp.where(jnp.any(rest > 0, axis=-1, keepdims=True), rest, p)  # p and q are equal but for rounding
+        without = jnp.where(jnp.arange(q.shape[-1]) == at, 0.0, q)
+        p = jnp.where(fails, rest / jnp.sum(rest, axis=-1, keepdims=True), p)
+        q = jnp.where(fails, without / jnp.sum(without, axis=-1, keepdims=True), q)
+        rejected |= fails[..., 0]
+    purpose = jnp.where(rejected, Purpose.RESIDUAL, Purpose.TOKEN)
+    return jnp.where(chosen < 0, draw(jnp.log(p), sampling, position, purpose), chosen)
+
+
+def noise_keys(sampling: Sampling, position: jax.Array, purpose: Purpose | jax.Array | int) -> jax.Array:
+    """Keys [B, R] for positions [B, R]; `purpose` is one for all or [B, R]."""
+
+    def one(key: jax.Array, at: jax.Array, purpose: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(key, at), purpose)
 
-    return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(sampling.key, position[:, None] + jnp.arange(rows))
+    each = jnp.broadcast_to(jnp.asarray(purpose, jnp.int32), position.shape)
+    return jax.vmap(jax.vmap(one, in_axes=(None, 0, 0)))(sampling.key, position, each)
 
 
 def _prefixes(rows: jax.Array) -> jax.Array:

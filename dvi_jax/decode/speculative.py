@@ -9,19 +9,20 @@ Letters: B batch, W rows of a round, D hidden, V vocabulary.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dvi_jax.decode import drafting
 from dvi_jax.decode.block_drafting import propose_block
+from dvi_jax.decode.commit import accept, commit, record
 from dvi_jax.decode.drafting import Draft
 from dvi_jax.decode.plan import Plan, plan_for, rows_alike
 from dvi_jax.decode.sampling import draw_verified
-from dvi_jax.decode.state import NO_TOKEN, DecodeState, Knobs, Signals
+from dvi_jax.decode.state import NO_TOKEN, DecodeState, Knobs
 from dvi_jax.decode.step_drafting import propose_by_steps
-from dvi_jax.model.drafters import BlockDrafter, Committed, StepDrafter
+from dvi_jax.decode.tree_round import tree_round
+from dvi_jax.model.drafters import BlockDrafter, StepDrafter
 from dvi_jax.model.features import Features
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
 
@@ -55,6 +56,8 @@ def speculative_round(
     model: SpeculativeLlama, state: DecodeState, knobs: Knobs, plan: Plan | None = None
 ) -> DecodeState:
     """One round: proposed tokens, all verified in one pass, the accepted ones committed."""
+    if plan is not None and plan.kind == "tree":
+        return tree_round(model, state, knobs, plan)
     # Propose. Row 0 is the pending token, which is committed but has not been through the model; then come the drafts.
     draft, state = propose(model, state, knobs, plan)
     # Verify. All rows at once: which token would the model itself put after each of them?
@@ -64,7 +67,7 @@ def speculative_round(
     verdict = accept(verified, following, draft.count, knobs.eos_ids)
     # Commit. The accepted drafts and one token of the verifier's own; its last token is pending in the next round.
     signals = None if state.signals is None else record(state.signals, state, following, features, verdict)
-    return commit(state, draft, verified, hidden, features, verdict, signals)
+    return commit(state, draft.count, verified, hidden, features, verdict, signals)
 
 
 def propose(model: SpeculativeLlama, state: DecodeState, knobs: Knobs, plan: Plan | None) -> tuple[Draft, DecodeState]:
@@ -106,79 +109,3 @@ def verify(
         verified = draw_verified(logits, state.sampling, state.length, tokens, draft.log_q)
     state = state.replace(shallow=shallow, deep=deep)
     return verified, hidden, Features.of(final, tapped_below + tapped), state
-
-
-class Verdict(NamedTuple):
-    """What the verifier made of a round's drafts."""
-
-    accept_length: jax.Array  # int32 [B], tokens to commit: accepted drafts and the verifier's own
-    stopped: jax.Array  # bool [B], the last committed token ends the sequence
-    judged: jax.Array  # bool [B, W], row i's draft was compared: all up to and with the first reject
-    correct: jax.Array  # bool [B, W], row i's draft equals the verifier's token
-
-
-def accept(verified: jax.Array, drafts: jax.Array, count: jax.Array, eos_ids: jax.Array) -> Verdict:
-    """Kangaroo's rule: a draft is accepted where it is the verifier's token, however that was chosen.
-
-    verified: int32 [B, W], the verifier's token after each row. drafts: int32 [B, W], the token drafted after each
-    row, of which the first `count` [B] are real. Commit up to and with the first row that is the last one, or whose
-    verified token ends the sequence, or differs from the draft.
-    """
-    row = jnp.arange(verified.shape[1])
-    is_draft = row < count[:, None]
-    correct = (verified == drafts) & is_draft
-    ends = jnp.isin(verified, eos_ids)
-    last = jnp.argmax(~correct | ends, axis=1)  # row `count` is never correct, so one is always found
-    stopped = jnp.take_along_axis(ends, last[:, None], axis=1)[:, 0]
-    return Verdict(last + 1, stopped, is_draft & (row <= last[:, None]), correct)
-
-
-def commit(
-    state: DecodeState,
-    draft: Draft,
-    verified: jax.Array,
-    hidden: jax.Array,
-    features: Features,
-    verdict: Verdict,
-    signals: Signals | None,
-) -> DecodeState:
-    """Append the accepted tokens and move the lengths; finished sequences stay as they are."""
-    width = state.committed.hidden.shape[1]
-    accepted = jnp.where(state.done, 0, verdict.accept_length)
-    length = state.length + accepted
-
-    def counted(counts: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(counts, new[:, None], state.rounds, axis=1)
-
-    def widened(rows: jax.Array) -> jax.Array:
-        return jnp.pad(rows, ((0, 0), (0, width - rows.shape[1]), *[(0, 0)] * (rows.ndim - 2)))
-
-    return state.replace(
-        tokens=_write(state.tokens, verified, state.length),
-        length=length,
-        done=state.done | verdict.stopped | (length >= state.limit),
-        committed=Committed(widened(hidden), jax.tree.map(widened, features), state.length - 1, accepted),
-        rounds=state.rounds + 1,
-        accept_lengths=counted(state.accept_lengths, accepted),
-        drafted=counted(state.drafted, draft.count),
-        signals=signals,
-        sampling=None if state.sampling is None else state.sampling.with_committed(verified, accepted),
-    )
-
-
-def record(signals: Signals, state: DecodeState, proposals: jax.Array, features: Features, verdict: Verdict) -> Signals:
-    """Write the round's signals at the positions its rows predict; later rounds overwrite what was not committed."""
-    judged = verdict.judged & ~state.done[:, None]
-    reward = jnp.where(judged, verdict.correct, -1).astype(jnp.int8)
-    step = jnp.broadcast_to(jnp.arange(reward.shape[1], dtype=jnp.int8), reward.shape)
-    new = Signals(jnp.where(judged, proposals, NO_TOKEN), reward, step, features)
-    return jax.tree.map(lambda buffer, rows: _write(buffer, rows, state.length), signals, new)
-
-
-def _write(buffer: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
-    """buffer [B, S, ...] with rows [B, W, ...] written at start[b]."""
-
-    def one(b: jax.Array, r: jax.Array, s: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(b, r, s, axis=0)
-
-    return jax.vmap(one)(buffer, rows, start)

@@ -39,14 +39,17 @@ def propose_by_steps(
     """
 
     def step(steps: _Steps, *, first: bool) -> _Steps:
-        token = jax.lax.dynamic_slice_in_dim(steps.draft.tokens, steps.number, 1, axis=1)
         position = state.length - 1 + steps.number
-        hidden, _, caches = model.llama.shallow(token, steps.caches, position[:, None], adapted=model.separate_trunk)
+        if first:
+            hidden, caches = first_row(model, state)
+        else:
+            token = jax.lax.dynamic_slice_in_dim(steps.draft.tokens, steps.number, 1, axis=1)
+            hidden, _, caches = llama.shallow(token, steps.caches, position[:, None], adapted=model.separate_trunk)
         with jax.named_scope("drafter"):
             if first:
                 new, drafter_state = drafter.first(steps.drafter, state.committed, hidden, position)
             else:
-                new, drafter_state = drafter.next(steps.drafter, steps.draft_hidden, hidden, position)
+                new, drafter_state = drafter.next(steps.drafter, steps.draft_hidden, hidden, position[:, None])
             logits = drafter.logits(new, model.draft_head())[:, 0]
         draft = drafting.add(model, state, knobs, bounds, steps.draft, steps.number, logits)
         return _Steps(steps.number + 1, draft, new.astype(steps.draft_hidden.dtype), drafter_state, caches)
@@ -54,6 +57,7 @@ def propose_by_steps(
     def later(steps: _Steps) -> _Steps:
         return step(steps, first=False)
 
+    llama = model.llama
     draft, bounds = drafting.begin(model, state, knobs, drafts + 1)
     nothing = jnp.zeros_like(state.committed.hidden[:, :1])
     caches = state.trunk if model.separate_trunk else state.shallow
@@ -68,3 +72,16 @@ def propose_by_steps(
     state = state.replace(drafter=steps.drafter)
     state = state.replace(trunk=steps.caches) if model.separate_trunk else state.replace(shallow=steps.caches)
     return steps.draft, state
+
+
+def first_row(model: SpeculativeLlama, state: DecodeState) -> tuple[jax.Array, Caches]:
+    """The exit hidden state [B, 1, D] of the pending token in the draft pass, and that pass's caches with it."""
+    token, position = drafting.pending_token(state), (state.length - 1)[:, None]
+    if not model.separate_trunk:
+        hidden, _, caches = model.llama.shallow(token, state.shallow, position)
+        return hidden, caches
+    # The token before it may have been the last draft of its round, and has then not been through this trunk.
+    before = jnp.take_along_axis(state.tokens, position - 1, axis=1)
+    tokens, positions = (jnp.concatenate(pair, axis=1) for pair in ((before, token), (position - 1, position)))
+    hidden, _, caches = model.llama.shallow(tokens, state.trunk, positions, adapted=True)
+    return hidden[:, 1:], caches

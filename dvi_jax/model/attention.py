@@ -7,7 +7,7 @@ H head size.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,18 @@ class LayerCache(NamedTuple):
 Caches = tuple[LayerCache, ...]
 Heads = tuple[int, int, int]  # (N, K, H)
 Rope = tuple[jax.Array, jax.Array]  # of `rope_tables`
+
+
+class BranchingCache(Protocol):
+    """A cache whose rows are not one sequence (`tree_cache.py`)."""
+
+    def attend(
+        self, qkv: jax.Array, heads: Heads, rope: Rope, positions: jax.Array, bias: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        """`attend_cached` over this cache."""
+
+
+AnyCache = LayerCache | BranchingCache
 CUDNN: Literal["cudnn", "xla"] = "cudnn"  # the implementation of `jax.nn.dot_product_attention`
 
 
@@ -86,16 +98,18 @@ def attend_cached(
     qkv: jax.Array,
     heads: Heads,
     rope: Rope,
-    cache: LayerCache,
+    cache: AnyCache,
     positions: jax.Array,
     bias: jax.Array | None = None,
-) -> tuple[jax.Array, LayerCache]:
+) -> tuple[jax.Array, Any]:
     """Rows qkv [P, B, T, (N+2K)H] at consecutive `positions` [B, T] into the cache, and their attention over it.
 
     `bias` [(N+2K)H] is added to the sum of the parts, which are then in float32, before that is rounded. Where a round
     has kernels, its rows may also lie flat, with more behind them that mean nothing: [P, R, (N+2K)H] -> [R, N*H].
-    -> [B, T, N*H], cache.
+    Another kind of cache attends in its own way, its rows at any positions. -> [B, T, N*H], the cache with the rows.
     """
+    if not isinstance(cache, LayerCache):
+        return cache.attend(qkv, heads, rope, positions, bias)
     dtype = cache.key.dtype
     if decode_attention.is_supported(positions.shape[1], heads[2], dtype):
         biases = () if bias is None else (by_head(bias, heads),)

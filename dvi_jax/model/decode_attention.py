@@ -15,8 +15,9 @@ G = N/K, H head size, S cache slots, C chunks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ def cached_attention(
         interpret=interpret,
         name="cached_attention",
     )(key, value, qkv, cos, sin, positions, *([] if bias is None else [bias]))
-    mixed = outputs[0] if chunks == 1 else _combine(*outputs).astype(key.dtype)
+    mixed = outputs[0] if chunks == 1 else combine(*outputs).astype(key.dtype)
     return mixed.reshape(rows, queries * size), key, value
 
 
@@ -106,7 +107,7 @@ def _origin(*_: jax.Array, rank: int) -> tuple[int, ...]:
     return (0,) * rank
 
 
-def _combine(mixed: jax.Array, top: jax.Array, total: jax.Array) -> jax.Array:
+def combine(mixed: jax.Array, top: jax.Array, total: jax.Array) -> jax.Array:
     """Chunks [C, R, N, H] with the maxima and sums of their scores [C, R, N] -> [R, N, H]."""
     weight = jnp.exp(top - jnp.max(top, axis=0))
     return jnp.sum(mixed * weight[..., None], axis=0) / jnp.sum(total * weight, axis=0)[..., None]
@@ -139,71 +140,96 @@ def _kernel(
     query_index = pl.program_id(2) // chunks * TILE + jnp.arange(TILE)
     query_index = jnp.where(query_index < tokens * group, query_index, 0)
     token, head = query_index // group, kv_head * group + query_index % group
-    query = _turned(qkv, bias, (cos, sin), (token[:, None], head[:, None]), first_row, key.dtype)
+    query = turned(qkv, bias, (cos, sin), (token[:, None], head[:, None]), first_row, key.dtype)
 
     # Every program writes all of the new rows, always the same: each then reads what it wrote itself.
     new = jnp.arange(pl.next_power_of_2(tokens))[:, None]
     new = jnp.where(new < tokens, new, 0)
     slot, column = plt.load(positions.at[new]), jnp.arange(size)[None, :]
     half = jnp.arange(size // 2)[None, :]
-    low, high = _turned(qkv, bias, (cos, sin), (new, queries + kv_head), first_row, key.dtype)
+    low, high = turned(qkv, bias, (cos, sin), (new, queries + kv_head), first_row, key.dtype)
     plt.store(key.at[slot, half], low)
     plt.store(key.at[slot, half + size // 2], high)
     at = (first_row + new, queries + kv_heads + kv_head, column)
-    plt.store(value.at[slot, column], _total(qkv, bias, at, value.dtype))
+    plt.store(value.at[slot, column], summed(qkv, bias, at, value.dtype))
     if not interpret:
         plt.debug_barrier()  # the program's other threads wrote what the next lines read
 
     slots = key.shape[0]
     begin = chunk * CHUNK_SLOTS
     limit = slots if chunks == 1 else jnp.minimum(begin + CHUNK_SLOTS, slots)
-    mixed, top, total = _attend(query, key, value, plt.load(positions.at[token]), begin, limit)
+    position = plt.load(positions.at[token])
+    end = jnp.minimum(limit, jnp.max(position) + 1)
+    steps = (0, pl.cdiv(end - begin, STEP_SLOTS))
+    mixed, top, weight = attend(nothing_yet(size), query, cached_slots(key, value), position, begin, steps)
     row = first_row + token
     if chunks == 1:
         at = (row[:, None], head[:, None], column)
-        plt.store(outputs[0].at[at], (mixed / total[:, None]).astype(outputs[0].dtype))
+        plt.store(outputs[0].at[at], (mixed / weight[:, None]).astype(outputs[0].dtype))
         return
     plt.store(outputs[0].at[(chunk, row[:, None], head[:, None], column)], mixed)
     plt.store(outputs[1].at[chunk, row, head], top)
-    plt.store(outputs[2].at[chunk, row, head], total)
+    plt.store(outputs[2].at[chunk, row, head], weight)
 
 
-def _attend(
-    query: tuple[jax.Array, jax.Array],
-    key: Ref,
-    value: Ref,
-    position: jax.Array,
-    begin: jax.Array | int,
-    limit: jax.Array | int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Both halves of turned queries [16, H/2] over slots `begin` .. `limit` - 1, step by step (online softmax).
+class Slots(NamedTuple):
+    """How a program reads slots [64] of keys and values."""
 
-    Returns the weighted sum of values [16, H], the highest score and the sum of weights [16].
-    """
+    keys: Callable[[jax.Array], tuple[jax.Array, jax.Array]]  # both halves, [64, H/2] each
+    values: Callable[[jax.Array], jax.Array]  # [64, H]
+
+
+def cached_slots(key: Ref, value: Ref) -> Slots:
+    """Slots of a cache [S, H]; zeros beyond it."""
     slots, size = key.shape
-    rows, scale = query[0].shape[0], size**-0.5
-    end = jnp.minimum(limit, jnp.max(position) + 1)
     column, half = jnp.arange(size)[None, :], jnp.arange(size // 2)[None, :]
 
-    def step(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        mixed, top, total = carry
-        slot = begin + index * STEP_SLOTS + jnp.arange(STEP_SLOTS)
+    def keys(slot: jax.Array) -> tuple[jax.Array, jax.Array]:
         inside = (slot < slots)[:, None]
         left = plt.load(key.at[slot[:, None], half], mask=inside, other=0.0)
-        right = plt.load(key.at[slot[:, None], half + size // 2], mask=inside, other=0.0)
+        return left, plt.load(key.at[slot[:, None], half + size // 2], mask=inside, other=0.0)
+
+    def values(slot: jax.Array) -> jax.Array:
+        return plt.load(value.at[slot[:, None], column], mask=(slot < slots)[:, None], other=0.0)
+
+    return Slots(keys, values)
+
+
+Carry = tuple[jax.Array, jax.Array, jax.Array]  # weighted sum of values [16, H], highest score and sum of weights [16]
+
+
+def nothing_yet(size: int) -> Carry:
+    """What `attend` begins with, for heads of `size`."""
+    return jnp.zeros((TILE, size), jnp.float32), jnp.full((TILE,), MASKED), jnp.zeros((TILE,), jnp.float32)
+
+
+def attend(
+    carry: Carry,
+    query: tuple[jax.Array, jax.Array],
+    slots: Slots,
+    position: jax.Array,
+    begin: jax.Array | int,
+    steps: tuple[jax.Array | int, jax.Array | int],
+) -> Carry:
+    """Both halves of turned queries [16, H/2] over steps of 64 slots, counted from slot `begin` (online softmax)."""
+    scale = (2 * query[0].shape[1]) ** -0.5
+
+    def step(index: jax.Array, carry: Carry) -> Carry:
+        mixed, top, total = carry
+        slot = begin + index * STEP_SLOTS + jnp.arange(STEP_SLOTS)
+        left, right = slots.keys(slot)
         scores = (plt.dot(query[0], left.T) + plt.dot(query[1], right.T)) * scale
         scores = jnp.where(slot[None, :] <= position[:, None], scores, MASKED)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         shrink, weights = jnp.exp(top - new_top), jnp.exp(scores - new_top[:, None])
-        values = plt.load(value.at[slot[:, None], column], mask=inside, other=0.0)
+        values = slots.values(slot)
         mixed = mixed * shrink[:, None] + plt.dot(weights.astype(values.dtype), values)
         return mixed, new_top, total * shrink + jnp.sum(weights, axis=1)
 
-    start = (jnp.zeros((rows, size), jnp.float32), jnp.full((rows,), MASKED), jnp.zeros((rows,), jnp.float32))
-    return jax.lax.fori_loop(0, pl.cdiv(end - begin, STEP_SLOTS), step, start)
+    return jax.lax.fori_loop(*steps, step, carry)
 
 
-def _total(qkv: Ref, bias: Ref | None, at: tuple[Any, ...], dtype: jnp.dtype) -> jax.Array:
+def summed(qkv: Ref, bias: Ref | None, at: tuple[Any, ...], dtype: jnp.dtype) -> jax.Array:
     """Sum of the parts of a product and its bias at (row, head, column), rounded as the product itself would be."""
     total = plt.load(qkv.at[(0, *at)]).astype(jnp.float32)
     for part in range(1, qkv.shape[0]):
@@ -213,13 +239,13 @@ def _total(qkv: Ref, bias: Ref | None, at: tuple[Any, ...], dtype: jnp.dtype) ->
     return total.astype(dtype)
 
 
-def _turned(
+def turned(
     qkv: Ref, bias: Ref | None, rope: tuple[Ref, Ref], at: tuple[Any, Any], first_row: jax.Array, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
     """Both halves [rows, H/2] of the heads `at` (token, head) of a sequence, turned to the token's position."""
     (cos, sin), (token, head) = rope, at
     half = jnp.arange(cos.shape[-1])[None, :]
-    first = _total(qkv, bias, (first_row + token, head, half), dtype).astype(jnp.float32)
-    second = _total(qkv, bias, (first_row + token, head, half + cos.shape[-1]), dtype).astype(jnp.float32)
+    first = summed(qkv, bias, (first_row + token, head, half), dtype).astype(jnp.float32)
+    second = summed(qkv, bias, (first_row + token, head, half + cos.shape[-1]), dtype).astype(jnp.float32)
     c, s = plt.load(cos.at[token, half]), plt.load(sin.at[token, half])
     return (first * c - second * s).astype(dtype), (second * c + first * s).astype(dtype)

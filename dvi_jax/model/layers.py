@@ -7,13 +7,14 @@ parts of a product, D hidden, F feed-forward, V vocabulary, R LoRA rank.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dvi_jax.model import attention
-from dvi_jax.model.attention import LayerCache
+from dvi_jax.model.attention import AnyCache, LayerCache
 from dvi_jax.model.decode_products import gated_product, part_count, product
 from dvi_jax.model.products import linear, total
 from dvi_jax.model.residual import Residual
@@ -67,12 +68,12 @@ class Block(nnx.Module):
         self,
         residual: Residual,
         rope: attention.Rope,
-        cache: LayerCache | None,
+        cache: AnyCache | None,
         positions: jax.Array,
         *,
         adapted: bool,
         fresh: bool,
-    ) -> tuple[jax.Array, Residual, LayerCache | None]:
+    ) -> tuple[jax.Array, Residual, Any]:
         """Rows at consecutive `positions` [B, T]; `fresh`: nothing lies in the cache yet.
 
         Returns the stream as it enters the layer [B, T, D], which costs nothing, the stream behind it, and the cache.
@@ -85,6 +86,7 @@ class Block(nnx.Module):
         bias = self.qkv_bias[...] if self.is_biased else None
         with jax.named_scope("attention"):
             if fresh or cache is None:
+                assert cache is None or isinstance(cache, LayerCache)  # a tree has a prompt before it
                 mixed, cache = attention.attend_fresh(qkv, self.heads, rope, cache, positions, bias)
             else:
                 mixed, cache = attention.attend_cached(qkv, self.heads, rope, cache, positions, bias)

@@ -5,6 +5,7 @@ Weights come as the tree a checkpoint's `base/` holds (`base_shapes`). Letters a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from flax import nnx
 from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import UserError
 from dvi_jax.model import attention, decode_attention, decode_products
-from dvi_jax.model.attention import Caches, LayerCache
+from dvi_jax.model.attention import AnyCache, Caches
 from dvi_jax.model.layers import Block
 from dvi_jax.model.products import linear
 from dvi_jax.model.residual import Residual
@@ -115,12 +116,12 @@ class Llama(nnx.Module):
     def shallow(
         self,
         tokens: jax.Array,
-        caches: Caches | None,
+        caches: Sequence[AnyCache] | None,
         positions: jax.Array,
         *,
         adapted: bool = False,
         fresh: bool = False,
-    ) -> tuple[jax.Array, Tapped, Caches]:
+    ) -> tuple[jax.Array, Tapped, tuple[Any, ...]]:
         """Embedding and layers below `exit_layer`, on int tokens [B, T] at consecutive `positions` [B, T].
 
         Returns the exit hidden state [B, T, D] (not normed; the embedding at exit layer 0), the tapped states
@@ -135,8 +136,8 @@ class Llama(nnx.Module):
             return _by_sequence(residual.total(), positions), tapped, caches
 
     def deep(
-        self, hidden: jax.Array, caches: Caches | None, positions: jax.Array, *, fresh: bool = False
-    ) -> tuple[jax.Array, Tapped, Caches]:
+        self, hidden: jax.Array, caches: Sequence[AnyCache] | None, positions: jax.Array, *, fresh: bool = False
+    ) -> tuple[jax.Array, Tapped, tuple[Any, ...]]:
         """Layers from `exit_layer` on and the final norm, on exit hidden states [B, T, D]; `fresh` as in `shallow`.
 
         Returns the normed final hidden state [B, T, D], the tapped states of these layers, and the caches (none: ()).
@@ -167,8 +168,15 @@ class Llama(nnx.Module):
         )
 
     def _run(
-        self, layers: range, x: jax.Array, caches: Caches | None, positions: jax.Array, *, adapted: bool, fresh: bool
-    ) -> tuple[Residual, Tapped, Caches]:
+        self,
+        layers: range,
+        x: jax.Array,
+        caches: Sequence[AnyCache] | None,
+        positions: jax.Array,
+        *,
+        adapted: bool,
+        fresh: bool,
+    ) -> tuple[Residual, Tapped, tuple[Any, ...]]:
         """Run `layers` on x [B, T, D]; the arguments are those of `shallow`."""
         config = self.config
         frequencies = attention.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
@@ -179,7 +187,7 @@ class Llama(nnx.Module):
         kernels = not fresh and few and attention.has_round_kernels(x.shape[0] * x.shape[1], config.head_dim, x.dtype)
         residual = Residual(decode_products.laid_flat(x) if kernels else x, kernels=kernels)
         tapped: list[jax.Array] = []
-        updated: list[LayerCache] = []
+        updated: list[AnyCache] = []
         for index, cache in zip(layers, caches or (None,) * len(layers), strict=True):
             entered, residual, new_cache = self.layers[index](
                 residual, rope, cache, positions, adapted=adapted, fresh=fresh

@@ -112,9 +112,13 @@ class StepDrafter(Drafter):
         raise NotImplementedError
 
     def next(
-        self, state: Any, draft_hidden: jax.Array, hidden: jax.Array, position: jax.Array
+        self, state: Any, draft_hidden: jax.Array, hidden: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, Any]:
-        """A later draft; `draft_hidden` [B, 1, D] is what the call before returned."""
+        """Later drafts, all of one number in the round: exit hidden [B, T, D] at `positions` [B, T] -> [B, T, D].
+
+        `draft_hidden` [B, T, D] is what the calls returned for the tokens before. In a chain T is 1; in a tree the
+        state's caches are such that each row sees its own ancestors.
+        """
         raise NotImplementedError
 
 

@@ -53,7 +53,7 @@ class ExitHead(StepDrafter):
         return self._translate(hidden), state
 
     def next(
-        self, state: Any, draft_hidden: jax.Array, hidden: jax.Array, position: jax.Array
+        self, state: Any, draft_hidden: jax.Array, hidden: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, Any]:
         return self._translate(hidden), state
 

@@ -76,9 +76,9 @@ class Fused(StepDrafter):
         return jnp.take_along_axis(draft, (committed.count - 1)[:, None, None], axis=1), state
 
     def next(
-        self, state: LayerCache, draft_hidden: jax.Array, hidden: jax.Array, position: jax.Array
+        self, state: LayerCache, draft_hidden: jax.Array, hidden: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
-        return self._run(state, hidden, draft_hidden, position[:, None])
+        return self._run(state, hidden, draft_hidden, positions)
 
     def unroll(self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int) -> list[jax.Array]:
         drafts: list[jax.Array] = []

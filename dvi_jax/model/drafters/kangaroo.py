@@ -68,9 +68,9 @@ class Kangaroo(StepDrafter):
         return draft[:, 1:], state
 
     def next(
-        self, state: LayerCache, draft_hidden: jax.Array, hidden: jax.Array, position: jax.Array
+        self, state: LayerCache, draft_hidden: jax.Array, hidden: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
-        return self._run(state, hidden, position[:, None])
+        return self._run(state, hidden, positions)
 
     def unroll(self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int) -> list[jax.Array]:
         qkv, heads, rope = self._qkv(hidden, positions)

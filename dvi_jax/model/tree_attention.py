@@ -1,0 +1,255 @@
+"""Attention of the nodes of a token tree, each over the committed cache and its own ancestors.
+
+A node's keys and values are not written into the cache: two nodes of one depth would want the same slot. They are kept
+beside it, by node, and every row reads its ancestors as if they lay in the slots behind the committed ones. So a row's
+sums run over the very slots, in the very order, in which they would run had its path been decoded plainly: its bits are
+those of plain decoding, whatever else is in the tree. `keep_path` then writes the accepted path where it belongs.
+
+Letters: P parts of a product, B batch, T rows of this pass, R >= B * T rows in all, N query heads, K KV heads,
+G = N/K, H head size, S cache slots, C chunks, M nodes of the tree, A nodes of the longest path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from dvi_jax.model import decode_attention as chain
+from dvi_jax.model.decode_attention import STEP_SLOTS, TILE, Ref, Rope, Slots
+
+LAYERS_AT_ONCE = 16  # of `keep_path`: a kernel takes a few thousand bytes of pointers
+
+
+class Tree(struct.PyTreeNode):
+    """Where the rows of a pass stand in a tree. Its nodes are numbered from the root, ancestors before descendants."""
+
+    path: jax.Array  # int32 [B, T, A], each row's ancestors from the root on and itself, which also fills the rest
+    start: jax.Array  # int32 [B], the root's position
+    first: int = struct.field(pytree_node=False, default=0)  # node of row 0; the others follow
+    room: int = struct.field(pytree_node=False, default=0)  # M
+
+
+@partial(jax.jit, static_argnames=("interpret",))  # traced and lowered once for all layers: seconds of every start
+def tree_attention(
+    qkv: jax.Array,
+    rope: Rope,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    tree: Tree,
+    nodes: tuple[jax.Array, jax.Array] | None,
+    bias: jax.Array | None = None,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`decode_attention.cached_attention` of a tree's rows: key and value [B, K, S, H] are read and left as they are.
+
+    `nodes`: keys and values [B, K, M, H] of the nodes of earlier passes; None in the first. Returns the rows' attention
+    [R, N*H], and both with the nodes of this pass; those of later passes hold anything.
+    """
+    _, rows, heads, size = qkv.shape
+    batch, tokens = positions.shape
+    kv_heads, slots = key.shape[1:3]
+    queries = heads - 2 * kv_heads
+    chunks = 1 if slots <= chain.UNCUT_SLOTS else pl.cdiv(slots, chain.CHUNK_SLOTS)
+    tiles = pl.cdiv(queries // kv_heads, TILE)
+    cos, sin = (table[:, :, 0] for table in rope)
+
+    def of_head(length: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, length, size), lambda b, k, c: (b, k, 0, 0))
+
+    def of_sequence(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *shape), lambda b, k, c: (b, *(0,) * len(shape)))
+
+    def entire(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda b, k, c: (0,) * len(shape))
+
+    partial_shape = (chunks, rows, queries)
+    whole = [(rows, queries, size)] if chunks == 1 else [(*partial_shape, size), partial_shape, partial_shape]
+    dtype = key.dtype if chunks == 1 else jnp.float32
+    biases = [] if bias is None else [bias]
+    earlier = list(nodes or ())
+    kernel = partial(
+        _kernel,
+        earlier=len(earlier),
+        biased=bias is not None,
+        kv_heads=kv_heads,
+        chunks=chunks,
+        first=tree.first,
+        interpret=interpret,
+    )
+    node_key, node_value, *outputs = pl.pallas_call(
+        kernel,
+        grid=(batch, kv_heads, tokens * tiles * chunks),
+        in_specs=[
+            *(of_head(tree.room) for _ in earlier),
+            of_head(slots),
+            of_head(slots),
+            entire(*qkv.shape),
+            of_sequence(tokens, size // 2),
+            of_sequence(tokens, size // 2),
+            of_sequence(tokens),
+            of_sequence(*tree.path.shape[1:]),
+            entire(batch),
+            *(entire(heads, size) for _ in biases),
+        ],
+        out_specs=[of_head(tree.room), of_head(tree.room), *(entire(*shape) for shape in whole)],
+        out_shape=[
+            *[jax.ShapeDtypeStruct((batch, kv_heads, tree.room, size), key.dtype)] * 2,
+            *(jax.ShapeDtypeStruct(shape, dtype) for shape in whole),
+        ],
+        input_output_aliases={i: i for i in range(len(earlier))},
+        compiler_params=plt.CompilerParams(num_warps=chain.WARPS, num_stages=chain.STAGES),
+        interpret=interpret,
+        name="tree_attention",
+    )(*earlier, key, value, qkv, cos, sin, positions, tree.path, tree.start, *biases)
+    mixed = outputs[0] if chunks == 1 else chain.combine(*outputs).astype(key.dtype)
+    return mixed.reshape(rows, queries * size), node_key, node_value
+
+
+def _kernel(*refs: Ref, earlier: int, biased: bool, kv_heads: int, chunks: int, first: int, interpret: bool) -> None:
+    """One row, one KV head and one chunk: note the keys and values of the row and its ancestors, then attend."""
+    key, value, qkv, cos, sin, positions, path, start, *rest = refs[earlier:]
+    bias, (node_key, node_value, *outputs) = (rest[0], rest[1:]) if biased else (None, rest)
+    heads, size = qkv.shape[2:]
+    tokens, longest = path.shape
+    sequence, kv_head, place = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    chunk, row = place % chunks, place // chunks % tokens
+    queries = heads - 2 * kv_heads
+    group, first_row = queries // kv_heads, sequence * tokens
+    # The queries of the row's heads; what fills up the tile does the first one's work again.
+    member = place // (chunks * tokens) * TILE + jnp.arange(TILE)
+    head = kv_head * group + jnp.where(member < group, member, 0)
+    token = jnp.full((TILE,), row)
+    turn = partial(chain.turned, qkv, bias, (cos, sin))
+    query = turn((token[:, None], head[:, None]), first_row, key.dtype)
+
+    # Every program notes its own path, as far as it is of this pass: it then reads what it wrote itself.
+    step = jnp.arange(pl.next_power_of_2(longest))[:, None]
+    node = plt.load(path.at[row, jnp.where(step < longest, step, 0)])
+    new = (node >= first) & (node < first + tokens)
+    column, half = jnp.arange(size)[None, :], jnp.arange(size // 2)[None, :]
+    source = jnp.where(new, node - first, 0)
+    low, high = turn((source, queries + kv_head), first_row, key.dtype)
+    plt.store(node_key.at[node, half], low, mask=new)
+    plt.store(node_key.at[node, half + size // 2], high, mask=new)
+    at = (first_row + source, queries + kv_heads + kv_head, column)
+    plt.store(node_value.at[node, column], chain.summed(qkv, bias, at, value.dtype), mask=new)
+    if not interpret:
+        plt.debug_barrier()  # the program's other threads wrote what the next lines read
+
+    slots = key.shape[0]
+    begin = chunk * chain.CHUNK_SLOTS
+    limit = slots if chunks == 1 else jnp.minimum(begin + chain.CHUNK_SLOTS, slots)
+    position = plt.load(positions.at[token])
+    root = plt.load(start.at[sequence])
+    last_step = pl.cdiv(jnp.minimum(limit, jnp.max(position) + 1) - begin, STEP_SLOTS)
+    committed = chain.cached_slots(key, value)
+    split = jnp.clip((root - begin) // STEP_SLOTS, 0, last_step)  # steps before it hold no node
+    carry = chain.nothing_yet(size)
+    carry = chain.attend(carry, query, committed, position, begin, (0, split))
+    behind = _slots_of_path(committed, (node_key, node_value), path, row, root)
+    mixed, top, weight = chain.attend(carry, query, behind, position, begin, (split, last_step))
+    row = first_row + token
+    if chunks == 1:
+        at = (row[:, None], head[:, None], column)
+        plt.store(outputs[0].at[at], (mixed / weight[:, None]).astype(outputs[0].dtype))
+        return
+    plt.store(outputs[0].at[(chunk, row[:, None], head[:, None], column)], mixed)
+    plt.store(outputs[1].at[chunk, row, head], top)
+    plt.store(outputs[2].at[chunk, row, head], weight)
+
+
+def _slots_of_path(committed: Slots, nodes: tuple[Ref, Ref], path: Ref, row: jax.Array, root: jax.Array) -> Slots:
+    """Slots before `root` from the cache, those from it on from the nodes of the row's path."""
+    node_key, node_value = nodes
+    size, longest = node_key.shape[1], path.shape[1]
+    column, half = jnp.arange(size)[None, :], jnp.arange(size // 2)[None, :]
+
+    def of_path(slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+        depth = slot - root
+        behind = (depth >= 0) & (depth < longest)
+        return plt.load(path.at[row, jnp.where(behind, depth, 0)])[:, None], behind[:, None]
+
+    def keys(slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+        node, behind = of_path(slot)
+        left, right = committed.keys(slot)
+        own_left = plt.load(node_key.at[node, half], mask=behind, other=0.0)
+        own_right = plt.load(node_key.at[node, half + size // 2], mask=behind, other=0.0)
+        return jnp.where(behind, own_left, left), jnp.where(behind, own_right, right)
+
+    def values(slot: jax.Array) -> jax.Array:
+        node, behind = of_path(slot)
+        return jnp.where(behind, plt.load(node_value.at[node, column], mask=behind, other=0.0), committed.values(slot))
+
+    return Slots(keys, values)
+
+
+@partial(jax.jit, static_argnames=("interpret",))
+def keep_path(
+    caches: Sequence[tuple[jax.Array, jax.Array]],
+    nodes: Sequence[tuple[jax.Array, jax.Array]],
+    path: jax.Array,
+    start: jax.Array,
+    *,
+    interpret: bool = False,
+) -> list[tuple[jax.Array, jax.Array]]:
+    """The caches of layers with the nodes of `path` int32 [B, A] in slots start[b] .. start[b] + A - 1.
+
+    Caches [B, K, S, H] and nodes [B, K, M, H]: keys and values of each layer. One kernel for many layers.
+    """
+    kept: list[tuple[jax.Array, jax.Array]] = []
+    for begin in range(0, len(caches), LAYERS_AT_ONCE):
+        some = slice(begin, begin + LAYERS_AT_ONCE)
+        kept += _keep_some(caches[some], nodes[some], path, start, interpret=interpret)
+    return kept
+
+
+def _keep_some(
+    caches: Sequence[tuple[jax.Array, jax.Array]],
+    nodes: Sequence[tuple[jax.Array, jax.Array]],
+    path: jax.Array,
+    start: jax.Array,
+    *,
+    interpret: bool,
+) -> list[tuple[jax.Array, jax.Array]]:
+    old, new = ([array for pair in pairs for array in pair] for pairs in (caches, nodes))
+    (batch, longest), (kv_heads, _, size) = path.shape, old[0].shape[1:]
+
+    def of_head(array: jax.Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, *array.shape[2:]), lambda i, b, k: (b, k, 0, 0))
+
+    def kernel(*refs: Ref) -> None:
+        path, start, *rest = refs
+        sources, targets = rest[len(old) : 2 * len(old)], rest[2 * len(old) :]
+        sequence, which = pl.program_id(1), pl.program_id(0)
+        depth = jnp.arange(pl.next_power_of_2(longest))
+        depth = jnp.where(depth < longest, depth, 0)[:, None]
+        node = plt.load(path.at[sequence, depth])
+        slot = plt.load(start.at[sequence]) + depth
+        column = jnp.arange(size)[None, :]
+        for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
+
+            @pl.when(which == index)
+            def _(source: Ref = source, target: Ref = target) -> None:
+                plt.store(target.at[slot, column], plt.load(source.at[node, column]))
+
+    entire = [pl.BlockSpec(path.shape, lambda i, b, k: (0, 0)), pl.BlockSpec(start.shape, lambda i, b, k: (0,))]
+    written = pl.pallas_call(
+        kernel,
+        grid=(len(old), batch, kv_heads),
+        in_specs=[*entire, *map(of_head, old), *map(of_head, new)],
+        out_specs=[*map(of_head, old)],
+        out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in old],
+        input_output_aliases={2 + i: i for i in range(len(old))},
+        compiler_params=plt.CompilerParams(num_warps=chain.WARPS),
+        interpret=interpret,
+        name="keep_path",
+    )(path, start, *old, *new)
+    return list(zip(written[::2], written[1::2], strict=True))
