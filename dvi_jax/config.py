@@ -17,7 +17,6 @@ from dvi_jax.architecture import RopeScaling as RopeScaling
 from dvi_jax.errors import UserError
 from dvi_jax.settings import from_dict, parse_yaml, read_yaml, require
 
-
 MOST_DRAFTS = 16  # of a round that may all be right
 
 

@@ -170,15 +170,19 @@ def reject(log_p: jax.Array, log_q: jax.Array, drafts: jax.Array, sampling: Samp
     accepted with probability min(1, p/q); a reject leaves the positive part of p - q to the next, whose q is without
     those before it (recursive rejection sampling, arXiv 2402.14160). In all it is p's distribution.
     """
+    batch, rows, count = drafts.shape
+    each = jnp.repeat(position, count, axis=1)
+    purpose = Purpose.ACCEPT + len(Purpose) * jnp.tile(jnp.arange(count), rows)
+    keys = noise_keys(sampling, each, jnp.broadcast_to(purpose, each.shape))
+    luck = jax.vmap(jax.vmap(jax.random.uniform))(keys).reshape(batch, rows, count)
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     chosen = jnp.full(drafts.shape[:2], -1, jnp.int32)
     rejected = jnp.zeros(drafts.shape[:2], bool)
-    for index in range(drafts.shape[2]):
+    for index in range(count):
         draft = drafts[..., index]
         at = jnp.maximum(draft, 0)[..., None]
         ratio = (jnp.take_along_axis(p, at, -1) / jnp.take_along_axis(q, at, -1))[..., 0]
-        keys = noise_keys(sampling, position, Purpose.ACCEPT + len(Purpose) * index)
-        accepted = jax.vmap(jax.vmap(jax.random.uniform))(keys) < ratio
+        accepted = luck[..., index] < ratio
         tried = (draft >= 0) & (chosen < 0)
         chosen = jnp.where(tried & accepted, draft, chosen)
         fails = (tried & ~accepted)[..., None]

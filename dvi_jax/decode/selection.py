@@ -39,7 +39,7 @@ def ranks(x: jax.Array) -> jax.Array:
 
 
 def at_places(places: jax.Array, count: int) -> jax.Array:
-    """int32 [..., K]: the index of the entry whose place is k, for k below `count`; places int32 [..., N] are distinct."""
+    """int32 [..., K]: for each place below `count` the entry that has it; places int32 [..., N], distinct below it."""
     index = jnp.arange(places.shape[-1], dtype=jnp.int32)
     is_here = places[..., None, :] == jnp.arange(count)[:, None]
     return jnp.sum(jnp.where(is_here, index, 0), axis=-1, dtype=jnp.int32)

@@ -21,7 +21,7 @@ AXES = {
     "prefix": (False, True),
     "trunk": ("shared", "separate"),
     "vocabulary": ("whole", "few"),
-    "plan": ("early-exit", "chain"),
+    "plan": ("early-exit", "chain", "tree"),
 }
 
 
@@ -37,7 +37,7 @@ class Case:
     prefix: bool = False  # the prompts' beginning is taken in before, by `make_prefix`
     trunk: str = "shared"  # separate: lora_S inside the shallow layers too
     vocabulary: str = "whole"  # few: drafts are chosen from a part of the vocabulary
-    plan: str = "early-exit"  # of a step drafter; chain: rounds written out, plain decoding a program of its own
+    plan: str = "early-exit"  # chain: rounds written out, plain decoding a program of its own; tree: of as many rows
 
     def __str__(self) -> str:
         """What differs from the defaults."""
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def is_possible(self) -> bool:
-        """A block drafter drafts from no shallow layers, so there is nowhere to put a lora_S, and in one way only."""
+        """A block drafter drafts from no shallow layers, so no place for a lora_S, and its chains are one plan."""
         return not ((self.trunk == "separate" or self.plan == "chain") and self.drafts_blocks)
 
     @property
@@ -57,6 +57,8 @@ class Case:
     @property
     def settings_plan(self) -> str:
         """The plan as settings name it."""
+        if self.plan == "tree":
+            return f"tree:{self.draft_steps + 1}"
         return f"{'block' if self.drafts_blocks else self.plan}:{self.draft_steps}"
 
 
@@ -76,6 +78,10 @@ PAIRS = (
     Case(plan="chain", dtype="bfloat16", sampling="coupled"),
     Case(plan="chain", drafter="kangaroo", sampling="rejection"),
     Case(plan="chain", drafter="tapped_step", dtype="bfloat16", prefix=True),
+    Case(plan="tree", dtype="bfloat16", trunk="separate"),
+    Case(plan="tree", drafter="medusa", sampling="coupled"),
+    Case(plan="tree", drafter="kangaroo", sampling="rejection"),
+    Case(plan="tree", drafter="tapped_block", dtype="bfloat16", prefix=True),
 )
 
 

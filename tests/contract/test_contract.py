@@ -11,6 +11,7 @@ from dvi_jax.checkpoint import read_checkpoint, write_checkpoint
 from dvi_jax.config import DecodeConfig, ObjectiveConfig, OptimizerConfig, SamplingConfig
 from dvi_jax.decode.batch import choose_plan, make_knobs, make_sampling, start
 from dvi_jax.decode.memory import Sizes, estimate_memory
+from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.prefix import make_prefix
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.errors import UserError
@@ -52,7 +53,7 @@ def test_decoding_is_lossless_and_drafts_are_accepted(case, case_model):
     """
     fast = decoded(case, case_model)
     assert int(jnp.sum(fast.accept_lengths > 1)) > 0, "no draft was accepted: nothing was tested"
-    assert int(jnp.max(fast.drafted)) == case.draft_steps
+    assert int(jnp.max(fast.drafted)) == Plan.parse(case.settings_plan).drafts
     if case.sampling == "rejection":
         assert np.all(np.asarray(fast.length) == [len(prompt) + NEW for prompt in PROMPTS[: case.batch]])
         return
@@ -140,6 +141,8 @@ def test_more_drafts_than_a_block_has_are_refused(case, case_model):
 
 @pytest.mark.axes("drafter")
 def test_a_plan_of_the_other_kind_is_refused(case, case_model):
-    other, right = ("chain:2", "block:N") if case.drafts_blocks else ("block:2", "chain:N or early-exit:N")
+    other, right = "block:2", "chain:N, tree:ROWS or early-exit:N"
+    if case.drafts_blocks:
+        other, right = "chain:2", "block:N or tree:ROWS"
     with pytest.raises(UserError, match=f"plan {other}: drafter {case.drafter} takes {right}"):
         choose_plan(case_model, DecodeConfig(plan=other))

@@ -80,7 +80,21 @@ def test_what_there_is_to_choose_from(make_tiny, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert options(model, SETTINGS, 1)[0] == Option(PLAIN, 1)  # heads of 8: attention has no kernel for them
     half = replace(model, config=SHAPES["smollm2"], manifest=replace(model.manifest, dtype="bfloat16"))
-    assert options(half, SETTINGS, 1) == [Option(PLAIN, 5), *(Option(Plan("chain", n), 5) for n in (1, 2, 3, 4))]
+    chains, trees = [Plan("chain", n) for n in (1, 2, 3, 4)], [Plan("tree", rows) for rows in (8, 16, 32)]
+    assert options(half, SETTINGS, 1) == [Option(plan, 5) for plan in (PLAIN, *chains, *trees)]
+    assert options(half, replace(SETTINGS, draft_steps=2), 16)[-1] == Option(Plan("tree", 8), 3)  # 256 rows in all
+    assert options(half, replace(SETTINGS, draft_steps=2), 33)[-1] == Option(Plan("chain", 2), 3)
+
+
+def test_a_tree_is_taken_to_be_better_than_a_chain_until_it_is_known():
+    """Two drafts right in half of all cases: a tree may be tried, and is then judged."""
+    chain, tree = CHAINS[2], Option(Plan("tree", 8), WIDTH)
+    one = chooser({NOTHING: 1.0, chain: 1.2, tree: 1.35})
+    one.acceptance.add([1, 3] * 500, [2] * 1000)  # the second draft is right whenever the first is
+    one.acceptance.add([2] * 400, [2] * 400)
+    assert one.begin() == tree
+    one.trees[tree.plan].add([1] * 200, [2] * 200)
+    assert one.begin() == chain
 
 
 def test_output_is_the_same_whatever_is_chosen(make_tiny, monkeypatch):

@@ -7,22 +7,46 @@ import jax.numpy as jnp
 import pytest
 
 from dvi_jax.config import DecodeConfig
-from dvi_jax.decode.batch import choose_plan
+from dvi_jax.decode.batch import check_rows, choose_plan
 from dvi_jax.decode.plan import PLAIN, Plan, plan_for, row_class, rows_alike
 from dvi_jax.errors import UserError
 from dvi_jax.presets import SHAPES
 
 
-@pytest.mark.parametrize("text", ["plain", "chain:1", "chain:16", "block:4", "early-exit:6"])
-def test_text_and_back(text):
+@pytest.mark.parametrize(
+    ("text", "rows", "drafts"),
+    [
+        ("plain", 1, 0),
+        ("chain:1", 2, 1),
+        ("chain:16", 17, 16),
+        ("block:4", 5, 4),
+        ("early-exit:6", 7, 6),
+        ("tree:2", 2, 1),
+        ("tree:16", 16, 3),
+        ("tree:64", 64, 5),
+    ],
+)
+def test_text_and_back(text, rows, drafts):
     plan = Plan.parse(text)
-    assert str(plan) == text
-    assert plan.rows == (1 if text == "plain" else int(text.split(":")[1]) + 1)
+    assert (str(plan), plan.rows, plan.drafts) == (text, rows, drafts)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "chain", "chain:", "chain:0", "chain:17", "chain:-1", "chain:two", "plain:1", "tree", "chain:²"],
+    [
+        "",
+        "chain",
+        "chain:",
+        "chain:0",
+        "chain:17",
+        "chain:-1",
+        "chain:two",
+        "plain:1",
+        "tree",
+        "tree:1",
+        "tree:65",
+        "chain:²",
+    ],
 )
 def test_other_text_is_refused(text):
     with pytest.raises(UserError, match="plan"):
@@ -55,3 +79,17 @@ def test_plain_decoding_has_a_program_where_drafting_cannot_be_left_out(make_tin
     assert choose_plan(model, DecodeConfig(plan="early-exit:3"), plain=True) == Plan("early-exit", 3)
     with pytest.raises(UserError, match="chain:5 makes more than draft_steps 3"):
         choose_plan(model, DecodeConfig(plan="chain:5"))
+
+
+def test_how_many_rows_a_tree_may_have(make_tiny, monkeypatch):
+    """As many as a chain where bits depend on their number; else what the kernels take, over the whole batch."""
+    model = make_tiny()
+    assert choose_plan(model, DecodeConfig(plan="tree:4")) == Plan("tree", 4)
+    with pytest.raises(UserError, match=r"tree:5: without the GPU's kernels .* at most draft_steps \+ 1 rows, here 4"):
+        choose_plan(model, DecodeConfig(plan="tree:5"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    half = replace(model, config=SHAPES["smollm2"], manifest=replace(model.manifest, dtype="bfloat16"))
+    assert choose_plan(half, DecodeConfig(plan="tree:64")) == Plan("tree", 64)
+    check_rows(half, Plan("tree", 64), 4)
+    with pytest.raises(UserError, match="tree:64: 5 such trees have more rows"):
+        check_rows(half, Plan("tree", 64), 5)

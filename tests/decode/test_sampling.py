@@ -179,16 +179,41 @@ def test_first_token_and_how_often_the_draft_is_it(drafter):
 
 def test_a_wrong_residual_is_noticed(monkeypatch):
     """Rejected drafts replaced by a draw from p instead of the positive part of p - q: the test above must fail."""
-    original, distributions = sampling_module.draw, []
+    original = sampling_module.draw
 
     def from_p(log_p, sampling, position, purpose=Purpose.TOKEN):
-        distributions.append(log_p)
-        return original(distributions[-2] if purpose is Purpose.RESIDUAL else log_p, sampling, position, purpose)
+        by_row = isinstance(purpose, jax.Array)  # the verifier's own token, where a draft was rejected or not
+        return original(jnp.broadcast_to(P, log_p.shape) if by_row else log_p, sampling, position, purpose)
 
     monkeypatch.setattr(sampling_module, "draw", from_p)
     anew = jax.jit(lambda *rows: draft_and_verify(*rows))
     tokens, _ = first_tokens(DRAFTERS["close"], coupled=False, program=anew)
     assert p_value(np.bincount(tokens, minlength=5), np.exp(P)) < ALARM
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("drafts", [2, 3])
+def test_several_drafts_of_one_position(drafter, drafts):
+    """Drawn from q, none twice, and tried in that order: what comes out is p.
+
+    And one of them more often than of a single draft, unless p lies nowhere else than one would reach in any case.
+    """
+    sampling, position = make_rows(coupled=False)
+    log_q = jnp.asarray(DRAFTERS[drafter], jnp.float32)
+
+    @jax.jit
+    def tried(sampling):
+        q = jnp.broadcast_to(jax.nn.log_softmax(log_q), (DRAWS, 1, 5))
+        noise = sampling_module.gumbel(sampling, position[:, None], 5, Purpose.DRAFT)
+        best, tokens = jax.lax.top_k(q + noise, drafts)
+        tokens = jnp.where(best > -jnp.inf, tokens, -1)
+        log_p = jnp.broadcast_to(jax.nn.log_softmax(jnp.asarray(P, jnp.float32)), (DRAWS, 1, 5))
+        return tokens[:, 0], sampling_module.reject(log_p, q, tokens, sampling, position[:, None])[:, 0]
+
+    drawn, tokens = map(np.asarray, tried(sampling))
+    assert p_value(np.bincount(tokens, minlength=5), np.exp(P)) > ALARM
+    kept = (drawn == tokens[:, None]).any(axis=1).mean()
+    assert kept > 1 - total_variation(DRAFTERS[drafter]) + (ERROR if drafter in ("close", "opposite") else -ERROR)
 
 
 def test_a_rejected_draft_of_the_right_distribution():
@@ -278,10 +303,10 @@ def exact(models):
     return lookup
 
 
-def sample(model, *, coupled, stops=(0.0, 0.0), plain=False):
+def sample(model, *, coupled, stops=(0.0, 0.0), plain=False, plan=None):
     """ROWS generations for each setting, as one batch: new ids [settings, ROWS, NEW], and the share of drafts kept.
 
-    stops: threshold and draft_cost.
+    stops: threshold and draft_cost. A tree has 8 rows, whose paths branch at every node.
     """
     settings = [
         replace(setting, seed=ROWS * index + row, coupled=coupled)
@@ -292,7 +317,13 @@ def sample(model, *, coupled, stops=(0.0, 0.0), plain=False):
     generations, _ = generate_batch(
         model,
         [PROMPT] * len(settings),
-        DecodeConfig(draft_steps=STEPS, threshold=stops[0], max_new_tokens=NEW, draft_cost=stops[1]),
+        DecodeConfig(
+            draft_steps=7 if plan else STEPS,
+            plan=plan,
+            threshold=stops[0],
+            max_new_tokens=NEW,
+            draft_cost=stops[1],
+        ),
         **options,
     )
     drafted = sum(sum(generation.drafted) for generation in generations)
@@ -328,6 +359,14 @@ def test_speculative_distribution(models, plain_ids, exact, name, stops, least, 
     ids, kept_coupled = sample(models[name], coupled=True, stops=stops)
     np.testing.assert_array_equal(ids, plain_ids["right" if name == "right" else "untrained"])
     assert kept_coupled <= kept
+
+
+@pytest.mark.parametrize(("name", "stops"), [("opposite", (0.0, 0.0)), ("untrained", (0.3, 0.1))])
+def test_distribution_with_a_tree(models, exact, name, stops):
+    """Several drafts of each position, which are tried one after the other."""
+    ids, kept = sample(models[name], coupled=False, stops=stops, plan="tree:8")
+    assert (p_values(ids, exact(name)) > ALARM).all()
+    assert kept > sample(models[name], coupled=False, stops=stops)[1]
 
 
 def test_distribution_with_a_draft_vocabulary(models, exact):
