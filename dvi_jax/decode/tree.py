@@ -124,11 +124,15 @@ def grow(
     frontier = Frontier(zero, zero, root[..., None], jnp.zeros(root.shape, jnp.float32), bounds.most[:, None] > 0)
     seen: list[_Seen] = []
     log_qs: list[jax.Array] = []
+    sources = 0  # nodes that were drafted from
     for level in range(growth.levels):
-        children = growth.children if level else growth.beam
-        drawn = _draw(model, state, frontier, level, expand(level, frontier), children)
+        logits = expand(level, frontier)
+        sources += frontier.node.shape[1]
+        children = min(growth.children if level else growth.beam, logits.shape[-1])
+        drawn = _draw(model, state, frontier, level, logits, children)
         first = 1 + sum(each.tokens.shape[1] for each in seen)
-        found, frontier = _level(bounds, knobs, frontier, level, drawn, growth.beam, first)
+        beam = min(growth.beam, drawn.tokens[0].size) if level + 1 < growth.levels else 0
+        found, frontier = _level(bounds, knobs, frontier, level, drawn, beam, first, sources)
         seen.append(found)
         log_qs += [] if drawn.log_q is None else [drawn.log_q]
     depth = np.repeat(np.arange(growth.levels) + 1, [each.tokens.shape[1] for each in seen])
@@ -180,9 +184,12 @@ def _draw(
 
 
 def _level(
-    bounds: Bounds, knobs: Knobs, frontier: Frontier, level: int, drawn: _Drawn, beam: int, first: int
+    bounds: Bounds, knobs: Knobs, frontier: Frontier, level: int, drawn: _Drawn, beam: int, first: int, sources: int
 ) -> tuple[_Seen, Frontier]:
-    """The nodes that a level has found, numbered from `first` on, and the best of them, which the next drafts from."""
+    """The nodes that a level has found, numbered from `first` on, and the best of them, which the next drafts from.
+
+    `sources`: how many nodes were drafted from before.
+    """
     batch, nodes, children = drawn.tokens.shape
 
     def flat(x: jax.Array) -> jax.Array:
@@ -197,7 +204,7 @@ def _level(
     is_sure = jnp.exp(along_rows(confidence, chosen)) >= knobs.threshold
     pays = jnp.exp(best) >= bounds.least_reach[:, None]
     goes_on = (best > -jnp.inf) & is_sure & pays & (level + 1 < bounds.most[:, None])
-    source = jnp.where(places < beam, level * beam + 1 + places, -1)
+    source = jnp.where(places < beam, sources + places, -1)
     place = flat(jnp.arange(children, dtype=jnp.int32))
     found = _Seen(tokens, worth, flat(frontier.node[..., None]), place, source)
     return found, Frontier(first + chosen, parent, path, best, goes_on)

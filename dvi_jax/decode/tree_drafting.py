@@ -35,6 +35,7 @@ class StepPasses:
         self.caches: tuple[TreeCache, ...] = ()  # of the draft pass, with the nodes behind the root
         self.drafter_state = state.drafter
         self.draft_hidden = state.committed.hidden[:, :1]  # [B, F, D]; of no use before the first pass
+        self.passed = 0  # nodes behind the root that have been through the layers
         self.path: jax.Array  # int32 [B, F, levels - 1], the nodes behind the root on the way to each of the frontier
 
     def expand(self, level: int, frontier: Frontier) -> jax.Array:
@@ -59,14 +60,15 @@ class StepPasses:
 
     def _nodes(self, level: int, frontier: Frontier) -> jax.Array:
         """The draft hidden states [B, F, D] behind nodes at `level` drafts behind the root."""
-        beam, state = self.growth.beam, self.state
-        own = (level - 1) * beam + jnp.arange(beam, dtype=jnp.int32)
+        state, first, beam = self.state, self.passed, frontier.node.shape[1]
+        self.passed += beam
+        own = first + jnp.arange(beam, dtype=jnp.int32)
         before = jnp.broadcast_to(own[:, None], (*frontier.node.shape, self.growth.levels - 1))
         if level > 1:
             behind = jnp.arange(self.growth.levels - 1) >= level - 1
             before = jnp.where(behind, before, along_rows(self.path, frontier.parent))
         self.path = before
-        tree = self._tree((level - 1) * beam, self.path)
+        tree = self._tree(first, self.path)
         positions = jnp.broadcast_to((state.length - 1 + level)[:, None], frontier.node.shape)
         hidden, _, self.caches = self.model.llama.shallow(
             frontier.tokens[..., -1], later(self.caches, tree), positions, adapted=self.model.separate_trunk
