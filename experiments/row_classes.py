@@ -1,8 +1,10 @@
 """Row classes: are a row's bits the same however many rows are computed beside it?
 
     python -m experiments.row_classes --shape smollm2 --passes 1x1 6x1 16x1 4x8 16x4 8x32
+    python -m experiments.row_classes --shape 7b --layers 8 --trees --passes 1x1 16x1 64x1 32x8
 
 One sequence is decoded in passes of W rows (all but one of them wrong drafts) among B sequences that differ from it.
+With `--trees` passes of more than one row are trees.
 Every bit of the verifier's final hidden state at every position must be that of the first pass in the list.
 """
 
@@ -17,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvi_jax.config import DecodeConfig
+from dvi_jax.config import MOST_DRAFTS, DecodeConfig
 from dvi_jax.decode.batch import start
-from dvi_jax.decode.plan import PLAIN, Plan, row_class
+from dvi_jax.decode.plan import MOST_ROWS, PLAIN, Plan, row_class, rows_alike
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
@@ -36,11 +38,12 @@ def main() -> int:
     parser.add_argument("--layers", type=int, metavar="L", help="fewer than the shape has")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--passes", nargs="+", default=["1x1", "4x1", "16x1", "4x4"], metavar="WxB")
+    parser.add_argument("--trees", action="store_true", help="verify trees in place of chains")
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
-    passes = [_pass(text) for text in options.passes]
+    passes = [_pass(text, trees=options.trees) for text in options.passes]
     enable_compilation_cache()
     config = SHAPES[options.shape]
     config = replace(config, num_layers=options.layers or config.num_layers)
@@ -49,7 +52,8 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     first = None
     for width, batch in passes:
-        found = decoded(model, prompt, width, batch, options.new_tokens)
+        plan = Plan("tree" if options.trees else "chain", width - (not options.trees)) if width > 1 else PLAIN
+        found = decoded(model, prompt, plan, batch, options.new_tokens)
         first = found if first is None else first
         differing = np.flatnonzero((found != first).any(axis=-1))
         rows.append(
@@ -68,13 +72,13 @@ def main() -> int:
     return 0 if all(row["equal"] for row in rows if row["row_class"] == rows[0]["row_class"]) else 1
 
 
-def decoded(model: LoadedModel, prompt: list[int], width: int, batch: int, new_tokens: int) -> np.ndarray:
+def decoded(model: LoadedModel, prompt: list[int], plan: Plan, batch: int, new_tokens: int) -> np.ndarray:
     """Bits of the first sequence's final hidden states that rounds gave: one row a position, [new tokens - 1, D]."""
-    settings = DecodeConfig(draft_steps=width - 1, max_new_tokens=new_tokens)
-    knobs = Knobs.make(width - 1, 0.0, ())
+    alike = rows_alike(batch * plan.rows, model.config, model.manifest.dtype)
+    settings = DecodeConfig(draft_steps=plan.drafts if alike else plan.rows - 1, max_new_tokens=new_tokens)
+    knobs = Knobs.make(plan.drafts, 0.0, ())
     state = _among(start(model, [prompt], settings, knobs, record=True), batch, model.config.vocab_size)
     state = state.replace(drafter=jnp.full_like(state.tokens, 1))  # drafts token 1: right by accident at most
-    plan = Plan("chain", width - 1) if width > 1 else PLAIN
     state = decode_rounds(model.definition, model.decode_params, state, knobs, plan)
     return final_bits(state)[0, len(prompt) + 1 : len(prompt) + new_tokens]
 
@@ -87,10 +91,11 @@ def _among(state: DecodeState, batch: int, vocab_size: int) -> DecodeState:
     return state.replace(tokens=state.tokens.at[places].set(pending[1:]))
 
 
-def _pass(text: str) -> tuple[int, int]:
+def _pass(text: str, *, trees: bool) -> tuple[int, int]:
+    most = MOST_ROWS if trees else MOST_DRAFTS + 1
     width, _, batch = text.partition("x")
-    if not (width.isdecimal() and batch.isdecimal() and 1 <= int(width) <= 17 and int(batch) >= 1):
-        raise UserError(f"--passes {text}: it must be rows by sequences, such as 6x1, at most 17 rows")
+    if not (width.isdecimal() and batch.isdecimal() and 1 <= int(width) <= most and int(batch) >= 1):
+        raise UserError(f"--passes {text}: it must be rows by sequences, such as 6x1, at most {most} rows")
     return int(width), int(batch)
 
 

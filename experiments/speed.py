@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dvi_jax.decode.memory import Sizes, lower_programs
+from dvi_jax.decode.plan import Plan
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
 from dvi_jax.presets import SHAPES
@@ -78,6 +79,9 @@ def _add_suite(parser: argparse.ArgumentParser) -> None:
 def _add_one(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
     parser.add_argument("--draft-steps", type=int, default=5)
+    parser.add_argument(
+        "--plans", nargs="+", default=[], metavar="PLAN", help="in place of it, such as chain:3 tree:16"
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--slots", type=int, default=256, help="length of the caches")
     parser.add_argument("--prompt", type=int, nargs="+", default=[128], help="tokens in the cache at the start")
@@ -87,9 +91,19 @@ def _add_one(parser: argparse.ArgumentParser) -> None:
 
 
 def _one_case(options: argparse.Namespace) -> Case:
-    sizes = {"batch": options.batch, "slots": options.slots, "new_tokens": options.new_tokens}
+    plans = tuple(Plan.parse(text) for text in ("plain", *options.plans)) if options.plans else ()
     drafts = tuple(sorted({0, options.draft_steps}))
-    return Case("one", options.shape, options.draft_steps + 1, drafts, prompts=tuple(options.prompt), **sizes)
+    return Case(
+        "one",
+        options.shape,
+        width=max((plan.drafts for plan in plans), default=options.draft_steps) + 1,
+        drafts=drafts,
+        batch=options.batch,
+        slots=options.slots,
+        prompts=tuple(options.prompt),
+        new_tokens=options.new_tokens,
+        plans=plans,
+    )
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:

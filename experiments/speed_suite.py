@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from dvi_jax.decode.memory import workspace_bytes
-from dvi_jax.decode.plan import plan_for
+from dvi_jax.decode.plan import Plan, plan_for
 from dvi_jax.loading import LoadedModel
 from experiments.measure import compile_decode, filled_state, floor_of, time_decode
 
@@ -32,11 +32,12 @@ class Case:
     slots: int = 256
     prompts: tuple[int, ...] = (128,)  # tokens that lie in the cache already
     new_tokens: int = 64
+    plans: tuple[Plan, ...] = ()  # in place of `drafts`
 
     @property
     def rows(self) -> int:
         """Measurements."""
-        return len(self.prompts) * len(self.drafts)
+        return len(self.prompts) * len(self.plans or self.drafts)
 
     def seconds(self) -> float:
         """About how long it takes on an H100."""
@@ -65,11 +66,11 @@ PARTS = sorted({case.part for case in suite()})
 
 
 def measure(model: LoadedModel, case: Case, repeats: int, bandwidth: float) -> Iterator[dict[str, Any]]:
-    """A row for every context and draft count of `case`."""
+    """A row for every context and plan of `case`."""
     floor = floor_of(model, case.batch)
     fresh = partial(filled_state, model, case.batch, case.slots, case.width, new_tokens=case.new_tokens)
-    for drafts in case.drafts:
-        plan = plan_for(drafts, drafts_blocks=model.drafts_blocks)
+    for plan in case.plans or [plan_for(drafts, drafts_blocks=model.drafts_blocks) for drafts in case.drafts]:
+        drafts = plan.drafts
         program, compile_seconds = compile_decode(model, fresh(case.prompts[0]), plan)
         for prompt in case.prompts:
             timing = time_decode(program, model, partial(fresh, prompt), drafts, repeats)

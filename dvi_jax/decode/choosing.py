@@ -35,7 +35,7 @@ RETRY = 8  # generations that draft nothing until one tries again, at least
 MOST_LOSS = 0.02  # share of the time that trying again may cost where it is in vain
 MEASURED_TOKENS = 128  # room of a measured generation
 MEASURED_ROUNDS = 16  # of the shorter one on an accelerator, where rounds are short
-DRAFTS = (1, 2, 3, 4, 6, 8)  # numbers of drafts to choose from
+DRAFTS = (1, 2, 3, 5, 8)  # numbers of drafts to choose from
 TREES = (8, 16, 32)  # rows of trees to choose from, where a row's bits do not depend on how many there are
 BRANCHES_SAVE = 0.4  # of the drafts that a chain has wrong, a tree is taken to have so many right until it is known
 

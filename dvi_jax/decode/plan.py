@@ -55,9 +55,8 @@ class Plan:
     @property
     def growth(self) -> Growth:
         """What suits a tree of so many rows: levels pay where most of what they reach finds a row."""
-        if self.size <= 16:
-            return Growth(2 if self.size <= 8 else 3, 4, 4)
-        return Growth(4 if self.size <= 32 else 5, 8, 8)
+        levels = 2 if self.size <= 8 else 3 if self.size <= 32 else 4
+        return Growth(levels, 4 if self.size <= 16 else 8, 4)
 
     def __str__(self) -> str:
         return self.kind if self.kind == "plain" else f"{self.kind}:{self.size}"

@@ -23,7 +23,7 @@ from dvi_jax.presets import SHAPES
         ("early-exit:6", 7, 6),
         ("tree:2", 2, 1),
         ("tree:16", 16, 3),
-        ("tree:64", 64, 5),
+        ("tree:64", 64, 4),
     ],
 )
 def test_text_and_back(text, rows, drafts):

@@ -20,6 +20,14 @@ def test_passes_of_one_class_are_compared(monkeypatch, tmp_path):
     assert [(row["row_class"], row["positions"], row["equal"]) for row in rows] == [("1x2", 5, True)] * 2
 
 
+def test_trees_are_compared_with_plain_decoding_of_as_many_rows(monkeypatch, tmp_path):
+    out = tmp_path / "rows.json"
+    options = "--dtype float32 --layers 2 --trees --passes 4x1 4x1 --new-tokens 6"
+    monkeypatch.setattr(sys, "argv", ["row_classes", *options.split(), "--out", str(out)])
+    assert row_classes.main() == 0
+    assert [row["equal"] for row in json.loads(out.read_text())["rows"]] == [True] * 2
+
+
 def test_a_difference_within_a_class_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(row_classes, "decoded", lambda *args: next(states))
     first = np.zeros((5, 4), np.uint32)
