@@ -43,7 +43,7 @@ COLUMNS = {
     "batch": "{}",
     "context": "{:.0f}",
     "width": "{}",
-    "drafts": "{}",
+    "plan": "{}",
     "round_ms": "{:.3f}",
     "spread": "{:.1%}",
     "floor_ms": "{:.3f}",
