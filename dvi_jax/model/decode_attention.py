@@ -69,42 +69,51 @@ def cached_attention(
     batch, tokens = positions.shape
     kv_heads, slots = key.shape[1:3]
     queries = heads - 2 * kv_heads
-    chunks = 1 if slots <= UNCUT_SLOTS else pl.cdiv(slots, CHUNK_SLOTS)
+    chunks = chunk_count(slots)
     tiles = pl.cdiv(tokens * queries // kv_heads, TILE)
     cos, sin = (table[:, :, 0] for table in rope)
     cache = pl.BlockSpec((None, None, slots, size), lambda b, k, c: (b, k, 0, 0))
     table = pl.BlockSpec((None, tokens, size // 2), lambda b, k, c: (b, 0, 0))
-    partial_shape = (chunks, rows, queries)
-    whole = [(rows, queries, size)] if chunks == 1 else [(*partial_shape, size), partial_shape, partial_shape]
-    dtype = key.dtype if chunks == 1 else jnp.float32
-    key, value, *outputs = pl.pallas_call(
+    outputs = output_shapes(chunks, (rows, queries, size), key.dtype)
+    key, value, *found = pl.pallas_call(
         partial(_kernel, biased=bias is not None, kv_heads=kv_heads, chunks=chunks, interpret=interpret),
         grid=(batch, kv_heads, tiles * chunks),
         in_specs=[
             cache,
             cache,
-            pl.BlockSpec(qkv.shape, lambda b, k, c: (0,) * 4),
+            entire(qkv.shape),
             table,
             table,
             pl.BlockSpec((None, tokens), lambda b, k, c: (b, 0)),
-            *([] if bias is None else [pl.BlockSpec((heads, size), lambda b, k, c: (0, 0))]),
+            *([] if bias is None else [entire((heads, size))]),
         ],
-        out_specs=[cache, cache, *(pl.BlockSpec(shape, partial(_origin, rank=len(shape))) for shape in whole)],
-        out_shape=[
-            *[jax.ShapeDtypeStruct(key.shape, key.dtype)] * 2,
-            *(jax.ShapeDtypeStruct(shape, dtype) for shape in whole),
-        ],
+        out_specs=[cache, cache, *(entire(output.shape) for output in outputs)],
+        out_shape=[*[jax.ShapeDtypeStruct(key.shape, key.dtype)] * 2, *outputs],
         input_output_aliases={0: 0, 1: 1},
         compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
         name="cached_attention",
     )(key, value, qkv, cos, sin, positions, *([] if bias is None else [bias]))
-    mixed = outputs[0] if chunks == 1 else combine(*outputs).astype(key.dtype)
+    mixed = found[0] if chunks == 1 else combine(*found).astype(key.dtype)
     return mixed.reshape(rows, queries * size), key, value
 
 
-def _origin(*_: jax.Array, rank: int) -> tuple[int, ...]:
-    return (0,) * rank
+def chunk_count(slots: int) -> int:
+    """C: how many chunks a cache of so many slots is cut into."""
+    return 1 if slots <= UNCUT_SLOTS else pl.cdiv(slots, CHUNK_SLOTS)
+
+
+def output_shapes(chunks: int, shape: tuple[int, int, int], dtype: jnp.dtype) -> list[jax.ShapeDtypeStruct]:
+    """The rows' attention, `shape` (R, N, H); of several chunks each one's part, highest scores and sums of weights."""
+    if chunks == 1:
+        return [jax.ShapeDtypeStruct(shape, dtype)]
+    parts = ((chunks, *shape), (chunks, *shape[:2]), (chunks, *shape[:2]))
+    return [jax.ShapeDtypeStruct(part, jnp.float32) for part in parts]
+
+
+def entire(shape: tuple[int, ...]) -> pl.BlockSpec:
+    """Every program of a grid of three sees the whole array."""
+    return pl.BlockSpec(shape, lambda b, k, c: (0,) * len(shape))
 
 
 def combine(mixed: jax.Array, top: jax.Array, total: jax.Array) -> jax.Array:

@@ -57,24 +57,11 @@ def tree_attention(
     batch, tokens = positions.shape
     kv_heads, slots = key.shape[1:3]
     queries = heads - 2 * kv_heads
-    chunks = 1 if slots <= chain.UNCUT_SLOTS else pl.cdiv(slots, chain.CHUNK_SLOTS)
+    chunks = chain.chunk_count(slots)
     tiles = pl.cdiv(queries // kv_heads, TILE)
     cos, sin = (table[:, :, 0] for table in rope)
-
-    def of_head(length: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, length, size), lambda b, k, c: (b, k, 0, 0))
-
-    def of_sequence(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *shape), lambda b, k, c: (b, *(0,) * len(shape)))
-
-    def entire(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda b, k, c: (0,) * len(shape))
-
-    partial_shape = (chunks, rows, queries)
-    whole = [(rows, queries, size)] if chunks == 1 else [(*partial_shape, size), partial_shape, partial_shape]
-    dtype = key.dtype if chunks == 1 else jnp.float32
-    biases = [] if bias is None else [bias]
-    earlier = list(nodes or ())
+    earlier, biases = list(nodes or ()), [] if bias is None else [bias]
+    outputs = chain.output_shapes(chunks, (rows, queries, size), key.dtype)
     kernel = partial(
         _kernel,
         earlier=len(earlier),
@@ -84,33 +71,39 @@ def tree_attention(
         first=tree.first,
         interpret=interpret,
     )
-    node_key, node_value, *outputs = pl.pallas_call(
+    node_key, node_value, *found = pl.pallas_call(
         kernel,
         grid=(batch, kv_heads, tokens * tiles * chunks),
         in_specs=[
-            *(of_head(tree.room) for _ in earlier),
-            of_head(slots),
-            of_head(slots),
-            entire(*qkv.shape),
-            of_sequence(tokens, size // 2),
-            of_sequence(tokens, size // 2),
-            of_sequence(tokens),
-            of_sequence(*tree.path.shape[1:]),
-            entire(batch),
-            *(entire(heads, size) for _ in biases),
+            *(_of_head(tree.room, size) for _ in earlier),
+            _of_head(slots, size),
+            _of_head(slots, size),
+            chain.entire(qkv.shape),
+            _of_sequence(tokens, size // 2),
+            _of_sequence(tokens, size // 2),
+            _of_sequence(tokens),
+            _of_sequence(*tree.path.shape[1:]),
+            chain.entire((batch,)),
+            *(chain.entire((heads, size)) for _ in biases),
         ],
-        out_specs=[of_head(tree.room), of_head(tree.room), *(entire(*shape) for shape in whole)],
-        out_shape=[
-            *[jax.ShapeDtypeStruct((batch, kv_heads, tree.room, size), key.dtype)] * 2,
-            *(jax.ShapeDtypeStruct(shape, dtype) for shape in whole),
-        ],
+        out_specs=[*[_of_head(tree.room, size)] * 2, *(chain.entire(output.shape) for output in outputs)],
+        out_shape=[*[jax.ShapeDtypeStruct((batch, kv_heads, tree.room, size), key.dtype)] * 2, *outputs],
         input_output_aliases={i: i for i in range(len(earlier))},
         compiler_params=plt.CompilerParams(num_warps=chain.WARPS, num_stages=chain.STAGES),
         interpret=interpret,
         name="tree_attention",
     )(*earlier, key, value, qkv, cos, sin, positions, tree.path, tree.start, *biases)
-    mixed = outputs[0] if chunks == 1 else chain.combine(*outputs).astype(key.dtype)
+    mixed = found[0] if chunks == 1 else chain.combine(*found).astype(key.dtype)
     return mixed.reshape(rows, queries * size), node_key, node_value
+
+
+def _of_head(length: int, size: int) -> pl.BlockSpec:
+    """A program sees the slots or nodes of its sequence and KV head."""
+    return pl.BlockSpec((None, None, length, size), lambda b, k, c: (b, k, 0, 0))
+
+
+def _of_sequence(*shape: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, *shape), lambda b, k, c: (b, *(0,) * len(shape)))
 
 
 def _kernel(*refs: Ref, earlier: int, biased: bool, kv_heads: int, chunks: int, first: int, interpret: bool) -> None:

@@ -65,7 +65,7 @@ def draft_round(drafter, state, committed, position):
         if step == 0:
             draft_hidden, state = drafter.first(state, committed, row, at)
         else:
-            draft_hidden, state = drafter.next(state, draft_hidden, row, at)
+            draft_hidden, state = drafter.next(state, draft_hidden, row, at[:, None])
         drafts.append(draft_hidden[:, 0])
     return drafts, state
 
