@@ -80,7 +80,7 @@ def test_what_there_is_to_choose_from(make_tiny, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert options(model, SETTINGS, 1)[0] == Option(PLAIN, 1)  # heads of 8: attention has no kernel for them
     half = replace(model, config=SHAPES["smollm2"], manifest=replace(model.manifest, dtype="bfloat16"))
-    chains, trees = [Plan("chain", n) for n in (1, 2, 3, 4)], [Plan("tree", rows) for rows in (8, 16, 32)]
+    chains, trees = [Plan("chain", n) for n in (1, 2, 3)], [Plan("tree", rows) for rows in (8, 16, 32)]
     assert options(half, SETTINGS, 1) == [Option(plan, 5) for plan in (PLAIN, *chains, *trees)]
     assert options(half, replace(SETTINGS, draft_steps=2), 16)[-1] == Option(Plan("tree", 8), 3)  # 256 rows in all
     assert options(half, replace(SETTINGS, draft_steps=2), 33)[-1] == Option(Plan("chain", 2), 3)

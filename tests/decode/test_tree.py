@@ -43,7 +43,8 @@ def grown(rows=ROWS, growth=None, table=TABLE, **knobs):
         return jax.vmap(lambda rows, at: rows[at])(jnp.asarray(table[:, level], jnp.float32), before)
 
     growth = growth or Growth(LEVELS, VOCAB**LEVELS, VOCAB)
-    return jax.tree.map(np.asarray, grow(model, state, Knobs.make(**settings), rows, growth, expand))
+    tree = jax.jit(lambda knobs: grow(model, state, knobs, rows, growth, expand))(Knobs.make(**settings))
+    return jax.tree.map(np.asarray, tree)
 
 
 def by_enumeration(sequence, pending, table=TABLE):
