@@ -369,6 +369,13 @@ def test_distribution_with_a_tree(models, exact, name, stops):
     assert kept > sample(models[name], coupled=False, stops=stops)[1]
 
 
+def test_a_coupled_tree_of_a_right_drafter_is_right(models, plain_ids):
+    """Drafts are ranked with the noise of their positions, so the first choice is the verifier's token."""
+    ids, kept = sample(models["right"], coupled=True, plan="tree:8")
+    np.testing.assert_array_equal(ids, plain_ids["right"])
+    assert kept > 0.999  # the draft pass has other shapes: its rounding may decide a tie the other way
+
+
 def test_distribution_with_a_draft_vocabulary(models, exact):
     """Two of five tokens are ever drafted; all are sampled as often as they should be."""
     ids, kept = sample(models["restricted"], coupled=False)
