@@ -74,13 +74,12 @@ class TokenTree(struct.PyTreeNode):
         def pad(rows: jax.Array, value: int) -> jax.Array:
             return jnp.pad(rows, ((0, 0), (0, more), *[(0, 0)] * (rows.ndim - 2)), constant_values=value)
 
-        own = jnp.arange(width)[:, None]
         return TokenTree(
             tokens=pad(self.tokens, NO_TOKEN),
             parent=pad(self.parent, 0),
             depth=pad(self.depth, 1),
             place=pad(self.place, 0),
-            path=jnp.where(own < width - more, pad(self.path, 0), own),
+            path=pad(self.path, 0),
             source=pad(self.source, -1),
             log_q=None if self.log_q is None else pad(self.log_q, 0),
             most_children=self.most_children,

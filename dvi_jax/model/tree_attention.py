@@ -126,7 +126,7 @@ def _kernel(*refs: Ref, earlier: int, biased: bool, kv_heads: int, chunks: int, 
     # Every program notes its own path, as far as it is of this pass: it then reads what it wrote itself.
     step = jnp.arange(pl.next_power_of_2(longest))[:, None]
     node = plt.load(path.at[row, jnp.where(step < longest, step, 0)])
-    new = (node >= first) & (node < first + tokens)
+    new = node >= first
     column, half = jnp.arange(size)[None, :], jnp.arange(size // 2)[None, :]
     source = jnp.where(new, node - first, 0)
     low, high = turn((source, queries + kv_head), first_row, key.dtype)

@@ -5,6 +5,7 @@ below 60 * ALARM = 6e-4 over the choice of seeds; seeds are fixed, so it fails a
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,11 @@ from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.decode import sampling as sampling_module
 from dvi_jax.decode import speculative
 from dvi_jax.decode.batch import generate_batch
+from dvi_jax.decode.plan import Growth
 from dvi_jax.decode.sampling import Purpose, Sampling, draw_draft, draw_verified, log_probs
 from dvi_jax.decode.speculative import decode_rounds
+from dvi_jax.decode.state import Knobs
+from dvi_jax.decode.tree import grow
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel, build_model
 from dvi_jax.model.llama import random_base
@@ -235,6 +239,32 @@ def test_a_position_drafted_again(coupled):
         for tokens in ([2, 1], [1, -1])
     )
     agree = np.asarray(first == second).mean()
+    assert agree == 1 if coupled else abs(agree - 1 / 5) < ERROR
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+def test_a_position_drafted_again_in_a_tree(coupled):
+    """As in a chain: the second draft of a round, and the first of the next round, at one position."""
+    sampling, position = make_rows(coupled=coupled)
+    zeros = jnp.zeros((DRAWS, 4), jnp.int32)
+
+    @jax.jit
+    def drafts(sampling, length):
+        state = SimpleNamespace(
+            tokens=jnp.full((DRAWS, 12), 2),
+            length=length,
+            limit=length + 9,
+            done=jnp.zeros(DRAWS, bool),
+            accept_lengths=zeros,
+            drafted=zeros,
+            sampling=sampling,
+        )
+        model = SimpleNamespace(over_vocabulary=lambda logits: logits)
+        flat = jnp.zeros((DRAWS, 1, 5))
+        knobs = Knobs.make(2, 0.0, ())
+        return grow(model, state, knobs, 3, Growth(2, 1, 1), lambda level, frontier: flat).tokens[:, 1:]
+
+    agree = np.asarray(drafts(sampling, position)[:, 1] == drafts(sampling, position + 1)[:, 0]).mean()
     assert agree == 1 if coupled else abs(agree - 1 / 5) < ERROR
 
 
