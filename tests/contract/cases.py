@@ -71,9 +71,8 @@ PAIRS = (
     Case(drafter="tapped_step", dtype="bfloat16"),
     Case(drafter="tapped_step", trunk="separate", prefix=True),
     Case(drafter="kangaroo", trunk="separate", dtype="bfloat16"),
-    Case(dtype="bfloat16", sampling="coupled", prefix=True),
     Case(plan="chain", dtype="bfloat16", trunk="separate"),
-    Case(plan="chain", dtype="bfloat16", sampling="coupled"),
+    Case(plan="chain", dtype="bfloat16", sampling="coupled", prefix=True),
     Case(plan="chain", drafter="kangaroo", sampling="rejection"),
     Case(plan="chain", drafter="tapped_step", dtype="bfloat16", prefix=True),
 )
