@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -25,6 +26,9 @@ GOLDEN = Path(__file__).parent / "golden"
 # Nearly all the time of the suite goes into compiling: one piece for each program, not 32, is less of it.
 # It is the same code; jax reads this when it first compiles, as do the processes that tests start.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1".strip()
+# What is imported by now stays; traces leave many objects and little garbage, which need not be looked for that often.
+gc.freeze()
+gc.set_threshold(20_000, 20, 20)
 
 
 def tiny_model(

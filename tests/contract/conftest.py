@@ -1,5 +1,6 @@
 """What a contract test gets: a model with the case's drafter, trained a little so that its drafts are often right."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -14,12 +15,13 @@ from dvi_jax.learn.distill import distill_step, init_distill
 from dvi_jax.loading import LoadedModel, build_model
 from dvi_jax.model import drafters
 from dvi_jax.model.llama import random_base
-from dvi_jax.model.speculative_llama import join, split
+from dvi_jax.model.speculative_llama import Params, Tree, join, split
 from dvi_jax.presets import TINY
 from tests.contract.cases import PROMPTS, Case, along, everything, star
 from tests.contract.probe import PROBES
 
 STEPS, ROWS, LENGTH = 40, 8, 36
+UNROLLED = 2  # drafts of a round that are learned from: each one more is compiled apart
 SMALL = replace(TINY, num_layers=3)  # every layer is compiled apart
 
 
@@ -91,7 +93,7 @@ def trained(drafter: str, dtype: str, trunk: str) -> tuple[LoadedModel, list[flo
     model = untrained(Case(drafter=drafter, dtype=dtype, trunk=trunk))
     config = DistillConfig(
         checkpoint="", out="", data=(), drafter=drafter, tokens=STEPS * ROWS * LENGTH, row_length=LENGTH,
-        batch_rows=ROWS, warmup=1, lr=2e-2,
+        batch_rows=ROWS, unroll_steps=UNROLLED, warmup=1, lr=2e-2,
     )  # fmt: skip
     state, tokens, losses = init_distill(model.params, config), own_text(), []
     for _ in range(STEPS):
@@ -102,11 +104,26 @@ def trained(drafter: str, dtype: str, trunk: str) -> tuple[LoadedModel, list[flo
     return model.with_params(model.params._replace(**state.trainable)), losses
 
 
+def overlaid(under: Tree, over: Tree) -> Tree:
+    """The tree `under` with the leaves that `over` has."""
+    return {
+        name: over.get(name, below) if not isinstance(below, dict) else overlaid(below, over.get(name, {}))
+        for name, below in under.items()
+    }
+
+
 @pytest.fixture
-def case_model(case: Case) -> LoadedModel:
-    """The case's model, its drafter trained beside a verifier in float32."""
-    parts, model = trained(case.drafter, "float32", case.trunk)[0].params, untrained(case)
-    model = model.with_params(parts._replace(base=model.params.base))
+def case_model(case: Case, train_noise: Callable[..., Params]) -> LoadedModel:
+    """The case's model, its drafter trained beside a verifier in float32; a separate trunk, for which it was not
+    trained, is moved a little.
+    """
+    parts, model = trained(case.drafter, "float32", "shared")[0].params, untrained(case)
+    params = model.params._replace(drafter=parts.drafter)
+    if case.trunk == "separate":
+        params = train_noise(params, "lora_s", std=0.02)
+    if parts.lora_s:
+        params = params._replace(lora_s=overlaid(params.lora_s, parts.lora_s))
+    model = model.with_params(params)
     if case.vocabulary == "whole":
         return model
     module = join(model.definition, model.params)

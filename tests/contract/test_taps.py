@@ -1,5 +1,6 @@
 """Inner hidden states of the verifier: the same as in a plain forward pass, at no bit's cost to the verifier."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,22 +11,30 @@ from dvi_jax.decode.batch import choose_plan, make_knobs, start
 from dvi_jax.decode.prefix import make_prefix
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.model.llama import Llama
-from tests.contract.cases import Case
+from tests.contract.cases import BEGINNING, PROMPTS, Case
 from tests.contract.conftest import untrained
 
-PROMPTS = [[7, 40, 3, 21, 5, 9, 30, 2, 2, 51, 8, 11, 6, 1, 9, 9, 4, 33], [7, 40, 3, 21, 50]]
-SETTINGS = DecodeConfig(draft_steps=3, max_new_tokens=20)
+# Sizes of tests/contract/test_contract.py, whose programs these tests meet again.
+SETTINGS = DecodeConfig(draft_steps=3, max_new_tokens=28)
+LONG = [[7, 40, 3, 21, 5, 9, 30, 2, 2, 51, 8, 11, 6, 1, 9, 9, 4, 33], *PROMPTS[1:]]
+WAYS = ("whole", "chunks", "prefix")
+CHOSEN = {
+    Case(drafter="tapped_step"): WAYS,
+    Case(drafter="tapped_step", trunk="separate"): ("prefix",),
+    Case(drafter="tapped_block"): ("whole", "chunks"),
+}
 
 
-@pytest.fixture(params=[("tapped_step", "shared"), ("tapped_step", "separate"), ("tapped_block", "shared")])
-def model(request):
-    drafter, trunk = request.param
-    return untrained(Case(drafter=drafter, trunk=trunk))
+def pytest_generate_tests(metafunc):
+    if "way" in metafunc.fixturenames:
+        full = metafunc.config.getoption("--full-contract")
+        pairs = [(case, way) for case, chosen in CHOSEN.items() for way in (WAYS if full else chosen)]
+        metafunc.parametrize(("tapping", "way"), pairs, ids=str)
 
 
-def decoded(model, prefix=None, *, plain=False):
+def decoded(model, prompts=PROMPTS, prefix=None, *, plain=False):
     knobs = make_knobs(SETTINGS, (), plain=plain)
-    state = start(model, PROMPTS, SETTINGS, knobs, record=True, prefix=prefix)
+    state = start(model, prompts, SETTINGS, knobs, record=True, prefix=prefix)
     return decode_rounds(model.definition, model.decode_params, state, knobs, choose_plan(model, SETTINGS, plain=plain))
 
 
@@ -36,16 +45,20 @@ def forward(model, tokens):
     base["layers"] = {str(i): {n: w for n, w in x.items() if n != "lora"} for i, x in params["layers"].items()}
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     # A split at layer i gives the state after i layers by another way than a tap: as the exit hidden state.
-    return jnp.stack([Llama(model.config, base, tap).shallow(tokens, None, positions)[0] for tap in model.taps], -2)
+    splits = [jax.jit(Llama(model.config, base, tap).shallow, static_argnums=1) for tap in model.taps]
+    return jnp.stack([shallow(tokens, None, positions)[0] for shallow in splits], -2)
 
 
-@pytest.mark.parametrize("way", ["whole", "chunks", "prefix"])
-def test_taps_are_those_of_a_forward_pass(model, way, monkeypatch):
+def test_taps_are_those_of_a_forward_pass(tapping, way, monkeypatch):
+    model, prompts, prefix = untrained(tapping), PROMPTS, None
     if way == "chunks":
         monkeypatch.setattr(prefill_module, "LONGEST_CHUNK", 16)
         monkeypatch.setattr(prefill_module, "SMALLEST_CHUNK", 16)
         prefill_module.prefill.clear_cache()
-    state = decoded(model, make_prefix(model, PROMPTS[1][:4]) if way == "prefix" else None)
+        prompts = LONG
+    elif way == "prefix":
+        prefix = make_prefix(model, BEGINNING)
+    state = decoded(model, prompts, prefix)
     if way == "chunks":
         prefill_module.prefill.clear_cache()
     expected = forward(model, state.tokens)
@@ -58,7 +71,7 @@ def test_taps_are_those_of_a_forward_pass(model, way, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("tapped", "untapped"), [("tapped_step", "exit_head"), ("tapped_block", "medusa")])
+@pytest.mark.parametrize(("tapped", "untapped"), [("tapped_step", "fused"), ("tapped_block", "medusa")])
 def test_tapping_changes_no_bit_of_the_verifier(tapped, untapped, dtype):
     """Plain decoding of one verifier, split at one layer, with a drafter that taps and with one that does not."""
     one, other = (decoded(untrained(Case(drafter=kind, dtype=dtype)), plain=True) for kind in (tapped, untapped))

@@ -20,7 +20,7 @@ TOKENS = jnp.array([[5, 9, 2, 7, 1, 60]])
 
 def logits_of(path):
     model = load(path)
-    return verifier_logits(join(model.definition, model.params), TOKENS)
+    return jax.jit(lambda params: verifier_logits(join(model.definition, params), TOKENS))(model.params)
 
 
 def test_merged_export_is_the_adapted_verifier(make_tiny, train_noise, tmp_path):

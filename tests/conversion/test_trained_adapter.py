@@ -21,7 +21,8 @@ def test_train_export_import(make_tiny, helpers, tmp_path):
     write_checkpoint(tmp_path / "model", TINY, tiny.manifest, jax.tree.map(np.asarray, tree))
     tokens = np.random.default_rng(0).integers(0, 64, 256).tolist()
     pack([(tokens, [1] * 256)], 16, 64).save(tmp_path / "text.npz")
-    settings = {"drafter": "kangaroo", "tokens": 128, "batch_rows": 4, "row_length": 16, "eval_rows": 4}
+    sizes = {"tokens": 128, "batch_rows": 4, "row_length": 16, "eval_rows": 4}
+    settings = {"drafter": "kangaroo", "unroll_steps": 1} | sizes
     config = DistillConfig(str(tmp_path / "model"), str(tmp_path / "run"), (str(tmp_path / "text.npz"),), **settings)
     trained = read_checkpoint(train_offline(config).checkpoint)
     export_hf(trained, tmp_path / "hf")

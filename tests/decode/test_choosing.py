@@ -100,20 +100,20 @@ def test_a_tree_is_taken_to_be_better_than_a_chain_until_it_is_known():
 def test_output_is_the_same_whatever_is_chosen(make_tiny, monkeypatch):
     """Plans change from stretch to stretch; the ids are those of plain decoding of the same width."""
     monkeypatch.setattr(choosing, "STRETCH", 6)
-    model = make_tiny()
-    costs = {Option(Plan("early-exit", n), WIDTH): 1 + 0.3 * n for n in (1, 2, 4)}
+    model, settings = make_tiny(), DecodeConfig(draft_steps=3, max_new_tokens=40)
+    costs = {Option(Plan("early-exit", n), 4): 1 + 0.3 * n for n in (1, 3)}
     one, seen = chooser(costs, model), []
     original = one.go_on
 
     def changing(option):
         original(option)
-        seen.append(list(costs)[len(seen) % 3])
+        seen.append(list(costs)[len(seen) % 2])
         return seen[-1]
 
     one.go_on = changing
     prompts = [[5, 9, 2], [7, 7]]
-    plain, _ = generate_batch(model, prompts, SETTINGS, plain=True, eos_ids=())
-    found, _ = generate_batch(model, prompts, SETTINGS, eos_ids=(), chooser=one)
+    plain, _ = generate_batch(model, prompts, settings, plain=True, eos_ids=())
+    found, _ = generate_batch(model, prompts, settings, eos_ids=(), chooser=one)
     assert [row.output_ids for row in found] == [row.output_ids for row in plain]
     assert len(seen) >= 2
     rounds = sum(drafted > 0 for row in found for drafted in row.drafted)

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dvi_jax.config import DecodeConfig, load_train_config
-from dvi_jax.decode.batch import generate_batch
+from dvi_jax.config import load_train_config
 from dvi_jax.errors import UserError
 from dvi_jax.learn.online import train_online
 from dvi_jax.loading import load
@@ -26,7 +25,7 @@ def answered(tmp_path):
     return path
 
 
-def test_verifier_learns_from_the_log(write_config, answered, tmp_path):
+def test_verifier_learns_from_the_log(write_config, answered, tmp_path, rollout_ids):
     config = load_train_config(
         write_config(
             prompts=80, eval_every=1000, save_every=1000, slow={"every": 8, "rank_d": 2, "rows": 2, "lr": 3e-3}
@@ -41,14 +40,16 @@ def test_verifier_learns_from_the_log(write_config, answered, tmp_path):
     assert slow[-1]["slow_ce"] < slow[0]["slow_ce"]
     model = load(result.checkpoint)
     assert model.manifest.verifier == "base + 10 slow updates"
-    settings = DecodeConfig(draft_steps=2, max_new_tokens=16)
-    prompts = [list(prompt.ids) for prompt in result.held_out]
-    fast, _ = generate_batch(model, prompts, settings)
-    plain, _ = generate_batch(model, prompts, settings, plain=True)
+    batches = [[list(prompt.ids) for prompt in result.held_out[begin : begin + 2]] for begin in (0, 2)]
+
+    def decoded(model, *, plain=False):
+        options = {"longest_prompt": config.data.max_prompt_tokens, "plain": plain}
+        return [rollout_ids(model, prompts, config.decode, **options) for prompts in batches]
+
     unlearned = model.params._replace(lora_d=jax.tree.map(jnp.zeros_like, model.params.lora_d))
-    before, _ = generate_batch(model.with_params(unlearned), prompts, settings)
-    assert [g.output_ids for g in fast] == [g.output_ids for g in plain]
-    assert [g.output_ids for g in fast] != [g.output_ids for g in before]
+    fast = decoded(model)
+    assert fast == decoded(model, plain=True)
+    assert fast != decoded(model.with_params(unlearned))
 
 
 def test_slow_updates_are_counted_in_fast_ones(write_config, answered, tmp_path):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from dvi_jax.config import DecodeConfig, ObjectiveConfig, OptimizerConfig
-from dvi_jax.decode.batch import generate_batch
 from dvi_jax.learn.fast_update import Batch, fast_update, init_learner, with_trainable
 from dvi_jax.learn.replay import Replay
 from dvi_jax.learn.rollout import rollout, window_length
@@ -43,10 +42,9 @@ def test_every_lora_s_matrix_moves_and_lora_d_and_base_do_not(model):
         jax.tree.map(np.testing.assert_array_equal, getattr(model.params, part), getattr(after.params, part))
 
 
-def test_learns_and_stays_lossless(model):
-    before, _ = generate_batch(model, PROMPTS, SETTINGS, plain=True, eos_ids=())
+def test_learns_and_stays_lossless(model, rollout_ids):
+    before = rollout_ids(model, PROMPTS, SETTINGS, longest_prompt=8, plain=True)
     after, metrics = learned(model, 40)
     assert float(metrics["kl"]) < 1.0
-    fast, _ = generate_batch(after, PROMPTS, SETTINGS, eos_ids=())
-    plain, _ = generate_batch(after, PROMPTS, SETTINGS, plain=True, eos_ids=())
-    assert [g.output_ids for g in fast] == [g.output_ids for g in plain] == [g.output_ids for g in before]
+    fast, plain = (rollout_ids(after, PROMPTS, SETTINGS, longest_prompt=8, plain=p) for p in (False, True))
+    assert fast == plain == before

@@ -13,9 +13,8 @@ SHAPES = [(16, 64, 192, 1), (32, 40, 576, 3), (128, 33, 100, 1)]
 
 
 def arrays(rows, out, width):
-    x_key, weight_key = jax.random.split(jax.random.key(0))
-    x, weight = jax.random.normal(x_key, (rows, width)), jax.random.normal(weight_key, (out, width))
-    return x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)
+    rng = np.random.default_rng(0)
+    return tuple(jnp.asarray(rng.normal(size=(size, width)), jnp.bfloat16) for size in (rows, out))
 
 
 @pytest.mark.parametrize(("rows", "out", "width", "parts"), SHAPES)

@@ -16,6 +16,7 @@ from experiments.measure import random_model
 
 CONFIG = replace(TINY, num_layers=2, hidden_size=96, num_heads=3, num_kv_heads=1, intermediate_size=64)
 SLOTS, FILLED = 128, 70
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 6)).astype(np.int32)
 
 
 @pytest.fixture
@@ -39,11 +40,11 @@ def model():
 
 def caches(batch):
     """Keys and values of every sequence, the same whatever the batch."""
-    keys = iter(jax.random.split(jax.random.key(1), 2 * CONFIG.num_layers))
+    rng = np.random.default_rng(1)
     shape = (4, CONFIG.num_kv_heads, SLOTS, CONFIG.head_dim)
 
     def one():
-        return jax.random.normal(next(keys), shape, jnp.bfloat16)[:batch]
+        return jnp.asarray(rng.normal(size=shape)[:batch], jnp.bfloat16)
 
     return [(attention.LayerCache(one(), one()),) for _ in range(CONFIG.num_layers)]
 
@@ -62,21 +63,17 @@ def verified(model, tokens):
 
 
 def test_rows_are_alike_in_any_number(model, interpreted):
-    """Tokens 0 .. 4 of four sequences at once, then by themselves: every logit and every cached key to the bit."""
-    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, 5)).astype(np.int32)
-    whole = verified(model, tokens)
-    for batch, count in ((1, 1), (2, 3)):
-        part = verified(model, tokens[:batch, :count])
-        np.testing.assert_array_equal(part[0], whole[0][:batch, :count])
-        for few, all_ in zip(jax.tree.leaves(part[1:]), jax.tree.leaves(whole[1:]), strict=True):
-            np.testing.assert_array_equal(few[:, :, : FILLED + count], all_[:batch, :, : FILLED + count])
+    """Six tokens of three sequences each at once, two tiles, then one alone: all logits and cached keys to the bit."""
+    whole, part = verified(model, TOKENS), verified(model, TOKENS[:1, :1])
+    np.testing.assert_array_equal(part[0], whole[0][:1, :1])
+    for few, all_ in zip(jax.tree.leaves(part[1:]), jax.tree.leaves(whole[1:]), strict=True):
+        np.testing.assert_array_equal(few[:, :, : FILLED + 1], all_[:1, :, : FILLED + 1])
 
 
 def test_the_kernels_compute_what_xla_does(model, request):
-    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 3)).astype(np.int32)
-    by_xla = verified(model, tokens)
+    by_xla = verified(model, TOKENS)
     request.getfixturevalue("interpreted")
-    by_kernels = verified(model, tokens)
+    by_kernels = verified(model, TOKENS)
     scale = np.abs(by_xla[0]).max()
     np.testing.assert_allclose(by_kernels[0], by_xla[0], atol=0.02 * scale)
     for found, expected in zip(jax.tree.leaves(by_kernels[1:]), jax.tree.leaves(by_xla[1:]), strict=True):
@@ -84,8 +81,8 @@ def test_the_kernels_compute_what_xla_does(model, request):
 
 
 def test_a_drafters_products(interpreted):
-    x = jax.random.normal(jax.random.key(0), (2, 3, 96), jnp.bfloat16)
-    weight = jax.random.normal(jax.random.key(1), (40, 96), jnp.bfloat16)
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((2, 3, 96), (40, 96)))
     expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     found = np.asarray(fused.round_linear(x, weight), np.float64)
     np.testing.assert_allclose(found, expected, rtol=2.0**-7, atol=1e-3)

@@ -13,7 +13,7 @@ from experiments.fetch import fetch_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_dev.json"
 CACHE = cache_folder()  # read before another test points DVI_JAX_CACHE elsewhere
-EXIT_LAYER = 27  # of 30: even an untrained exit head is right now and then
+KEPT = Path(__file__).parents[2] / "experiments" / "results" / "drafters" / "smollm2-135m-instruct"
 
 
 @pytest.fixture(scope="session")
@@ -22,13 +22,14 @@ def checkpoint(tmp_path_factory) -> Path:
     from conversion.importing import import_model
 
     path = tmp_path_factory.mktemp("real") / "smollm2"
-    import_model(fetch_model(CACHE), path, exit_layer=EXIT_LAYER)
+    import_model(fetch_model(CACHE), path, exit_layer=1)
     return path
 
 
 @pytest.fixture(scope="session")
 def model(checkpoint) -> LoadedModel:
-    return load(checkpoint)
+    """With the drafter that is kept for it: often right, and one shallow layer is quickly compiled."""
+    return load(checkpoint, drafter_from=KEPT)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import pytest
@@ -12,8 +11,8 @@ from dvi_jax.checkpoint import read_manifest
 from dvi_jax.config import DecodeConfig
 from dvi_jax.data import Message
 from dvi_jax.decode.batch import Generation, generate_batch
+from tests.real.conftest import KEPT
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = DecodeConfig(draft_steps=3, max_new_tokens=24)
 
 pytestmark = pytest.mark.real
@@ -27,7 +26,7 @@ def test_architecture(model):
 
 def test_the_kept_drafter_is_this_models(checkpoint):
     """By the weights' hash: the file is a Q4_1 one, so the official weights are others."""
-    kept = read_manifest(ROOT / "experiments" / "results" / "drafters" / "smollm2-135m-instruct")
+    kept = read_manifest(KEPT)
     assert kept.base_sha256 == read_manifest(checkpoint).base_sha256
     assert len(kept.base_sha256) == 64
 
