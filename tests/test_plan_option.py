@@ -31,5 +31,5 @@ def test_plan_and_drafts(arguments, plan, drafts):
 
 
 def test_two_different_numbers_are_refused():
-    with pytest.raises(UserError, match="--plan chain:5 makes 5 drafts a round: leave out --draft-steps 3"):
+    with pytest.raises(UserError, match="--plan chain:5 says how far a round drafts: leave out --draft-steps 3"):
         settings("--plan", "chain:5", "--draft-steps", "3")
