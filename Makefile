@@ -6,7 +6,9 @@ VENV := .venv
 TEST := .venv-test
 NEWEST := .venv-newest
 PIP := -m pip install --quiet --disable-pip-version-check
-PYTEST := $(TEST)/bin/python -m pytest -n 2 --dist loadscope
+# Nearly all the time of the tests goes into compiling; the programs are kept for two weeks. PROGRAMS= compiles all anew.
+PROGRAMS := .pytest_cache/programs
+PYTEST := $(TEST)/bin/python -m pytest -n 2 --dist loadscope $(if $(PROGRAMS),--programs $(PROGRAMS))
 
 .PHONY: demo test test-fast test-newest contract lint format clean
 
@@ -61,4 +63,4 @@ $(VENV)/bin/python $(TEST)/bin/python:
 	@$(PYTHON) -m venv $(@D)/..
 
 clean:
-	rm -rf $(VENV) $(TEST) $(NEWEST)
+	rm -rf $(VENV) $(TEST) $(NEWEST) $(PROGRAMS)

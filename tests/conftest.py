@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +28,10 @@ GOLDEN = Path(__file__).parent / "golden"
 # Nearly all the time of the suite goes into compiling: one piece for each program, not 32, is less of it.
 # It is the same code; jax reads this when it first compiles, as do the processes that tests start.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1".strip()
+# Else jax has the path of the cache in the key of every program (as the place of a GPU's autotuning results), and
+# processes whose paths differ, as those of the workers do, would share nothing.
+os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
+jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 # What is imported by now stays; traces leave many objects and little garbage, which need not be looked for that often.
 gc.freeze()
 gc.set_threshold(20_000, 20, 20)
@@ -61,6 +67,7 @@ def shake(params: Params, *names: str, seed: int = 1, std: float = 0.2) -> Param
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full-contract", action="store_true", help="every combination of the axes of tests/contract")
+    parser.addoption("--programs", metavar="DIR", help="keep compiled programs for the next run; without, all are new")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -71,15 +78,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="a large model: pytest -m large"))
 
 
+def forget_old(programs: Path, days: int = 14) -> None:
+    """Nothing is kept for long, whether it is still used or not."""
+    for path in programs.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the other worker was faster
+            if time.time() - path.stat().st_mtime > days * 86400:
+                path.unlink()
+
+
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def compilation_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compiled programs are kept as the command lines keep them, but not in the home directory of who tests.
 
-    The workers of one run share the programs, and nothing else: what one has compiled, the others load.
+    The workers of one run share the programs, and nothing else: what one has compiled, the others load. So does a later
+    run with the same `--programs`: jax finds a program by all of its text, its options and the compiler's version.
     """
     cache, root = tmp_path_factory.mktemp("cache"), tmp_path_factory.getbasetemp()
-    programs = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "programs"
-    programs.mkdir(exist_ok=True)
+    kept = request.config.getoption("--programs")
+    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    programs = Path(kept).absolute() if kept else shared / "programs"
+    programs.mkdir(parents=True, exist_ok=True)
+    forget_old(programs)
     (cache / "xla").symlink_to(programs, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVI_JAX_CACHE", str(cache))

@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[2]
 def test_killed_at_random_moments_and_resumed(tmp_path):
     """In a process of its own: it forks, which a process that has run jax must not."""
     out = tmp_path / "kill.json"
-    command = [sys.executable, "-m", "experiments.kill", "--kills", "3", "--questions", "150", "--out", str(out)]
+    command = [sys.executable, "-m", "experiments.kill", "--kills", "2", "--questions", "100", "--out", str(out)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     report = json.loads(out.read_text(encoding="utf-8"))
-    assert report["kills"] == len(report["kill_seconds"].split()) == sum(report["moments"].values()) == 3
+    assert report["kills"] == len(report["kill_seconds"].split()) == sum(report["moments"].values()) == 2
     assert report["runs"] >= 1
     assert report["differences"] == []
 
