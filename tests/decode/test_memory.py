@@ -101,7 +101,7 @@ def test_plan_knows_the_workspace_and_compiles_ahead(make_tiny):
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
         state, knobs = begin(model), Knobs.make(2, 0.0, ())
-        program = decode_rounds.lower(model.definition, model.decode_params, state, knobs).compile()
+        program = decode_rounds.lower(model.definition, model.decode_params, state, knobs, SIZES.plan).compile()
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
     assert not {"jit(prefill)", "jit(decode_rounds)"} & set(compiled)

@@ -73,7 +73,7 @@ def equal_bits(a, b):
 
 def test_a_node_has_the_bits_of_its_path_as_a_chain(case):
     for sequence in range(case.batch):
-        for node in (0, 2, 3, 4):
+        for node in (2, 4):
             mixed, *caches = case.chain(sequence, node)
             assert equal_bits(case.mixed[sequence, node], mixed)
             slot = int(case.start[sequence]) + DEPTH[node]
