@@ -64,9 +64,7 @@ def decode_settings(options: argparse.Namespace) -> DecodeConfig:
         if parsed.kind == "tree" and jax.default_backend() == "cpu":
             drafts = min(parsed.rows - 1, MOST_DRAFTS)  # there a tree has no more rows than a chain would have
         if options.draft_steps not in (None, drafts):
-            raise UserError(
-                f"--plan {plan} says how far a round drafts: leave out --draft-steps {options.draft_steps}"
-            )
+            raise UserError(f"--plan {plan} says how far a round drafts: leave out --draft-steps {options.draft_steps}")
     return DecodeConfig(
         draft_steps=drafts, plan=plan, threshold=options.threshold, max_new_tokens=options.max_new_tokens
     )

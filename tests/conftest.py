@@ -70,8 +70,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--programs", metavar="DIR", help="keep compiled programs for the next run; without, all are new")
 
 
+# Modules that take more than half a minute, the longest first: a worker must not be left alone with one at the end.
+LONG = (
+    "contract/test_contract",
+    "decode/test_sampling",
+    "real/test_smollm2",
+    "parity/test_random_models",
+    "decode/test_lossless",
+    "experiments/test_learning",
+    "decode/test_tree_drafting",
+    "model/test_tree_attention",
+    "decode/test_prefill",
+    "decode/test_tree",
+    "experiments/test_demo",
+    "learn/test_online_slow",
+    "learn/test_distill",
+    "experiments/test_kill",
+    "decode/test_stream",
+    "model/test_round_kernels",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of large models run where they are asked for: `-m large`."""
+    """Long modules come first. Tests of large models run where they are asked for: `-m large`."""
+
+    def place(item: pytest.Item) -> int:
+        name = "/".join(item.path.with_suffix("").parts[-2:])
+        return LONG.index(name) if name in LONG else len(LONG)
+
+    items.sort(key=place)
     if "large" not in config.option.markexpr:
         for item in items:
             if item.get_closest_marker("large"):
