@@ -171,7 +171,7 @@ def _draw(
     position = jnp.broadcast_to(state.length[:, None] + level, frontier.node.shape)
     # With rejection each node's noise is its own. A node of this number at this position exists in one round only:
     # where a position is drafted again, fewer drafts lie before it.
-    purpose = jnp.where(sampling.coupled, Purpose.TOKEN, Purpose.DRAFT + len(Purpose) * (1 + frontier.node))
+    purpose = Purpose.TOKEN if sampling.coupled else Purpose.DRAFT + len(Purpose) * (1 + frontier.node)
     scores = log_q + gumbel(sampling, position, log_q.shape[-1], purpose)
     best, tokens = top(scores, children)
     confidence = jnp.take_along_axis(log_q, tokens, axis=-1)

@@ -15,7 +15,7 @@ G = N/K, H head size, S cache slots, C chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -170,15 +170,8 @@ def _kernel(
     position = plt.load(positions.at[token])
     end = jnp.minimum(limit, jnp.max(position) + 1)
     steps = (0, pl.cdiv(end - begin, STEP_SLOTS))
-    mixed, top, weight = attend(nothing_yet(size), query, cached_slots(key, value), position, begin, steps)
-    row = first_row + token
-    if chunks == 1:
-        at = (row[:, None], head[:, None], column)
-        plt.store(outputs[0].at[at], (mixed / weight[:, None]).astype(outputs[0].dtype))
-        return
-    plt.store(outputs[0].at[(chunk, row[:, None], head[:, None], column)], mixed)
-    plt.store(outputs[1].at[chunk, row, head], top)
-    plt.store(outputs[2].at[chunk, row, head], weight)
+    carry = attend(nothing_yet(size), query, cached_slots(key, value), position, begin, steps)
+    write(outputs, carry, first_row + token, head, chunk)
 
 
 class Slots(NamedTuple):
@@ -236,6 +229,19 @@ def attend(
         return mixed, new_top, total * shrink + jnp.sum(weights, axis=1)
 
     return jax.lax.fori_loop(*steps, step, carry)
+
+
+def write(outputs: Sequence[Ref], carry: Carry, row: jax.Array, head: jax.Array, chunk: jax.Array) -> None:
+    """What 16 queries, of `row` and `head` [16] each, have found: the attention itself if there is but one chunk."""
+    mixed, top, weight = carry
+    column = jnp.arange(mixed.shape[1])[None, :]
+    if len(outputs) == 1:
+        at = (row[:, None], head[:, None], column)
+        plt.store(outputs[0].at[at], (mixed / weight[:, None]).astype(outputs[0].dtype))
+        return
+    plt.store(outputs[0].at[(chunk, row[:, None], head[:, None], column)], mixed)
+    plt.store(outputs[1].at[chunk, row, head], top)
+    plt.store(outputs[2].at[chunk, row, head], weight)
 
 
 def summed(qkv: Ref, bias: Ref | None, at: tuple[Any, ...], dtype: jnp.dtype) -> jax.Array:

@@ -148,15 +148,8 @@ def _kernel(*refs: Ref, earlier: int, biased: bool, kv_heads: int, chunks: int, 
     carry = chain.nothing_yet(size)
     carry = chain.attend(carry, query, committed, position, begin, (0, split))
     behind = _slots_of_path(committed, (node_key, node_value), path, row, root)
-    mixed, top, weight = chain.attend(carry, query, behind, position, begin, (split, last_step))
-    row = first_row + token
-    if chunks == 1:
-        at = (row[:, None], head[:, None], column)
-        plt.store(outputs[0].at[at], (mixed / weight[:, None]).astype(outputs[0].dtype))
-        return
-    plt.store(outputs[0].at[(chunk, row[:, None], head[:, None], column)], mixed)
-    plt.store(outputs[1].at[chunk, row, head], top)
-    plt.store(outputs[2].at[chunk, row, head], weight)
+    carry = chain.attend(carry, query, behind, position, begin, (split, last_step))
+    chain.write(outputs, carry, first_row + token, head, chunk)
 
 
 def _slots_of_path(committed: Slots, nodes: tuple[Ref, Ref], path: Ref, row: jax.Array, root: jax.Array) -> Slots:
@@ -233,11 +226,10 @@ def _keep_some(
             def _(source: Ref = source, target: Ref = target) -> None:
                 plt.store(target.at[slot, column], plt.load(source.at[node, column]))
 
-    entire = [pl.BlockSpec(path.shape, lambda i, b, k: (0, 0)), pl.BlockSpec(start.shape, lambda i, b, k: (0,))]
     written = pl.pallas_call(
         kernel,
         grid=(len(old), batch, kv_heads),
-        in_specs=[*entire, *map(of_head, old), *map(of_head, new)],
+        in_specs=[chain.entire(path.shape), chain.entire(start.shape), *map(of_head, old), *map(of_head, new)],
         out_specs=[*map(of_head, old)],
         out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in old],
         input_output_aliases={2 + i: i for i in range(len(old))},
