@@ -90,6 +90,27 @@ def test_replies_are_the_models_own(byte_checkpoint, tmp_path, capsys):
     assert packed.mask.sum() == marked
 
 
+def test_a_run_that_was_cut_short_goes_on(byte_checkpoint, tmp_path, capsys):
+    """Sampled replies: in two sittings they are those of one."""
+    prompts = [[5, 9, 11], [7, 8], [4, 4, 30, 2], [60, 61]]
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    np.savez(tmp_path / "prompts.npz", lengths=lengths, ids=np.concatenate(prompts).astype(np.uint16))
+    arguments = ["--checkpoint", str(byte_checkpoint), "--prompts", str(tmp_path / "prompts.npz"), "--lengths", "16"]
+    arguments += ["--batch-tokens", "24", "--new-tokens", "8", "--row-length", "16", "--temperature", "1"]
+    whole, cut = tmp_path / "whole.npz", tmp_path / "cut.npz"
+    assert main([*arguments, "--out", str(whole)]) == 0
+    assert main([*arguments, "--out", str(cut), "--max-seconds", "0"]) == 0
+    assert len(load_packed([cut]).tokens) < len(load_packed([whole]).tokens)
+    capsys.readouterr()
+    assert main([*arguments, "--out", str(cut)]) == 0
+    assert capsys.readouterr().out.count(" batches, ") == 3  # of four: the first was kept
+    np.testing.assert_array_equal(load_packed([cut]).tokens, load_packed([whole]).tokens)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.npz", "prompts.npz", "whole.npz"]
+    other = tmp_path / "other.npz"
+    assert main([*arguments, "--seed", "1", "--out", str(other)]) == 0
+    assert not np.array_equal(load_packed([other]).tokens, load_packed([whole]).tokens)
+
+
 def test_a_file_without_prompts(byte_checkpoint, tmp_path):
     np.savez(tmp_path / "text.npz", tokens=np.zeros((1, 4)))
     with pytest.raises(UserError, match="does not hold prompts"):
