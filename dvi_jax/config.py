@@ -237,6 +237,19 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class DistillLoss:
+    """What a draft's distribution is pulled towards the verifier's by: weights of a sum."""
+
+    kl: float = 1.0  # KL(p_verify || p_draft)
+    tv: float = 0.0  # total variation: how often rejection sampling would reject
+    ce: float = 0.0  # cross-entropy with the verifier's first choice
+
+    def __post_init__(self) -> None:
+        weights = (self.kl, self.tv, self.ce)
+        require(min(weights) >= 0 and sum(weights) > 0, "loss", weights, "weights of 0 or above, one of them above 0")
+
+
+@dataclass(frozen=True)
 class DistillConfig:
     """One run of teacher forcing over given text."""
 
@@ -251,6 +264,7 @@ class DistillConfig:
     batch_rows: int = 32  # rows of an update
     learn_from: str = "assistant"  # the assistant's tokens, or all
     targets: str = "verifier"  # the verifier's distribution, or the text's own tokens (log)
+    loss: DistillLoss = field(default_factory=DistillLoss)  # with targets verifier
     shallow_rank: int = 0  # of a lora_S inside the shallow layers; with targets log and exit_head that is SGP
     unroll_steps: int = 3  # drafts of a round that are learned (a block drafter: all of its block)
     unroll_decay: float = 0.8  # draft j weighs unroll_decay^j

@@ -20,11 +20,12 @@ def propose_block(
     """The first `drafts` drafts of a block after the pending token; those that are not wanted are masked."""
     draft, bounds = drafting.begin(model, state, knobs, drafts + 1)
     with jax.named_scope("drafter"):
-        drafter_state = drafter.absorb(state.drafter, state.committed)
         anchor, _, _ = model.llama.shallow(draft.tokens[:, :1], (), (state.length - 1)[:, None])
-        draft_hidden = drafter.propose(drafter_state, state.committed, anchor)[:, :drafts]
+        draft_hidden, drafter_state = drafter.propose(state.drafter, state.committed, anchor, drafts)
         logits = drafter.logits(draft_hidden, model.draft_head())  # [B, drafts, Vd]
     for index in range(drafts):
-        corrected = drafter.corrected(logits[:, index], draft.tokens[:, index], model.draft_ids())
+        corrected = drafter.corrected(
+            logits[:, index], draft_hidden[:, index], draft.tokens[:, index], model.draft_ids()
+        )
         draft = drafting.add(model, state, knobs, bounds, draft, index, corrected)
     return draft, state.replace(drafter=drafter_state)

@@ -105,15 +105,18 @@ class BlockPass:
     def __init__(self, model: SpeculativeLlama, drafter: BlockDrafter, state: DecodeState, growth: Growth):
         self.model, self.drafter = model, drafter
         with jax.named_scope("drafter"):
-            self.state = state.replace(drafter=drafter.absorb(state.drafter, state.committed))
             anchor, _, _ = model.llama.shallow(pending_token(state), (), (state.length - 1)[:, None])
-            draft_hidden = drafter.propose(self.state.drafter, state.committed, anchor)[:, : growth.levels]
-            self.logits = drafter.logits(draft_hidden, model.draft_head())  # [B, levels, Vd]
+            self.draft_hidden, own = drafter.propose(state.drafter, state.committed, anchor, growth.levels)
+            self.logits = drafter.logits(self.draft_hidden, model.draft_head())  # [B, levels, Vd]
+            self.state = state.replace(drafter=own)
 
     def expand(self, level: int, frontier: Frontier) -> jax.Array:
         """Draft logits [B, F, Vd] behind the nodes of a level."""
-        logits = jnp.broadcast_to(self.logits[:, level, None], (*frontier.node.shape, self.logits.shape[-1]))
-        return self.drafter.corrected(logits, frontier.tokens[..., -1], self.model.draft_ids())
+        logits, draft_hidden = (
+            jnp.broadcast_to(x[:, level, None], (*frontier.node.shape, x.shape[-1]))
+            for x in (self.logits, self.draft_hidden)
+        )
+        return self.drafter.corrected(logits, draft_hidden, frontier.tokens[..., -1], self.model.draft_ids())
 
     def kept(self, tree: TokenTree, path: jax.Array) -> DecodeState:
         """The round's state; nothing was cached along a path."""

@@ -1,21 +1,27 @@
 """Teacher forcing: the drafter imitates the verifier on given text, at full device speed.
 
 The warm start of online learning (Kangaroo's adapter training, EAGLE-3's training-time test): one frozen forward pass
-gives the verifier's final hidden state everywhere, the drafter is unrolled over all positions at once, and
+gives the verifier's features everywhere, the drafter is unrolled over all positions at once, so that rounds begin at
+every one of them, and
 
-    L = sum_j decay^j KL(p_verify || p_draft_j) / sum_j decay^j       over the masked positions.
+    L = sum_j decay^j loss(p_verify, p_draft_j) / sum_j decay^j       over the masked positions,
 
-With `targets: log` the text's own tokens take the verifier's place (cross-entropy). On an exit head with lora_S in the
-shallow layers that is SGP, the shallow-gradient path: the deep layers get the base model's hidden state, detached, so
-the shallow part learns from the exit loss alone.
+where loss is KL(p_verify || p_draft) or what `DistillLoss` mixes. With `targets: log` the text's own tokens take the
+verifier's place (cross-entropy). On an exit head with lora_S in the shallow layers that is SGP, the shallow-gradient
+path: the deep layers get the base model's hidden state, detached, so the shallow part learns from the exit loss alone.
 
-Letters: B rows, T tokens of a row, J drafts unrolled, D hidden, V vocabulary.
+Logits over the vocabulary exist for a chunk of positions at a time, and once: a chunk gives the gradient with respect
+to its draft hidden states at once, and all of them together are then taken back through the drafter.
+
+Letters: B rows, T tokens of a row, M = B * T positions, C positions of a chunk, J drafts unrolled, D hidden, V
+vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,11 +88,7 @@ def _distill_step(
     *,
     config: DistillConfig,
 ) -> tuple[DistillState, dict[str, jax.Array]]:
-
-    def loss_of(trainable: Trainable) -> tuple[jax.Array, dict[str, Any]]:
-        return distill_loss(join(definition, with_trainable(params, trainable)), tokens, mask, config)
-
-    grads, metrics = jax.grad(loss_of, has_aux=True)(trainable)
+    grads, metrics = distill_gradient(definition, params, trainable, tokens, mask, config)
     updates, optimizer = make_optimizer(config).update(grads, state.optimizer, trainable)
     metrics |= {"grad_norm": optax.global_norm(grads), "skipped_updates": optimizer.total_notfinite}
     return DistillState(optax.apply_updates(trainable, updates), optimizer, state.step + 1), metrics
@@ -96,76 +98,171 @@ def _distill_step(
 def distill_metrics(
     definition: Definition, params: Params, tokens: jax.Array, mask: jax.Array, *, config: DistillConfig
 ) -> dict[str, jax.Array]:
-    """Loss and agreement without an update, for held-out rows."""
-    return distill_loss(join(definition, params), tokens, mask, config)[1]
+    """What `distill_gradient` gives beside the gradient, for held-out rows."""
+    model = join(definition, params)
+    verified = verify_text(model, tokens, mask)
+    drafts = unrolled_drafts(model, verified, config)
+
+    def add(sums: Sums, rows: Rows, drafts: jax.Array, _: jax.Array) -> Sums:
+        return jax.tree.map(jnp.add, sums, draft_sums(model, rows, drafts, config))
+
+    return _means(fold_chunks(verified, drafts, add, _no_sums(drafts)), verified.learned, config)
 
 
-def distill_loss(
-    model: SpeculativeLlama, tokens: jax.Array, mask: jax.Array, config: DistillConfig
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss, and the share of positions where draft j's top token is the verifier's (`agreement`, [J])."""
-    llama = model.llama
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    # The verifier, frozen: one pass gives its features at every position.
-    hidden, tapped, _ = llama.shallow(tokens, None, positions)
-    hidden = jax.lax.stop_gradient(hidden)
-    final, tapped_deep, _ = llama.deep(hidden, None, positions)
-    features = jax.lax.stop_gradient(Features.of(final, tapped + tapped_deep))
-    # The drafter, from the hidden states that it would see in decoding.
-    drafted_from = hidden
-    if model.separate_trunk:
-        drafted_from, _, _ = llama.shallow(tokens, None, positions, adapted=True)
-    drafts = model.drafter.unroll(drafted_from, features, positions, config.unroll_steps)
-    # Row t predicts the token at t + 1; the last row's is not in the batch.
-    weight = jnp.pad(mask[:, 1:], ((0, 0), (0, 1))).astype(jnp.float32)
-    following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    count = jnp.maximum(jnp.sum(weight), 1.0)
-    sums = _chunked_sums(model, features.final, drafts, jnp.stack([tokens, following], axis=-1), weight)
-    means = {name: total / count for name, total in sums.items()}
-    decay = config.unroll_decay ** jnp.arange(len(drafts))
-    losses = means["kl"] if config.targets == "verifier" else means["ce"]
-    loss = jnp.sum(decay * losses) / jnp.sum(decay)
-    return loss, means | {"loss": loss, "positions": count}
+def distill_gradient(
+    definition: Definition,
+    params: Params,
+    trainable: Trainable,
+    tokens: jax.Array,
+    mask: jax.Array,
+    config: DistillConfig,
+) -> tuple[Trainable, dict[str, jax.Array]]:
+    """The gradient of the loss with respect to `trainable`, and the metrics.
 
-
-def _chunked_sums(
-    model: SpeculativeLlama, final: jax.Array, drafts: list[jax.Array], tokens: jax.Array, weight: jax.Array
-) -> dict[str, jax.Array]:
-    """Sums over positions: `kl`, `ce` of the next token, `agreement`, [J] each, and the verifier's `verifier_ce`.
-
-    final and drafts [B, T, D]; tokens [B, T, 2], a position's own and the one that follows. Logits exist by chunks, and
-    again going backward.
+    These are means over the `positions` learned from: `loss`; of each draft, [J], `kl`, `ce` of the text's next token
+    and `agreement`, how often its top token is the verifier's; and the verifier's own `verifier_ce`.
     """
-    head, width = model.llama.head_weight(), final.shape[-1]
-    total = weight.size
-    chunk = min(POSITIONS_AT_ONCE, total)
-    padding = -total % chunk
+    verified = verify_text(join(definition, params), tokens, mask)
 
-    def chunked(x: jax.Array) -> jax.Array:
-        flat = x.reshape(total, -1)
-        return jnp.pad(flat, ((0, padding), (0, 0))).reshape(-1, chunk, flat.shape[1])
+    def drafts_of(trainable: Trainable) -> jax.Array:
+        return unrolled_drafts(join(definition, with_trainable(params, trainable)), verified, config)
 
-    @jax.checkpoint
-    def sums(final: jax.Array, drafts: jax.Array, tokens: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
-        verifier, scale = model.llama.logits(final), jnp.maximum(jnp.sum(weight), 1.0)
-        top, own, following = jnp.argmax(verifier, axis=-1), tokens[:, 0], tokens[:, 1]
-        rows = []
-        for draft in jnp.split(drafts, drafts.shape[-1] // width, axis=-1):
-            logits = model.drafter.corrected(model.drafter.logits(draft, head), own, None)
-            rows.append(
-                {
-                    "kl": objectives.kl_divergence(verifier, logits, weight) * scale,
-                    "ce": objectives.cross_entropy(logits, following, weight) * scale,
-                    "agreement": jnp.sum((jnp.argmax(logits, axis=-1) == top) * weight),
-                }
-            )
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *rows)
-        return stacked | {"verifier_ce": objectives.cross_entropy(verifier, following, weight) * scale}
+    drafts, pull_back = jax.vjp(drafts_of, trainable)
+    weights = _draft_weights(config, drafts.shape[1]) / jnp.maximum(verified.learned, 1)
 
-    def add(totals: dict[str, jax.Array], part: tuple[jax.Array, ...]) -> tuple[dict[str, jax.Array], None]:
-        final, drafted, tokens, weight = part
-        return jax.tree.map(jnp.add, totals, sums(final, drafted, tokens, weight[:, 0])), None
+    def add(carry: Carry, rows: Rows, drafts: jax.Array, index: jax.Array) -> Carry:
+        def loss_of(trainable: Trainable, drafts: jax.Array) -> tuple[jax.Array, Sums]:
+            sums = draft_sums(join(definition, with_trainable(params, trainable)), rows, drafts, config)
+            return jnp.sum(weights * sums["loss"]), sums
 
-    zeros = {name: jnp.zeros(len(drafts)) for name in ("kl", "ce", "agreement")} | {"verifier_ce": jnp.zeros(())}
-    parts = (chunked(final), chunked(jnp.concatenate(drafts, axis=-1)), chunked(tokens), chunked(weight))
-    return jax.lax.scan(add, zeros, parts)[0]
+        sums, of_weights, of_drafts = carry
+        (by_weights, by_drafts), own = jax.grad(loss_of, argnums=(0, 1), has_aux=True)(trainable, drafts)
+        added = jax.tree.map(jnp.add, (sums, of_weights), (own, by_weights))
+        return *added, of_drafts.at[index].add(by_drafts)
+
+    nothing = _no_sums(drafts), jax.tree.map(jnp.zeros_like, trainable), jnp.zeros_like(drafts)
+    sums, of_weights, of_drafts = fold_chunks(verified, drafts, add, nothing)
+    (through_drafter,) = pull_back(of_drafts)
+    return jax.tree.map(jnp.add, of_weights, through_drafter), _means(sums, verified.learned, config)
+
+
+class Verified(NamedTuple):
+    """Rows of text and what the verifier makes of them."""
+
+    tokens: jax.Array  # int32 [B, T]
+    hidden: jax.Array  # [B, T, D], exit hidden state with base weights
+    features: Features  # [B, T, ...]
+    order: jax.Array  # int32 [M], positions of the flat batch: first those that are learned from
+    learned: jax.Array  # int32 scalar, how many those are
+
+
+class Rows(NamedTuple):
+    """A chunk of positions, apart from their drafts."""
+
+    final: jax.Array  # [C, D], the verifier's
+    own: jax.Array  # int32 [C], the token of the position
+    following: jax.Array  # int32 [C], the one after it in the text
+    weight: jax.Array  # float32 [C], 1 or, where the chunk is only filled up, 0
+
+
+Sums = dict[str, jax.Array]  # over positions: `loss`, `kl`, `ce`, `agreement` [J], `verifier_ce`
+Carry = tuple[Sums, Trainable, jax.Array]  # and gradients: of the weights, of all draft hidden states
+
+
+def verify_text(model: SpeculativeLlama, tokens: jax.Array, mask: jax.Array) -> Verified:
+    """One frozen pass over tokens int32 [B, T].
+
+    Row t predicts the token at t + 1, so a token that `mask` bool [B, T] marks is learned in the row before.
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, tapped, _ = model.llama.shallow(tokens, None, positions)
+    final, tapped_deep, _ = model.llama.deep(hidden, None, positions)
+    learned = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))  # the last row's token is not in the batch
+    features = Features.of(final, tapped + tapped_deep)
+    order = jnp.argsort(~learned.ravel(), stable=True).astype(jnp.int32)
+    return jax.lax.stop_gradient(Verified(tokens, hidden, features, order, jnp.sum(learned, dtype=jnp.int32)))
+
+
+def unrolled_drafts(model: SpeculativeLlama, verified: Verified, config: DistillConfig) -> jax.Array:
+    """Draft hidden states [M, J, D] everywhere, from the exit hidden states that the drafter would see in decoding."""
+    positions = jnp.broadcast_to(jnp.arange(verified.tokens.shape[1]), verified.tokens.shape)
+    hidden = verified.hidden
+    if model.separate_trunk:
+        hidden, _, _ = model.llama.shallow(verified.tokens, None, positions, adapted=True)
+    drafts = model.drafter.unroll(hidden, verified.features, positions, config.unroll_steps)
+    return jnp.stack(drafts, axis=2).reshape(-1, len(drafts), hidden.shape[-1])
+
+
+def draft_sums(model: SpeculativeLlama, rows: Rows, drafts: jax.Array, config: DistillConfig) -> Sums:
+    """What the drafts [C, J, D] of a chunk come to, summed over its positions."""
+    verifier, drafter = model.llama.logits(rows.final), model.drafter
+    top, count = jnp.argmax(verifier, axis=-1), jnp.maximum(jnp.sum(rows.weight), 1.0)
+    of_drafts = []
+    for j in range(drafts.shape[1]):
+        logits = drafter.logits(drafts[:, j], model.llama.head_weight())
+        logits = drafter.corrected(logits, drafts[:, j], rows.own, None)
+        terms = {
+            "kl": objectives.kl_divergence(verifier, logits, rows.weight),
+            "ce": objectives.cross_entropy(logits, rows.following, rows.weight),
+            "agreement": objectives.masked_mean(jnp.argmax(logits, axis=-1) == top, rows.weight),
+        }
+        of_drafts.append(terms | {"loss": _loss(terms, verifier, logits, top, rows.weight, config)})
+    sums = {name: count * jnp.stack([terms[name] for terms in of_drafts]) for name in of_drafts[0]}
+    return sums | {"verifier_ce": count * objectives.cross_entropy(verifier, rows.following, rows.weight)}
+
+
+def _loss(
+    terms: dict[str, jax.Array],
+    verifier: jax.Array,
+    logits: jax.Array,
+    top: jax.Array,
+    weight: jax.Array,
+    config: DistillConfig,
+) -> jax.Array:
+    """What is made smaller, for logits [C, V] of the verifier and of a draft; `top` [C] is the verifier's token."""
+    if config.targets == "log":
+        return terms["ce"]
+    mix = config.loss
+    loss = mix.kl * terms["kl"]
+    if mix.tv:
+        loss += mix.tv * objectives.total_variation(verifier, logits, weight)
+    if mix.ce:
+        loss += mix.ce * objectives.cross_entropy(logits, top, weight)
+    return loss
+
+
+def fold_chunks(
+    verified: Verified, drafts: jax.Array, add: Callable[[Any, Rows, jax.Array, jax.Array], Any], start: Any
+) -> Any:
+    """`add(carry, rows, drafts [C, J, D], index int32 [C])` over the positions learned from, chunk after chunk."""
+    total, width = len(verified.order), verified.hidden.shape[-1]
+    size = min(POSITIONS_AT_ONCE, total)
+    order = jnp.pad(verified.order, (0, -total % size))
+    final = verified.features.final.reshape(total, width)
+    own = verified.tokens.ravel()
+    following = jnp.pad(verified.tokens[:, 1:], ((0, 0), (0, 1))).ravel()
+
+    def step(number: jax.Array, carry: Any) -> Any:
+        index = jax.lax.dynamic_slice_in_dim(order, number * size, size)
+        weight = (number * size + jnp.arange(size) < verified.learned).astype(jnp.float32)
+        return add(carry, Rows(final[index], own[index], following[index], weight), drafts[index], index)
+
+    return jax.lax.fori_loop(0, (verified.learned + size - 1) // size, step, start)
+
+
+def _no_sums(drafts: jax.Array) -> Sums:
+    by_draft = {name: jnp.zeros(drafts.shape[1]) for name in ("kl", "ce", "agreement", "loss")}
+    return by_draft | {"verifier_ce": jnp.zeros(())}
+
+
+def _draft_weights(config: DistillConfig, drafts: int) -> jax.Array:
+    """What draft j counts for: float32 [J], 1 in all."""
+    decay = config.unroll_decay ** jnp.arange(drafts)
+    return decay / jnp.sum(decay)
+
+
+def _means(sums: Sums, count: jax.Array, config: DistillConfig) -> dict[str, jax.Array]:
+    """The metrics of sums over `count` positions."""
+    means = {name: total / jnp.maximum(count, 1) for name, total in sums.items()}
+    loss = jnp.sum(_draft_weights(config, len(means["loss"])) * means["loss"])
+    return means | {"loss": loss, "positions": jnp.maximum(count, 1).astype(jnp.float32)}

@@ -273,8 +273,9 @@ def evaluate_positions(
         return values.reshape(-1, *values.shape[2:])[chosen]
 
     def draft_logits(draft: jax.Array) -> jax.Array:
-        logits = model.drafter.logits(pick(draft), llama.head_weight())
-        return model.drafter.corrected(logits, pick(tokens[:, :-1]), None)
+        draft_hidden = pick(draft)
+        logits = model.drafter.logits(draft_hidden, llama.head_weight())
+        return model.drafter.corrected(logits, draft_hidden, pick(tokens[:, :-1]), None)
 
     return Positions(
         draft_logits=[draft_logits(draft) for draft in drafts],

@@ -26,6 +26,15 @@ def kl_divergence(verifier: jax.Array, draft: jax.Array, mask: jax.Array, temper
     return masked_mean(rows, mask) * temperature**2
 
 
+def total_variation(verifier: jax.Array, draft: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of sum |p_verify - p_draft| / 2 over logits [M, V]: how often rejection sampling rejects.
+
+    The gradient reaches the draft logits alone.
+    """
+    p = jax.nn.softmax(jax.lax.stop_gradient(verifier).astype(jnp.float32))
+    return masked_mean(0.5 * jnp.sum(jnp.abs(p - jax.nn.softmax(draft.astype(jnp.float32))), axis=-1), mask)
+
+
 def kl_from(logits: jax.Array, reference: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean KL(p || p_reference) over logits [M, V], in nats: what holds a moving model to a frozen one."""
     reference = jax.lax.stop_gradient(reference).astype(jnp.float32)

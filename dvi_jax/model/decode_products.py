@@ -104,6 +104,14 @@ def laid_flat(x: jax.Array) -> jax.Array:
     return jnp.pad(x.reshape(rows, x.shape[2]), ((0, padded_rows(rows) - rows), (0, 0)))
 
 
+def by_sequence(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The rows [B, T, ...] of `like` from [R, D], without what filled them up; [B, T, D] as it is."""
+    if x.ndim == 3:
+        return x
+    batch, rows = like.shape[:2]
+    return x[: batch * rows].reshape(batch, rows, x.shape[1])
+
+
 def blocks_for(shape: tuple[int, ...], parts: int, rows: int) -> Blocks:
     """Blocks of a product with a weight of `shape` (out, in): measured on H100s, for SmolLM2 to 7B shapes."""
     out, width = shape

@@ -133,7 +133,7 @@ class Llama(nnx.Module):
             x = self.embed[...][tokens]
             layers = range(self.exit_layer)
             residual, tapped, caches = self._run(layers, x, caches, positions, adapted=adapted, fresh=fresh)
-            return _by_sequence(residual.total(), positions), tapped, caches
+            return decode_products.by_sequence(residual.total(), positions), tapped, caches
 
     def deep(
         self, hidden: jax.Array, caches: Sequence[AnyCache] | None, positions: jax.Array, *, fresh: bool = False
@@ -146,7 +146,7 @@ class Llama(nnx.Module):
             layers = range(self.exit_layer, self.config.num_layers)
             residual, tapped, caches = self._run(layers, hidden, caches, positions, adapted=False, fresh=fresh)
             normed = residual.normed(self.norm[...], self.config.rms_norm_eps)[1]
-            return _by_sequence(normed, positions), tapped, caches
+            return decode_products.by_sequence(normed, positions), tapped, caches
 
     def logits(self, normed: jax.Array) -> jax.Array:
         """LM head: normed hidden [..., D] -> float32 logits [..., V]."""
@@ -193,15 +193,7 @@ class Llama(nnx.Module):
                 residual, rope, cache, positions, adapted=adapted, fresh=fresh
             )
             if index in self.taps:
-                tapped.append(_by_sequence(entered, positions))
+                tapped.append(decode_products.by_sequence(entered, positions))
             if new_cache is not None:
                 updated.append(new_cache)
         return residual, tuple(tapped), tuple(updated)
-
-
-def _by_sequence(x: jax.Array, like: jax.Array) -> jax.Array:
-    """The rows [B, T, ...] of `like` from [R, D], without what filled them up; [B, T, D] as it is."""
-    if x.ndim == 3:
-        return x
-    batch, rows = like.shape[:2]
-    return x[: batch * rows].reshape(batch, rows, x.shape[1])

@@ -52,7 +52,7 @@ class Case:
     @property
     def drafts_blocks(self) -> bool:
         """Whether the drafter makes all drafts of a round in one pass."""
-        return self.drafter in ("medusa", "tapped_block")
+        return self.drafter in ("medusa", "block", "tapped_block")
 
     @property
     def settings_plan(self) -> str:

@@ -55,9 +55,9 @@ class TappedBlock(BlockDrafter):
         size = origin.config.hidden_size
         self.weight = DrafterParam(jax.random.normal(origin.key, (3, size, 2 * size), jnp.float32) * size**-0.5)
 
-    def propose(self, state, committed, anchor):
+    def propose(self, state, committed, anchor, drafts):
         last = Features(*(self._last(x, committed.count) for x in committed.features))
-        return jnp.concatenate([anchor + x for x in self._all(last)], axis=1)
+        return jnp.concatenate([anchor + x for x in self._all(last)[:drafts]], axis=1), state
 
     def unroll(self, hidden, features, positions, steps):
         # Draft j at row t began at the anchor in row t - j, with the features of the row before that.

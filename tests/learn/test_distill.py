@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from dvi_jax.checkpoint import read_checkpoint, string_keys, write_checkpoint
-from dvi_jax.config import DecodeConfig, DistillConfig
+from dvi_jax.config import DecodeConfig, DistillConfig, DistillLoss
 from dvi_jax.decode.batch import generate_batch
 from dvi_jax.errors import UserError
 from dvi_jax.learn import distill as distill_module
 from dvi_jax.learn import offline
-from dvi_jax.learn.distill import distill_loss, distill_step, init_distill
+from dvi_jax.learn.distill import distill_gradient, distill_metrics, distill_step, init_distill
 from dvi_jax.learn.offline import expected_tokens, train_offline
 from dvi_jax.learn.packing import Packed, load_packed, pack
 from dvi_jax.loading import LoadedModel, build_model, load
@@ -60,11 +60,50 @@ def test_loss_is_the_weighted_kl(fused, monkeypatch):
     expected = (kls[0] + 0.8 * kls[1]) / 1.8
     for chunk in (4, 2048):
         monkeypatch.setattr(distill_module, "POSITIONS_AT_ONCE", chunk)
-        loss, metrics = jax.jit(lambda *rows: distill_loss(model, *rows, CONFIG))(TOKENS, MASK)
-        np.testing.assert_allclose(loss, expected, rtol=1e-4)
+        distill_metrics.clear_cache()
+        metrics = distill_metrics(fused.definition, fused.params, TOKENS, MASK, config=CONFIG)
+        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
         np.testing.assert_allclose(metrics["kl"], kls, rtol=1e-4)
         observed = np.take_along_axis(log_p[:, :-1], np.asarray(TOKENS)[:, 1:, None], -1)[..., 0]
         np.testing.assert_allclose(metrics["verifier_ce"], -(observed * weight).sum() / weight.sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("drafter", "mix"), [("fused", (0.0, 0.9, 0.1)), ("block", (0.7, 0.0, 0.3))])
+def test_the_gradient_is_that_of_the_loss(make_tiny, train_noise, monkeypatch, drafter, mix):
+    """Against jax.grad of the loss written out, with total variation and cross-entropy too."""
+    monkeypatch.setattr(distill_module, "POSITIONS_AT_ONCE", 4)
+    config = replace(CONFIG, loss=DistillLoss(*mix))
+    tiny = make_tiny()
+    options = {"layers": 1, "block": 3, "markov_rank": 2} if drafter == "block" else {}
+    exit_layer = 0 if drafter == "block" else tiny.manifest.exit_layer
+    manifest = replace(tiny.manifest, drafter=drafter, drafter_config=options, exit_layer=exit_layer)
+    definition, params = split(build_model(tiny.config, manifest, string_keys(tiny.params.base["llama"])))
+    trainable = train_noise(params, "drafter").drafter
+
+    def direct(trainable):
+        model = join(definition, params._replace(drafter=trainable))
+        positions = jnp.broadcast_to(jnp.arange(9), (3, 9))
+        hidden, low, _ = model.llama.shallow(TOKENS, None, positions)
+        final, high, _ = model.llama.deep(hidden, None, positions)
+        drafts = model.drafter.unroll(hidden, Features.of(final, low + high), positions, 2)
+        head, weight = model.llama.head_weight(), jnp.pad(MASK[:, 1:], ((0, 0), (0, 1)))
+        target, losses = jax.nn.log_softmax(final @ head.T), []
+        for draft in drafts:
+            log_q = jax.nn.log_softmax(model.drafter.corrected(draft @ head.T, draft, TOKENS, None))
+            kl = jnp.sum(jnp.exp(target) * (target - log_q), -1)
+            tv = jnp.sum(jnp.abs(jnp.exp(target) - jnp.exp(log_q)), -1) / 2
+            ce = -jnp.take_along_axis(log_q, jnp.argmax(target, -1)[..., None], -1)[..., 0]
+            losses.append(jnp.sum((mix[0] * kl + mix[1] * tv + mix[2] * ce) * weight) / jnp.sum(weight))
+        decay = 0.8 ** np.arange(len(losses))
+        return sum(w * loss for w, loss in zip(decay, losses, strict=True)) / decay.sum()
+
+    loss, expected = jax.jit(jax.value_and_grad(direct))(trainable)
+    whole = {"drafter": trainable, "lora_s": params.lora_s}
+    gradient = jax.jit(lambda *x: distill_gradient(definition, params, *x, config))
+    grads, metrics = gradient(whole, TOKENS, MASK)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
+    assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.any(x)), expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-3), grads["drafter"], expected)
 
 
 def test_sgp_learns_the_text_through_the_shallow_layers(make_tiny):

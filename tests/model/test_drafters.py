@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dvi_jax.errors import UserError
-from dvi_jax.model.drafters import DRAFTERS, BlockDrafter, Committed, Origin, build_drafter
+from dvi_jax.model.drafters import DRAFTERS, BlockDrafter, Committed, Origin, build_drafter, unrolled
 from dvi_jax.model.features import Features
 from dvi_jax.presets import TINY
 
@@ -14,37 +14,46 @@ BATCH, TOKENS, WIDTH, STEPS = 2, 14, 4, 3
 RNG = np.random.default_rng(0)
 HIDDEN = jnp.asarray(RNG.normal(size=(BATCH, TOKENS, 32)), jnp.float32)
 FINAL = jnp.asarray(RNG.normal(size=(BATCH, TOKENS, 32)), jnp.float32)
+INNER = jnp.asarray(RNG.normal(size=(BATCH, TOKENS, 3, 32)), jnp.float32)  # tapped, of as many layers as TINY has
 POSITIONS = jnp.broadcast_to(jnp.arange(TOKENS), (BATCH, TOKENS))
+OPTIONS = {"block": {"block": 4}}  # no more drafts than the positions here show
 ORIGIN = Origin(TINY, norm=jnp.ones(32), key=jax.random.key(1))
 
 
 def trained(kind: str, options: dict | None = None):
     """A drafter of that kind whose weights have moved: some start at zero, where nothing could be told apart."""
-    drafter = build_drafter(kind, options or {}, ORIGIN)
+    drafter = build_drafter(kind, OPTIONS.get(kind, {}) if options is None else options, ORIGIN)
     rng = np.random.default_rng(2)
     return jax.tree.map(lambda x: x + jnp.asarray(rng.normal(scale=0.1, size=x.shape), x.dtype), drafter)
 
 
+def seen(drafter, final: jax.Array = FINAL) -> Features:
+    """The verifier's features, with the taps that the drafter asks for."""
+    inner = INNER[:, :, : len(drafter.taps)] + (final - FINAL)[:, :, None]
+    return Features(final, inner if drafter.taps else None)
+
+
 def rows(x: jax.Array, begin: int, count: int) -> jax.Array:
     """`count` rows from `begin`, and noise in the rest of the width, as rejected rows leave it."""
-    noise = jnp.full((BATCH, WIDTH - count, 32), 7.0)
+    noise = jnp.full((BATCH, WIDTH - count, *x.shape[2:]), 7.0)
     return jnp.concatenate([x[:, begin : begin + count], noise], axis=1)
 
 
-def committed_rows(begin: int, count: int) -> Committed:
+def committed_rows(drafter, begin: int, count: int) -> Committed:
     ones = jnp.ones(BATCH, jnp.int32)
-    return Committed(rows(HIDDEN, begin, count), Features(rows(FINAL, begin, count)), begin * ones, count * ones)
+    features = jax.tree.map(lambda x: rows(x, begin, count), seen(drafter))
+    return Committed(rows(HIDDEN, begin, count), features, begin * ones, count * ones)
 
 
 @jax.jit
 def unroll(drafter, hidden, final):
-    return drafter.unroll(hidden, Features(final), POSITIONS, STEPS)
+    return drafter.unroll(hidden, seen(drafter, final), POSITIONS, STEPS)
 
 
 @jax.jit
 def prefilled(drafter):
     """The drafter's state after 5 positions."""
-    before = Features(jnp.pad(FINAL[:, :4], ((0, 0), (1, 0), (0, 0))))
+    before = jax.tree.map(lambda x: jnp.roll(x, 1, axis=1).at[:, 0].set(0)[:, :5], seen(drafter))
     return drafter.prefill(drafter.init_state(BATCH, 20, jnp.float32), HIDDEN[:, :5], before, POSITIONS[:, :5])
 
 
@@ -56,8 +65,7 @@ def draft_round(drafter, state, committed, position):
         return jax.lax.dynamic_slice_in_dim(HIDDEN, at, 1, axis=1)
 
     if isinstance(drafter, BlockDrafter):
-        state = drafter.absorb(state, committed)
-        block = drafter.propose(state, committed, hidden(position))
+        block, state = drafter.propose(state, committed, hidden(position), drafter.max_drafts)
         return [block[:, j] for j in range(block.shape[1])], state
     drafts = []
     for step in range(STEPS):
@@ -77,14 +85,14 @@ def test_unroll_equals_decoding(kind, accepted):
     drafter = trained(kind)
     unrolled = jax.device_get(unroll(drafter, HIDDEN, FINAL))
     state = prefilled(drafter)
-    committed = committed_rows(4, 1)
+    committed = committed_rows(drafter, 4, 1)
     for position in (5, 5 + accepted):
         drafts, state = draft_round(drafter, state, committed, position)
         for step, draft in enumerate(drafts):
             if position + step < TOKENS:
                 expected = unrolled[min(step, len(unrolled) - 1)][:, position + step]
                 np.testing.assert_allclose(draft, expected, atol=2e-5)
-        committed = committed_rows(5, accepted)
+        committed = committed_rows(drafter, 5, accepted)
 
 
 @pytest.mark.parametrize("kind", sorted(DRAFTERS))
@@ -96,6 +104,64 @@ def test_unroll_is_causal(kind):
     for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a[:, :9], b[:, :9])
         assert np.abs(a[:, 9:] - b[:, 9:]).max() > 1e-3
+
+
+def test_fused_with_inner_layers():
+    """Decoding and learning agree with taps too, and each tap has a say."""
+    drafter = trained("fused", {"taps": [1, 3]})
+    assert drafter.taps == (1, 3)
+    expected = jax.device_get(unroll(drafter, HIDDEN, FINAL))
+    drafts, _ = draft_round(drafter, prefilled(drafter), committed_rows(drafter, 4, 1), 5)
+    for step, draft in enumerate(drafts):
+        np.testing.assert_allclose(draft, expected[step][:, 5 + step], atol=2e-5)
+    features = seen(drafter)
+    for tap in range(2):
+        moved = features._replace(taps=features.taps.at[:, :, tap].multiply(-1.0))
+        assert np.abs(drafter.unroll(HIDDEN, moved, POSITIONS, 1)[0] - expected[0]).max() > 1e-2
+    with pytest.raises(UserError, match=r"taps must be ascending layer numbers between 1 and 3, got \[4\]"):
+        trained("fused", {"taps": [4]})
+
+
+def test_the_sequential_head():
+    """A gated product of the rows of two matrices, in the columns that may be drafted; nothing before it is trained."""
+    drafter = trained("block", {"markov_rank": 3})
+    draft_hidden = HIDDEN[:, 0]
+    logits, previous, columns = (
+        jnp.asarray(RNG.normal(size=(BATCH, 5)), jnp.float32),
+        jnp.array([7, 40]),
+        [3, 9, 11, 40, 63],
+    )
+    before, after, gate = (
+        np.asarray(getattr(drafter, f"markov_{name}")[...], np.float64) for name in ("before", "after", "gate")
+    )
+    both = np.concatenate([np.asarray(draft_hidden, np.float64), before[[7, 40]]], axis=1)
+    expected = logits + (before[[7, 40]] / (1 + np.exp(-both @ gate.T))) @ after[columns].T
+    corrected = drafter.corrected(logits, draft_hidden, previous, jnp.array(columns))
+    np.testing.assert_allclose(corrected, expected, atol=1e-5)
+    fresh = build_drafter("block", {"markov_rank": 3}, ORIGIN)
+    np.testing.assert_array_equal(fresh.corrected(logits, draft_hidden, previous, jnp.array(columns)), logits)
+    without = build_drafter("block", {"markov_rank": 0}, ORIGIN)
+    np.testing.assert_array_equal(without.corrected(logits, draft_hidden, previous, None), logits)
+
+
+def test_attention_of_blocks(monkeypatch):
+    """Against softmax over the keys that each row may see, listed one by one; in pieces as in one."""
+    rng, tokens, drafts = np.random.default_rng(3), 7, 3
+    query = rng.normal(size=(2, tokens * drafts, 4, 8))
+    key, value = rng.normal(size=(2, 2, 2, tokens, 8))
+    own_key, own_value = rng.normal(size=(2, 2, 2, tokens * drafts, 8))
+    expected = np.zeros((2, tokens * drafts, 4, 8))
+    for b, row, head in np.ndindex(2, tokens * drafts, 4):
+        position, begin = row // drafts, row - row % drafts
+        keys = np.concatenate([key[b, head // 2, : position + 1], own_key[b, head // 2, begin : row + 1]])
+        values = np.concatenate([value[b, head // 2, : position + 1], own_value[b, head // 2, begin : row + 1]])
+        scores = np.exp(keys @ query[b, row, head] / np.sqrt(8))
+        expected[b, row, head] = scores @ values / scores.sum()
+    arrays = [jnp.asarray(x, jnp.float32) for x in (query, key, value, own_key, own_value)]
+    for at_once in (128, 3):
+        monkeypatch.setattr(unrolled, "POSITIONS_AT_ONCE", at_once)
+        mixed = unrolled.attend_blocks(*arrays)
+        np.testing.assert_allclose(mixed, expected.reshape(2, tokens * drafts, -1), atol=1e-5)
 
 
 def test_fresh_exit_head_is_the_base_head():
@@ -112,7 +178,7 @@ def test_fresh_exit_head_is_the_base_head():
 def test_medusa_heads_are_residual_blocks():
     """Head j is h + SiLU(W_j h); its bigram term is a product of two rows, in the columns that may be drafted."""
     drafter = trained("medusa", {"heads": 3, "markov_rank": 2})
-    block = drafter.propose((), committed_rows(4, 2), HIDDEN[:, :1])
+    block, _ = drafter.propose((), committed_rows(drafter, 4, 2), HIDDEN[:, :1], 3)
     h, weights = np.asarray(FINAL[:, 5], np.float64), np.asarray(drafter.blocks[...], np.float64)
     for j in range(3):
         x = h @ weights[j].T
@@ -121,8 +187,10 @@ def test_medusa_heads_are_residual_blocks():
     vocabulary = np.array([0, 3, 9, 40, 63])
     after, before = np.asarray(drafter.markov_after[...]), np.asarray(drafter.markov_before[...])
     expected = np.asarray(logits) + before[[7, 40]] @ after[vocabulary].T
-    np.testing.assert_allclose(drafter.corrected(logits, previous, jnp.asarray(vocabulary)), expected, atol=1e-5)
-    whole = drafter.corrected(jnp.zeros((BATCH, 64)), previous, None)
+    np.testing.assert_allclose(
+        drafter.corrected(logits, block[:, 0], previous, jnp.asarray(vocabulary)), expected, atol=1e-5
+    )
+    whole = drafter.corrected(jnp.zeros((BATCH, 64)), block[:, 0], previous, None)
     np.testing.assert_allclose(whole, before[[7, 40]] @ after.T, atol=1e-5)
 
 
@@ -132,11 +200,11 @@ def test_a_fresh_medusa_is_the_lm_head():
     for j, draft in enumerate(jax.device_get(unroll(drafter, HIDDEN, FINAL))):
         np.testing.assert_array_equal(draft[:, j + 1 :], np.asarray(FINAL)[:, : -j - 1])
     logits = jnp.ones((BATCH, 64))
-    np.testing.assert_array_equal(drafter.corrected(logits, jnp.array([1, 2]), None), logits)
+    np.testing.assert_array_equal(drafter.corrected(logits, HIDDEN[:, 0], jnp.array([1, 2]), None), logits)
 
 
 def test_unknown_drafter_and_option():
-    with pytest.raises(UserError, match="unknown drafter 'eagle'; known: exit_head, fused, kangaroo, medusa"):
+    with pytest.raises(UserError, match="unknown drafter 'eagle'; known: block, exit_head, fused, kangaroo, medusa"):
         build_drafter("eagle", {}, ORIGIN)
     with pytest.raises(UserError, match=r"drafter fused: unknown key rank"):
         build_drafter("fused", {"rank": 4}, ORIGIN)

@@ -6,6 +6,7 @@ from typing import Any
 
 from dvi_jax.errors import UserError
 from dvi_jax.model.drafters.base import BlockDrafter, Committed, Drafter, Origin, StepDrafter
+from dvi_jax.model.drafters.block import ContextBlock
 from dvi_jax.model.drafters.exit_head import ExitHead
 from dvi_jax.model.drafters.fused import Fused
 from dvi_jax.model.drafters.kangaroo import Kangaroo
@@ -16,6 +17,7 @@ __all__ = [
     "DRAFTERS",
     "BlockDrafter",
     "Committed",
+    "ContextBlock",
     "Drafter",
     "ExitHead",
     "Fused",
@@ -27,7 +29,9 @@ __all__ = [
     "drafter_class",
 ]
 
-DRAFTERS: dict[str, type[Drafter]] = {drafter.kind: drafter for drafter in (ExitHead, Kangaroo, Fused, Medusa)}
+DRAFTERS: dict[str, type[Drafter]] = {
+    drafter.kind: drafter for drafter in (ExitHead, Kangaroo, Fused, Medusa, ContextBlock)
+}
 
 
 def drafter_class(kind: str) -> type[Drafter]:

@@ -91,11 +91,13 @@ class Drafter(nnx.Module):
         with jax.named_scope("draft_head"):
             return linear(draft_hidden, head, jnp.float32)
 
-    def corrected(self, logits: jax.Array, previous: jax.Array, vocabulary: jax.Array | None) -> jax.Array:
-        """Draft logits [..., Vd] once it is known which token, int32 [...], stands before the one to be drafted.
+    def corrected(
+        self, logits: jax.Array, draft_hidden: jax.Array, previous: jax.Array, vocabulary: jax.Array | None
+    ) -> jax.Array:
+        """Logits [..., Vd] of draft_hidden [..., D], once it is known which token stands before the one to be drafted.
 
-        `vocabulary`: int32 [Vd], the token of each column, None for all in order. Only block drafters have use for it:
-        a step drafter has seen that token.
+        `previous`: that token, int32 [...]. `vocabulary`: int32 [Vd], the token of each column, None for all in order.
+        Only block drafters have use for it: a step drafter has seen that token.
         """
         return logits
 
@@ -130,10 +132,9 @@ class BlockDrafter(Drafter):
 
     max_drafts: int
 
-    def absorb(self, state: Any, committed: Committed) -> Any:
-        """Take in the rows that the last round committed."""
-        return state
+    def propose(self, state: Any, committed: Committed, anchor: jax.Array, drafts: int) -> tuple[jax.Array, Any]:
+        """The first `drafts` of the block after the token whose embedding is `anchor` [B, 1, D].
 
-    def propose(self, state: Any, committed: Committed, anchor: jax.Array) -> jax.Array:
-        """The block after the token whose embedding is `anchor` [B, 1, D]: draft hidden [B, max_drafts, D]."""
+        -> draft hidden [B, drafts, D], and the state, which has taken in the rows that the last round committed.
+        """
         raise NotImplementedError

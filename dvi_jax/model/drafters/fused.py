@@ -3,14 +3,15 @@
 The verifier's final hidden state f(t-1) is always known for the first draft of a round: the verifier chose the current
 token there. Later drafts use the layer's own output in its place. After a round, the cache rows of the committed
 positions are computed again with verifier features, in the pass of the next round's first draft, so the context always
-looks as it did in training. (EAGLE, arXiv 2401.15077; training on the mix of both kinds of feature: EAGLE-3,
-arXiv 2503.01840.)
+looks as it did in training. (EAGLE, arXiv 2401.15077; training on the mix of both kinds of feature, and inner layers
+joined with the final hidden state where `taps` name some: EAGLE-3, arXiv 2503.01840.)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,10 @@ import jax.numpy as jnp
 from dvi_jax.model import attention
 from dvi_jax.model.attention import LayerCache
 from dvi_jax.model.decode_products import round_linear
-from dvi_jax.model.drafters.base import Committed, NoOptions, Origin, StepDrafter
+from dvi_jax.model.drafters import layer
+from dvi_jax.model.drafters.base import Committed, Origin, StepDrafter
+from dvi_jax.model.drafters.inner import check_taps, joined
+from dvi_jax.model.drafters.layer import DraftLayer, Geometry, LayerWeights, random_matrix
 from dvi_jax.model.features import Features
 from dvi_jax.model.products import linear
 from dvi_jax.model.residual import rms_norm
@@ -27,31 +31,32 @@ from dvi_jax.model.variables import DrafterParam
 Product = Callable[[jax.Array, jax.Array], jax.Array]  # `linear`, or in a round `round_linear`, which has no derivative
 
 
-class Fused(StepDrafter):
+@dataclass(frozen=True)
+class FusedOptions:
+    """What the drafter sees of the verifier."""
+
+    taps: tuple[int, ...] = ()  # inner layers that are joined with its final hidden state
+
+
+class Fused(StepDrafter, DraftLayer):
     """Attention and MLP on a projection of [h_k(t), f(t-1)]; heads and rotary base are the base model's."""
 
     kind = "fused"
+    Options = FusedOptions
 
-    def __init__(self, origin: Origin, options: NoOptions):
+    def __init__(self, origin: Origin, options: FusedOptions):
         config = origin.config
+        d = config.hidden_size
+        fuse_key, *layer_keys = jax.random.split(origin.key, 5)
+        DraftLayer.__init__(self, config, layer_keys)
         self.options = options
         self.architecture = config
-        d, f = config.hidden_size, config.intermediate_size
-        query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        keys = iter(jax.random.split(origin.key, 5))
-
-        def matrix(*shape: int) -> DrafterParam:
-            return DrafterParam(shape[1] ** -0.5 * jax.random.normal(next(keys), shape, jnp.float32))
-
-        def ones() -> DrafterParam:
-            return DrafterParam(jnp.ones(d, jnp.float32))
-
-        self.fuse = matrix(d, 2 * d)
-        self.qkv = matrix(query + 2 * kv, d)
-        self.out = matrix(d, query)
-        self.gate_up = matrix(2 * f, d)
-        self.down = matrix(d, f)
-        self.hidden_norm, self.feature_norm, self.attn_norm, self.mlp_norm = ones(), ones(), ones(), ones()
+        self.taps = check_taps(options.taps, config)
+        self.fuse = DrafterParam(random_matrix(fuse_key, d, 2 * d))
+        if self.taps:
+            key = jax.random.fold_in(origin.key, 1)
+            self.join = DrafterParam(random_matrix(key, d, (len(self.taps) + 1) * d))
+        self.hidden_norm, self.feature_norm = (DrafterParam(jnp.ones(d, jnp.float32)) for _ in range(2))
         self.norm = DrafterParam(jnp.asarray(origin.norm, jnp.float32))  # starts as the base model's final norm
 
     def init_state(self, batch: int, slots: int, dtype: jnp.dtype) -> LayerCache:
@@ -59,7 +64,7 @@ class Fused(StepDrafter):
         return cache
 
     def prefill(self, state: LayerCache, hidden: jax.Array, before: Features, positions: jax.Array) -> LayerCache:
-        _, key, value = attention.split_heads(*self._qkv(self._fuse(hidden, before.final), positions))
+        _, key, value = self._heads(linear(*self._fusion(hidden, self._seen(before))), positions)
         return attention.write_rows(state, key, value, positions[:, 0])
 
     def first(
@@ -72,7 +77,7 @@ class Fused(StepDrafter):
         current = jnp.arange(width) == (committed.count - 1)[:, None]
         rows = jnp.where(current[..., None], hidden, jnp.roll(committed.hidden, -1, axis=1))
         positions = (committed.start + 1)[:, None] + jnp.arange(width)
-        draft, state = self._run(state, rows, committed.features.final, positions)
+        draft, state = self._run(state, rows, self._seen(committed.features, round_linear), positions)
         return jnp.take_along_axis(draft, (committed.count - 1)[:, None, None], axis=1), state
 
     def next(
@@ -83,12 +88,14 @@ class Fused(StepDrafter):
     def unroll(self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int) -> list[jax.Array]:
         drafts: list[jax.Array] = []
         cached: list[tuple[jax.Array, jax.Array]] = []
-        context = features.final  # of the position before: the verifier's, then the drafter's own
+        context = self._seen(features)  # of the position before: the verifier's, then the drafter's own
+        weights, geometry = self._weights(hidden), Geometry.of(self.architecture)
         for _ in range(steps):
-            x = self._fuse(hidden, _shift(context, 1))
-            query, key, value = attention.split_heads(*self._qkv(x, positions))
+            x = linear(*self._fusion(hidden, _shift(context, 1)))
+            query, key, value = self._heads(x, positions)
             cached.append((key, value))
-            context = self._finish(x, _attend_unrolled(query, cached, positions))
+            x = layer.after_attention(x, _attend_unrolled(query, cached, positions), weights, geometry.eps)
+            context = rms_norm(x, self.norm[...], geometry.eps)
             drafts.append(context)
         return drafts
 
@@ -96,39 +103,35 @@ class Fused(StepDrafter):
         self, cache: LayerCache, hidden: jax.Array, context: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
         """Rows [B, T, D] at consecutive `positions` [B, T] through the layer and its cache."""
-        x = self._fuse(hidden, context, round_linear)
-        qkv, heads, rope = self._qkv(x, positions, round_linear)
-        mixed, cache = attention.attend_cached(qkv[None], heads, rope, cache, positions)
-        return self._finish(x, mixed, round_linear), cache
+        geometry = Geometry.of(self.architecture)
+        residual = layer.begin_round(round_linear(*self._fusion(hidden, context)), self.architecture.head_dim)
+        rope, weights = geometry.rope(positions), self._weights(hidden)
+        residual, cache = layer.run_round(residual, weights, geometry, rope, cache, positions)
+        return layer.finish_round(residual, self.norm[...], geometry, positions), cache
 
-    def _fuse(self, hidden: jax.Array, context: jax.Array, multiply: Product = linear) -> jax.Array:
-        """Exit hidden and the state of the position before, the verifier's or the drafter's own: [B, T, D] each."""
+    def _seen(self, features: Features, multiply: Product = linear) -> jax.Array:
+        """What it sees of the verifier's features [B, T, ...]: [B, T, D]."""
+        if not self.taps:
+            return features.final
+        states = joined(features, self.architecture.rms_norm_eps)
+        return multiply(states, self.join[...].astype(states.dtype))
+
+    def _fusion(self, hidden: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Exit hidden and the state of the position before, the verifier's or the drafter's own, [B, T, D] each.
+
+        Both normed, [B, T, 2D], and the weight that makes one of them.
+        """
         eps = self.architecture.rms_norm_eps
         normed = rms_norm(hidden, self.hidden_norm[...], eps), rms_norm(context, self.feature_norm[...], eps)
-        return _project(self.fuse, jnp.concatenate(normed, axis=-1), multiply)
+        return jnp.concatenate(normed, axis=-1), self.fuse[...].astype(hidden.dtype)
 
-    def _qkv(
-        self, x: jax.Array, positions: jax.Array, multiply: Product = linear
-    ) -> tuple[jax.Array, attention.Heads, attention.Rope]:
-        """Fused queries, keys and values of x [B, T, D], how to split them, and how to turn them."""
-        config = self.architecture
-        frequencies = attention.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        qkv = _project(self.qkv, rms_norm(x, self.attn_norm[...], config.rms_norm_eps), multiply)
-        heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-        return qkv, heads, attention.rope_tables(frequencies, positions)
+    def _heads(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of fused rows x [B, T, D]."""
+        geometry = Geometry.of(self.architecture)
+        return layer.queries_keys_values(x, self._weights(x), geometry, geometry.rope(positions))
 
-    def _finish(self, x: jax.Array, mixed: jax.Array, multiply: Product = linear) -> jax.Array:
-        """Everything after attention: [B, T, D] residual stream and [B, T, N*H] -> draft hidden [B, T, D]."""
-        eps = self.architecture.rms_norm_eps
-        x = x + _project(self.out, mixed, multiply)
-        normed = rms_norm(x, self.mlp_norm[...], eps)
-        gate, up = jnp.split(_project(self.gate_up, normed, multiply), 2, axis=-1)
-        x = x + _project(self.down, jax.nn.silu(gate) * up, multiply)
-        return rms_norm(x, self.norm[...], eps)
-
-
-def _project(weight: DrafterParam, x: jax.Array, multiply: Product) -> jax.Array:
-    return multiply(x, weight[...].astype(x.dtype))
+    def _weights(self, like: jax.Array) -> LayerWeights:
+        return LayerWeights.of(self, like.dtype)
 
 
 def _shift(x: jax.Array, by: int, axis: int = 1) -> jax.Array:

@@ -51,15 +51,17 @@ class Medusa(BlockDrafter):
             self.markov_before = DrafterParam(before)  # [V, R]
             self.markov_after = DrafterParam(jnp.zeros((config.vocab_size, rank), jnp.float32))  # [V, R]
 
-    def propose(self, state: Any, committed: Committed, anchor: jax.Array) -> jax.Array:
-        return jnp.concatenate(self._heads(committed.last_final()), axis=1)
+    def propose(self, state: Any, committed: Committed, anchor: jax.Array, drafts: int) -> tuple[jax.Array, Any]:
+        return jnp.concatenate(self._heads(committed.last_final())[:drafts], axis=1), state
 
     def unroll(self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int) -> list[jax.Array]:
         # Draft j at row t was made j + 1 rows before, when row t - j was the anchor.
         heads = self._heads(features.final)
         return [jnp.pad(x, ((0, 0), (j + 1, 0), (0, 0)))[:, : x.shape[1]] for j, x in enumerate(heads)]
 
-    def corrected(self, logits: jax.Array, previous: jax.Array, vocabulary: jax.Array | None) -> jax.Array:
+    def corrected(
+        self, logits: jax.Array, draft_hidden: jax.Array, previous: jax.Array, vocabulary: jax.Array | None
+    ) -> jax.Array:
         if not self.options.markov_rank:
             return logits
         after = self.markov_after[...] if vocabulary is None else self.markov_after[...][vocabulary]

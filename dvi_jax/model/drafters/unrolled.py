@@ -1,0 +1,53 @@
+"""Attention of blocks that begin at every position, for learning: the scores of all are never in memory at once.
+
+Letters: B batch, T positions, J rows of a block, N query heads, K KV heads, G = N/K, H head size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from dvi_jax.model.attention import wide_einsum
+
+POSITIONS_AT_ONCE = 128  # whose blocks' scores are in memory
+
+
+def attend_blocks(
+    query: jax.Array, key: jax.Array, value: jax.Array, own_key: jax.Array, own_value: jax.Array
+) -> jax.Array:
+    """Row j of the block behind position t sees the context up to t, and its block's rows up to itself.
+
+    query [B, T*J, N, H]; context key, value [B, K, T, H]; the blocks' own [B, K, T*J, H] -> [B, T*J, N*H].
+    """
+    batch, rows, heads, size = query.shape
+    _, kv_heads, tokens, _ = key.shape
+    drafts = rows // tokens
+    blocks = query.reshape(batch, tokens, drafts, kv_heads, heads // kv_heads, size)
+    own = [x.reshape(batch, kv_heads, tokens, drafts, size) for x in (own_key, own_value)]
+    mixed = []
+    for begin in range(0, tokens, POSITIONS_AT_ONCE):
+        end = min(begin + POSITIONS_AT_ONCE, tokens)
+        context = key[:, :, :end], value[:, :, :end]
+        mixed.append(_attend(blocks[:, begin:end], *context, *(x[:, :, begin:end] for x in own)))
+    return jnp.concatenate(mixed, axis=1).reshape(batch, rows, heads * size)
+
+
+@jax.checkpoint
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, own_key: jax.Array, own_value: jax.Array) -> jax.Array:
+    """The last positions' blocks: query [B, C, J, K, G, H], context [B, K, S, H], own [B, K, C, J, H]."""
+    count, drafts, size = query.shape[1], query.shape[2], query.shape[-1]
+    slots = key.shape[2]
+    position = slots - count + jnp.arange(count)
+    seen = jnp.arange(slots) <= position[:, None]  # [C, S]
+    before = jnp.arange(drafts) <= jnp.arange(drafts)[:, None]  # [J, J]
+    scores = wide_einsum("bcjkgh,bksh->bkgcjs", query, key)
+    own = wide_einsum("bcjkgh,bkcih->bkgcji", query, own_key)
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)
+    own = jnp.where(before, own, -jnp.inf)
+    weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) / math.sqrt(size), axis=-1).astype(query.dtype)
+    mixed = wide_einsum("bkgcjs,bksh->bcjkgh", weights[..., :slots], value)
+    mixed += wide_einsum("bkgcji,bkcih->bcjkgh", weights[..., slots:], own_value)
+    return mixed.astype(query.dtype)
