@@ -212,7 +212,8 @@ def deal(prompts: Sequence[list[int]], longest: int, rows: int) -> Iterator[Batc
 def pack_whole(sequences: Sequence[Reply], row_length: int, vocab_size: int) -> Packed:
     """Rows of whole sequences (ids, prompt tokens); the rest of a row is filled with token 0, unmarked.
 
-    Longest first, each into the fullest row that has room. A sequence longer than a row loses its beginning.
+    Longest first, each into the fullest row that has room; then the rows are shuffled, so that the last ones, which a
+    run holds out, are like the others. A sequence longer than a row loses its beginning.
     """
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index][0]), reverse=True)
     tokens = np.zeros((len(sequences), row_length), np.uint16 if vocab_size <= 2**16 else np.int32)
@@ -227,7 +228,7 @@ def pack_whole(sequences: Sequence[Reply], row_length: int, vocab_size: int) -> 
         tokens[row, begin : begin + len(ids)] = ids
         mask[row, begin + max(prompt_length, 0) : begin + len(ids)] = True
         free[row] -= len(ids)
-    used = free < row_length
+    used = np.random.default_rng(0).permutation(np.flatnonzero(free < row_length))
     return Packed(tokens[used], mask[used])
 
 

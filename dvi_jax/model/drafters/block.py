@@ -1,9 +1,9 @@
 """A few layers that draft a whole block in one pass, over keys and values made of the verifier's inner states.
 
-What the verifier made of every committed position, at several depths, is joined by one matrix to a *context row*; each
-layer has keys and values of these rows. A block is a row for each of its drafts, all made of the token they follow, the
-newest context row, and a learned vector that says which draft it is. Rows see the context and the rows before them, so
-that fewer drafts are a shorter pass (DFlash, arXiv 2602.06036, sees both ways; JetSpec, 2606.18394, is causal).
+A committed token and what the verifier made of the position before it, at several depths, are joined by one matrix to
+a *context row*; each layer has keys and values of these rows. A block is a row for each of its drafts: the newest
+context row and a learned vector that says which draft it is. Rows see the context and the rows before them, so that
+fewer drafts are a shorter pass (DFlash, arXiv 2602.06036, sees both ways; JetSpec, 2606.18394, is causal).
 
 Rows do not know the drafts before them. So each draft's logits get a low-rank term of the token before it, gated by
 the row, which costs no pass through the layers (the sequential head of DSpark, arXiv 2607.05147).
@@ -26,7 +26,7 @@ from dvi_jax.model.decode_products import round_linear
 from dvi_jax.model.drafters import layer
 from dvi_jax.model.drafters.base import BlockDrafter, Committed, Origin
 from dvi_jax.model.drafters.inner import check_taps, joined, spread_taps
-from dvi_jax.model.drafters.layer import DraftLayer, Geometry, LayerWeights, random_matrix
+from dvi_jax.model.drafters.layer import DraftLayer, Geometry, LayerWeights, Product, random_matrix
 from dvi_jax.model.drafters.unrolled import attend_blocks
 from dvi_jax.model.features import Features
 from dvi_jax.model.products import linear
@@ -34,7 +34,7 @@ from dvi_jax.model.residual import rms_norm
 from dvi_jax.model.variables import DrafterParam
 from dvi_jax.settings import require
 
-State = tuple[LayerCache, ...]  # of each layer; slot s holds what the verifier made of position s - 1
+State = tuple[LayerCache, ...]  # of each layer; slot s holds the context row of position s
 
 
 @dataclass(frozen=True)
@@ -64,34 +64,37 @@ class ContextBlock(BlockDrafter):
         self.max_drafts = options.block
         self.taps = check_taps(options.taps, config) or spread_taps(config)
         d, vocabulary, rank = config.hidden_size, config.vocab_size, options.markov_rank
-        keys = jax.random.split(origin.key, 6 + options.layers)
-        self.layers = nnx.List([DraftLayer(config, jax.random.split(key, 4)) for key in keys[6:]])
-        self.join = DrafterParam(random_matrix(keys[0], d, (len(self.taps) + 1) * d))
+        keys = jax.random.split(origin.key, 5 + options.layers)
+        self.layers = nnx.List([DraftLayer(config, jax.random.split(key, 4)) for key in keys[5:]])
+        self.join = DrafterParam(random_matrix(keys[0], d, (len(self.taps) + 2) * d))
         # Keys and values of the context rows, of every layer.
         kv = 2 * config.num_kv_heads * config.head_dim
         self.context = DrafterParam(random_matrix(keys[1], options.layers * kv, d))
-        self.enter = DrafterParam(random_matrix(keys[2], d, 2 * d))
-        self.places = DrafterParam(0.1 * jax.random.normal(keys[3], (options.block, d), jnp.float32))  # [J, D]
-        self.context_norm, self.anchor_norm = (DrafterParam(jnp.ones(d, jnp.float32)) for _ in range(2))
+        self.places = DrafterParam(0.1 * jax.random.normal(keys[2], (options.block, d), jnp.float32))  # [J, D]
+        self.context_norm, self.token_norm = (DrafterParam(jnp.ones(d, jnp.float32)) for _ in range(2))
         self.norm = DrafterParam(jnp.asarray(origin.norm, jnp.float32))  # starts as the base model's final norm
         if rank:
-            self.markov_before = DrafterParam(random_matrix(keys[4], vocabulary, rank))  # [V, R]
-            self.markov_gate = DrafterParam(random_matrix(keys[5], rank, d + rank))
+            self.markov_before = DrafterParam(random_matrix(keys[3], vocabulary, rank))  # [V, R]
+            self.markov_gate = DrafterParam(random_matrix(keys[4], rank, d + rank))
             self.markov_after = DrafterParam(jnp.zeros((vocabulary, rank), jnp.float32))  # [V, R]
 
     def init_state(self, batch: int, slots: int, dtype: jnp.dtype) -> State:
         return attention.init_caches(self.architecture, self.options.layers, batch, slots, dtype)
 
     def prefill(self, state: State, hidden: jax.Array, before: Features, positions: jax.Array) -> State:
-        return self._write(state, self._context_rows(before), positions)
+        return self._write(state, linear(*self._joined(hidden, before)), positions)
 
     def propose(self, state: State, committed: Committed, anchor: jax.Array, drafts: int) -> tuple[jax.Array, State]:
-        # Rows that were not committed are written too: their slots are masked, and written again.
+        # The context row of a token needs the verifier's features of the row before: rows 1 .. count - 1 of the last
+        # round have them now, and so has the anchor. Rows past it are written too; their slots are masked, and written
+        # again.
         width = committed.hidden.shape[1]
-        context = self._context_rows(committed.features, in_round=True)
-        state = self._write(state, context, (committed.start + 1)[:, None] + jnp.arange(width), in_round=True)
-        newest = jnp.take_along_axis(context, (committed.count - 1)[:, None, None], axis=1)
-        x = round_linear(*self._entry(anchor, newest)) + self.places[...][:drafts].astype(anchor.dtype)
+        newest = jnp.arange(width) == (committed.count - 1)[:, None]
+        tokens = jnp.where(newest[..., None], anchor, jnp.roll(committed.hidden, -1, axis=1))
+        context = round_linear(*self._joined(tokens, committed.features))
+        state = self._write(state, context, (committed.start + 1)[:, None] + jnp.arange(width), round_linear)
+        x = jnp.take_along_axis(context, (committed.count - 1)[:, None, None], axis=1)
+        x = x + self.places[...][:drafts].astype(x.dtype)
         positions = (committed.start + committed.count + 1)[:, None] + jnp.arange(drafts)
         geometry = Geometry.of(self.architecture)
         residual, rope, caches = layer.begin_round(x, self.architecture.head_dim), geometry.rope(positions), []
@@ -103,9 +106,8 @@ class ContextBlock(BlockDrafter):
 
     def unroll(self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int) -> list[jax.Array]:
         geometry, eps = Geometry.of(self.architecture), self.architecture.rms_norm_eps
-        context = self._context_rows(jax.tree.map(lambda x: _later(x, 1), features))
-        entered = linear(*self._entry(hidden, context))
-        x = entered[:, :, None] + self.places[...].astype(hidden.dtype)  # [B, T, J, D], by the token they follow
+        context = linear(*self._joined(hidden, jax.tree.map(lambda x: _later(x, 1), features)))
+        x = context[:, :, None] + self.places[...].astype(hidden.dtype)  # [B, T, J, D], by the token they follow
         rope = geometry.rope(positions), geometry.rope(self._block_positions(positions))
         # What is between two layers is kept, what is inside is computed again going backward.
         run = jax.checkpoint(partial(_unrolled_layer, geometry=geometry))
@@ -126,38 +128,34 @@ class ContextBlock(BlockDrafter):
         gated = jax.nn.sigmoid(linear(both, self.markov_gate[...].astype(dtype))) * before
         return logits + linear(gated, after.astype(dtype), jnp.float32)
 
-    def _context_rows(self, features: Features, *, in_round: bool = False) -> jax.Array:
-        """What the verifier made of rows [B, T, ...], as rows of the context [B, T, D]."""
-        multiply = round_linear if in_round else linear
-        states = joined(features, self.architecture.rms_norm_eps)
-        rows = multiply(states, self.join[...].astype(states.dtype))
-        return rms_norm(rows, self.context_norm[...], self.architecture.rms_norm_eps)
+    def _joined(self, tokens: jax.Array, before: Features) -> tuple[jax.Array, jax.Array]:
+        """Tokens' embeddings [B, T, D] and the verifier's features of the row before each: all that a context row is
+        made of, side by side, and the weight that makes it.
+        """
+        eps = self.architecture.rms_norm_eps
+        states = jnp.concatenate([rms_norm(tokens, self.token_norm[...], eps), joined(before, eps)], axis=-1)
+        return states, self.join[...].astype(states.dtype)
 
     def _context_heads(
-        self, context: jax.Array, rope: attention.Rope, *, in_round: bool = False
+        self, context: jax.Array, rope: attention.Rope, multiply: Product = linear
     ) -> list[tuple[jax.Array, jax.Array]]:
         """Keys and values [B, K, T, H] of context rows [B, T, D] in every layer, the keys turned."""
-        multiply = round_linear if in_round else linear
-        _, kv_heads, size = Geometry.of(self.architecture).heads
-        rows = multiply(context, self.context[...].astype(context.dtype))
+        geometry = Geometry.of(self.architecture)
+        _, kv_heads, size = geometry.heads
+        normed = rms_norm(context, self.context_norm[...], geometry.eps)
+        rows = multiply(normed, self.context[...].astype(context.dtype))
         split = rows.reshape(*context.shape[:2], self.options.layers, 2, kv_heads, size)
         return [
             (attention.apply_rope(split[:, :, i, 0], rope).swapaxes(1, 2), split[:, :, i, 1].swapaxes(1, 2))
             for i in range(self.options.layers)
         ]
 
-    def _write(self, state: State, context: jax.Array, positions: jax.Array, *, in_round: bool = False) -> State:
+    def _write(self, state: State, context: jax.Array, positions: jax.Array, multiply: Product = linear) -> State:
         """The caches with context rows [B, T, D] in the slots `positions` [B, T], which are consecutive."""
-        rope = Geometry.of(self.architecture).rope(positions)
-        heads = self._context_heads(context, rope, in_round=in_round)
+        heads = self._context_heads(context, Geometry.of(self.architecture).rope(positions), multiply)
         return tuple(
             attention.write_rows(cache, *rows, positions[:, 0]) for cache, rows in zip(state, heads, strict=True)
         )
-
-    def _entry(self, anchor: jax.Array, newest: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The anchor's embedding and the newest context row, [B, T, D] each: side by side, and the weight."""
-        normed = rms_norm(anchor, self.anchor_norm[...], self.architecture.rms_norm_eps)
-        return jnp.concatenate([normed, newest], axis=-1), self.enter[...].astype(anchor.dtype)
 
     def _block_positions(self, positions: jax.Array) -> jax.Array:
         """Positions [B, T] of the tokens that blocks follow -> of the blocks' rows, [B, T * J]."""

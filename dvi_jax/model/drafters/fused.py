@@ -10,7 +10,6 @@ joined with the final hidden state where `taps` name some: EAGLE-3, arXiv 2503.0
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -22,13 +21,11 @@ from dvi_jax.model.decode_products import round_linear
 from dvi_jax.model.drafters import layer
 from dvi_jax.model.drafters.base import Committed, Origin, StepDrafter
 from dvi_jax.model.drafters.inner import check_taps, joined
-from dvi_jax.model.drafters.layer import DraftLayer, Geometry, LayerWeights, random_matrix
+from dvi_jax.model.drafters.layer import DraftLayer, Geometry, LayerWeights, Product, random_matrix
 from dvi_jax.model.features import Features
 from dvi_jax.model.products import linear
 from dvi_jax.model.residual import rms_norm
 from dvi_jax.model.variables import DrafterParam
-
-Product = Callable[[jax.Array, jax.Array], jax.Array]  # `linear`, or in a round `round_linear`, which has no derivative
 
 
 @dataclass(frozen=True)

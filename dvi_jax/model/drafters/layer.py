@@ -5,7 +5,7 @@ What it computes in a round decides what is proposed and nothing else. Letters a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,8 @@ from dvi_jax.model.decode_products import by_sequence, gated_product, laid_flat,
 from dvi_jax.model.products import linear
 from dvi_jax.model.residual import Residual, rms_norm
 from dvi_jax.model.variables import DrafterParam
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]  # `linear`, or in a round `round_linear`, which has no derivative
 
 
 class LayerWeights(NamedTuple):

@@ -43,11 +43,14 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, own_key: jax.Arr
     position = slots - count + jnp.arange(count)
     seen = jnp.arange(slots) <= position[:, None]  # [C, S]
     before = jnp.arange(drafts) <= jnp.arange(drafts)[:, None]  # [J, J]
-    scores = wide_einsum("bcjkgh,bksh->bkgcjs", query, key)
-    own = wide_einsum("bcjkgh,bkcih->bkgcji", query, own_key)
+    # Two parts of one softmax, never laid side by side: the scores are what takes time here.
+    scores = wide_einsum("bcjkgh,bksh->bkgcjs", query, key) / math.sqrt(size)
+    own = wide_einsum("bcjkgh,bkcih->bkgcji", query, own_key) / math.sqrt(size)
     scores = jnp.where(seen[:, None], scores, -jnp.inf)
     own = jnp.where(before, own, -jnp.inf)
-    weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) / math.sqrt(size), axis=-1).astype(query.dtype)
-    mixed = wide_einsum("bkgcjs,bksh->bcjkgh", weights[..., :slots], value)
-    mixed += wide_einsum("bkgcji,bkcih->bcjkgh", weights[..., slots:], own_value)
-    return mixed.astype(query.dtype)
+    top = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1), jnp.max(own, axis=-1)))[..., None]
+    scores, own = jnp.exp(scores - top), jnp.exp(own - top)
+    total = jnp.sum(scores, axis=-1) + jnp.sum(own, axis=-1)  # [B, K, G, C, J]
+    mixed = wide_einsum("bkgcjs,bksh->bcjkgh", scores.astype(query.dtype), value)
+    mixed += wide_einsum("bkgcji,bkcih->bcjkgh", own.astype(query.dtype), own_value)
+    return (mixed / jnp.moveaxis(total, (3, 4), (1, 2))[..., None]).astype(query.dtype)
