@@ -32,8 +32,8 @@ def check_taps(taps: tuple[int, ...], config: LlamaConfig) -> tuple[int, ...]:
 def joined(features: Features, eps: float) -> jax.Array:
     """The final hidden state and every tapped one, each of unit size, side by side: [B, T, (A + 1) D]."""
     final = features.final
-    if features.taps is None:
-        return final
-    ones = jnp.ones(final.shape[-1], final.dtype)
-    inner = rms_norm(features.taps, ones, eps)
-    return jnp.concatenate([final, inner.reshape(*final.shape[:-1], -1)], axis=-1)
+    states = final[..., None, :]
+    if features.taps is not None:
+        states = jnp.concatenate([states, features.taps], axis=-2)
+    normed = rms_norm(states, jnp.ones(final.shape[-1], final.dtype), eps)
+    return normed.reshape(*final.shape[:-1], -1)
