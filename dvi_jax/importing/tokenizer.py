@@ -38,8 +38,7 @@ def from_directory(directory: Path, vocab_size: int) -> str | None:
     if (directory / "tokenizer.json").exists():
         text = _portable(read_text(directory / "tokenizer.json", MAX_TOKENIZER_BYTES), "tokenizer.json")
     elif (directory / "tokenizer.model").exists():
-        text = _from_sentencepiece(directory / "tokenizer.model", config)
-        config = replace(config, flags_given=frozenset())  # it has them already
+        text, config = _from_sentencepiece(directory / "tokenizer.model", config)
     elif (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
         text = _from_merges(directory, config)
     else:
@@ -147,21 +146,15 @@ def _checked(text: str, vocab_size: int, where: str) -> str:
     return text
 
 
-def _from_sentencepiece(path: Path, config: TokenizerConfig) -> str:
+def _from_sentencepiece(path: Path, config: TokenizerConfig) -> tuple[str, TokenizerConfig]:
+    """Also the settings that are left to apply: which tokens go around a text is theirs to say, before the model's."""
     data = read_bytes(path, MAX_TOKENIZER_BYTES)
     if _TIKTOKEN_LINE.match(data):
         raise UserError(
             f"{path} is a tiktoken vocabulary, as of Llama 3's original: add the tokenizer.json made from it"
         )
     model = parse_sentencepiece(data, path)
-    vocabulary = Vocabulary(
-        model.pieces,
-        model.kinds,
-        model.bos_id,
-        config.add_bos is not False and model.bos_id is not None,
-        model.eos_id,
-        config.add_eos is True and model.eos_id is not None,
-    )
+    vocabulary = Vocabulary(model.pieces, model.kinds)
     rules = Normalization(
         add_dummy_prefix=model.add_dummy_prefix and config.add_prefix_space is not False,
         remove_extra_whitespaces=model.remove_extra_whitespaces,
@@ -170,7 +163,20 @@ def _from_sentencepiece(path: Path, config: TokenizerConfig) -> str:
         match_symbols_late=True,
     )
     named = stated_tokens(config, {piece: index for index, piece in enumerate(model.pieces)}, config.added)
-    return sentencepiece_bpe(vocabulary, model.scores, rules, config.added | named)
+    added = config.added | named
+    text = sentencepiece_bpe(vocabulary, model.scores, rules, added)
+    known = {*model.pieces, *(token.content for token in added.values())}
+    around = dict(config.special_tokens)
+    for name, index in (("bos_token", model.bos_id), ("eos_token", model.eos_id)):
+        if around.get(name) not in known and index is not None:
+            around[name] = model.pieces[index]
+    return text, replace(
+        config,
+        special_tokens=around,
+        flags_given=frozenset(),  # the text has them already
+        add_bos=config.add_bos is not False,
+        add_eos=config.add_eos is True,
+    )
 
 
 def _from_merges(directory: Path, config: TokenizerConfig) -> str:
@@ -184,7 +190,7 @@ def _from_merges(directory: Path, config: TokenizerConfig) -> str:
     tokens = sorted(ids, key=lambda token: ids[token] if type(ids[token]) is int else -1)
     if [ids[token] for token in tokens] != list(range(len(tokens))):
         raise UserError(f"{directory / 'vocab.json'} must number its tokens from 0 without a gap")
-    lines = read_text(directory / "merges.txt", MAX_TOKENIZER_BYTES).split("\n")
+    lines = read_text(directory / "merges.txt", MAX_TOKENIZER_BYTES).removeprefix("\ufeff").split("\n")
     merges = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
     wrong = next((line for line in merges if len(line.split(" ")) != 2), None)
     if wrong is not None:

@@ -88,9 +88,22 @@ def byte_level_bpe(vocabulary: Vocabulary, merges: Sequence[str], pre: str) -> s
     pre_tokenizer = _pre_tokenizer(pre)
     # Llama 3's vocabulary holds words that no merges lead to: whole words are looked up first.
     extra = {"ignore_merges": True} if pre in (*LLAMA3_NAMES, TEKKEN) else {}
+    _check_merges(vocabulary, merges)
     model = bpe_model(vocabulary, list(merges), unk_token=None, byte_fallback=False) | extra
     normalizer = {"type": "NFC"} if pre in _QWEN2_NAMES else None
     return document(vocabulary, model, normalizer=normalizer, pre_tokenizer=pre_tokenizer, decoder=_byte_level(True))
+
+
+def _check_merges(vocabulary: Vocabulary, merges: Sequence[str]) -> None:
+    known = set(vocabulary.tokens)
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        absent = next((token for token in (left, right, left + right) if token not in known), None)
+        if absent is not None:
+            raise UserError(
+                f"the tokenizer cannot be loaded: its merge {merge!r:.100} needs the token {absent!r:.100},"
+                " which its vocabulary lacks"
+            )
 
 
 def _pre_tokenizer(pre: str) -> dict[str, Any]:

@@ -26,6 +26,10 @@ _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
 _QWEN2 = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
 _DEFAULTS = {"Llama": _LLAMA, "CodeLlama": _LLAMA, "GPT2": _GPT2, "Qwen2": _QWEN2}
+# A class that is named has no others: templates see an empty text, not what config.json calls bos.
+_NONE = dict.fromkeys(("bos_token", "eos_token"), "")
+# The class of tokenizer that goes with a kind of model where no file names one.
+_CLASS_OF_MODEL = {"llama": "Llama", "Yi": "Llama", "mistral": "Llama", "qwen2": "Qwen2"}
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,14 @@ class TokenizerConfig:
     `special_tokens`: texts by name, as templates know them, "" for one that is null; `stated`: all that a file says
     itself, further special tokens included. `added`: tokens by the id that a file gives them, `flags_given` where it
     gives all their flags. `add_bos`, `add_eos`: what goes around a text, None where no file says. `family`: the class
-    of tokenizer without "Tokenizer" or "TokenizerFast" (empty for none).
+    of tokenizer, the one of the kind of model if no file names any, without "Tokenizer" or "TokenizerFast" (empty for
+    none). `defaults`: special tokens of that class by name, which a vocabulary may lack.
     """
 
     where: str
     family: str
     special_tokens: dict[str, str]
+    defaults: dict[str, str]
     stated: tuple[str, ...]
     added: dict[int, AddedToken]
     flags_given: frozenset[int]
@@ -57,22 +63,24 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
     settings, mapped, added = (
         read_json_object(directory / name) if (directory / name).exists() else {} for name in names
     )
-    family = str(settings.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
-    defaults = _DEFAULTS.get(family, {}) if path.exists() else {}
-    given = {name: (mapped | settings)[name] for name in NAMES if name in mapped or name in settings}
-    named = {name: _text(token, path, name) or "" for name, token in given.items()}
+    is_named = bool(settings.get("tokenizer_class"))
+    family = _family(settings, directory)
+    # The map counts where tokenizer_config.json does not list tokens with their flags, as newer files do.
+    given = mapped | settings if settings.get("added_tokens_decoder") else settings | mapped
+    named = {name: _text(given[name], path, name) or "" for name in NAMES if name in given}
     extra = [
         _text(token, path, key)
         for key in ("additional_special_tokens", "extra_special_tokens")
-        for token in _values(settings.get(key) or mapped.get(key))
+        for token in _values(given.get(key))
     ]
     stated = tuple(dict.fromkeys(text for text in [*named.values(), *extra] if text))
-    tokens = {**defaults, **named}
-    decoder = _decoder(settings, {*stated, *tokens.values()}, path)
+    defaults = _DEFAULTS.get(family, {}) if path.exists() else {}  # without it tokenizer.json has the word
+    decoder = _decoder(settings, {*stated, *defaults.values()}, path)
     return TokenizerConfig(
         where=str(path),
         family=family,
-        special_tokens=tokens,
+        special_tokens={**(_NONE | defaults if is_named else {}), **named},
+        defaults={name: token for name, token in defaults.items() if name not in named},
         stated=stated,
         added=_added(added, stated, directory) | decoder,
         flags_given=frozenset(decoder),
@@ -114,6 +122,16 @@ def checked_template(template: object, where: str) -> str | None:
     return template
 
 
+def _family(settings: dict[str, Any], directory: Path) -> str:
+    """The class of tokenizer, "" where no file names one and the kind of model says nothing either."""
+    name, config = settings.get("tokenizer_class"), directory / "config.json"
+    if not name and config.exists():
+        model = read_json_object(config)
+        kind = model.get("model_type")
+        name = model.get("tokenizer_class") or (_CLASS_OF_MODEL.get(kind) if isinstance(kind, str) else None)
+    return str(name or "").removesuffix("Fast").removesuffix("Tokenizer")
+
+
 def _is_named(item: object) -> bool:
     return isinstance(item, dict) and isinstance(item.get("name"), str) and item.get("template") is not None
 
@@ -146,9 +164,13 @@ def _flag(settings: dict[str, Any], key: str, where: object) -> bool | None:
 
 def _added(added: dict[str, Any], special: Collection[str], directory: Path) -> dict[int, AddedToken]:
     """added_tokens.json: ids by text."""
+    path, names = directory / "added_tokens.json", dict[int, str]()
     for content, index in added.items():
         if type(index) is not int or index < 0:
-            raise UserError(f"{directory / 'added_tokens.json'}: the id of {content!r:.100} is not a number from 0 on")
+            raise UserError(f"{path}: the id of {content!r:.100} is not a number from 0 on")
+        if index in names:
+            raise UserError(f"{path}: {names[index]!r:.100} and {content!r:.100} have the same id {index}")
+        names[index] = content
     return {index: AddedToken(content, special=content in special) for content, index in added.items()}
 
 

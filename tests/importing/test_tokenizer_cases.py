@@ -21,7 +21,7 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCAB = {text: index for index, text in enumerate([*SPECIAL, *BYTES, "he"])}  # 260 entries
 H, E, I = VOCAB["h"], VOCAB["e"], VOCAB["i"]  # noqa: E741
-HE = VOCAB["he"]
+HE, BLANK = VOCAB["he"], VOCAB["\u0120"]
 KNOWS_IGNORE_MERGES = hasattr(models.BPE, "ignore_merges")
 
 
@@ -90,12 +90,60 @@ def test_what_goes_around_a_text(build, settings, processor, ids):
     assert tokenizer.encode("he", add_special_tokens=True) == ids
 
 
+@pytest.mark.parametrize(
+    ("model", "processor", "ids"),
+    [
+        ({"model_type": "llama"}, None, [1, HE]),
+        ({"model_type": "mistral"}, None, [1, HE]),
+        ({"model_type": "llama"}, around(2, "</s>"), [2, HE]),
+        ({"model_type": "llama", "tokenizer_class": "PreTrainedTokenizerFast"}, None, [HE]),
+        ({"model_type": "qwen2"}, None, [HE]),
+    ],
+)
+def test_the_kind_of_model_says_what_a_tokenizer_without_a_class_is(build, model, processor, ids):
+    files = {"config.json": model, "tokenizer.json": byte_level(post_processor=processor), "tokenizer_config.json": {}}
+    tokenizer = build(files)
+    assert tokenizer.encode("he", add_special_tokens=True) == ids
+    assert tokenizer.encode("he<s>") == [HE, 1]
+
+
+@pytest.mark.parametrize("listed", [[], [added(0, "<unk>")]])
+@pytest.mark.parametrize(
+    ("config", "text", "ids"),
+    [
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}, "he</s>", [HE, 2]),
+        ({"tokenizer_class": "LlamaTokenizer"}, "<s>he</s>", [1, HE, 2]),
+        ({"tokenizer_class": "GPT2Tokenizer"}, "he<|endoftext|>", [HE, 260]),
+        ({"tokenizer_class": "Qwen2Tokenizer"}, "he<|endoftext|>", [HE, 260]),
+    ],
+)
+def test_special_tokens_are_matched_also_those_that_a_class_has_without_a_word(build, listed, config, text, ids):
+    document = byte_level(listed, vocab={**VOCAB, "<|endoftext|>": 260})
+    assert build({"tokenizer.json": document, "tokenizer_config.json": config}).encode(text) == ids
+
+
+def test_a_class_has_no_special_token_that_its_vocabulary_lacks(build):
+    config = {"tokenizer_class": "GPT2Tokenizer"}
+    assert build({"tokenizer.json": byte_level(), "tokenizer_config.json": config}).vocab_size == 260
+
+
+@pytest.mark.parametrize(("setting", "ids"), [({"add_prefix_space": True}, [BLANK, HE]), ({}, [HE])])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_the_blank_in_front_of_a_gpt2_text(build, setting, ids, in_file):
+    document = byte_level()
+    document["pre_tokenizer"] = {**document["pre_tokenizer"], "add_prefix_space": in_file}
+    config = {"tokenizer_class": "GPT2Tokenizer", **setting}
+    assert build({"tokenizer.json": document, "tokenizer_config.json": config}).encode("he") == ids
+
+
 def test_added_tokens_beside_tokenizer_json(build):
     files = {"tokenizer.json": byte_level(), "added_tokens.json": {"<|turn|>": 260, "<|done|>": 261}}
     tokenizer = build(files)
     ids = tokenizer.encode("<|turn|>hi<|done|>")
     assert ids == [260, H, I, 261]
     assert tokenizer.decode(ids) == "<|turn|>hi<|done|>"  # nothing calls them special
+    with pytest.raises(UserError, match=r"added_tokens\.json: '<a>' and '<b>' have the same id 260"):
+        build({**files, "added_tokens.json": {"<a>": 260, "<b>": 260}})
 
 
 def test_flags_of_tokenizer_config_count(build):
@@ -126,8 +174,10 @@ def test_vocab_json_and_merges_txt(build, tmp_path):
     for text in ("he hehe", "<s>he</s>", "it's  12\n\n x", "é", ""):
         assert tokenizer.encode(text) == reference.encode(text).ids
         assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+    assert build({"merges.txt": "\ufeff#version: 0.2\r\nh e\r\n"}).encode("he") == [HE]  # as Windows writes it
     for change, message in (
         ({"merges.txt": "h e x\n"}, "'h e x' is not two tokens"),
+        ({"merges.txt": "h e\nh i\n"}, "its merge 'h i' needs the token 'hi', which its vocabulary lacks"),
         ({"merges.txt": "#version: 0.2\nh e\n", "vocab.json": {"a": 1}}, "must number its tokens from 0"),
         ({"tokenizer_config.json": {"tokenizer_class": "RobertaTokenizer"}}, "how a RobertaTokenizer cuts words"),
     ):
@@ -140,9 +190,10 @@ def test_a_tiktoken_vocabulary_is_called_that(build):
         build({"tokenizer.model": "IQ== 0\nIg== 1\n"})
 
 
-def test_qwen2_cuts_words_like_its_original(build):
-    config = {"tokenizer_class": "Qwen2Tokenizer"}
-    tokenizer = build({"vocab.json": VOCAB, "merges.txt": "h e\n", "tokenizer_config.json": config})
+@pytest.mark.parametrize("named", [{"tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer"}},
+                                   {"config.json": {"model_type": "qwen2"}}])  # fmt: skip
+def test_qwen2_cuts_words_like_its_original(build, named):
+    tokenizer = build({"vocab.json": VOCAB, "merges.txt": "h e\n", **named})
     cut = tokenizer._tokenizer.pre_tokenizer.pre_tokenize_str("It'S 123 ok!\n\n x")
     assert [piece for piece, _ in cut] == ["It", "'S", "Ġ", "1", "2", "3", "Ġok", "!ĊĊ", "Ġx"]
     assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")  # NFC
@@ -156,6 +207,13 @@ def test_qwen2_cuts_words_like_its_original(build):
         ({"special_tokens_map.json": {"bos_token": "b"}, "tokenizer_config.json": {}}, {"bos_token": "b"}),
         ({"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>"}},
          {"bos_token": "<s>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}),
+        ({"special_tokens_map.json": {"eos_token": "<|im_end|>"}, "tokenizer_config.json": {"eos_token": "</s>"}},
+         {"eos_token": "<|im_end|>"}),
+        ({"special_tokens_map.json": {"eos_token": "<|im_end|>"},
+          "tokenizer_config.json": {"eos_token": "</s>", "added_tokens_decoder": {"2": added(2, "</s>")}}},
+         {"eos_token": "</s>"}),
+        ({"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}},
+         {"bos_token": "", "eos_token": "</s>"}),
         ({}, {}),
     ],
 )  # fmt: skip
