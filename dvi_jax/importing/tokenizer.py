@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -13,17 +14,24 @@ import numpy as np
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.data.tokenizer_file import largest_id, load_tokenizer
 from dvi_jax.errors import UserError, notice
+from dvi_jax.importing.end_tokens import END_TEXTS
 from dvi_jax.importing.files import parse_json_object, read_bytes, read_json_object, read_text
 from dvi_jax.importing.sentencepiece_build import Normalization, sentencepiece_bpe
 from dvi_jax.importing.sentencepiece_file import parse_sentencepiece
-from dvi_jax.importing.tokenizer_build import LLAMA3_NAMES, NORMAL, TEKKEN, Vocabulary, byte_level_bpe
+from dvi_jax.importing.tokenizer_build import CONTROL, LLAMA3_NAMES, NORMAL, TEKKEN, Vocabulary, byte_level_bpe
 from dvi_jax.importing.tokenizer_complete import complete, stated_tokens, without_tokens_beyond
-from dvi_jax.importing.tokenizer_config import TokenizerConfig, chat_template, checked_template, read_tokenizer_config
+from dvi_jax.importing.tokenizer_config import (
+    TokenizerConfig,
+    chat_template,
+    gguf_chat_template,
+    read_tokenizer_config,
+)
 
-__all__ = ["chat_template", "checked_template", "from_directory", "from_gguf", "gguf_special_tokens", "token_text"]
+__all__ = ["chat_template", "from_directory", "from_gguf", "gguf_chat_template", "gguf_special_tokens", "token_text"]
 
 MAX_TOKENIZER_BYTES = 32 << 20
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
+_NO_VOCABULARY = ("none", "no_vocab")  # what converters write for a model without a tokenizer
 _GGUF_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 # Which splitting rule a vocab.json belongs to, by the class of tokenizer ("" is a generic one).
 _FAMILIES = {"": "gpt-2", "GPT2": "gpt-2", "PreTrained": "gpt-2", "Llama": "gpt-2", "Qwen2": "qwen2"}
@@ -54,9 +62,9 @@ def special_tokens(directory: Path) -> dict[str, str]:
 def from_gguf(metadata: dict[str, Any], vocab_size: int, label: str) -> str | None:
     """`tokenizer.json` text built from GGUF metadata, None where the file has no tokenizer."""
     kind = metadata.get("tokenizer.ggml.model")
-    if kind is None:
+    kind = kind if kind is None or isinstance(kind, str) else repr(kind)
+    if kind is None or kind in _NO_VOCABULARY:
         return None
-    kind = kind if isinstance(kind, str) else repr(kind)
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise UserError(f"{label}: tokenizer.ggml.tokens is missing or not a list of strings")
@@ -67,9 +75,11 @@ def from_gguf(metadata: dict[str, Any], vocab_size: int, label: str) -> str | No
     # What llama.cpp does where the file does not say.
     adds_bos = kind == "llama" or (pre in (*LLAMA3_NAMES, TEKKEN) and "tokenizer.ggml.bos_token_id" in metadata)
     bos_id = metadata.get("tokenizer.ggml.bos_token_id", 1 if kind == "llama" else None)
+    kinds = _numbers(metadata, "tokenizer.ggml.token_type", label)
     vocabulary = Vocabulary(
         tokens,
-        _numbers(metadata, "tokenizer.ggml.token_type", label),
+        # An end of turn is one whatever its converter took it for, as in llama.cpp.
+        [CONTROL if text in END_TEXTS else kind for text, kind in itertools.zip_longest(tokens[: len(kinds)], kinds)],
         bos_id,
         _flag(metadata, "tokenizer.ggml.add_bos_token", adds_bos, label),
         metadata.get("tokenizer.ggml.eos_token_id"),

@@ -18,7 +18,8 @@ from dvi_jax.importing.tokenizer_build import AddedToken
 
 MAX_TEMPLATE_BYTES = 1 << 20
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_CONFIG = "tokenizer_config.json"
+_CONFIG, _FURTHER_TEMPLATES = "tokenizer_config.json", "additional_chat_templates"
+_GGUF_TEMPLATE = "tokenizer.chat_template"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _TOKEN_ID = re.compile("[0-9]{1,9}")
 # Special tokens that a class of tokenizer has without saying so.
@@ -103,17 +104,32 @@ def chat_template(directory: Path) -> str | None:
     template = read_json_object(path).get("chat_template") if path.exists() else None
     if isinstance(template, list):
         template = {item["name"]: item["template"] for item in template if _is_named(item)} or None
+    if template is None and (further := sorted((directory / _FURTHER_TEMPLATES).glob("*.jinja"))):
+        path = directory / _FURTHER_TEMPLATES
+        template = {file.stem: read_text(file, MAX_TEMPLATE_BYTES) for file in further}
     if isinstance(template, dict):
-        if "default" not in template:
-            raise UserError(
-                f"{path}: its chat templates are named {', '.join(map(str, template))!s:.500}, and none of them"
-                " default; write the one to use into chat_template.jinja beside it"
-            )
-        template = template["default"]
-    return checked_template(template, str(path))
+        template = _default_of(template, path, "write the one to use into chat_template.jinja beside it")
+    return _checked_template(template, str(path))
 
 
-def checked_template(template: object, where: str) -> str | None:
+def gguf_chat_template(metadata: dict[str, Any], label: str) -> str | None:
+    """The chat template of a GGUF file; where there are only ones with names, as `chat_template`."""
+    template = metadata.get(_GGUF_TEMPLATE)
+    prefix = f"{_GGUF_TEMPLATE}."
+    named = {key.removeprefix(prefix): text for key, text in metadata.items() if key.startswith(prefix)}
+    if template is None and named:
+        template = _default_of(named, label, f"{_GGUF_TEMPLATE} must hold the one to use (or import from Hugging Face)")
+    return _checked_template(template, label)
+
+
+def _default_of(templates: dict[Any, Any], where: object, remedy: str) -> Any:
+    if "default" not in templates:
+        names = ", ".join(map(str, templates))
+        raise UserError(f"{where}: its chat templates are named {names:.500}, and none of them default; {remedy}")
+    return templates["default"]
+
+
+def _checked_template(template: object, where: str) -> str | None:
     """`template` if it is absent or a string of sensible length, else a `UserError`."""
     if template is None:
         return None

@@ -246,6 +246,16 @@ def test_named_templates(tmp_path, form):
         source.chat_template(tmp_path)
 
 
+def test_templates_in_files_of_their_own(tmp_path):
+    folder = tmp_path / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "rag.jinja").write_text("r")
+    with pytest.raises(UserError, match="its chat templates are named rag, and none of them default; write the one"):
+        source.chat_template(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("d")
+    assert source.chat_template(tmp_path) == "d"
+
+
 def gguf(kinds: dict[str, int], **keys) -> dict:
     """Metadata of a GGUF file with a byte-level tokenizer whose last tokens are `kinds`."""
     tokens = [*BYTES, "he", *kinds]
@@ -263,6 +273,32 @@ def test_user_defined_tokens_of_a_gguf_are_whole():
     ids = tokenizer.encode("<|im_start|>he<|im_end|>")
     assert ids == [257, 256, 258]
     assert tokenizer.decode(ids) == "<|im_start|>he"  # a control token is special, a user's is text
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4])
+def test_an_end_of_turn_is_one_whatever_its_converter_took_it_for(kind):
+    tokenizer = Tokenizer(source.from_gguf(gguf({"<|im_end|>": kind}), 300, "test"))
+    assert tokenizer.encode("he<|im_end|>") == [256, 257]
+    assert tokenizer.decode([256, 257]) == "he"
+    longer = gguf({"<|im_end|>": kind}) | {"tokenizer.ggml.token_type": np.ones(300, np.int32)}
+    with pytest.raises(UserError, match="258 tokens but 300 token types"):
+        source.from_gguf(longer, 300, "test")
+
+
+@pytest.mark.parametrize("kind", ["none", "no_vocab"])
+def test_a_gguf_that_says_it_has_no_tokenizer(kind):
+    assert source.from_gguf({"tokenizer.ggml.model": kind}, 300, "test") is None
+
+
+def test_named_templates_of_a_gguf():
+    key, named = "tokenizer.chat_template", {"tokenizer.chat_templates": ["rag"], "tokenizer.chat_template.rag": "r"}
+    assert source.gguf_chat_template({}, "test") is None
+    assert source.gguf_chat_template(named | {key: "d"}, "test") == "d"
+    assert source.gguf_chat_template(named | {f"{key}.default": "d"}, "test") == "d"
+    with pytest.raises(UserError, match=r"^test: its chat templates are named rag, and none of them default; tok"):
+        source.gguf_chat_template(named, "test")
+    with pytest.raises(UserError, match=r"^test: the chat template must be a string"):
+        source.gguf_chat_template({key: 3}, "test")
 
 
 def test_ends_of_a_gguf_by_name_and_by_text():
