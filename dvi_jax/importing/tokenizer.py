@@ -89,6 +89,8 @@ def from_gguf(metadata: dict[str, Any], vocab_size: int, label: str) -> str | No
         merges = metadata.get("tokenizer.ggml.merges")
         if not isinstance(merges, list):
             raise UserError(f"{label}: tokenizer.ggml.merges is missing or not a list of strings")
+        if "tokenizer.ggml.pre" not in metadata:
+            notice(f"{label} does not say how its tokenizer cuts words: cut as llama.cpp does, perhaps not as learnt")
         text = byte_level_bpe(vocabulary, merges, pre)
     else:
         scores = _numbers(metadata, "tokenizer.ggml.scores", label)

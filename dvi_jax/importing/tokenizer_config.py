@@ -75,13 +75,15 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
         for token in _values(given.get(key))
     ]
     stated = tuple(dict.fromkeys(text for text in [*named.values(), *extra] if text))
-    defaults = _DEFAULTS.get(family, {}) if path.exists() else {}  # without it tokenizer.json has the word
+    # Without tokenizer_config.json tokenizer.json has the word.
+    defaults = _DEFAULTS.get(family, {}) if path.exists() else {}
+    defaults = {name: token for name, token in defaults.items() if name not in named}
     decoder = _decoder(settings, {*stated, *defaults.values()}, path)
     return TokenizerConfig(
         where=str(path),
         family=family,
         special_tokens={**(_NONE | defaults if is_named else {}), **named},
-        defaults={name: token for name, token in defaults.items() if name not in named},
+        defaults=defaults,
         stated=stated,
         added=_added(added, stated, directory) | decoder,
         flags_given=frozenset(decoder),
