@@ -118,8 +118,9 @@ def _write_tokenizer(directory: Path, checkpoint: Checkpoint) -> None:
     (directory / "tokenizer.json").write_text(checkpoint.tokenizer_json, encoding="utf-8")
     config, eos = checkpoint.config, checkpoint.config.eos_token_ids
     ids = {"bos_token": config.bos_token_id, "eos_token": eos[0] if eos else None}
-    is_listed = bool(json.loads(checkpoint.tokenizer_json).get("added_tokens"))
-    special = {name: token_text(checkpoint.tokenizer_json, index) for name, index in ids.items() if is_listed}
+    # What tokenizer_config.json names is matched in texts, so it names what tokenizer.json matches anyway.
+    listed = {token["id"] for token in json.loads(checkpoint.tokenizer_json).get("added_tokens") or []}
+    special = {name: token_text(checkpoint.tokenizer_json, index) for name, index in ids.items() if index in listed}
     special |= {name: text or None for name, text in (checkpoint.special_tokens or {}).items()}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

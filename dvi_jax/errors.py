@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import io
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 EXIT_STATUS = 2
 LONGEST_LINE = 1000
 INTERRUPTED_STATUS = 130  # what shells report for Ctrl-C
 NO_READER_STATUS = 141  # and for a program whose reader, `head` say, is gone
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
@@ -46,23 +49,25 @@ def run_cli(main: Callable[[], int | None]) -> int:
     """Run `main`; a `UserError` becomes one line on stderr and exit status 2.
 
     Anything else is a defect of ours and keeps its traceback. `--debug` on the command line shows the traceback
-    of a `UserError` too. A reader of the output who leaves ends the program quietly, and letters that the terminal's
-    encoding lacks are shown as question marks.
+    of a `UserError` too. A reader of the output who leaves ends the program quietly, a disk that is full is one line,
+    and letters that the terminal's encoding lacks are shown as question marks.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    _open_streams()
     try:
         status = main() or 0
-        if sys.stdout is not None:  # a shell may close it
-            sys.stdout.flush()
+        sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # What is still in the buffers would raise again when Python closes them.
-        with open(os.devnull, "wb") as nowhere:
-            for stream in (sys.stdout, sys.stderr):
-                os.dup2(nowhere.fileno(), stream.fileno())
+        _write_nowhere(sys.stdout, sys.stderr)
         return NO_READER_STATUS
+    except OSError as error:
+        if error.errno not in _FULL or "--debug" in sys.argv:
+            raise
+        _write_nowhere(sys.stdout)
+        where = "the output" if error.filename is None else error.filename
+        with contextlib.suppress(OSError):  # which may go to the same disk
+            print(f"error: {one_line(f'cannot write {where}: {error.strerror}; make room for it')}", file=sys.stderr)
+        return EXIT_STATUS
     except UserError as error:
         if "--debug" in sys.argv:
             raise
@@ -73,6 +78,26 @@ def run_cli(main: Callable[[], int | None]) -> int:
             raise
         print("stopped", file=sys.stderr)
         return INTERRUPTED_STATUS
+
+
+def _open_streams() -> None:
+    """Standard streams that every letter can be written to, also where a shell has closed one.
+
+    Python leaves None for such a stream, and what is printed to None as stderr comes out on stdout.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for as long as the process is
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _write_nowhere(*streams: TextIO) -> None:
+    """What is still in the buffers would raise again when Python closes them."""
+    with open(os.devnull, "wb") as nowhere:
+        for stream in streams:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def notice(text: str) -> None:

@@ -36,6 +36,21 @@ def test_without_any_output_a_program_still_ends_well():
     assert (ended.returncode, ended.stderr) == (0, b"")
 
 
+def test_what_is_said_on_stderr_never_comes_out_on_stdout():
+    command = [sys.executable, "-c", PROGRAM.format("print('said', file=sys.stderr) or print('line')")]
+    ended = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], cwd=ROOT, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, b"line\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+@pytest.mark.parametrize("action", ["print('line\\n' * 10**6)", "print('line')"])
+def test_a_disk_that_is_full_is_one_line(action):
+    command = [sys.executable, "-c", PROGRAM.format(action)]
+    ended = subprocess.run(["sh", "-c", '"$@" >/dev/full', "sh", *command], cwd=ROOT, capture_output=True, check=False)
+    message = b"error: cannot write the output: No space left on device; make room for it\n"
+    assert (ended.returncode, ended.stderr) == (2, message)
+
+
 @pytest.mark.parametrize(("encoding", "shown"), [("latin-1", b"caf\xe9 ?\n"), ("ascii", b"caf? ?\n")])
 def test_letters_that_the_terminal_lacks_are_shown_as_question_marks(encoding, shown):
     output, errors = started("print('caf\\u00e9 \\u2603')", PYTHONIOENCODING=encoding).communicate()

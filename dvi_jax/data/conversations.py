@@ -40,6 +40,7 @@ TOOL_ROLES = {
     *("function", "function_call", "function-call", "function_response", "function-response", "ipython"),
 }
 _CALLS = ("tool_calls", "function_call")  # what an assistant's turn has besides or instead of its content
+_TOOL_PARTS = ("tool_use", "tool_call", "tool_result", "tool_response", "function_call", "function_call_output")
 _SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
 
 
@@ -208,6 +209,14 @@ class _UnusableError(Exception):
         self.reason = reason
 
 
+class _EndError(Exception):
+    """A conversation ends before this turn, for `reason`."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
 def _object(record: object) -> dict[str, Any]:
     if isinstance(record, Damaged):
         raise _UnusableError(record.reason)
@@ -219,8 +228,8 @@ def _object(record: object) -> dict[str, Any]:
 def parse_messages(record: dict[str, Any], limits: StreamLimits) -> tuple[tuple[Message, ...], str | None]:
     """The messages of one record (`messages` or `conversations`), and why it was cut short, if it was.
 
-    A conversation ends before a turn with a tool, an empty turn or one that is no text. An empty system message is
-    none. Raises `_UnusableError` with the reason where no question is left.
+    A conversation ends before a turn with a tool, an empty turn, one that is no text or one of nobody known. An empty
+    system message is none. Raises `_UnusableError` with the reason where no question is left.
     """
     turns = _field(record, "messages", "conversations")
     if not isinstance(turns, list):
@@ -229,55 +238,78 @@ def parse_messages(record: dict[str, Any], limits: StreamLimits) -> tuple[tuple[
         raise _UnusableError(TOO_LONG)
     if not turns:
         raise _UnusableError(EMPTY)
-    messages, cut = _until_unusable(turns, limits.max_message_chars)
+    messages, cut, is_last = _until_unusable(turns, limits.max_message_chars)
     if all(message.role != "user" for message in messages):
         raise _UnusableError(cut or NO_USER_MESSAGE)
-    system = next((record[name] for name in _SYSTEM_FIELDS if isinstance(record.get(name), str)), "")
-    if system.strip() and all(message.role != "system" for message in messages):
+    system = next((text for name in _SYSTEM_FIELDS if (text := _system(record.get(name))).strip()), "")
+    if system and all(message.role != "system" for message in messages):
         _check_content(system, limits.max_message_chars)
         messages.insert(0, Message("system", system))
-    is_last_empty = cut == EMPTY and len(messages) >= len(turns) - 1
-    return tuple(messages), None if is_last_empty else cut
+    return tuple(messages), None if cut == EMPTY and is_last else cut
 
 
-def _until_unusable(turns: list[object], max_chars: int) -> tuple[list[Message], str | None]:
-    """The messages before the first turn that cannot be one, and what that turn is."""
+def _until_unusable(turns: list[object], max_chars: int) -> tuple[list[Message], str | None, bool]:
+    """The messages before the first turn that cannot be one, what that turn is, and whether it is the last."""
     messages: list[Message] = []
-    for turn in turns:
-        if turn is None:
-            raise _UnusableError(MISSING_FIELD)
-        if not isinstance(turn, dict):
-            raise _UnusableError(WRONG_TYPE)
-        role = _field(turn, "role", "from")
-        if not isinstance(role, str):
-            raise _UnusableError(WRONG_ROLE)
-        name = role.strip().lower()
-        calls = next((key for key in _CALLS if turn.get(key)), None)
-        if name in TOOL_ROLES or calls is not None:
-            return messages, f"turn of {calls or name}"
-        if name not in ROLES:
-            raise _UnusableError(WRONG_ROLE)
-        content = _text(next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None))
-        if content is None:
-            return messages, MISSING_FIELD
-        _check_content(content, max_chars)
-        if content.strip():
-            messages.append(Message(ROLES[name], content))
-        elif ROLES[name] != "system":
-            return messages, EMPTY
-    return messages, None
+    for number, turn in enumerate(turns, 1):
+        try:
+            message = _message(turn)
+        except _EndError as end:
+            return messages, end.reason, number == len(turns)
+        if message is not None:
+            _check_content(message.content, max_chars)
+            messages.append(message)
+    return messages, None, True
+
+
+def _message(turn: object) -> Message | None:
+    """The message of one turn, None for an empty system message; `_EndError` where a conversation ends before it.
+
+    A turn without a role, or that is no turn at all, is damage: it spoils the whole conversation.
+    """
+    if turn is None:
+        raise _UnusableError(MISSING_FIELD)
+    if not isinstance(turn, dict):
+        raise _UnusableError(WRONG_TYPE)
+    role = _field(turn, "role", "from")
+    if not isinstance(role, str):
+        raise _UnusableError(WRONG_ROLE)
+    name = role.strip().lower()
+    calls = next((key for key in _CALLS if turn.get(key)), None)
+    if name in TOOL_ROLES or calls is not None:
+        raise _EndError(f"turn of {calls or name}")
+    if name not in ROLES:
+        raise _EndError(WRONG_ROLE)
+    content = _text(next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None))
+    if content is not None and content.strip():
+        return Message(ROLES[name], content)
+    if ROLES[name] != "system":
+        raise _EndError(MISSING_FIELD if content is None else EMPTY)
+    return None
 
 
 def _text(content: object) -> str | None:
-    """A turn's text, which may come in parts; None if there is none, `_UnusableError` if it is something else."""
+    """A turn's text, which may come in parts; None if there is none, `_EndError` if it is something else."""
     if content is None or isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else [content]
+    kinds = [part.get("type") for part in parts if isinstance(part, dict)]
+    tool = next((kind for kind in _TOOL_PARTS if kind in kinds), None)
+    if tool is not None:
+        raise _EndError(f"turn of {tool}")
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     strings = [text for text in texts if isinstance(text, str)]
     if len(strings) < len(texts):
-        raise _UnusableError(WRONG_TYPE)
+        raise _EndError(WRONG_TYPE)
     return "".join(strings)
+
+
+def _system(value: object) -> str:
+    """The text of a record's own field for it; empty where it is something else."""
+    try:
+        return _text(value) or ""
+    except _EndError:
+        return ""
 
 
 def _check_content(content: str, max_chars: int) -> None:

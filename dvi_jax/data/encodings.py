@@ -35,6 +35,7 @@ _BINARY = {
     b"\xff\xd8\xff": "an image",
     b"GGUF": "a GGUF model",
 }
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def utf8_chunks(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -65,7 +66,12 @@ def unix_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def refuse_binary(head: bytes, name: str, *, is_text: bool) -> None:
-    """Raise `UserError` if a file that begins with `head` is not text; `is_text`: nothing else told its format."""
+    """Raise `UserError` if a file that begins with `head` is not text, or stands for another one.
+
+    `is_text`: nothing else told its format.
+    """
+    if head.startswith(_POINTER) and b"\noid " in head:
+        raise UserError(f"{name} is a Git LFS pointer, not the file itself: fetch it (git lfs pull)")
     kind = next((kind for magic, kind in _BINARY.items() if head.startswith(magic)), "binary" if is_text else None)
     if kind is not None and (b"\0" in head or (kind != "binary" and not _is_utf8(head))):
         raise UserError(f"{name} is {kind}, not text: give JSON, JSON lines or text lines (gzip or zstd is fine)")

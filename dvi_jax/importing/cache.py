@@ -27,7 +27,7 @@ from dvi_jax.importing.files import read_json_object
 from dvi_jax.importing.gguf_file import PART_NAME
 from dvi_jax.importing.source import open_source
 
-_VERSION = 1  # of what an import makes of a source; a change of it imports everything again
+_VERSION = 2  # of what an import makes of a source; a change of it imports everything again
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 _HASHED_WHOLE = 1 << 20  # bytes up to which a file is told by its content
 
@@ -135,7 +135,7 @@ def _files(source: Path) -> list[Path]:
         match = PART_NAME.fullmatch(source.name)
         pattern = f"{glob.escape(match['stem'])}-*-of-{match['count']}.gguf" if match else glob.escape(source.name)
         return sorted(source.parent.glob(pattern))
-    folders = (source, source / "drafter", source / "lora")
+    folders = (source, *(source / name for name in ("additional_chat_templates", "drafter", "lora")))
     return sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_file())
 
 

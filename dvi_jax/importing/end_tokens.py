@@ -10,7 +10,7 @@ from typing import Any
 from dvi_jax.errors import UserError
 
 _NAMED = ("eos", "eot", "eom")
-_BY_TEXT = (
+END_TEXTS = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>"),
     *("<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>"),
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
@@ -33,5 +33,5 @@ def end_ids(metadata: dict[str, Any], vocab_size: int, label: str) -> list[int]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, list):
         known = {text: index for index, text in enumerate(tokens[:vocab_size])}
-        found += [known[text] for text in _BY_TEXT if text in known]
+        found += [known[text] for text in END_TEXTS if text in known]
     return list(dict.fromkeys(found))

@@ -59,8 +59,8 @@ def parse_config(data: dict[str, Any], where: object) -> LlamaConfig:
     _refuse_other_models(data, family, where)
     values: dict[str, Any] = {"model_type": family.model_type}
     for name, (key, default) in _FIELDS.items():
-        values[name] = data.get(key, default)
-        if values[name] is _REQUIRED or values[name] is None:
+        values[name] = default if data.get(key) is None else data[key]
+        if values[name] is _REQUIRED:
             raise UserError(f"{where}: {key} is missing; every config of a Llama states it")
     heads, width = values["num_heads"], values["hidden_size"]
     values["num_kv_heads"] = _or(data.get("num_key_value_heads", _or(family.num_kv_heads, heads)), heads)
@@ -70,14 +70,22 @@ def parse_config(data: dict[str, Any], where: object) -> LlamaConfig:
             raise UserError(f"{where}: hidden_size={width} must be a multiple of num_attention_heads={heads}")
         head_dim = width // heads
     rope = _rope_parameters(data, where)
+    for name, number in (("rope_theta", rope.get("rope_theta", 10000.0)), ("rms_norm_eps", values["rms_norm_eps"])):
+        if type(number) not in (int, float):
+            raise UserError(f"{where}: {name} must be a number, got {number!r:.100}")
     eos = data.get("eos_token_id", _within(family.eos_token_id, values["vocab_size"]))
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    bos = data.get("bos_token_id", _within(family.bos_token_id, values["vocab_size"]))
+    for name, token in (("bos_token_id", bos), *(("eos_token_id", token) for token in eos)):
+        if type(token) is not int and not (token is None and name == "bos_token_id"):
+            raise UserError(f"{where}: {name} must be a token id, got {token!r:.100}")
     values |= {
         "head_dim": head_dim,
         "max_position_embeddings": _or(data.get("max_position_embeddings"), family.max_position_embeddings),
         "rope_theta": rope.get("rope_theta", 10000.0),
         "rope_scaling": _parse_rope_scaling(rope, where),
-        "bos_token_id": data.get("bos_token_id", _within(family.bos_token_id, values["vocab_size"])),
-        "eos_token_ids": eos if isinstance(eos, list) else [] if eos is None else [eos],
+        "bos_token_id": bos,
+        "eos_token_ids": eos,
     }
     config = _checked(LlamaConfig.from_json(values, str(where)), where)
     return _inside_window(config, data, family, where)

@@ -29,6 +29,9 @@ class SourceModel:
 def open_source(source: Path) -> SourceModel:
     """Config, tokenizer and weight headers of a directory or GGUF file; weight names are checked later."""
     if source.is_dir():
+        files = sorted(source.glob("*.gguf"))
+        if files and not (source / "config.json").exists():
+            raise UserError(f"{source} holds GGUF files: name the one to use, such as {files[0].name}")
         config = hf.read_config(source)
         text = tokenizer.from_directory(source, config.vocab_size)
         template, special = tokenizer.chat_template(source), tokenizer.special_tokens(source)
@@ -37,7 +40,7 @@ def open_source(source: Path) -> SourceModel:
         raise UserError(f"no model at {source}: expected a Hugging Face directory or a GGUF file")
     model = gguf.GGUFModel(source)
     metadata = model.file.metadata
-    template = tokenizer.checked_template(metadata.get("tokenizer.chat_template"), model.label)
+    template = tokenizer.gguf_chat_template(metadata, model.label)
     text = tokenizer.from_gguf(metadata, model.config.vocab_size, model.label)
     return SourceModel(model.config, model, text, template, tokenizer.gguf_special_tokens(metadata))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -13,17 +14,24 @@ import numpy as np
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.data.tokenizer_file import largest_id, load_tokenizer
 from dvi_jax.errors import UserError, notice
+from dvi_jax.importing.end_tokens import END_TEXTS
 from dvi_jax.importing.files import parse_json_object, read_bytes, read_json_object, read_text
 from dvi_jax.importing.sentencepiece_build import Normalization, sentencepiece_bpe
 from dvi_jax.importing.sentencepiece_file import parse_sentencepiece
-from dvi_jax.importing.tokenizer_build import LLAMA3_NAMES, NORMAL, TEKKEN, Vocabulary, byte_level_bpe
+from dvi_jax.importing.tokenizer_build import CONTROL, LLAMA3_NAMES, NORMAL, TEKKEN, Vocabulary, byte_level_bpe
 from dvi_jax.importing.tokenizer_complete import complete, stated_tokens, without_tokens_beyond
-from dvi_jax.importing.tokenizer_config import TokenizerConfig, chat_template, checked_template, read_tokenizer_config
+from dvi_jax.importing.tokenizer_config import (
+    TokenizerConfig,
+    chat_template,
+    gguf_chat_template,
+    read_tokenizer_config,
+)
 
-__all__ = ["chat_template", "checked_template", "from_directory", "from_gguf", "gguf_special_tokens", "token_text"]
+__all__ = ["chat_template", "from_directory", "from_gguf", "gguf_chat_template", "gguf_special_tokens", "token_text"]
 
 MAX_TOKENIZER_BYTES = 32 << 20
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
+_NO_VOCABULARY = ("none", "no_vocab")  # what converters write for a model without a tokenizer
 _GGUF_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 # Which splitting rule a vocab.json belongs to, by the class of tokenizer ("" is a generic one).
 _FAMILIES = {"": "gpt-2", "GPT2": "gpt-2", "PreTrained": "gpt-2", "Llama": "gpt-2", "Qwen2": "qwen2"}
@@ -38,8 +46,7 @@ def from_directory(directory: Path, vocab_size: int) -> str | None:
     if (directory / "tokenizer.json").exists():
         text = _portable(read_text(directory / "tokenizer.json", MAX_TOKENIZER_BYTES), "tokenizer.json")
     elif (directory / "tokenizer.model").exists():
-        text = _from_sentencepiece(directory / "tokenizer.model", config)
-        config = replace(config, flags_given=frozenset())  # it has them already
+        text, config = _from_sentencepiece(directory / "tokenizer.model", config)
     elif (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
         text = _from_merges(directory, config)
     else:
@@ -55,9 +62,9 @@ def special_tokens(directory: Path) -> dict[str, str]:
 def from_gguf(metadata: dict[str, Any], vocab_size: int, label: str) -> str | None:
     """`tokenizer.json` text built from GGUF metadata, None where the file has no tokenizer."""
     kind = metadata.get("tokenizer.ggml.model")
-    if kind is None:
+    kind = kind if kind is None or isinstance(kind, str) else repr(kind)
+    if kind is None or kind in _NO_VOCABULARY:
         return None
-    kind = kind if isinstance(kind, str) else repr(kind)
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise UserError(f"{label}: tokenizer.ggml.tokens is missing or not a list of strings")
@@ -68,9 +75,11 @@ def from_gguf(metadata: dict[str, Any], vocab_size: int, label: str) -> str | No
     # What llama.cpp does where the file does not say.
     adds_bos = kind == "llama" or (pre in (*LLAMA3_NAMES, TEKKEN) and "tokenizer.ggml.bos_token_id" in metadata)
     bos_id = metadata.get("tokenizer.ggml.bos_token_id", 1 if kind == "llama" else None)
+    kinds = _numbers(metadata, "tokenizer.ggml.token_type", label)
     vocabulary = Vocabulary(
         tokens,
-        _numbers(metadata, "tokenizer.ggml.token_type", label),
+        # An end of turn is one whatever its converter took it for, as in llama.cpp.
+        [CONTROL if text in END_TEXTS else kind for text, kind in itertools.zip_longest(tokens[: len(kinds)], kinds)],
         bos_id,
         _flag(metadata, "tokenizer.ggml.add_bos_token", adds_bos, label),
         metadata.get("tokenizer.ggml.eos_token_id"),
@@ -80,6 +89,8 @@ def from_gguf(metadata: dict[str, Any], vocab_size: int, label: str) -> str | No
         merges = metadata.get("tokenizer.ggml.merges")
         if not isinstance(merges, list):
             raise UserError(f"{label}: tokenizer.ggml.merges is missing or not a list of strings")
+        if "tokenizer.ggml.pre" not in metadata:
+            notice(f"{label} does not say how its tokenizer cuts words: cut as llama.cpp does, perhaps not as learnt")
         text = byte_level_bpe(vocabulary, merges, pre)
     else:
         scores = _numbers(metadata, "tokenizer.ggml.scores", label)
@@ -147,21 +158,15 @@ def _checked(text: str, vocab_size: int, where: str) -> str:
     return text
 
 
-def _from_sentencepiece(path: Path, config: TokenizerConfig) -> str:
+def _from_sentencepiece(path: Path, config: TokenizerConfig) -> tuple[str, TokenizerConfig]:
+    """Also the settings that are left to apply: which tokens go around a text is theirs to say, before the model's."""
     data = read_bytes(path, MAX_TOKENIZER_BYTES)
     if _TIKTOKEN_LINE.match(data):
         raise UserError(
             f"{path} is a tiktoken vocabulary, as of Llama 3's original: add the tokenizer.json made from it"
         )
     model = parse_sentencepiece(data, path)
-    vocabulary = Vocabulary(
-        model.pieces,
-        model.kinds,
-        model.bos_id,
-        config.add_bos is not False and model.bos_id is not None,
-        model.eos_id,
-        config.add_eos is True and model.eos_id is not None,
-    )
+    vocabulary = Vocabulary(model.pieces, model.kinds)
     rules = Normalization(
         add_dummy_prefix=model.add_dummy_prefix and config.add_prefix_space is not False,
         remove_extra_whitespaces=model.remove_extra_whitespaces,
@@ -170,7 +175,20 @@ def _from_sentencepiece(path: Path, config: TokenizerConfig) -> str:
         match_symbols_late=True,
     )
     named = stated_tokens(config, {piece: index for index, piece in enumerate(model.pieces)}, config.added)
-    return sentencepiece_bpe(vocabulary, model.scores, rules, config.added | named)
+    added = config.added | named
+    text = sentencepiece_bpe(vocabulary, model.scores, rules, added)
+    known = {*model.pieces, *(token.content for token in added.values())}
+    around = dict(config.special_tokens)
+    for name, index in (("bos_token", model.bos_id), ("eos_token", model.eos_id)):
+        if around.get(name) not in known and index is not None:
+            around[name] = model.pieces[index]
+    return text, replace(
+        config,
+        special_tokens=around,
+        flags_given=frozenset(),  # the text has them already
+        add_bos=config.add_bos is not False,
+        add_eos=config.add_eos is True,
+    )
 
 
 def _from_merges(directory: Path, config: TokenizerConfig) -> str:
@@ -184,7 +202,7 @@ def _from_merges(directory: Path, config: TokenizerConfig) -> str:
     tokens = sorted(ids, key=lambda token: ids[token] if type(ids[token]) is int else -1)
     if [ids[token] for token in tokens] != list(range(len(tokens))):
         raise UserError(f"{directory / 'vocab.json'} must number its tokens from 0 without a gap")
-    lines = read_text(directory / "merges.txt", MAX_TOKENIZER_BYTES).split("\n")
+    lines = read_text(directory / "merges.txt", MAX_TOKENIZER_BYTES).removeprefix("\ufeff").split("\n")
     merges = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
     wrong = next((line for line in merges if len(line.split(" ")) != 2), None)
     if wrong is not None:

@@ -31,6 +31,9 @@ _SPLITS = {
     TEKKEN: rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+_GPT2_WORD = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+# What llama.cpp does with a file that names no rule, one cut after the other.
+_DEFAULT_CUTS = (r"[\p{P}$+<=>^~|]+", _GPT2_WORD, r"\p{N}+", "[0-9]{3}")
 
 
 @dataclass(frozen=True)
@@ -88,22 +91,36 @@ def byte_level_bpe(vocabulary: Vocabulary, merges: Sequence[str], pre: str) -> s
     pre_tokenizer = _pre_tokenizer(pre)
     # Llama 3's vocabulary holds words that no merges lead to: whole words are looked up first.
     extra = {"ignore_merges": True} if pre in (*LLAMA3_NAMES, TEKKEN) else {}
+    _check_merges(vocabulary, merges)
     model = bpe_model(vocabulary, list(merges), unk_token=None, byte_fallback=False) | extra
     normalizer = {"type": "NFC"} if pre in _QWEN2_NAMES else None
     return document(vocabulary, model, normalizer=normalizer, pre_tokenizer=pre_tokenizer, decoder=_byte_level(True))
+
+
+def _check_merges(vocabulary: Vocabulary, merges: Sequence[str]) -> None:
+    known = set(vocabulary.tokens)
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        absent = next((token for token in (left, right, left + right) if token not in known), None)
+        if absent is not None:
+            raise UserError(
+                f"the tokenizer cannot be loaded: its merge {merge!r:.100} needs the token {absent!r:.100},"
+                " which its vocabulary lacks"
+            )
 
 
 def _pre_tokenizer(pre: str) -> dict[str, Any]:
     if pre in _DIGIT_NAMES:
         digits = {"type": "Digits", "individual_digits": True}
         return {"type": "Sequence", "pretokenizers": [digits, _byte_level(True)]}
-    if pre in _SPLITS:
-        pattern = {"Regex": _SPLITS[pre]}
-        split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-        return {"type": "Sequence", "pretokenizers": [split, _byte_level(False)]}
-    if pre in ("gpt-2", "default"):
+    cuts = (_SPLITS[pre],) if pre in _SPLITS else _DEFAULT_CUTS if pre == "default" else ()
+    if cuts:
+        isolated = {"behavior": "Isolated", "invert": False}
+        splits = [{"type": "Split", "pattern": {"Regex": cut}, **isolated} for cut in cuts]
+        return {"type": "Sequence", "pretokenizers": [*splits, _byte_level(False)]}
+    if pre == "gpt-2":
         return _byte_level(True)
-    known = ", ".join([*_DIGIT_NAMES, *_SPLITS, "gpt-2"])
+    known = ", ".join([*_DIGIT_NAMES, *_SPLITS, "gpt-2", "default"])
     raise UserError(f"pre-tokenizer {pre!r:.100} is not known ({known} are); import from Hugging Face")
 
 

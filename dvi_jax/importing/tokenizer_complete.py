@@ -28,7 +28,7 @@ def complete(text: str, config: TokenizerConfig) -> str:
         return text
     if not all(isinstance(entry, dict) and type(entry.get("id")) is int for entry in entries):
         return text  # not one that a Llama has, or damaged: loading it will say so
-    is_changed = _add_tokens(document, entries, vocabulary, config)
+    is_changed = _add_tokens(document, entries, vocabulary, config) | _set_prefix_space(document, config)
     if is_changed:
         document["added_tokens"] = sorted(entries, key=lambda entry: entry["id"])
         text = json.dumps(document, ensure_ascii=False)
@@ -76,14 +76,25 @@ def _add_tokens(
         elif name == token.content and index in config.flags_given and _differs(by_content[name], token, index):
             by_content[name].update(token.to_json(index))
             is_changed = True
-    # A file that lists some of its special tokens does not want the others matched in texts.
-    is_listed = bool(document.get("added_tokens"))
-    missing = [text for text in config.stated if known_as(text) is None and not (is_listed and text in vocabulary)]
+    missing = [text for text in config.stated if known_as(text) is None]
+    # What a class of tokenizer has without saying so need not be in this vocabulary.
+    missing += [text for text in config.defaults.values() if known_as(text) is None and text in vocabulary]
     for index, token in stated_tokens(
-        replace(config, stated=tuple(missing)), vocabulary, {entry["id"] for entry in entries}
+        replace(config, stated=tuple(dict.fromkeys(missing))), vocabulary, {entry["id"] for entry in entries}
     ).items():
         add(index, token)
     return is_changed
+
+
+def _set_prefix_space(document: dict[str, Any], config: TokenizerConfig) -> bool:
+    """A GPT-2 tokenizer's `add_prefix_space` overrules the file, also by its default; whether that changed anything."""
+    pre, wanted = document.get("pre_tokenizer"), config.add_prefix_space is True
+    if config.family != "GPT2" or not isinstance(pre, dict) or pre.get("type") != "ByteLevel":
+        return False
+    if pre.get("add_prefix_space", True) is wanted:
+        return False
+    pre["add_prefix_space"] = wanted
+    return True
 
 
 def stated_tokens(
@@ -129,6 +140,6 @@ def _with_text_around(text: str, document: dict[str, Any], config: TokenizerConf
 
 def _token(tokenizer: Any, config: TokenizerConfig, name: str) -> list[tuple[int, str]]:
     """(id, text) of a special token, none where the vocabulary does not have it."""
-    content = config.special_tokens.get(name, "")
+    content = config.special_tokens.get(name, config.defaults.get(name, ""))
     index = tokenizer.token_to_id(content)
     return [] if index is None else [(index, content)]

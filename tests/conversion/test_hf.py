@@ -165,6 +165,11 @@ def test_missing_unknown_misshapen_and_non_finite_tensors(helpers, make_hf):
         ({"num_hidden_layers": 10**12}, "num_layers must be"),
         ({"num_hidden_layers": "many"}, "num_layers"),
         ({"rope_theta": 0}, "rope_theta must be a finite number above 0"),
+        ({"rope_theta": {"base": 1}}, "config.json: rope_theta must be a number, got {'base': 1}"),
+        ({"rms_norm_eps": "1e-5"}, "config.json: rms_norm_eps must be a number, got '1e-5'"),
+        ({"eos_token_id": "2"}, "config.json: eos_token_id must be a token id, got '2'"),
+        ({"eos_token_id": [2, [3]]}, "config.json: eos_token_id must be a token id, got [3]"),
+        ({"bos_token_id": [1]}, "config.json: bos_token_id must be a token id, got [1]"),
         ({"eos_token_id": 40}, "eos_token_id 40 is outside the vocabulary of 40"),
     ],
 )
@@ -209,6 +214,13 @@ def test_config_defaults_and_head_dim(helpers, make_hf):
     del newer["rope_theta"]
     parsed = hf.parse_config(newer, "test")
     assert (parsed.rope_theta, parsed.rope_scaling) == (7.0, RopeScaling("linear", 3.0))
+
+
+def test_a_setting_that_is_null_has_its_default(helpers):
+    nulls = dict.fromkeys(("tie_word_embeddings", "num_key_value_heads", "head_dim", "max_position_embeddings"))
+    config = hf.parse_config({**helpers.tiny, **nulls, "rope_scaling": None, "rope_theta": None}, "test")
+    assert (config.tie_word_embeddings, config.num_kv_heads, config.head_dim) == (False, 4, 8)
+    assert (config.max_position_embeddings, config.rope_theta, config.rope_scaling) == (2048, 10000.0, None)
 
 
 def test_directory_without_weights_or_config(tmp_path, make_hf):

@@ -22,9 +22,16 @@ TOKENIZER = json.dumps(
     {
         "version": "1.0",
         "added_tokens": [
-            {"id": 2, "content": "</s>", "special": True}
+            {"id": index, "content": text, "special": True}
             | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for index, text in ((1, "<s>"), (2, "</s>"))
         ],
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
         "model": {"type": "BPE", "vocab": {"<s>": 1, "a": 0, "</s>": 2}, "merges": []},
     }
 )

@@ -13,6 +13,7 @@ from dvi_jax.errors import UserError
 
 ASKED, ANSWERED = Message("user", "Q"), Message("assistant", "A")
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+PART = {"type": "text", "text": "look"}
 
 
 def read(tmp_path, *records) -> tuple[list[tuple[Message, ...]], ConversationStream]:
@@ -35,6 +36,11 @@ def read(tmp_path, *records) -> tuple[list[tuple[Message, ...]], ConversationStr
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, ASSISTANT]}, (ASKED, ANSWERED)),
         ({"messages": [{"role": "user", "content": ["Q", {"type": "text", "text": "r"}]}]}, (Message("user", "Qr"),)),
         ({"messages": [{"role": "user", "content": {"type": "text", "text": "Q"}}]}, (ASKED,)),
+        ({"messages": [{"role": "system", "content": None}, USER, ASSISTANT]}, (ASKED, ANSWERED)),
+        ({"messages": [{"role": "system", "content": []}, USER, {"role": "assistant", "content": ""}]}, (ASKED,)),
+        ({"system": "", "system_prompt": "S", "messages": [USER]}, (Message("system", "S"), ASKED)),
+        ({"system": [{"type": "text", "text": "S"}], "messages": [USER]}, (Message("system", "S"), ASKED)),
+        ({"system": 3, "messages": [USER]}, (ASKED,)),
         ({"conversations": [{"from": "prompter", "value": "Q"}, {"from": "model", "value": "A"}]}, (ASKED, ANSWERED)),
     ],
 )  # fmt: skip
@@ -54,8 +60,16 @@ def test_whole_conversations(tmp_path, record, messages):
         ([USER, {"role": "assistant", "content": "x", "tool_calls": [{}]}], (ASKED,), "turn of tool_calls"),
         ([USER, {"role": "assistant", "content": None}], (ASKED,), "missing field"),
         ([USER, {"role": "assistant", "content": ""}, USER, ASSISTANT], (ASKED,), "empty"),
+        ([USER, ASSISTANT, {"role": "user", "content": [PART, {"type": "image"}]}, ASSISTANT], (ASKED, ANSWERED),
+         "wrong type"),
+        ([USER, {"role": "assistant", "content": [PART, {"type": "tool_use", "name": "f"}]}], (ASKED,),
+         "turn of tool_use"),
+        ([USER, ASSISTANT, {"role": "user", "content": [{"type": "tool_result", "content": "3"}]}], (ASKED, ANSWERED),
+         "turn of tool_result"),
+        ([USER, ASSISTANT, {"role": "user", "content": 3}], (ASKED, ANSWERED), "wrong type"),
+        ([USER, ASSISTANT, {"role": "code_interpreter", "content": "x"}, ASSISTANT], (ASKED, ANSWERED), "wrong role"),
     ],
-)
+)  # fmt: skip
 def test_conversations_that_end_early(tmp_path, turns, kept, reason):
     found, stream = read(tmp_path, {"messages": turns})
     assert found == [kept]
@@ -148,6 +162,17 @@ def test_files_that_are_no_text_are_refused_before_anything_is_read(tmp_path, co
     with pytest.raises(UserError, match=f"bad is {kind}"):
         next(iter(stream))
     assert stream.read == 0
+
+
+@pytest.mark.parametrize("name", ["lines.txt", "log.jsonl"])
+def test_a_pointer_to_a_file_is_called_that(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer, not the file itself: fetch it"):
+        next(iter(ConversationStream(path)))
+    path.write_text("version https://git-lfs.github.com/spec/v1 is what?\n")
+    if name == "lines.txt":
+        assert len(list(ConversationStream(path))) == 1
 
 
 @pytest.mark.parametrize("text", ["PAR1 is a magic number.", "PK is who?", "BZh\u00e9 means what?", "GGUF files?"])

@@ -101,6 +101,26 @@ def test_symbols_that_hugging_face_claims_are_special_tokens(tmp_path):
     assert not ours.is_shown(3)
 
 
+@pytest.mark.parametrize(
+    ("settings", "begin"),
+    [
+        ({"bos_token": "<|im_start|>"}, [3]),
+        ({"bos_token": "<|im_start|>", "add_bos_token": False}, []),
+        ({"bos_token": "<new>"}, [320]),
+        ({"bos_token": "<new>", "tokenizer_class": "YiTokenizer"}, [320]),
+        ({"tokenizer_class": "YiTokenizer", "add_eos_token": False}, [1]),
+    ],
+)
+def test_bos_is_the_one_that_tokenizer_config_names(tmp_path, settings, begin):
+    ours, theirs = both(tmp_path, trained(control_symbols=["<|im_start|>"]), **settings)
+    assert ours.encode("hello", add_special_tokens=True) == [*begin, *theirs.encode("hello")]
+
+
+def test_bos_of_a_model_whose_name_is_not_hugging_faces(tmp_path):
+    ours, theirs = both(tmp_path, trained(bos_piece="<|begin|>"))
+    assert ours.encode("hello", add_special_tokens=True) == [1, *theirs.encode("hello")]
+
+
 def test_eos_around_a_text(tmp_path):
     ours, theirs = both(tmp_path, trained(), add_eos_token=True)
     assert ours.encode("fox", add_special_tokens=True) == [1, *theirs.encode("fox"), 2]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
@@ -14,14 +13,13 @@ from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.data.tokenizer_file import load_tokenizer
 from dvi_jax.errors import UserError
 from dvi_jax.importing import tokenizer as source
-from dvi_jax.importing.end_tokens import end_ids
 
 pytestmark = pytest.mark.tokenizers
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCAB = {text: index for index, text in enumerate([*SPECIAL, *BYTES, "he"])}  # 260 entries
 H, E, I = VOCAB["h"], VOCAB["e"], VOCAB["i"]  # noqa: E741
-HE = VOCAB["he"]
+HE, BLANK = VOCAB["he"], VOCAB["\u0120"]
 KNOWS_IGNORE_MERGES = hasattr(models.BPE, "ignore_merges")
 
 
@@ -90,12 +88,60 @@ def test_what_goes_around_a_text(build, settings, processor, ids):
     assert tokenizer.encode("he", add_special_tokens=True) == ids
 
 
+@pytest.mark.parametrize(
+    ("model", "processor", "ids"),
+    [
+        ({"model_type": "llama"}, None, [1, HE]),
+        ({"model_type": "mistral"}, None, [1, HE]),
+        ({"model_type": "llama"}, around(2, "</s>"), [2, HE]),
+        ({"model_type": "llama", "tokenizer_class": "PreTrainedTokenizerFast"}, None, [HE]),
+        ({"model_type": "qwen2"}, None, [HE]),
+    ],
+)
+def test_the_kind_of_model_says_what_a_tokenizer_without_a_class_is(build, model, processor, ids):
+    files = {"config.json": model, "tokenizer.json": byte_level(post_processor=processor), "tokenizer_config.json": {}}
+    tokenizer = build(files)
+    assert tokenizer.encode("he", add_special_tokens=True) == ids
+    assert tokenizer.encode("he<s>") == [HE, 1]
+
+
+@pytest.mark.parametrize("listed", [[], [added(0, "<unk>")]])
+@pytest.mark.parametrize(
+    ("config", "text", "ids"),
+    [
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}, "he</s>", [HE, 2]),
+        ({"tokenizer_class": "LlamaTokenizer"}, "<s>he</s>", [1, HE, 2]),
+        ({"tokenizer_class": "GPT2Tokenizer"}, "he<|endoftext|>", [HE, 260]),
+        ({"tokenizer_class": "Qwen2Tokenizer"}, "he<|endoftext|>", [HE, 260]),
+    ],
+)
+def test_special_tokens_are_matched_also_those_that_a_class_has_without_a_word(build, listed, config, text, ids):
+    document = byte_level(listed, vocab={**VOCAB, "<|endoftext|>": 260})
+    assert build({"tokenizer.json": document, "tokenizer_config.json": config}).encode(text) == ids
+
+
+def test_a_class_has_no_special_token_that_its_vocabulary_lacks(build):
+    config = {"tokenizer_class": "GPT2Tokenizer"}
+    assert build({"tokenizer.json": byte_level(), "tokenizer_config.json": config}).vocab_size == 260
+
+
+@pytest.mark.parametrize(("setting", "ids"), [({"add_prefix_space": True}, [BLANK, HE]), ({}, [HE])])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_the_blank_in_front_of_a_gpt2_text(build, setting, ids, in_file):
+    document = byte_level()
+    document["pre_tokenizer"] = {**document["pre_tokenizer"], "add_prefix_space": in_file}
+    config = {"tokenizer_class": "GPT2Tokenizer", **setting}
+    assert build({"tokenizer.json": document, "tokenizer_config.json": config}).encode("he") == ids
+
+
 def test_added_tokens_beside_tokenizer_json(build):
     files = {"tokenizer.json": byte_level(), "added_tokens.json": {"<|turn|>": 260, "<|done|>": 261}}
     tokenizer = build(files)
     ids = tokenizer.encode("<|turn|>hi<|done|>")
     assert ids == [260, H, I, 261]
     assert tokenizer.decode(ids) == "<|turn|>hi<|done|>"  # nothing calls them special
+    with pytest.raises(UserError, match=r"added_tokens\.json: '<a>' and '<b>' have the same id 260"):
+        build({**files, "added_tokens.json": {"<a>": 260, "<b>": 260}})
 
 
 def test_flags_of_tokenizer_config_count(build):
@@ -105,6 +151,13 @@ def test_flags_of_tokenizer_config_count(build):
     ids = tokenizer.encode("<|end|>h</s>  i<|new|>")
     assert ids == [260, H, 2, I, 261]
     assert tokenizer.decode(ids) == "hi"
+
+
+def test_what_a_class_would_have_is_not_special_where_another_is_named(build):
+    config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<s>"}
+    config["added_tokens_decoder"] = {"2": added(2, "</s>", special=False)}
+    tokenizer = build({"tokenizer.json": byte_level(), "tokenizer_config.json": config})
+    assert tokenizer.decode([HE, 2]) == "he</s>"
 
 
 def test_an_added_token_past_the_embedding_is_left_out(build, capsys):
@@ -126,8 +179,10 @@ def test_vocab_json_and_merges_txt(build, tmp_path):
     for text in ("he hehe", "<s>he</s>", "it's  12\n\n x", "é", ""):
         assert tokenizer.encode(text) == reference.encode(text).ids
         assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+    assert build({"merges.txt": "\ufeff#version: 0.2\r\nh e\r\n"}).encode("he") == [HE]  # as Windows writes it
     for change, message in (
         ({"merges.txt": "h e x\n"}, "'h e x' is not two tokens"),
+        ({"merges.txt": "h e\nh i\n"}, "its merge 'h i' needs the token 'hi', which its vocabulary lacks"),
         ({"merges.txt": "#version: 0.2\nh e\n", "vocab.json": {"a": 1}}, "must number its tokens from 0"),
         ({"tokenizer_config.json": {"tokenizer_class": "RobertaTokenizer"}}, "how a RobertaTokenizer cuts words"),
     ):
@@ -140,9 +195,10 @@ def test_a_tiktoken_vocabulary_is_called_that(build):
         build({"tokenizer.model": "IQ== 0\nIg== 1\n"})
 
 
-def test_qwen2_cuts_words_like_its_original(build):
-    config = {"tokenizer_class": "Qwen2Tokenizer"}
-    tokenizer = build({"vocab.json": VOCAB, "merges.txt": "h e\n", "tokenizer_config.json": config})
+@pytest.mark.parametrize("named", [{"tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer"}},
+                                   {"config.json": {"model_type": "qwen2"}}])  # fmt: skip
+def test_qwen2_cuts_words_like_its_original(build, named):
+    tokenizer = build({"vocab.json": VOCAB, "merges.txt": "h e\n", **named})
     cut = tokenizer._tokenizer.pre_tokenizer.pre_tokenize_str("It'S 123 ok!\n\n x")
     assert [piece for piece, _ in cut] == ["It", "'S", "Ġ", "1", "2", "3", "Ġok", "!ĊĊ", "Ġx"]
     assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")  # NFC
@@ -156,6 +212,13 @@ def test_qwen2_cuts_words_like_its_original(build):
         ({"special_tokens_map.json": {"bos_token": "b"}, "tokenizer_config.json": {}}, {"bos_token": "b"}),
         ({"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>"}},
          {"bos_token": "<s>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}),
+        ({"special_tokens_map.json": {"eos_token": "<|im_end|>"}, "tokenizer_config.json": {"eos_token": "</s>"}},
+         {"eos_token": "<|im_end|>"}),
+        ({"special_tokens_map.json": {"eos_token": "<|im_end|>"},
+          "tokenizer_config.json": {"eos_token": "</s>", "added_tokens_decoder": {"2": added(2, "</s>")}}},
+         {"eos_token": "</s>"}),
+        ({"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}},
+         {"bos_token": "", "eos_token": "</s>"}),
         ({}, {}),
     ],
 )  # fmt: skip
@@ -188,47 +251,14 @@ def test_named_templates(tmp_path, form):
         source.chat_template(tmp_path)
 
 
-def gguf(kinds: dict[str, int], **keys) -> dict:
-    """Metadata of a GGUF file with a byte-level tokenizer whose last tokens are `kinds`."""
-    tokens = [*BYTES, "he", *kinds]
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": np.array([1] * 257 + list(kinds.values()), np.int32),
-        "tokenizer.ggml.merges": ["h e"],
-        "tokenizer.ggml.pre": "gpt-2",
-    } | {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
-
-
-def test_user_defined_tokens_of_a_gguf_are_whole():
-    tokenizer = Tokenizer(source.from_gguf(gguf({"<|im_start|>": 4, "<|im_end|>": 3}), 300, "test"))
-    ids = tokenizer.encode("<|im_start|>he<|im_end|>")
-    assert ids == [257, 256, 258]
-    assert tokenizer.decode(ids) == "<|im_start|>he"  # a control token is special, a user's is text
-
-
-def test_ends_of_a_gguf_by_name_and_by_text():
-    metadata = gguf({"<|end_of_text|>": 3, "<|eot_id|>": 3, "<|begin_of_text|>": 3}, eos_token_id=257)
-    assert end_ids(metadata, 300, "test") == [257, 258]
-    assert end_ids({"tokenizer.ggml.model": "llama"}, 300, "test") == [2]
-    assert end_ids(gguf({"<|im_end|>": 4}), 300, "test") == [257]
-    with pytest.raises(UserError, match="eot_token_id 300 is outside the vocabulary of 300"):
-        end_ids(gguf({}, eot_token_id=300), 300, "test")
-
-
-@pytest.mark.parametrize(
-    ("pre", "keys", "adds"),
-    [
-        ("llama-bpe", {"bos_token_id": 257}, True),
-        ("llama-bpe", {"bos_token_id": 257, "add_bos_token": False}, False),
-        ("llama-bpe", {}, False),
-        ("qwen2", {"bos_token_id": 257}, False),
-        ("smollm", {"bos_token_id": 257, "add_bos_token": True}, True),
-    ],
-)
-def test_bos_of_a_gguf_by_its_splitting_rule(pre, keys, adds):
-    tokenizer = Tokenizer(source.from_gguf(gguf({"<b>": 3}, pre=pre, **keys), 300, "test"))
-    assert tokenizer.encode("he", add_special_tokens=True) == ([257, 256] if adds else [256])
+def test_templates_in_files_of_their_own(tmp_path):
+    folder = tmp_path / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "rag.jinja").write_text("r")
+    with pytest.raises(UserError, match="its chat templates are named rag, and none of them default; write the one"):
+        source.chat_template(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("d")
+    assert source.chat_template(tmp_path) == "d"
 
 
 def metaspace(**settings) -> dict:

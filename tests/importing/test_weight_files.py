@@ -143,6 +143,12 @@ def test_a_split_gguf_is_read_whole_from_any_part(tmp_path):
     assert open_source(names[1]).weights.files == tuple(names)
 
 
+def test_a_folder_of_gguf_files_is_called_that(tmp_path):
+    write_parts(tmp_path / "model")
+    with pytest.raises(UserError, match=r"model holds GGUF files: name the one to use, such as tiny-00001-of-00003"):
+        open_source(tmp_path / "model")
+
+
 def test_parts_that_are_missing_renamed_or_of_another_model(tmp_path):
     names, _ = write_parts(tmp_path / "parts")
     other, _ = write_parts(tmp_path / "other", count=2)
