@@ -23,6 +23,7 @@ from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import Params, split
 from dvi_jax.presets import TINY
 from experiments.tiny import byte_tokenizer_json, write_questions, write_tiny_model
+from tests.compiling import optimize
 
 GOLDEN = Path(__file__).parent / "golden"
 # Nearly all the time of the suite goes into compiling: one piece for each program, not 32, is less of it.
@@ -131,6 +132,12 @@ def compilation_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.T
         patch.setenv("DVI_JAX_CACHE", str(cache))
         enable_compilation_cache()
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimizations(request: pytest.FixtureRequest) -> None:
+    """Most only where a module asks for what users get (tests/compiling.py)."""
+    optimize(request.node.get_closest_marker("optimized") is not None)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from dvi_jax.model import drafters
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import Params, Tree, join, split
 from dvi_jax.presets import TINY
+from tests.compiling import lightly_compiled
 from tests.contract.cases import PROMPTS, Case, along, everything, star
 from tests.contract.probe import PROBES
 
@@ -95,12 +96,14 @@ def trained(drafter: str, dtype: str, trunk: str) -> tuple[LoadedModel, list[flo
         checkpoint="", out="", data=(), drafter=drafter, tokens=STEPS * ROWS * LENGTH, row_length=LENGTH,
         batch_rows=ROWS, unroll_steps=UNROLLED, warmup=1, lr=2e-2,
     )  # fmt: skip
-    state, tokens, losses = init_distill(model.params, config), own_text(), []
-    for _ in range(STEPS):
-        state, metrics = distill_step(
-            model.definition, model.params, state, tokens, np.ones_like(tokens, bool), config=config
-        )
-        losses.append(float(metrics["loss"]))
+    tokens, losses = own_text(), []
+    with lightly_compiled():
+        state = init_distill(model.params, config)
+        for _ in range(STEPS):
+            state, metrics = distill_step(
+                model.definition, model.params, state, tokens, np.ones_like(tokens, bool), config=config
+            )
+            losses.append(float(metrics["loss"]))
     return model.with_params(model.params._replace(**state.trainable)), losses
 
 

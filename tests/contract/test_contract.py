@@ -19,9 +19,11 @@ from dvi_jax.learn.fast_update import Batch, fast_update, init_learner
 from dvi_jax.learn.replay import Replay, push, read_windows
 from dvi_jax.loading import from_checkpoint, trained_parts
 from dvi_jax.model.speculative_llama import join
+from tests.compiling import lightly_compiled
 from tests.contract.cases import BEGINNING, PROMPTS
 from tests.contract.conftest import UNROLLED
 
+pytestmark = pytest.mark.optimized
 NEW = 28
 SAMPLING = {
     "greedy": None,
@@ -87,16 +89,17 @@ def test_online_update_moves_the_drafter_alone(case, case_model):
     learner = init_learner(case_model.params, OptimizerConfig(), replay, jax.random.key(0))
     learner = learner.replace(replay=push(learner.replay, windows))
     before = jax.device_get(learner.trainable)
-    learner, metrics = fast_update(
-        case_model.definition,
-        case_model.params,
-        learner,
-        windows,
-        np.array(True),
-        objective=ObjectiveConfig(warmup=0, ramp=1, unroll_steps=UNROLLED),
-        optimizer=OptimizerConfig(warmup=0),
-        size=Batch(0, 1, 24),
-    )
+    with lightly_compiled():
+        learner, metrics = fast_update(
+            case_model.definition,
+            case_model.params,
+            learner,
+            windows,
+            np.array(True),
+            objective=ObjectiveConfig(warmup=0, ramp=1, unroll_steps=UNROLLED),
+            optimizer=OptimizerConfig(warmup=0),
+            size=Batch(0, 1, 24),
+        )
     assert np.isfinite([float(value) for value in metrics.values()]).all()
     moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != b)), learner.trainable, before)
     assert any(jax.tree.leaves(moved["drafter"]))

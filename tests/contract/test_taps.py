@@ -14,6 +14,7 @@ from dvi_jax.model.llama import Llama
 from tests.contract.cases import BEGINNING, PROMPTS, Case
 from tests.contract.conftest import untrained
 
+pytestmark = pytest.mark.optimized
 # Sizes of tests/contract/test_contract.py, whose programs these tests meet again.
 SETTINGS = DecodeConfig(draft_steps=3, max_new_tokens=28)
 LONG = [[7, 40, 3, 21, 5, 9, 30, 2, 2, 51, 8, 11, 6, 1, 9, 9, 4, 33], *PROMPTS[1:]]
