@@ -18,7 +18,7 @@ FLAG = "jax_disable_most_optimizations"
 
 
 def optimize(yes: bool) -> None:
-    """How all is compiled from now on, here and in processes that are started; programs of the other kind are dropped."""
+    """How all is compiled from now on, here and in processes started from here; programs of the other kind go."""
     os.environ[FLAG.upper()] = str(int(not yes))
     if jax.config.read(FLAG) == yes:
         jax.config.update(FLAG, not yes)

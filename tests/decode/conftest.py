@@ -89,3 +89,11 @@ def mumbler(reciter):
     """The same model with a drafter that is sure, and never right."""
     scale = {"drafter": reciter.params.drafter["drafter"] | {"scale": jnp.float32(-20)}}
     return reciter.with_params(reciter.params._replace(drafter=scale))
+
+
+@pytest.fixture(scope="session")
+def five_tokens():
+    """Models of five tokens with their exact distributions (distributions.py, which imports more than others need)."""
+    from tests.decode.distributions import FiveTokens
+
+    return FiveTokens()

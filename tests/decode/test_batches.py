@@ -13,6 +13,7 @@ from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import Knobs
 from dvi_jax.errors import UserError
 
+pytestmark = pytest.mark.optimized
 PROMPTS = [[5, 9, 2], [40] * 9, [7]]
 SAMPLED = (
     SamplingConfig(temperature=0.8, top_p=0.9, seed=5),

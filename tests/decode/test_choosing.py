@@ -13,6 +13,7 @@ from dvi_jax.decode.choosing import Acceptance, PlanChooser, options
 from dvi_jax.decode.plan import PLAIN, Option, Plan
 from dvi_jax.presets import SHAPES
 
+pytestmark = pytest.mark.optimized
 WIDTH = 5
 CHAINS = {n: Option(Plan("chain", n), WIDTH) for n in (1, 2, 4)}
 NOTHING = Option(PLAIN, WIDTH)

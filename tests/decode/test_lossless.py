@@ -12,6 +12,8 @@ from dvi_jax.decode.state import Knobs
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Params
 
+pytestmark = pytest.mark.optimized
+
 
 def teach(model: LoadedModel, train_noise) -> LoadedModel:
     """The drafter after training-like changes: other drafts, the same verifier."""

@@ -24,6 +24,7 @@ from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import split
 from dvi_jax.presets import TINY
 
+pytestmark = pytest.mark.optimized
 WIDTH = 4
 KNOBS = Knobs.make(WIDTH - 1, 0.0, ())
 

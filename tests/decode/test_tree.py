@@ -18,6 +18,7 @@ from dvi_jax.decode.tree import grow
 from dvi_jax.model.drafters import StepDrafter
 from dvi_jax.model.speculative_llama import SpeculativeLlama, join, split
 
+pytestmark = pytest.mark.optimized
 VOCAB, LEVELS, ROWS = 4, 3, 12
 TABLE = np.random.default_rng(0).normal(scale=1.5, size=(2, LEVELS, VOCAB, VOCAB))  # logits by sequence, level, token
 
