@@ -55,6 +55,15 @@ class Case:
         return self.drafter in ("medusa", "block", "tapped_block")
 
     @property
+    def compiled_lightly(self) -> bool:
+        """Whether no bits are compared, or the verifier's pass is the default case's in shape, dtype and plan.
+
+        Then optimising it (tests/compiling.py) would prove nothing more: what differs is how drafts are made.
+        """
+        alike = replace(Case(), drafter=self.drafter, sampling=self.sampling, vocabulary=self.vocabulary)
+        return self.sampling == "rejection" or (self == alike and self != Case())
+
+    @property
     def settings_plan(self) -> str:
         """The plan as settings name it."""
         if self.plan == "tree":

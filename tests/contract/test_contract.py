@@ -39,9 +39,11 @@ def decoded(case, model, *, plain=False):
     settings = DecodeConfig(draft_steps=case.draft_steps, plan=case.settings_plan, max_new_tokens=NEW)
     knobs = make_knobs(settings, (), plain=plain)
     sampling = make_sampling(model, prompts, SAMPLING[case.sampling])
-    prefix = make_prefix(model, BEGINNING) if case.prefix else None
-    state = start(model, prompts, settings, knobs, sampling=sampling, prefix=prefix, record=True)
-    return decode_rounds(model.definition, model.decode_params, state, knobs, choose_plan(model, settings, plain=plain))
+    plan = choose_plan(model, settings, plain=plain)
+    with lightly_compiled() if case.compiled_lightly else nullcontext():
+        prefix = make_prefix(model, BEGINNING) if case.prefix else None
+        state = start(model, prompts, settings, knobs, sampling=sampling, prefix=prefix, record=True)
+        return decode_rounds(model.definition, model.decode_params, state, knobs, plan)
 
 
 def bits(array):
@@ -54,8 +56,7 @@ def test_decoding_is_lossless_and_drafts_are_accepted(case, case_model):
 
     Rejection sampling gives other tokens by design (its distribution: tests/decode/test_sampling.py).
     """
-    with lightly_compiled() if case.sampling == "rejection" else nullcontext():
-        fast = decoded(case, case_model)
+    fast = decoded(case, case_model)
     assert int(jnp.sum(fast.accept_lengths > 1)) > 0, "no draft was accepted: nothing was tested"
     assert int(jnp.max(fast.drafted)) == Plan.parse(case.settings_plan).drafts
     if case.vocabulary == "few":

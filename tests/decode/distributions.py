@@ -173,15 +173,15 @@ class FiveTokens:
         return sample(self.models[name], **how)
 
 
-def sample(model, *, coupled, stops=(0.0, 0.0), plain=False, plan=None):
-    """ROWS generations for each setting, as one batch: new ids [settings, ROWS, NEW], and the share of drafts kept.
+def sample(model, *, coupled, stops=(0.0, 0.0), plain=False, plan=None, rows=ROWS):
+    """`rows` generations for each setting, as one batch: new ids [settings, rows, NEW], and the share of drafts kept.
 
     stops: threshold and draft_cost. A tree has 8 rows, whose paths branch at every node.
     """
     settings = [
         replace(setting, seed=ROWS * index + row, coupled=coupled)
         for index, setting in enumerate(SETTINGS)
-        for row in range(ROWS)
+        for row in range(rows)
     ]
     options = {"plain": plain, "eos_ids": (), "sampling": settings}
     generations, _ = generate_batch(
@@ -198,4 +198,4 @@ def sample(model, *, coupled, stops=(0.0, 0.0), plain=False, plan=None):
     )
     drafted = sum(sum(generation.drafted) for generation in generations)
     kept = sum(generation.accepted for generation in generations) / max(drafted, 1)
-    return np.array([generation.new_ids for generation in generations]).reshape(-1, ROWS, NEW), kept
+    return np.array([generation.new_ids for generation in generations]).reshape(-1, rows, NEW), kept

@@ -79,6 +79,6 @@ def test_distribution_with_a_tree(five_tokens, name, stops):
 
 def test_a_coupled_tree_of_a_right_drafter_is_right(five_tokens):
     """Drafts are ranked with the noise of their positions, so the first choice is the verifier's token."""
-    ids, kept = five_tokens.sampled("right", coupled=True, plan="tree:8")
-    np.testing.assert_array_equal(ids, five_tokens.plain("right"))
+    ids, kept = five_tokens.sampled("right", coupled=True, plan="tree:8", rows=250)  # as many say whether it is so
+    np.testing.assert_array_equal(ids, five_tokens.plain("right")[:, :250])
     assert kept > 0.999  # the draft pass has other shapes: its rounding may decide a tie the other way
