@@ -10,6 +10,7 @@ import jax
 from dvi_jax.decode import drafting
 from dvi_jax.decode.drafting import Draft
 from dvi_jax.decode.state import DecodeState, Knobs
+from dvi_jax.decode.step_drafting import first_row
 from dvi_jax.model.drafters import BlockDrafter
 from dvi_jax.model.speculative_llama import SpeculativeLlama
 
@@ -19,8 +20,8 @@ def propose_block(
 ) -> tuple[Draft, DecodeState]:
     """The first `drafts` drafts of a block after the pending token; those that are not wanted are masked."""
     draft, bounds = drafting.begin(model, state, knobs, drafts + 1)
+    anchor, shallow = first_row(model, state)
     with jax.named_scope("drafter"):
-        anchor, _, _ = model.llama.shallow(draft.tokens[:, :1], (), (state.length - 1)[:, None])
         draft_hidden, drafter_state = drafter.propose(state.drafter, state.committed, anchor, drafts)
         logits = drafter.logits(draft_hidden, model.draft_head())  # [B, drafts, Vd]
     for index in range(drafts):
@@ -28,4 +29,4 @@ def propose_block(
             logits[:, index], draft_hidden[:, index], draft.tokens[:, index], model.draft_ids()
         )
         draft = drafting.add(model, state, knobs, bounds, draft, index, corrected)
-    return draft, state.replace(drafter=drafter_state)
+    return draft, state.replace(drafter=drafter_state, shallow=shallow)

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dvi_jax.decode.drafting import pending_token
 from dvi_jax.decode.plan import Growth
 from dvi_jax.decode.state import DecodeState
 from dvi_jax.decode.step_drafting import first_row
@@ -104,11 +103,11 @@ class BlockPass:
 
     def __init__(self, model: SpeculativeLlama, drafter: BlockDrafter, state: DecodeState, growth: Growth):
         self.model, self.drafter = model, drafter
+        anchor, shallow = first_row(model, state)
         with jax.named_scope("drafter"):
-            anchor, _, _ = model.llama.shallow(pending_token(state), (), (state.length - 1)[:, None])
             self.draft_hidden, own = drafter.propose(state.drafter, state.committed, anchor, growth.levels)
             self.logits = drafter.logits(self.draft_hidden, model.draft_head())  # [B, levels, Vd]
-            self.state = state.replace(drafter=own)
+            self.state = state.replace(drafter=own, shallow=shallow)
 
     def expand(self, level: int, frontier: Frontier) -> jax.Array:
         """Draft logits [B, F, Vd] behind the nodes of a level."""

@@ -50,12 +50,10 @@ def matching_or_new_drafter(
 
 
 def with_new_drafter(checkpoint: Checkpoint, kind: str, options: dict[str, Any], exit_layer: int | None) -> Checkpoint:
-    """`checkpoint` whose manifest asks for an untrained drafter of `kind`; a block drafter has no exit layer."""
+    """`checkpoint` whose manifest asks for an untrained drafter of `kind`; a block drafter needs no exit layer."""
     manifest = checkpoint.manifest
     if issubclass(drafter_class(kind), BlockDrafter):
-        if exit_layer:
-            raise UserError(f"exit_layer {exit_layer}: drafter {kind} drafts whole blocks and has no exit layer")
-        exit_layer = 0
+        exit_layer = exit_layer or 0
     elif exit_layer is None:
         exit_layer = manifest.exit_layer or min(USUAL_EXIT_LAYER, checkpoint.config.num_layers - 1)
     inherited = manifest.drafter_config if manifest.drafter == kind else {}

@@ -29,9 +29,12 @@ class SpeculativeLlama(nnx.Module):
     """
 
     def __init__(self, llama: Llama, drafter: Drafter, *, separate_trunk: bool = False):
-        """Raises `UserError` for a step drafter without an exit layer, and for a block drafter with one."""
-        if isinstance(drafter, BlockDrafter) and llama.exit_layer:
-            raise UserError(f"drafter {drafter.kind} drafts whole blocks and has no exit layer, got {llama.exit_layer}")
+        """Raises `UserError` for a step drafter without an exit layer, and for a block drafter with a trunk of its own.
+
+        The drafts of a block do not go through shallow layers, so that such a trunk would lack them.
+        """
+        if isinstance(drafter, BlockDrafter) and separate_trunk:
+            raise UserError(f"drafter {drafter.kind} drafts whole blocks: it takes no lora_S in the shallow layers")
         if isinstance(drafter, StepDrafter) and not llama.exit_layer:
             last = llama.config.num_layers - 1
             raise UserError(

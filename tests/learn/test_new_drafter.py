@@ -55,13 +55,13 @@ def test_offline_another_drafter_takes_its_place(trained):
     assert asked(matching_or_new_drafter(trained, "fused", {}, None)) == ("fused", {}, 2)
 
 
-def test_exit_layers_that_a_drafter_cannot_have(untrained):
-    with pytest.raises(UserError, match="exit_layer 1: drafter medusa drafts whole blocks and has no exit layer"):
-        kept_or_new_drafter(untrained, "medusa", {}, 1)
-    for kind, exit_layer, message in (
-        ("medusa", 1, "drafter medusa drafts whole blocks and has no exit layer, got 1"),
-        ("fused", 0, "exit_layer must be between 1 and 3 for a model of 4 layers, got 0"),
+def test_exit_layers(untrained):
+    """A block drafter may have one, but no lora_S below it; a step drafter needs one."""
+    for kind, exit_layer, lora, message in (
+        ("medusa", 1, {"rank_s": 2, "rank_d": 0}, "drafter medusa drafts whole blocks: it takes no lora_S"),
+        ("fused", 0, {}, "exit_layer must be between 1 and 3 for a model of 4 layers, got 0"),
     ):
-        manifest = replace(untrained.manifest, drafter=kind, drafter_config={}, exit_layer=exit_layer)
+        manifest = replace(untrained.manifest, drafter=kind, drafter_config={}, exit_layer=exit_layer, lora=lora)
         with pytest.raises(UserError, match=message):
             from_checkpoint(replace(untrained, manifest=manifest))
+    assert asked(kept_or_new_drafter(untrained, "medusa", {}, 1)) == ("medusa", {"heads": 4, "markov_rank": 0}, 1)

@@ -127,13 +127,13 @@ class StepDrafter(Drafter):
 class BlockDrafter(Drafter):
     """A drafter that makes all drafts of a round in one pass, from what was committed and the token they follow.
 
-    Its model is not split: the exit hidden state that it is given is the token's embedding.
+    Without an exit layer the model is not split, and the exit hidden state that it is given is the token's embedding.
     """
 
     max_drafts: int
 
     def propose(self, state: Any, committed: Committed, anchor: jax.Array, drafts: int) -> tuple[jax.Array, Any]:
-        """The first `drafts` of the block after the token whose embedding is `anchor` [B, 1, D].
+        """The first `drafts` of the block after the token whose exit hidden state is `anchor` [B, 1, D].
 
         -> draft hidden [B, drafts, D], and the state, which has taken in the rows that the last round committed.
         """

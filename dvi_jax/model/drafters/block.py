@@ -129,8 +129,9 @@ class ContextBlock(BlockDrafter):
         return logits + linear(gated, after.astype(dtype), jnp.float32)
 
     def _joined(self, tokens: jax.Array, before: Features) -> tuple[jax.Array, jax.Array]:
-        """Tokens' embeddings [B, T, D] and the verifier's features of the row before each: all that a context row is
-        made of, side by side, and the weight that makes it.
+        """All that a context row is made of, side by side, and the weight that makes it.
+
+        That is a token's exit hidden state [B, T, D], and the verifier's features of the row before.
         """
         eps = self.architecture.rms_norm_eps
         states = jnp.concatenate([rms_norm(tokens, self.token_norm[...], eps), joined(before, eps)], axis=-1)
