@@ -15,21 +15,26 @@ from contextlib import contextmanager
 import jax
 
 FLAG = "jax_disable_most_optimizations"
+_mixed = False  # whether an optimised module left programs of the other kind, whose bits may differ
 
 
 def optimize(yes: bool) -> None:
     """How all is compiled from now on, here and in processes started from here; programs of the other kind go."""
+    global _mixed
     os.environ[FLAG.upper()] = str(int(not yes))
-    if jax.config.read(FLAG) == yes:
+    if jax.config.read(FLAG) == yes or _mixed:
         jax.config.update(FLAG, not yes)
         jax.clear_caches()
+        _mixed = False
 
 
 @contextmanager
 def lightly_compiled() -> Iterator[None]:
     """Within an optimised module, for programs that no other part of it runs."""
+    global _mixed
     before = jax.config.read(FLAG)
     jax.config.update(FLAG, True)
+    _mixed = _mixed or not before
     try:
         yield
     finally:
