@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from dvi_jax.errors import UserError
+from dvi_jax.model.drafters import BlockDrafter
 from dvi_jax.model.layers import LoRA
 from dvi_jax.model.speculative_llama import SpeculativeLlama
 from dvi_jax.model.variables import DeepLoRA, ShallowLoRA
@@ -32,9 +34,12 @@ def inject_dual_lora(
     """Put lora_S of `rank_s` on every shallow matrix and lora_D of `rank_d` on every deep one, in place.
 
     Rank 0 leaves a set out; alpha defaults to the rank (scale 1). B starts at zero: output is unchanged until trained.
-    A lora_S in the shallow layers makes the trunk separate (see `SpeculativeLlama`). Returns `model`.
+    A lora_S in the shallow layers makes the trunk separate (see `SpeculativeLlama`); a block drafter's drafts do not go
+    through shallow layers, and such a trunk would lack them: `UserError`. Returns `model`.
     """
     llama = model.llama
+    if rank_s and isinstance(model.drafter, BlockDrafter):
+        raise UserError(f"drafter {model.drafter.kind} drafts whole blocks: it takes no lora_S in the shallow layers")
     for index, layer in enumerate(llama.layers):
         below = index < llama.exit_layer
         rank = rank_s if below else rank_d

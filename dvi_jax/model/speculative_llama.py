@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dvi_jax.errors import UserError
-from dvi_jax.model.drafters import BlockDrafter, Drafter, StepDrafter
+from dvi_jax.model.drafters import Drafter, StepDrafter
 from dvi_jax.model.llama import Llama
 from dvi_jax.model.variables import Base, DeepLoRA, DrafterParam, ShallowLoRA
 
@@ -29,12 +29,7 @@ class SpeculativeLlama(nnx.Module):
     """
 
     def __init__(self, llama: Llama, drafter: Drafter, *, separate_trunk: bool = False):
-        """Raises `UserError` for a step drafter without an exit layer, and for a block drafter with a trunk of its own.
-
-        The drafts of a block do not go through shallow layers, so that such a trunk would lack them.
-        """
-        if isinstance(drafter, BlockDrafter) and separate_trunk:
-            raise UserError(f"drafter {drafter.kind} drafts whole blocks: it takes no lora_S in the shallow layers")
+        """Raises `UserError` for a step drafter without an exit layer."""
         if isinstance(drafter, StepDrafter) and not llama.exit_layer:
             last = llama.config.num_layers - 1
             raise UserError(

@@ -64,4 +64,4 @@ def test_exit_layers(untrained):
         manifest = replace(untrained.manifest, drafter=kind, drafter_config={}, exit_layer=exit_layer, lora=lora)
         with pytest.raises(UserError, match=message):
             from_checkpoint(replace(untrained, manifest=manifest))
-    assert asked(kept_or_new_drafter(untrained, "medusa", {}, 1)) == ("medusa", {"heads": 4, "markov_rank": 0}, 1)
+    assert asked(kept_or_new_drafter(untrained, "medusa", {}, 1)) == ("medusa", {}, 1)
