@@ -125,7 +125,7 @@ def _timed(
 
 def _row(size: int, plan: str, generations: list[Generation], seconds: float, plain: Timed) -> dict[str, Any]:
     """What a plan came to, beside plain decoding."""
-    tokens, rounds = sum(len(g.new_ids) for g in generations), sum(g.rounds for g in generations)
+    tokens, rounds = sum(sum(g.accept_lengths) for g in generations), sum(g.rounds for g in generations)
     same = sum(a.new_ids == b.new_ids for a, b in zip(generations, plain[0], strict=True))
     return {
         "batch": size,
