@@ -37,6 +37,7 @@ MEASURED_TOKENS = 128  # room of a measured generation
 MEASURED_ROUNDS = 16  # of the shorter one on an accelerator, where rounds are short
 DRAFTS = (1, 2, 3, 5, 8)  # numbers of drafts to choose from
 TREES = (8, 16, 32)  # rows of trees to choose from, where a row's bits do not depend on how many there are
+MOST_ROUND_ROWS = 64  # of a batch: a round's products read the weights once for so many
 BRANCHES_SAVE = 0.4  # of the drafts that a chain has wrong, a tree is taken to have so many right until it is known
 
 
@@ -153,13 +154,16 @@ class PlanChooser:
 def options(model: LoadedModel, settings: DecodeConfig, batch: int) -> list[Option]:
     """Plain decoding, and plans of up to `draft_steps` drafts.
 
-    Where a row's bits depend on how many there are, each is as narrow as its plan allows, and none is a tree.
+    Where a row's bits depend on how many there are, each is as narrow as its plan allows, and none is a tree. Else all
+    have room for the widest, for which a step drafter's first pass pays: large batches draft little anyway.
     """
     most = min(settings.draft_steps, model.max_drafts or MOST_DRAFTS)
+    alike = rows_alike(batch * 2, model.config, model.manifest.dtype)
+    if alike:
+        most = min(most, max(MOST_ROUND_ROWS // batch - 1, 1))
     plans = [PLAIN, *(plan_for(n, drafts_blocks=model.drafts_blocks) for n in DRAFTS if n <= most)]
-    alike = rows_alike(batch * (most + 1), model.config, model.manifest.dtype)
     for tree in (Plan("tree", rows) for rows in TREES):
-        if tree.drafts <= most and rows_alike(batch * tree.rows, model.config, model.manifest.dtype):
+        if alike and tree.drafts <= most and batch * tree.rows <= MOST_ROUND_ROWS:
             plans.append(tree)
     return [Option(plan, most + 1 if alike else plan.rows) for plan in plans]
 

@@ -83,8 +83,10 @@ def test_what_there_is_to_choose_from(make_tiny, monkeypatch):
     half = replace(model, config=SHAPES["smollm2"], manifest=replace(model.manifest, dtype="bfloat16"))
     chains, trees = [Plan("chain", n) for n in (1, 2, 3)], [Plan("tree", rows) for rows in (8, 16, 32)]
     assert options(half, SETTINGS, 1) == [Option(plan, 5) for plan in (PLAIN, *chains, *trees)]
-    assert options(half, replace(SETTINGS, draft_steps=2), 16)[-1] == Option(Plan("tree", 8), 3)  # 256 rows in all
-    assert options(half, replace(SETTINGS, draft_steps=2), 33)[-1] == Option(Plan("chain", 2), 3)
+    two = replace(SETTINGS, draft_steps=2)
+    assert options(half, two, 8)[-1] == Option(Plan("tree", 8), 3)  # 64 rows in all
+    assert options(half, two, 16)[-1] == Option(Plan("chain", 2), 3)
+    assert options(half, two, 33) == [Option(PLAIN, 2), Option(Plan("chain", 1), 2)]
 
 
 def test_a_tree_is_taken_to_be_better_than_a_chain_until_it_is_known():
