@@ -95,9 +95,7 @@ def plan_for(draft_steps: int, *, drafts_blocks: bool) -> Plan:
 
 def check_plan(plan: Plan, drafter: str, *, drafts_blocks: bool, max_drafts: int | None) -> None:
     """Raise `UserError` for a plan that a drafter of this kind cannot follow."""
-    if plan.kind in ("plain", "tree"):
-        return
-    if (plan.kind == "block") != drafts_blocks:
+    if plan.kind not in ("plain", "tree") and (plan.kind == "block") != drafts_blocks:
         right = "block:N or tree:ROWS" if drafts_blocks else "chain:N, tree:ROWS or early-exit:N"
         raise UserError(f"plan {plan}: drafter {drafter} takes {right}")
     if max_drafts is not None and plan.drafts > max_drafts:

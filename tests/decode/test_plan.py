@@ -8,7 +8,7 @@ import pytest
 
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.batch import check_rows, choose_plan
-from dvi_jax.decode.plan import PLAIN, Plan, plan_for, row_class, rows_alike
+from dvi_jax.decode.plan import PLAIN, Plan, check_plan, plan_for, row_class, rows_alike
 from dvi_jax.errors import UserError
 from dvi_jax.presets import SHAPES
 
@@ -93,3 +93,13 @@ def test_how_many_rows_a_tree_may_have(make_tiny, monkeypatch):
     check_rows(half, Plan("tree", 64), 4)
     with pytest.raises(UserError, match="tree:64: 5 such trees have more rows"):
         check_rows(half, Plan("tree", 64), 5)
+
+
+def test_a_drafter_follows_no_plan_of_more_drafts_than_it_makes():
+    """A tree's longest path counts, not its rows."""
+    check_plan(Plan("tree", 16), "medusa", drafts_blocks=True, max_drafts=3)
+    for plan in (Plan("tree", 16), Plan("block", 3)):
+        with pytest.raises(UserError, match=f"plan {plan}: drafter medusa drafts at most 2"):
+            check_plan(plan, "medusa", drafts_blocks=True, max_drafts=2)
+    with pytest.raises(UserError, match="plan chain:2: drafter medusa takes block:N or tree:ROWS"):
+        check_plan(Plan("chain", 2), "medusa", drafts_blocks=True, max_drafts=4)
