@@ -35,7 +35,8 @@ def draw(result: Any, path: Path) -> list[Path]:
     if "overall" in keys:
         settings = result["settings"]
         stop = "adaptive" if settings.get("draft_cost") else f"threshold {settings['threshold']:g}"
-        name = f"{settings['drafter']}, {settings['draft_steps']} drafts, {stop}"
+        how = settings.get("plan") or f"{settings['draft_steps']} drafts"
+        name = f"{settings['drafter']}, {how}, {stop}"
         plot_comparison({name: result}, picture)
     elif "stages" in keys:
         distill_curve.draw(result["stages"], picture)
