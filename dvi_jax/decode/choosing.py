@@ -30,7 +30,7 @@ from dvi_jax.loading import LoadedModel
 
 STRETCH = 64  # rounds until the first choice; twice as many until the next, and so on
 MEMORY = 0.995  # what a round still counts for after the next
-PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0  # of the first draft, and the drafts that it counts for
+PRIOR_RATE, PRIOR_WEIGHT = 0.45, 2.0  # of the first draft, a weak drafter's, and the drafts that it counts for
 RETRY = 8  # generations that draft nothing until one tries again, at least
 MOST_LOSS = 0.02  # share of the time that trying again may cost where it is in vain
 MEASURED_TOKENS = 128  # room of a measured generation

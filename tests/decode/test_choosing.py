@@ -27,13 +27,13 @@ def chooser(costs, model=None):
 def test_expected_tokens_by_hand():
     acceptance = Acceptance()
     assert acceptance.tokens(0) == 1
-    assert acceptance.tokens(2) == pytest.approx(1 + 0.6 + 0.36)  # the prior alone
+    assert acceptance.tokens(2) == pytest.approx(1 + 0.45 + 0.45**2)  # the prior alone
     acceptance.add([1], [2])  # one draft judged, and wrong
-    first = (0 + 2 * 0.6) / (1 + 2)
+    first = (0 + 2 * 0.45) / (1 + 2)
     assert acceptance.tokens(1) == pytest.approx(1 + first)
     acceptance.add([3, 5, 1], [2, 0, 0])  # both right; rounds that draft nothing do not count
     faded = choosing.MEMORY
-    first = (1 + 2 * 0.6) / (faded + 1 + 2)
+    first = (1 + 2 * 0.45) / (faded + 1 + 2)
     second = (1 + 2 * first) / (1 + 2)
     assert acceptance.tokens(2) == pytest.approx(1 + first + first * second)
 
