@@ -222,7 +222,7 @@ def show_kept_drafter(checkpoint: Path, prompts: Sequence[list[int]], console: C
     timing = compare(model, prompts, KEPT_SETTINGS, max(map(len, prompts)))
     say(
         console,
-        f"With the drafter kept in this repository (trained on 82 million tokens), {len(prompts)} of these prompts:"
+        f"With the drafter kept in this repository (trained on 100 million tokens), {len(prompts)} of these prompts:"
         f" {timing.tokens / timing.rounds:.2f} tokens per round, plain {timing.plain_rate:.1f}, speculative"
         f" {timing.fast_rate:.1f} tokens per second, {timing.identical} of {len(prompts)} outputs identical",
     )
