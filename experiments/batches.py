@@ -109,7 +109,7 @@ def _timed(
 ) -> Timed:
     """All batches, one after the other; the first repetition compiles, and lets a chooser learn."""
     generations: list[Generation] = []
-    seconds: list[list[float]] = []
+    seconds: list[list[float]] = [[] for _ in batches]
     for repeat in range(options.repeats + 1):
         generations = []
         for number, batch in enumerate(batches):
@@ -118,7 +118,6 @@ def _timed(
             )
             generations += found
             if repeat:
-                seconds += [[]] if repeat == 1 else []
                 seconds[number].append(took)
     return generations, sum(statistics.median(times) for times in seconds)
 

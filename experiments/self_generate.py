@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     replies = [reply for batch in journal.kept() for reply in batch]
     packed = pack_whole(replies, options.row_length, model.config.vocab_size)
     packed.save(options.out)
-    journal.clear(finished=len(journal) == len(batches))
+    if len(journal) == len(batches):
+        journal.clear()
     rows, share = len(packed.tokens), packed.mask.mean()
     print(f"{options.out}: {len(replies)} replies in {rows} rows of {options.row_length}, {share:.0%} reply tokens")
     return 0
@@ -128,10 +129,9 @@ class Journal:
             replies = np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])
             yield [(ids.tolist(), int(count)) for ids, count in zip(replies, arrays["prompts"], strict=True)]
 
-    def clear(self, *, finished: bool) -> None:
-        """Remove the folder once nothing is missing."""
-        if finished:
-            shutil.rmtree(self.folder)
+    def clear(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{self.prefix}{number:06}.npz"

@@ -10,6 +10,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dvi_jax.errors import UserError
+
+
+def check_taps(taps: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """`taps` as a tuple; `UserError` where they are not ascending layers of a model that has so many."""
+    last = num_layers - 1
+    if list(taps) != sorted(set(taps)) or not all(1 <= tap <= last for tap in taps):
+        raise UserError(f"taps must be ascending layer numbers between 1 and {last}, got {list(taps)}")
+    return tuple(taps)
+
 
 class Features(NamedTuple):
     """The verifier's states of rows, [B, T, ...]. They flow as one through decoding, prefill, replay and learning."""

@@ -17,6 +17,7 @@ from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import UserError
 from dvi_jax.model import attention, decode_attention, decode_products
 from dvi_jax.model.attention import AnyCache, Caches
+from dvi_jax.model.features import check_taps
 from dvi_jax.model.layers import Block
 from dvi_jax.model.products import linear
 from dvi_jax.model.residual import Residual
@@ -85,11 +86,9 @@ class Llama(nnx.Module):
             raise UserError(
                 f"exit_layer must be between 1 and {last} for a model of {config.num_layers} layers, got {exit_layer}"
             )
-        if list(taps) != sorted(set(taps)) or not all(1 <= tap <= last for tap in taps):
-            raise UserError(f"taps must be ascending layer numbers between 1 and {last}, got {list(taps)}")
         self.config = config
         self.exit_layer = exit_layer
-        self.taps = taps
+        self.taps = check_taps(taps, config.num_layers)
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         self.embed = Base(base["embed"])
         self.layers = nnx.List(

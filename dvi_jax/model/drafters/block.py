@@ -25,10 +25,10 @@ from dvi_jax.model.attention import LayerCache
 from dvi_jax.model.decode_products import round_linear
 from dvi_jax.model.drafters import layer
 from dvi_jax.model.drafters.base import BlockDrafter, Committed, Origin
-from dvi_jax.model.drafters.inner import check_taps, joined, spread_taps
+from dvi_jax.model.drafters.inner import joined, spread_taps
 from dvi_jax.model.drafters.layer import DraftLayer, Geometry, LayerWeights, Product, random_matrix
-from dvi_jax.model.drafters.unrolled import attend_blocks
-from dvi_jax.model.features import Features
+from dvi_jax.model.drafters.unrolled import attend_blocks, later
+from dvi_jax.model.features import Features, check_taps
 from dvi_jax.model.products import linear
 from dvi_jax.model.residual import rms_norm
 from dvi_jax.model.variables import DrafterParam
@@ -62,7 +62,7 @@ class ContextBlock(BlockDrafter):
         config = origin.config
         self.options, self.architecture = options, config
         self.max_drafts = options.block
-        self.taps = check_taps(options.taps, config) or spread_taps(config)
+        self.taps = check_taps(options.taps, config.num_layers) or spread_taps(config)
         d, vocabulary, rank = config.hidden_size, config.vocab_size, options.markov_rank
         keys = jax.random.split(origin.key, 5 + options.layers)
         self.layers = nnx.List([DraftLayer(config, jax.random.split(key, 4)) for key in keys[5:]])
@@ -106,7 +106,7 @@ class ContextBlock(BlockDrafter):
 
     def unroll(self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int) -> list[jax.Array]:
         geometry, eps = Geometry.of(self.architecture), self.architecture.rms_norm_eps
-        context = linear(*self._joined(hidden, jax.tree.map(lambda x: _later(x, 1), features)))
+        context = linear(*self._joined(hidden, jax.tree.map(lambda x: later(x, 1), features)))
         x = context[:, :, None] + self.places[...].astype(hidden.dtype)  # [B, T, J, D], by the token they follow
         rope = geometry.rope(positions), geometry.rope(self._block_positions(positions))
         # What is between two layers is kept, what is inside is computed again going backward.
@@ -114,7 +114,7 @@ class ContextBlock(BlockDrafter):
         for own, (key, value) in zip(self.layers, self._context_heads(context, rope[0]), strict=True):
             x = run(x, key, value, LayerWeights.of(own, hidden.dtype), rope[1])
         drafts = rms_norm(x, self.norm[...], eps)
-        return [_later(drafts[:, :, j], j) for j in range(self.options.block)]
+        return [later(drafts[:, :, j], j) for j in range(self.options.block)]
 
     def corrected(
         self, logits: jax.Array, draft_hidden: jax.Array, previous: jax.Array, vocabulary: jax.Array | None
@@ -173,8 +173,3 @@ def _unrolled_layer(
     query, own_key, own_value = layer.queries_keys_values(flat, weights, geometry, rope)
     mixed = attend_blocks(query, key, value, own_key, own_value)
     return layer.after_attention(flat, mixed, weights, geometry.eps).reshape(x.shape)
-
-
-def _later(x: jax.Array, by: int) -> jax.Array:
-    """x [B, T, ...] moved `by` positions later, zeros in front."""
-    return jnp.pad(x, ((0, 0), (by, 0), *[(0, 0)] * (x.ndim - 2)))[:, : x.shape[1]]

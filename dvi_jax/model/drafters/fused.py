@@ -20,9 +20,10 @@ from dvi_jax.model.attention import LayerCache
 from dvi_jax.model.decode_products import round_linear
 from dvi_jax.model.drafters import layer
 from dvi_jax.model.drafters.base import Committed, Origin, StepDrafter
-from dvi_jax.model.drafters.inner import check_taps, joined
+from dvi_jax.model.drafters.inner import joined
 from dvi_jax.model.drafters.layer import DraftLayer, Geometry, LayerWeights, Product, random_matrix
-from dvi_jax.model.features import Features
+from dvi_jax.model.drafters.unrolled import later
+from dvi_jax.model.features import Features, check_taps
 from dvi_jax.model.products import linear
 from dvi_jax.model.residual import rms_norm
 from dvi_jax.model.variables import DrafterParam
@@ -48,7 +49,7 @@ class Fused(StepDrafter, DraftLayer):
         DraftLayer.__init__(self, config, layer_keys)
         self.options = options
         self.architecture = config
-        self.taps = check_taps(options.taps, config)
+        self.taps = check_taps(options.taps, config.num_layers)
         self.fuse = DrafterParam(random_matrix(fuse_key, d, 2 * d))
         if self.taps:
             key = jax.random.fold_in(origin.key, 1)
@@ -88,7 +89,7 @@ class Fused(StepDrafter, DraftLayer):
         context = self._seen(features)  # of the position before: the verifier's, then the drafter's own
         weights, geometry = self._weights(hidden), Geometry.of(self.architecture)
         for _ in range(steps):
-            x = linear(*self._fusion(hidden, _shift(context, 1)))
+            x = linear(*self._fusion(hidden, later(context, 1)))
             query, key, value = self._heads(x, positions)
             cached.append((key, value))
             x = layer.after_attention(x, _attend_unrolled(query, cached, positions), weights, geometry.eps)
@@ -131,13 +132,6 @@ class Fused(StepDrafter, DraftLayer):
         return LayerWeights.of(self, like.dtype)
 
 
-def _shift(x: jax.Array, by: int, axis: int = 1) -> jax.Array:
-    """x moved `by` positions later along `axis`, zeros in front."""
-    moved = jnp.roll(x, by, axis=axis)
-    index = jnp.arange(x.shape[axis]).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-    return jnp.where(index < by, 0, moved)
-
-
 def _attend_unrolled(query: jax.Array, cached: list[tuple[jax.Array, jax.Array]], positions: jax.Array) -> jax.Array:
     """Attention of draft step j = len(cached) - 1 as decoding will see it. query [B, T, N, H]; key, value [B, K, T, H].
 
@@ -150,7 +144,7 @@ def _attend_unrolled(query: jax.Array, cached: list[tuple[jax.Array, jax.Array]]
     distance = positions[:, :, None] - positions[:, None, :]
     scores = attention.wide_einsum("btkgh,bksh->bkgts", grouped, cached[0][0])
     scores = jnp.where((distance >= step)[:, None, None], scores, -jnp.inf)
-    own = [(_shift(k, step - i, axis=2), _shift(v, step - i, axis=2)) for i, (k, v) in enumerate(cached) if i]
+    own = [(later(k, step - i, axis=2), later(v, step - i, axis=2)) for i, (k, v) in enumerate(cached) if i]
     recent = [attention.wide_einsum("btkgh,bkth->bkgt", grouped, k) for k, _ in own]
     scores = jnp.concatenate([scores, *(r[..., None] for r in recent)], axis=-1) / math.sqrt(size)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from dvi_jax.config import LlamaConfig
-from dvi_jax.errors import UserError
 from dvi_jax.model.features import Features
 from dvi_jax.model.residual import rms_norm
 
@@ -19,14 +18,6 @@ def spread_taps(config: LlamaConfig) -> tuple[int, ...]:
     """Up to four layers from low to high, for a drafter that names none."""
     last = config.num_layers - 1
     return tuple(sorted({min(max(round(share * config.num_layers), 1), last) for share in (0.07, 0.3, 0.53, 0.77)}))
-
-
-def check_taps(taps: tuple[int, ...], config: LlamaConfig) -> tuple[int, ...]:
-    """`taps` as a tuple; `UserError` where they are not ascending layers of the model."""
-    last = config.num_layers - 1
-    if list(taps) != sorted(set(taps)) or not all(1 <= tap <= last for tap in taps):
-        raise UserError(f"taps must be ascending layer numbers between 1 and {last}, got {list(taps)}")
-    return tuple(taps)
 
 
 def joined(features: Features, eps: float) -> jax.Array:

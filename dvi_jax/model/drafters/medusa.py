@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dvi_jax.model.drafters.base import BlockDrafter, Committed, Origin
+from dvi_jax.model.drafters.unrolled import later
 from dvi_jax.model.features import Features
 from dvi_jax.model.products import linear
 from dvi_jax.model.variables import DrafterParam
@@ -57,7 +58,7 @@ class Medusa(BlockDrafter):
     def unroll(self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int) -> list[jax.Array]:
         # Draft j at row t was made j + 1 rows before, when row t - j was the anchor.
         heads = self._heads(features.final)
-        return [jnp.pad(x, ((0, 0), (j + 1, 0), (0, 0)))[:, : x.shape[1]] for j, x in enumerate(heads)]
+        return [later(x, j + 1) for j, x in enumerate(heads)]
 
     def corrected(
         self, logits: jax.Array, draft_hidden: jax.Array, previous: jax.Array, vocabulary: jax.Array | None

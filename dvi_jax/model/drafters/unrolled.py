@@ -1,4 +1,4 @@
-"""Attention of blocks that begin at every position, for learning: the scores of all are never in memory at once.
+"""What drafters share that are unrolled over all positions for learning: shifts, and attention of blocks.
 
 Letters: B batch, T positions, J rows of a block, N query heads, K KV heads, G = N/K, H head size.
 """
@@ -15,11 +15,18 @@ from dvi_jax.model.attention import wide_einsum
 POSITIONS_AT_ONCE = 128  # whose blocks' scores are in memory
 
 
+def later(x: jax.Array, by: int, axis: int = 1) -> jax.Array:
+    """x moved `by` positions later along `axis`, zeros in front."""
+    moved = jnp.pad(x, [(by, 0) if i == axis else (0, 0) for i in range(x.ndim)])
+    return jax.lax.slice_in_dim(moved, 0, x.shape[axis], axis=axis)
+
+
 def attend_blocks(
     query: jax.Array, key: jax.Array, value: jax.Array, own_key: jax.Array, own_value: jax.Array
 ) -> jax.Array:
     """Row j of the block behind position t sees the context up to t, and its block's rows up to itself.
 
+    The scores of all are never in memory at once.
     query [B, T*J, N, H]; context key, value [B, K, T, H]; the blocks' own [B, K, T*J, H] -> [B, T*J, N*H].
     """
     batch, rows, heads, size = query.shape
