@@ -1,6 +1,7 @@
 """The checkpoint directory: what is in it, writing it whole or not at all, and reading it with every shape checked.
 
-    config.json  tokenizer.json  chat_template.jinja  special_tokens_map.json  base/  drafter/  lora/  MANIFEST.json
+    config.json  tokenizer.json  chat_template.jinja  special_tokens_map.json  draft_vocabulary.json
+    base/  drafter/  lora/  MANIFEST.json
 
 `base/`, `drafter/` and `lora/` are orbax checkpoints of plain nested dicts with string keys and restore without this
 package. MANIFEST.json also holds the SHA-256 of every file, which reading verifies; take its `checksums` out to use
@@ -33,6 +34,7 @@ from dvi_jax.settings import MOST_MESSAGE, from_dict, require
 FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
+DRAFT_VOCABULARY = "draft_vocabulary.json"  # a list of token ids
 DTYPES = ("float32", "bfloat16")
 LORA_OPTIONS = {"rank_s", "rank_d", "alpha_s", "alpha_d"}
 MOST_OPTION = 4096  # a rank, a number of heads: a manifest alone must not make anything allocate
@@ -84,6 +86,7 @@ class Checkpoint:
     tokenizer_json: str | None = None
     chat_template: str | None = None
     special_tokens: dict[str, str] | None = None  # what templates know as `eos_token` and so on; "" for none
+    draft_vocabulary: tuple[int, ...] | None = None  # the only tokens that its drafter drafts, None for all
 
 
 class Changes(TypedDict, total=False):
@@ -92,6 +95,7 @@ class Changes(TypedDict, total=False):
     manifest: Manifest
     drafter: dict[str, Any] | None
     lora: dict[str, Any] | None
+    draft_vocabulary: tuple[int, ...] | None
 
 
 def write_checkpoint(
@@ -105,6 +109,7 @@ def write_checkpoint(
     tokenizer_json: str | None = None,
     chat_template: str | None = None,
     special_tokens: dict[str, str] | None = None,
+    draft_vocabulary: tuple[int, ...] | None = None,
 ) -> None:
     """Write a checkpoint directory at `path`, which must not exist or be empty; a failure leaves nothing there."""
     texts = {
@@ -112,6 +117,7 @@ def write_checkpoint(
         "tokenizer.json": tokenizer_json,
         "chat_template.jinja": chat_template,
         SPECIAL_TOKENS: json.dumps(special_tokens, ensure_ascii=False, indent=1) if special_tokens else None,
+        DRAFT_VOCABULARY: json.dumps(draft_vocabulary) if draft_vocabulary else None,
     }
     with new_directory(path) as partial:
         for name, text in texts.items():
@@ -147,6 +153,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         _read_optional(path / "tokenizer.json"),
         _read_optional(path / "chat_template.jinja"),
         _read_special_tokens(path / SPECIAL_TOKENS),
+        read_draft_vocabulary(path),
     )
 
 
@@ -163,7 +170,22 @@ def rewrite_checkpoint(checkpoint: Checkpoint, path: str | Path, **changes: Unpa
         tokenizer_json=new.tokenizer_json,
         chat_template=new.chat_template,
         special_tokens=new.special_tokens,
+        draft_vocabulary=new.draft_vocabulary,
     )
+
+
+def read_draft_vocabulary(directory: Path) -> tuple[int, ...] | None:
+    """The only tokens that the drafter of a directory drafts, None for all."""
+    path = directory / DRAFT_VOCABULARY
+    return read_token_ids(path) if path.exists() else None
+
+
+def read_token_ids(path: Path) -> tuple[int, ...]:
+    """A JSON list of token ids; anything else is a `UserError`."""
+    ids = read_json(path)
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise UserError(f"{path} must be a JSON list of token ids")
+    return tuple(ids)
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -42,7 +42,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan",
         metavar="PLAN",
-        help="how rounds draft: auto, plain, chain:N, block:N, tree:ROWS or early-exit:N (default: by device)",
+        help="how rounds draft: auto, plain, chain:N, block:N, tree:ROWS[xLEVELS] or early-exit:N (default: by device)",
     )
     parser.add_argument(
         "--threshold", type=float, default=defaults.threshold, metavar="TAU", help="stop after a less probable draft"

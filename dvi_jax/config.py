@@ -259,6 +259,7 @@ class DistillConfig:
     drafter: str = "fused"  # replaces an untrained drafter of the checkpoint, or one of another kind
     drafter_options: dict[str, Any] = field(default_factory=dict, hash=False)  # of a new drafter
     exit_layer: int | None = None  # of a new drafter; None: the checkpoint's
+    draft_vocabulary: int = 0  # most frequent tokens of the data, the only ones a new drafter drafts; 0: all
     tokens: int = 30_000_000  # of text in all, repetitions included
     row_length: int = 512  # tokens of a row
     batch_rows: int = 32  # rows of an update
@@ -284,6 +285,7 @@ class DistillConfig:
         require(self.targets in ("verifier", "log"), "targets", self.targets, "verifier or log")
         require(self.shallow_rank >= 0, "shallow_rank", self.shallow_rank, "0 or above")
         require(self.lr > 0, "lr", self.lr, "above 0")
+        require(self.draft_vocabulary >= 0, "draft_vocabulary", self.draft_vocabulary, "0 or above")
         counts = ("tokens", "row_length", "batch_rows", "unroll_steps", "eval_rows", "log_every", "save_every")
         for name in (*counts, "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")

@@ -55,7 +55,8 @@ def trained(request, plain, tmp_path_factory):
     model = load(out / "untrained")
     parts = jax.tree.map(lambda x: np.asarray(x + 0.25), trained_parts(model.params))
     manifest = replace(manifest, drafter_config=model.manifest.drafter_config)
-    rewrite_checkpoint(checkpoint, out / "checkpoint", manifest=manifest, **parts)
+    few = (3, 5, 8) if request.param == "fused" else None
+    rewrite_checkpoint(checkpoint, out / "checkpoint", manifest=manifest, draft_vocabulary=few, **parts)
     return out / "checkpoint"
 
 
@@ -93,6 +94,7 @@ def test_a_drafter_survives_export_and_import(trained, tmp_path):
         assert_equal(second.drafter, first.drafter)
         assert_equal(second.lora or {}, first.lora or {})
         assert_equal(second.base, first.base)
+        assert second.draft_vocabulary == first.draft_vocabulary
         same = {"source": "", "source_sha256": ""}
         assert replace(second.manifest, **same) == replace(first.manifest, **same)
         load(second.path)
@@ -110,6 +112,7 @@ def test_all_forms_are_lent_to_the_same_weights_alone(trained, plain, tmp_path):
         assert lent.manifest.drafter == first.manifest.drafter
         assert (lent.manifest.source, lent.manifest.dtype) == ("source", "float32")
         assert flat(lent.drafter).keys() == flat(first.drafter).keys()
+        assert lent.draft_vocabulary == first.draft_vocabulary
     other = replace(receiver, base={**receiver.base, "norm": receiver.base["norm"] * 2}, path=tmp_path)
     other = replace(other, manifest=replace(other.manifest, base_sha256=hash_base(other.base)))
     with pytest.raises(UserError, match="another model than source by their weights; --any-drafter takes it"):

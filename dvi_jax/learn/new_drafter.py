@@ -44,7 +44,7 @@ def matching_or_new_drafter(
     same_kind = manifest.drafter == kind and exit_layer in (None, manifest.exit_layer)
     if checkpoint.drafter is not None and same_kind and manifest.drafter_config == manifest.drafter_config | options:
         return checkpoint
-    new = with_new_drafter(checkpoint, kind, options, exit_layer)
+    new = replace(with_new_drafter(checkpoint, kind, options, exit_layer), draft_vocabulary=None)
     lora = {"rank_s": shallow_rank, "rank_d": 0} if shallow_rank else {}
     return replace(new, manifest=replace(new.manifest, training_step=0, lora=lora), drafter=None, lora=None)
 

@@ -99,6 +99,9 @@ class OfflineRun(Run[DistillState, list[float]]):
         # What programs are compiled for: the same for every run in this process that differs in its directory alone.
         self.compiled_for = replace(config, checkpoint="", out="", data=(), drafter_options={})
         self.data, self.held_out = read_data(config, checkpoint).hold_out(config.eval_rows)
+        if config.draft_vocabulary and checkpoint.drafter is None:
+            ids, _ = self.data.frequent_tokens(config.draft_vocabulary)
+            checkpoint = replace(checkpoint, draft_vocabulary=tuple(ids.tolist()))
         super().__init__(checkpoint, from_checkpoint(checkpoint, seed=config.seed), directory, config.rollback)
         self.seconds = 0.0
 

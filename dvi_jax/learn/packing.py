@@ -42,6 +42,13 @@ class Packed:
         """Write a compressed .npz."""
         np.savez_compressed(path, tokens=self.tokens, mask=np.packbits(self.mask, axis=1))
 
+    def frequent_tokens(self, most: int) -> tuple[np.ndarray, float]:
+        """Ids of the most frequent tokens that an assistant wrote, at most so many, and their share of all these."""
+        counts = np.bincount(self.tokens[self.mask])
+        chosen = np.argsort(-counts, kind="stable")[:most]
+        chosen = chosen[counts[chosen] > 0]
+        return np.sort(chosen), float(counts[chosen].sum() / max(counts.sum(), 1))
+
 
 def pack(sequences: Iterable[tuple[Sequence[int], Sequence[bool]]], row_length: int, vocab_size: int) -> Packed:
     """Pack (ids, mask) pairs; the last, incomplete row is left out."""

@@ -68,6 +68,26 @@ def test_loss_is_the_weighted_kl(fused, monkeypatch):
         np.testing.assert_allclose(metrics["verifier_ce"], -(observed * weight).sum() / weight.sum(), rtol=1e-4)
 
 
+def test_a_draft_vocabulary_weighs_positions_by_what_it_holds(fused):
+    """Sum over its tokens of p log(p / q), where q is over them alone, less the constant that p's own share makes."""
+    ids = list(range(0, 64, 3))
+    module = join(fused.definition, fused.params)
+    module.restrict_drafts(ids)
+    positions = jnp.broadcast_to(jnp.arange(9), (3, 9))
+    hidden, _, _ = module.llama.shallow(TOKENS, None, positions)
+    final, _, _ = module.llama.deep(hidden, None, positions)
+    head = np.asarray(module.llama.head_weight(), np.float64)
+    log_p = log_softmax(np.asarray(final, np.float64) @ head.T)
+    log_q = log_softmax(np.asarray(module.drafter.unroll(hidden, Features(final), positions, 1)[0]) @ head[ids].T)
+    share = np.exp(log_p[..., ids]).sum(-1, keepdims=True)
+    terms = (np.exp(log_p[..., ids]) * (log_p[..., ids] - np.log(share) - log_q)).sum(-1)
+    weight = np.asarray(MASK)[:, 1:]
+    metrics = distill_metrics(*split(module), TOKENS, MASK, config=replace(CONFIG, unroll_steps=1))
+    np.testing.assert_allclose(metrics["kl"][0], (terms[:, :-1] * weight).sum() / weight.sum(), rtol=1e-4)
+    agreed = np.asarray(ids)[log_q.argmax(-1)] == log_p.argmax(-1)
+    np.testing.assert_allclose(metrics["agreement"][0], (agreed[:, :-1] * weight).sum() / weight.sum(), rtol=1e-4)
+
+
 @pytest.mark.parametrize(("drafter", "mix"), [("fused", (0.0, 0.9, 0.1)), ("block", (0.7, 0.0, 0.3))])
 def test_the_gradient_is_that_of_the_loss(make_tiny, train_noise, monkeypatch, drafter, mix):
     """Against jax.grad of the loss written out, with total variation and cross-entropy too."""
@@ -304,9 +324,15 @@ def test_tokens_per_second_count_the_device(own_text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(offline.jax, "block_until_ready", wait)
     monkeypatch.setattr(offline.time, "perf_counter", lambda: now[0])
-    config = replace(own_text, out=str(tmp_path / "run"), log_every=5)
+    config = replace(own_text, out=str(tmp_path / "run"), log_every=5, draft_vocabulary=20)
     told = []
     result = train_offline(config, report=lambda kind, record: told.append(record) if kind == "train" else None)
     per_log = 5 * config.batch_rows * config.row_length
     assert [record["tokens_per_second"] for record in told] == [pytest.approx(per_log / 10)] * 12
     assert result.seconds == 120.0
+    learned, _ = load_packed(config.data).hold_out(config.eval_rows)
+    often = np.bincount(learned.tokens.ravel(), minlength=64)
+    chosen = read_checkpoint(result.checkpoint).draft_vocabulary  # the most frequent tokens stay with the drafter
+    assert len(chosen) == 20
+    assert often[list(chosen)].min() >= np.delete(often, chosen).max()
+    assert load(result.checkpoint).params.base["draft_vocabulary"]["ids"].tolist() == list(chosen)
