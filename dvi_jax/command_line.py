@@ -60,14 +60,19 @@ def decode_settings(options: argparse.Namespace) -> DecodeConfig:
         drafts = drafts if options.draft_steps is None else options.draft_steps
     else:
         parsed = Plan.parse(options.plan)
-        plan, drafts = options.plan, parsed.drafts
-        if parsed.kind == "tree" and jax.default_backend() == "cpu":
-            drafts = min(parsed.rows - 1, MOST_DRAFTS)  # there a tree has no more rows than a chain would have
+        plan, drafts = options.plan, drafts_of(parsed)
         if options.draft_steps not in (None, drafts):
             raise UserError(f"--plan {plan} says how far a round drafts: leave out --draft-steps {options.draft_steps}")
     return DecodeConfig(
         draft_steps=drafts, plan=plan, threshold=options.threshold, max_new_tokens=options.max_new_tokens
     )
+
+
+def drafts_of(plan: Plan) -> int:
+    """The `draft_steps` of a generation that follows a plan on this device."""
+    if plan.kind == "tree" and jax.default_backend() == "cpu":
+        return min(plan.rows - 1, MOST_DRAFTS)  # there a tree has no more rows than a chain would have
+    return plan.drafts
 
 
 def load_model(options: argparse.Namespace) -> LoadedModel:
