@@ -23,14 +23,10 @@ from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import Params, split
 from dvi_jax.presets import TINY
 from experiments.tiny import byte_tokenizer_json, write_questions, write_tiny_model
-from tests.compiling import optimize
+from tests.compiling import begin, optimize
 
 GOLDEN = Path(__file__).parent / "golden"
-# Nearly all the time of the suite goes into compiling: one piece for each program, not 32, is less of it, and so are
-# loops that are vectors but not unrolled. Neither changes what is computed in which order; jax reads this when it first
-# compiles, as do the processes that tests start.
-QUICKER = "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_extra_options=xla_cpu_disable_loop_unrolling"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKER}".strip()
+begin()
 # Else jax has the path of the cache in the key of every program (as the place of a GPU's autotuning results), and
 # processes whose paths differ, as those of the workers do, would share nothing.
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
