@@ -53,12 +53,15 @@ def optimize(yes: bool) -> None:
 
 
 @contextmanager
-def lightly_compiled() -> Iterator[None]:
-    """Within an optimised module, for programs that no other part of it runs."""
+def lightly_compiled(*, weights: bool = False) -> Iterator[None]:
+    """Within an optimised module, for programs that no other part of it runs.
+
+    `weights`: they make random weights, whichever way they are compiled, so other modules may have them too.
+    """
     global _mixed
     before = jax.config.read(FLAG)
     jax.config.update(FLAG, True)
-    _mixed = _mixed or not before
+    _mixed = _mixed or not (before or weights)
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import Params, split
 from dvi_jax.presets import TINY
 from experiments.tiny import byte_tokenizer_json, write_questions, write_tiny_model
-from tests.compiling import begin, optimize
+from tests.compiling import begin, lightly_compiled, optimize
 
 GOLDEN = Path(__file__).parent / "golden"
 begin()
@@ -37,16 +37,21 @@ gc.set_threshold(20_000, 20, 20)
 
 
 def tiny_model(
-    dtype: str = "float32", seed: int = 0, lora: dict | None = None, model_type: str = "llama"
+    dtype: str = "float32",
+    seed: int = 0,
+    lora: dict | None = None,
+    model_type: str = "llama",
+    layers: int = TINY.num_layers,
 ) -> LoadedModel:
-    """A random model; matrices are wide enough apart that greedy tokens vary."""
-    config = replace(TINY, model_type=model_type)
-    base = random_base(config, jax.random.key(seed), jnp.dtype(dtype), std=0.3)
+    """A random model, half of it shallow; matrices are wide enough apart that greedy tokens vary."""
+    config = replace(TINY, model_type=model_type, num_layers=layers)
+    with lightly_compiled(weights=True):
+        base = random_base(config, jax.random.key(seed), jnp.dtype(dtype), std=0.3)
     manifest = Manifest(
         source="random",
         source_sha256="",
         dtype=dtype,
-        exit_layer=2,
+        exit_layer=layers // 2,
         drafter="exit_head",
         drafter_config={"rank": 4, "alpha": 4.0},
         lora=lora or {},
