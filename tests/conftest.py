@@ -74,26 +74,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--programs", metavar="DIR", help="keep compiled programs for the next run; without, all are new")
 
 
-# Modules that take more than half a minute, the longest first: a worker must not be left alone with one at the end.
+# Modules that take more than twenty seconds, the longest first: a worker must not be left alone with one at the end.
 LONG = (
     "contract/test_contract",
     "real/test_smollm2",
     "decode/test_lossless",
-    "decode/test_sampling",
     "decode/test_tree_sampling",
-    "decode/test_tree",
+    "decode/test_sampling",
     "decode/test_prefill",
     "learn/test_distill",
+    "learn/test_resume",
     "parity/test_random_models",
-    "model/test_tree_attention",
+    "contract/test_taps",
+    "decode/test_tree",
     "experiments/test_learning",
-    "decode/test_tree_drafting",
+    "conversion/test_command_line",
+    "experiments/test_kill",
+    "model/test_tree_attention",
     "parity/test_command_line",
     "experiments/test_demo",
     "learn/test_online_slow",
-    "experiments/test_kill",
     "decode/test_stream",
-    "model/test_round_kernels",
 )
 
 
