@@ -28,9 +28,6 @@ from tests.decode.distributions import (
     total_variation,
 )
 
-pytestmark = pytest.mark.optimized
-
-
 # The distribution of one token.
 
 
