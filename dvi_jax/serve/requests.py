@@ -98,6 +98,7 @@ class EngineStatus:
     accepted: tuple[int, ...] = field(default=())  # of those, accepted
     rounds: int = 0  # of all slots
     last_stretch: float = 0.0  # when the device last finished one, `time.monotonic` seconds
+    failure: str | None = None  # why the engine serves no more, in one line
 
 
 class RequestEngine(Protocol):
