@@ -186,8 +186,8 @@ class ScriptedEngine:
             stretches=counts.stretches + 1,
             rounds=counts.rounds + rounds,
             new_tokens=counts.new_tokens + sum(handle.statistics.new_tokens for handle in self.running) - before,
-            judged=(counts.judged[0] + rounds, counts.judged[1] + rounds, 0),
-            accepted=(counts.accepted[0] + rounds, 0, 0),
+            judged=(counts.judged[0] + rounds, counts.judged[1] + rounds, counts.judged[2]),
+            accepted=(counts.accepted[0] + rounds, *counts.accepted[1:]),
             last_stretch=time.monotonic(),
         )
         self.running = [handle for handle in self.running if not handle.over]
