@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import socket
 import subprocess
@@ -86,6 +87,25 @@ def test_metrics_move_by_what_was_served(served):
     assert moved("request_queue_time_seconds_count") == moved("request_tokens_per_round_count") == 3
     assert moved("inter_token_latency_seconds_count") == 2
     assert (sample(after, "slots"), sample(after, "num_requests_running")) == (4, 0)
+
+
+def test_what_the_docs_and_grafana_read_is_there(served):
+    served.http.post("/v1/completions", json=BODY)
+    served.idle()
+    there = set(re.findall(r"^(dvi_\w+)\{", served.http.get("/metrics").text, re.MULTILINE))
+    board = (ROOT / "docs" / "serving" / "grafana.json").read_text(encoding="utf-8")
+    shown = set(re.findall(r"dvi_\w+", board)) - {"dvi_jax"}
+    assert len(shown) >= 10
+    assert shown <= there
+    table = (
+        (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").partition("behind `dvi_`")[2].partition("\n\n")[0]
+    )
+    first = [row.split("|")[1] for row in table.splitlines()[2:]]
+    named = {f"dvi_{name}" for cell in first for name in re.findall(r"`(\w+)", cell)}
+    histograms = {name.removesuffix("_bucket") for name in there if name.endswith("_bucket")}
+    parts = {f"{name}_{part}" for name in histograms for part in ("bucket", "count", "sum")}
+    written = {name for name in there if not name.endswith("_created")} - parts | histograms
+    assert named == written
 
 
 def test_the_status_for_scripts(served):
