@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -63,7 +64,13 @@ class Serving:
         """`work` on a body in a thread; raises `RefusedError` for whatever it says of the request."""
         self._preparing += 1
         try:
-            return await anyio.to_thread.run_sync(work, content, self.served, limiter=self._limiter)
+            async with asyncio.timeout(self.settings.prepare_seconds):
+                # A thread that is given up ends on its own, and counts against the limit until then.
+                return await anyio.to_thread.run_sync(
+                    work, content, self.served, abandon_on_cancel=True, limiter=self._limiter
+                )
+        except TimeoutError as error:
+            raise busy("the server is busy: the body could not be read in time", 5, "busy") from error
         except UserError as error:
             raise as_refusal(error) from error
         finally:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
 import pytest
 
+from dvi_jax.data.tokenizer import Tokenizer
 from experiments.fuzz.bodies import cases, fault
+from tests.serve.live import live_server
+from tests.serve.scripted import ScriptedEngine
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -111,3 +117,18 @@ def test_damaged_and_invented_bodies(served):
         statuses.add(answer.status_code)
     assert {200, 400, 404, 415} <= statuses
     served.idle()
+
+
+def test_a_hostile_template_costs_its_own_requests_alone(tokenizer_json):
+    """It runs into its limits, which is one line; meanwhile others are answered."""
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = Tokenizer(tokenizer_json, loop)
+    with live_server(ScriptedEngine(tokenizer), tokenizer) as live, httpx.Client(base_url=live.url) as http:
+        with ThreadPoolExecutor() as pool:
+            hostile = [pool.submit(httpx.post, f"{live.url}/v1/chat/completions", json=CHAT) for _ in range(2)]
+            assert http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 2}).status_code == 200
+            assert not hostile[1].done()
+            answers = [each.result() for each in hostile]
+        for answer in answers:
+            assert answer.status_code == 400
+            assert "the chat template failed: it ran over its limits" in answer.json()["error"]["message"]
