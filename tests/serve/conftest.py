@@ -1,53 +1,67 @@
-"""A scripted engine behind a live server, and OpenAI's client in front of it: one of each for a module."""
+"""What the tests of serving share: a model that speaks bytes, and engines of one shape, compiled once."""
 
-from __future__ import annotations
+from dataclasses import replace
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-import httpx
-import openai
+import jax
+import jax.numpy as jnp
 import pytest
 
+from dvi_jax.checkpoint import Manifest
 from dvi_jax.data.tokenizer import Tokenizer
-from tests.serve.live import Live, live_server, until
-from tests.serve.scripted import ScriptedEngine
+from dvi_jax.loading import LoadedModel, build_model
+from dvi_jax.model.llama import random_base
+from dvi_jax.model.speculative_llama import split
+from dvi_jax.presets import TINY
+from dvi_jax.serve.engine import Engine
 
-
-@dataclass
-class Scripted:
-    """What tests of the server hold."""
-
-    engine: ScriptedEngine
-    live: Live
-    client: openai.OpenAI
-    http: httpx.Client
-
-    def idle(self) -> None:
-        """Wait until nothing runs, waits or is open."""
-        until(lambda: not (self.engine.running or self.engine.waiting or self.live.serving._open))
+SHAPE = {"slots": 4, "context": 96, "chunk": 16, "plan": "chain:2", "prefix_bytes": 0}
 
 
 @pytest.fixture(scope="session")
-def byte_tokenizer(tokenizer_json) -> Tokenizer:
-    return Tokenizer(tokenizer_json)
+def make_model(tokenizer_json):
+    """make_model(dtype): random, one token a byte; a weak deep layer, so that drafts are right now and then."""
+
+    def make(dtype="float32"):
+        config = replace(TINY, vocab_size=258, num_layers=2, eos_token_ids=(1,))
+        base = random_base(config, jax.random.key(0), jnp.dtype(dtype), std=0.3)
+        layer = base["layers"]["1"]
+        base["layers"]["1"] = {**layer, "out": layer["out"] * 0.1, "down": layer["down"] * 0.1}
+        manifest = Manifest(
+            source="random",
+            source_sha256="",
+            dtype=dtype,
+            exit_layer=1,
+            drafter="kangaroo",
+            drafter_config={},
+        )
+        parts = split(build_model(config, manifest, base))
+        return LoadedModel(config, manifest, *parts, Tokenizer(tokenizer_json, eos_token_ids=(1,)))
+
+    return make
 
 
-@pytest.fixture(scope="module")
-def module_server(byte_tokenizer) -> Iterator[Scripted]:
-    engine = ScriptedEngine(byte_tokenizer)
-    with (
-        live_server(engine, byte_tokenizer, keepalive_seconds=0.2) as live,
-        httpx.Client(base_url=live.url) as http,
-        openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=20) as client,
-    ):
-        yield Scripted(engine, live, client, http)
+@pytest.fixture(scope="session")
+def model(make_model):
+    return make_model()
 
 
-@pytest.fixture
-def served(module_server) -> Iterator[Scripted]:
-    """The module's server, left as it was found: nothing open, nothing paused."""
-    yield module_server
-    module_server.engine.go()
-    module_server.engine.pace = 0.0
-    module_server.idle()
+@pytest.fixture(scope="session")
+def make_engine():
+    """make_engine(model, ...): 4 slots of 96 tokens, chains of two drafts, no prefixes kept; to be closed."""
+
+    def make(model, **changes):
+        return Engine(model, **SHAPE | changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pieces_of():
+    """pieces_of(handle): ids, text and finish reason of a whole reply."""
+
+    def collect(handle):
+        pieces = list(handle)
+        ids = [token for piece in pieces for token in piece.ids]
+        return ids, "".join(piece.text for piece in pieces), pieces[-1].finish_reason
+
+    return collect
