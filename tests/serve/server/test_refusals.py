@@ -9,8 +9,8 @@ import pytest
 
 from dvi_jax.data.tokenizer import Tokenizer
 from experiments.fuzz.bodies import cases, fault
-from tests.serve.live import live_server
-from tests.serve.scripted import ScriptedEngine
+from tests.serve.server.live import live_server
+from tests.serve.server.scripted import ScriptedEngine
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 TOOL = {"type": "function", "function": {"name": "f"}}

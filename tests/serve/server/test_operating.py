@@ -22,10 +22,10 @@ from dvi_jax.serve.logs import JsonLines
 from dvi_jax.serve.monitor import Monitor
 from dvi_jax.serve.requests import EngineStatus
 from dvi_jax.serve.running import bind
-from tests.serve.live import live_server, until
-from tests.serve.scripted import ScriptedEngine
+from tests.serve.server.live import live_server, until
+from tests.serve.server.scripted import ScriptedEngine
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BODY = {"prompt": "hello", "max_tokens": 4, "temperature": 0}
 HEAD = (
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
@@ -252,7 +252,7 @@ from dvi_jax.serve.app import create_app
 from dvi_jax.serve.running import address, bind, run
 from dvi_jax.serve.settings import ServerSettings
 from experiments.tiny import byte_tokenizer_json
-from tests.serve.scripted import ScriptedEngine
+from tests.serve.server.scripted import ScriptedEngine
 
 tokenizer, listener = Tokenizer(byte_tokenizer_json()), bind("127.0.0.1", 0)
 engine = ScriptedEngine(tokenizer)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from experiments import client, load
-from tests.serve.scripted import reply_ids
+from tests.serve.server.scripted import reply_ids
 
 
 def command(monkeypatch, module, *arguments: str) -> int:

@@ -8,7 +8,7 @@ import json
 import openai
 import pytest
 
-from tests.serve.live import until
+from tests.serve.server.live import until
 
 HELLO = [{"role": "user", "content": "hello"}]
 HELLO_BACKWARDS = "User: hello\nAssistant:"[::-1]  # without a template, a conversation reads so
@@ -206,8 +206,8 @@ def test_a_full_queue(served):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_engine_that_fails(byte_tokenizer, stream):
-    from tests.serve.live import live_server
-    from tests.serve.scripted import ScriptedEngine
+    from tests.serve.server.live import live_server
+    from tests.serve.server.scripted import ScriptedEngine
 
     engine = ScriptedEngine(byte_tokenizer)
     engine.pace = 0.05
