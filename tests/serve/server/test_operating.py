@@ -7,8 +7,6 @@ import logging
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -244,25 +242,6 @@ def test_draining_ends_when_patience_does(engine, byte_tokenizer):
         assert not live.thread.is_alive()
 
 
-PROGRAM = """
-import sys
-from dvi_jax.data.tokenizer import Tokenizer
-from dvi_jax.errors import run_cli
-from dvi_jax.serve.app import create_app
-from dvi_jax.serve.running import address, bind, run
-from dvi_jax.serve.settings import ServerSettings
-from experiments.tiny import byte_tokenizer_json
-from tests.serve.server.scripted import ScriptedEngine
-
-tokenizer, listener = Tokenizer(byte_tokenizer_json()), bind("127.0.0.1", 0)
-engine = ScriptedEngine(tokenizer)
-engine.pace = 0.05
-print(address(listener), flush=True)
-app = create_app(engine, tokenizer, ServerSettings("tiny"))
-sys.exit(run_cli(lambda: run(app, listener)))
-"""
-
-
 def test_a_second_signal_ends_it_at_once(engine, byte_tokenizer):
     with live_server(engine, byte_tokenizer) as live, httpx.Client(base_url=live.url) as http:
         engine.pause()
@@ -273,18 +252,6 @@ def test_a_second_signal_ends_it_at_once(engine, byte_tokenizer):
             live.thread.join(10)
         assert not live.thread.is_alive()
         assert live.server.interrupted
-
-
-def test_sigterm():
-    """The reply finishes, and the process ends well."""
-    with subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        url = process.stdout.readline().strip()
-        with httpx.stream("POST", f"{url}/v1/completions", json=BODY | {"max_tokens": 40, "stream": True}) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            assert [line for line in lines if line][-1] == "data: [DONE]"
-        assert process.wait(20) == 0
 
 
 def test_an_address_in_use_is_one_line(module_server):
