@@ -50,11 +50,11 @@ class Acceptance:
 
     def add(self, accept_lengths: Sequence[int], drafted: Sequence[int]) -> None:
         """Rounds in order; those that drafted nothing say nothing."""
-        place = np.arange(MOST_DRAFTS)
-        for accepted, drafts in zip(accept_lengths, drafted, strict=True):
-            if drafts:
-                self.judged = MEMORY * self.judged + ((place < drafts) & (place < accepted))
-                self.right = MEMORY * self.right + (place < accepted - 1)
+        accepted, drafts, place = np.asarray(accept_lengths), np.asarray(drafted), np.arange(MOST_DRAFTS)
+        accepted, drafts = accepted[drafts > 0, None], drafts[drafts > 0, None]
+        fading = MEMORY ** np.arange(len(drafts))[::-1]
+        self.judged = MEMORY ** len(drafts) * self.judged + fading @ ((place < drafts) & (place < accepted))
+        self.right = MEMORY ** len(drafts) * self.right + fading @ (place < accepted - 1)
 
     def tokens(self, drafts: int, prior: Sequence[float] | None = None) -> float:
         """Tokens that a round of so many drafts can be expected to give; `prior` as in `rates`."""

@@ -100,7 +100,7 @@ class Budget:
         unit = _unit(self.total)[0]
         about = "" if self.exact else "about "
         return (
-            f"{_readable(self.total)} (weights {sum(self.weights.values()) / unit:.1f},"
+            f"{readable(self.total)} (weights {sum(self.weights.values()) / unit:.1f},"
             f" caches {(self.state + self.prefix) / unit:.1f}, workspace {about}{self.workspace / unit:.1f})"
         )
 
@@ -117,17 +117,17 @@ def estimate_memory(model: LoadedModel, sizes: Sizes) -> Budget:
     known = {(leaf.shape, leaf.dtype.itemsize) for leaf in jax.tree.leaves((model.params, state))}
     return Budget(
         sizes=sizes,
-        weights={name: _bytes(part) for name, part in model.params._asdict().items()}
-        | {"decode_copies": _cast_bytes(model)},
-        caches={name: _bytes(getattr(state, name)) for name in CACHES},
-        drafter=_bytes(state.drafter),
-        signals=_bytes(state.signals),
-        tokens=sum(_bytes(getattr(state, field.name)) for field in fields(state) if field.name not in counted),
-        prefix=_bytes(_abstract_prefix(model, sizes)),
+        weights={name: tree_bytes(part) for name, part in model.params._asdict().items()}
+        | {"decode_copies": cast_bytes(model)},
+        caches={name: tree_bytes(getattr(state, name)) for name in CACHES},
+        drafter=tree_bytes(state.drafter),
+        signals=tree_bytes(state.signals),
+        tokens=sum(tree_bytes(getattr(state, field.name)) for field in fields(state) if field.name not in counted),
+        prefix=tree_bytes(_abstract_prefix(model, sizes)),
         prefill_workspace=_estimate(lowered[0], known),
         decode_workspace=_estimate(lowered[1], known),
         exact=False,
-        held=_held_bytes(model),
+        held=held_bytes(model),
     )
 
 
@@ -160,7 +160,7 @@ def check(budget: Budget, limit: int | None = None) -> None:
         owner = "the limit is" if limit is not None else "the device has"
         raise UserError(
             f"batch {budget.sizes.batch} with {budget.sizes.slots} cache slots needs {budget.shares()}"
-            f" but {owner} {_readable(room)}: lower the batch, the new tokens or the length of the prompts"
+            f" but {owner} {readable(room)}: lower the batch, the new tokens or the length of the prompts"
         )
 
 
@@ -230,16 +230,16 @@ def _decode_params(model: LoadedModel) -> Params:
     return jax.eval_shape(lambda params: model.with_params(params).decode_params, model.params)
 
 
-def _cast_bytes(model: LoadedModel) -> int:
+def cast_bytes(model: LoadedModel) -> int:
     """Bytes of the parts of `decode_params` that are copies in another type; the others are the same arrays."""
     pairs = zip(jax.tree.leaves(model.params), jax.tree.leaves(_decode_params(model)), strict=True)
-    return sum(_bytes(cast) for leaf, cast in pairs if leaf.dtype != cast.dtype)
+    return sum(tree_bytes(cast) for leaf, cast in pairs if leaf.dtype != cast.dtype)
 
 
-def _held_bytes(model: LoadedModel) -> int:
+def held_bytes(model: LoadedModel) -> int:
     """Bytes of the model that are on the device already, copies for decoding included once they were made."""
     held = [leaf.nbytes for leaf in jax.tree.leaves(model.params) if isinstance(leaf, jax.Array)]
-    return sum(held) + ("decode_params" in vars(model)) * _cast_bytes(model)
+    return sum(held) + ("decode_params" in vars(model)) * cast_bytes(model)
 
 
 def _estimate(lowered: jax.stages.Lowered, known: set[tuple[tuple[int, ...], int]]) -> int:
@@ -256,7 +256,8 @@ def _estimate(lowered: jax.stages.Lowered, known: set[tuple[tuple[int, ...], int
     return 2 * max(sizes)
 
 
-def _bytes(tree: Any) -> int:
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays, or shapes of arrays, in a pytree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -264,6 +265,7 @@ def _unit(size: int) -> tuple[int, str]:
     return (GIB, "GiB") if size >= GIB else (MIB, "MiB")
 
 
-def _readable(size: int) -> str:
+def readable(size: int) -> str:
+    """Such as `12.6 GiB`."""
     unit, name = _unit(size)
     return f"{size / unit:.1f} {name}"

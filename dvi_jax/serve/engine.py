@@ -21,6 +21,7 @@ from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Params
 from dvi_jax.serve.intake import Intake
+from dvi_jax.serve.memory import check_engine_memory, engine_memory
 from dvi_jax.serve.plans import choose, plans_of
 from dvi_jax.serve.reply import Reply
 from dvi_jax.serve.requests import EngineStatus, QueueFullError, Request
@@ -49,13 +50,15 @@ class Engine:
         max_waiting: int = 256,
         prefix_bytes: int = 2**30,
         chunk: int | None = None,
+        warm_up: bool = False,
         on_window: OnWindow | None = None,
     ):
         """Take the memory and start the thread.
 
         `context`: tokens of a prompt and its reply together, at most the model's. `plan`: as in `DecodeConfig`, or
         `auto`. `max_waiting`: requests that may wait for a slot. `prefix_bytes`: memory for beginnings that prompts
-        share. `chunk`: tokens of a prompt that go through at once. `on_window` gets the learning signals of every reply
+        share. `chunk`: tokens of a prompt that go through at once. `warm_up`: compile every program now, so
+        that no request waits for one. `on_window` gets the learning signals of every reply
         that may be learned from, on the device, as one window of as many positions as a slot has; it is called by the
         engine's thread and must be quick. Raises `UserError` for sizes that cannot be, or that memory does not hold.
         """
@@ -67,10 +70,15 @@ class Engine:
         record, (plans, width) = on_window is not None, plans_of(model, plan, slots)
         chunk = min(chunk or (CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK), self.context)
         room = -(-(self.context + width) // chunk) * chunk
-        empty = empty_slots(model.definition, model.decode_params, Shape(slots, room, width, record))
+        shape = Shape(slots, room, width, record)
+        self.memory = engine_memory(model, shape, prefix_bytes)
+        check_engine_memory(self.memory)
+        empty = empty_slots(model.definition, model.decode_params, shape)
         intake = Intake(model, room=room, chunk=chunk, prefix_bytes=prefix_bytes, record=record)
         choice, empty = choose(model, plans, width, empty)
         self._scheduler = Scheduler(model, empty, intake, choice, on_window)
+        if warm_up:
+            self._scheduler.warm_up()
         # What several threads touch, under the lock of `_changed`.
         self._changed = threading.Condition()
         self._waiting: deque[Reply] = deque()

@@ -30,6 +30,15 @@ class Intake:
         """Whether a prompt is all taken in."""
         return self.reply is not None and self._taken * self._chunk >= len(self.reply.request.prompt_ids)
 
+    def warm_up(self, params: Params) -> Filled:
+        """Compile every program, by taking in a chunk of nothing."""
+        tokens, length = np.zeros((1, self._chunk), np.int32), np.array([1], np.int32)
+        self._filled = take_chunk(self._definition, params, restart(self._filled), tokens, length)
+        if self._prefixes.budget:
+            block = cut_block(self._filled, self._axes, self._chunk)
+            self._filled = put_block(restart(self._filled), block, self._axes)
+        return self._filled
+
     def begin(self, reply: Reply) -> None:
         """The next prompt, with what is kept of its beginning."""
         self.reply, self._filled = reply, restart(self._filled)

@@ -32,13 +32,13 @@ class Prefixes:
 
     def __init__(self, chunk: int, budget: int):
         """`chunk`: tokens of a block. `budget`: bytes; 0 keeps nothing."""
-        self._chunk, self._budget = chunk, budget
+        self._chunk, self.budget = chunk, budget
         self._blocks: OrderedDict[bytes, Block] = OrderedDict()  # least recently used first
         self.bytes = 0
 
     def names(self, prompt: Sequence[int]) -> list[bytes]:
         """Names of the prompt's blocks, first to last. The last token's is none: it is always computed."""
-        count = (len(prompt) - 1) // self._chunk if self._budget else 0
+        count = (len(prompt) - 1) // self._chunk if self.budget else 0
         names, digest = [], hashlib.sha256()
         for ids in np.array(prompt[: count * self._chunk], np.int32).reshape(count, self._chunk):
             digest.update(ids.tobytes())
@@ -60,9 +60,9 @@ class Prefixes:
     def keep(self, name: bytes, block: Block) -> None:
         """Keep one more, dropping old ones; blocks of a prompt come in order."""
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(block))
-        if name in self._blocks or size > self._budget:
+        if name in self._blocks or size > self.budget:
             return
-        while self.bytes + size > self._budget:
+        while self.bytes + size > self.budget:
             _, dropped = self._blocks.popitem(last=False)
             self.bytes -= sum(leaf.nbytes for leaf in jax.tree.leaves(dropped))
         self._blocks[name] = block

@@ -72,6 +72,20 @@ class Scheduler:
         """All under way."""
         yield from (reply for reply in (*self._replies, self._intake.reply) if reply is not None)
 
+    def warm_up(self) -> None:
+        """Compile every program, by running it with nothing in the slots."""
+        definition, vocab_size = self._model.definition, self._model.config.vocab_size
+        filled = self._intake.warm_up(self.params)
+        done = Terms.of(1, 1, (), GREEDY, vocab_size)  # a reply that ends with its first token
+        self._slots, _ = lay(definition, self.params, self._slots, filled, np.int32(0), done)
+        self._slots = release(self._slots, self._ended.copy())
+        for plan in self._choice.plans:
+            for sampled in (False, True):
+                self._slots, packed = run_stretch(
+                    definition, self.params, self._slots, np.int32(0), plan, sampled=sampled
+                )
+                packed.block_until_ready()
+
     def turn(self, next_reply: Callable[[], Reply | None], *, somebody_waits: bool) -> None:
         """One turn; `next_reply` gives the next one of those that wait, if one does."""
         self._drop_cancelled()

@@ -47,10 +47,13 @@ def model(make_model):
 
 @pytest.fixture(scope="session")
 def make_engine():
-    """make_engine(model, ...): 4 slots of 96 tokens, chains of two drafts, no prefixes kept; to be closed."""
+    """make_engine(model, ...): 4 slots of 96 tokens, chains of two drafts, no prefixes kept; to be closed.
+
+    All keep learning signals, so that those tests that look at them need no programs of their own.
+    """
 
     def make(model, **changes):
-        return Engine(model, **SHAPE | changes)
+        return Engine(model, **SHAPE | {"on_window": lambda *_: None} | changes)
 
     return make
 

@@ -9,12 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from dvi_jax.config import DecodeConfig, SamplingConfig
-from dvi_jax.decode.batch import generate_batch
+from dvi_jax.config import SamplingConfig
 from dvi_jax.errors import UserError
+from dvi_jax.model.speculative_llama import join
 from dvi_jax.serve import scheduler, slots
 from dvi_jax.serve.requests import QueueFullError, Request
-from tests.compiling import lightly_compiled
 
 pytestmark = pytest.mark.optimized
 PROGRAMS = (slots.take_chunk, slots.lay, slots.run_stretch, slots.release)
@@ -76,10 +75,12 @@ def serve_in_company(engine, requests, pieces_of, meanwhile=lambda: None):
     return found
 
 
-@pytest.mark.parametrize(("dtype", "count"), [("float32", 60), ("bfloat16", 20)])
-def test_replies_do_not_depend_on_company(make_model, make_engine, pieces_of, train_noise, dtype, count):
+@pytest.mark.parametrize(("dtype", "count", "sampled"), [("float32", 60, True), ("bfloat16", 30, False)])
+def test_replies_do_not_depend_on_company(make_model, make_engine, pieces_of, train_noise, dtype, count, sampled):
     """Nor on the slot, on what is kept of other prompts, on what the drafter is by now, or on who else is sampled."""
     model, requests = make_model(dtype), random_requests(count, seed=1)
+    if not sampled:
+        requests = [replace(request, sampling=None) for request in requests]
     drafters = [train_noise(model.params, "drafter", seed=seed, std=0.05) for seed in range(3)]
     with make_engine(model) as engine:
         alone = serve_alone(engine, requests, pieces_of)
@@ -100,22 +101,54 @@ def test_replies_do_not_depend_on_company(make_model, make_engine, pieces_of, tr
     assert {reason for *_, reason in alone} == {"length", "eos", "stop"}
 
 
-def test_replies_are_those_of_plain_decoding(model, make_engine, pieces_of):
-    """Greedy and sampled ones side by side, against a batch decoded without drafts from a prefill of its own."""
-    requests = [replace(request, eos_ids=(), stop=(), max_new_tokens=30) for request in random_requests(4, seed=2)]
-    settings = [request.sampling or SamplingConfig(temperature=0.0) for request in requests]
-    assert len({setting.temperature for setting in settings}) > 1
-    prompts = [request.prompt_ids for request in requests]
-    decode = DecodeConfig(draft_steps=2, max_new_tokens=30)
-    with lightly_compiled():
-        plain, _ = generate_batch(model, prompts, decode, plain=True, eos_ids=(), sampling=settings)
+def test_replies_are_what_the_model_says(model, make_engine, pieces_of):
+    """Greedy and sampled ones side by side, against one forward pass over each and the formula of coupled sampling."""
+    requests = [replace(request, eos_ids=(), stop=(), max_new_tokens=30) for request in random_requests(8, seed=2)]
     with make_engine(model) as engine:
         handles = [engine.submit(request) for request in requests]
-        assert [pieces_of(handle)[0] for handle in handles] == [generation.new_ids for generation in plain]
+        replies = [pieces_of(handle)[0] for handle in handles]
     for handle in handles:
         statistics = handle.statistics
         assert statistics.new_tokens == 30 == 1 + statistics.rounds + statistics.accepted
         assert statistics.submitted <= statistics.started <= statistics.first_token <= statistics.finished
+    tokens = np.zeros((8, 96), np.int32)
+    for row, request, ids in zip(tokens, requests, replies, strict=True):
+        row[: len(request.prompt_ids) + 30] = [*request.prompt_ids, *ids]
+    logits = np.asarray(forward(model, tokens))
+    for row, request, values in zip(tokens, requests, logits, strict=True):
+        for position in range(len(request.prompt_ids), len(request.prompt_ids) + 30):
+            assert row[position] == expected_token(values[position - 1], row[:position], request.sampling)
+    assert len({request.sampling and request.sampling.temperature for request in requests}) == 4
+
+
+def forward(model, tokens):
+    """Logits [B, T, V]."""
+
+    @jax.jit
+    def run(params):
+        llama = join(model.definition, params).llama
+        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+        return llama.logits(llama.deep(llama.shallow(tokens, None, positions)[0], None, positions)[0])
+
+    return run(model.decode_params)
+
+
+def expected_token(logits, before, sampling):
+    """The best token, or that of log p plus the position's Gumbel noise."""
+    if sampling is None or sampling.temperature == 0:
+        return np.argmax(logits)
+    seen = np.unique(before)
+    logits = logits.copy()
+    logits[seen] = (
+        np.where(logits[seen] > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty) * logits[seen]
+    )
+    logits /= sampling.temperature
+    order = np.argsort(-logits)[: sampling.top_k or None]
+    p = np.exp(logits[order] - logits[order[0]])
+    p /= p.sum()
+    kept = order[np.cumsum(p) - p < sampling.top_p]
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), len(before)), 0)
+    return kept[np.argmax((logits + np.asarray(jax.random.gumbel(key, logits.shape)))[kept])]
 
 
 def test_nothing_grows(model, make_engine, pieces_of):
