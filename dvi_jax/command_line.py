@@ -19,9 +19,8 @@ AUTO = "auto"  # the plan is chosen while decoding
 AUTO_DRAFTS = 6  # most drafts that it chooses from
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `load_model` and `decode_settings` read, --max-new-tokens apart."""
-    defaults = DecodeConfig()
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `load_model` reads, and --debug."""
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -33,6 +32,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--any-drafter", action="store_true", help="even one that was made for other weights")
     parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="the only token ids to draft")
     parser.add_argument("--exit-layer", type=int, metavar="K", help="split elsewhere (untrained drafter only)")
+    add_debug(parser)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `load_model`, `decode_settings` and `memory_limit` read, --max-new-tokens apart."""
+    defaults = DecodeConfig()
+    add_loading_options(parser)
     parser.add_argument(
         "--draft-steps",
         type=int,
@@ -49,7 +55,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--adaptive", action="store_true", help="measure what a draft costs; draft only while it pays")
     parser.add_argument("--memory-limit", type=float, metavar="GIB", help="refuse to take more than this")
-    add_debug(parser)
 
 
 def decode_settings(options: argparse.Namespace) -> DecodeConfig:
