@@ -27,6 +27,7 @@ from dvi_jax.importing.weight_files import SAFETENSORS
 from dvi_jax.settings import from_dict
 
 DRAFTER, LORA, CONFIG = "drafter", "lora", "config.json"
+CHECKPOINT = "checkpoint"  # of a run, in its directory
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ def write_safetensors_parts(directory: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_trained_parts(path: Path) -> TrainedParts:
-    """The trained parts of a directory in any of the three forms; anything else is a `UserError`."""
+    """The trained parts of a directory in any of the three forms, or of a training run's; else a `UserError`."""
+    if not (path / MANIFEST).exists() and (path / CHECKPOINT / MANIFEST).exists():
+        path = path / CHECKPOINT
     if (path / MANIFEST).exists():
         lora = load_tree(path / LORA) if (path / LORA).exists() else None
         return TrainedParts(read_manifest(path), load_tree(path / DRAFTER), lora)

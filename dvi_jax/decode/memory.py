@@ -100,7 +100,7 @@ class Budget:
         unit = _unit(self.total)[0]
         about = "" if self.exact else "about "
         return (
-            f"{_readable(self.total)} (weights {sum(self.weights.values()) / unit:.1f},"
+            f"{readable(self.total)} (weights {sum(self.weights.values()) / unit:.1f},"
             f" caches {(self.state + self.prefix) / unit:.1f}, workspace {about}{self.workspace / unit:.1f})"
         )
 
@@ -160,7 +160,7 @@ def check(budget: Budget, limit: int | None = None) -> None:
         owner = "the limit is" if limit is not None else "the device has"
         raise UserError(
             f"batch {budget.sizes.batch} with {budget.sizes.slots} cache slots needs {budget.shares()}"
-            f" but {owner} {_readable(room)}: lower the batch, the new tokens or the length of the prompts"
+            f" but {owner} {readable(room)}: lower the batch, the new tokens or the length of the prompts"
         )
 
 
@@ -264,6 +264,7 @@ def _unit(size: int) -> tuple[int, str]:
     return (GIB, "GiB") if size >= GIB else (MIB, "MiB")
 
 
-def _readable(size: int) -> str:
+def readable(size: int) -> str:
+    """Bytes for people, in MiB or GiB."""
     unit, name = _unit(size)
     return f"{size / unit:.1f} {name}"
