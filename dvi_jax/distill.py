@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -147,12 +148,10 @@ def compare(model: LoadedModel, prompts: list[list[int]]) -> list[str]:
     settings = DecodeConfig(draft_steps=drafts, max_new_tokens=tokens)
     chooser = PlanChooser.measured(model, settings, prompts[0])
     # What is accepted is known before the first choice, or a plan might not be tried at all.
-    widest = DecodeConfig(
-        draft_steps=drafts, max_new_tokens=tokens, plan=str(plan_for(drafts, drafts_blocks=model.drafts_blocks))
-    )
+    widest = plan_for(drafts, drafts_blocks=model.drafts_blocks)
     for prompt in prompts:
-        (generation,), _ = generate_batch(model, [prompt], widest)
-        chooser.acceptance.add(generation.accept_lengths, generation.drafted)
+        (generation,), _ = generate_batch(model, [prompt], replace(settings, plan=str(widest)))
+        chooser.note(widest, generation.accept_lengths, generation.drafted)
     decoder = PairedDecoder(model, settings, chooser=chooser)
     decoded, seconds, rounds = 0, {FASTEST: 0.0, SPECULATIVE: 0.0}, 0
     for turn, prompt in enumerate(prompts):

@@ -73,7 +73,7 @@ def test_generate(byte_checkpoint, complaint, changes, message):
 
 
 def test_generate_without_a_prompt(byte_checkpoint, complaint):
-    assert "one of the arguments --prompt --prompt-ids is required" in complaint(
+    assert "one of the arguments --prompt --prompt-ids --input is required" in complaint(
         generate, "--checkpoint", byte_checkpoint
     )
 
