@@ -7,6 +7,7 @@ Adapters    inject_dual_lora
 Learn       train_online, train_offline, TrainConfig, DistillConfig, load_train_config
 """
 
+from dvi_jax import supported as supported
 from dvi_jax.config import DecodeConfig, DistillConfig, SamplingConfig, TrainConfig, load_train_config
 from dvi_jax.data.conversations import Message
 from dvi_jax.decode.batch import Generation, generate_batch

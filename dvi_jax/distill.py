@@ -187,10 +187,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="where all is kept; later --drafter-from DIR")
     parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32 on CPUs, else bfloat16)")
-    parser.add_argument(
-        "--minutes", type=float, default=MINUTES, metavar="M", help=f"about how long it may take (default: {MINUTES:g})"
-    )
-    parser.add_argument("--passes", type=int, default=8, metavar="N", help="over the replies in training (default: 8)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, metavar="M", help="about how long it may take")
+    parser.add_argument("--passes", type=int, default=8, metavar="N", help="over the replies in training")
     parser.add_argument("--estimate", action="store_true", help="say what it would take, and stop")
     add_debug(parser)
     return parser

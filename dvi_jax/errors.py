@@ -34,6 +34,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse whose complaints are a `UserError` (one line) instead of a usage text and an exit."""
 
     def __init__(self, **options: Any):
+        if sys.argv[0].startswith("dvi "):  # run by the command `dvi`, whose help names itself
+            options["prog"] = sys.argv[0]
         super().__init__(**{"formatter_class": _Defaults, **options})
 
     def error(self, message: str) -> NoReturn:
