@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import runpy
 import sys
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from dvi_jax.version import __version__
 
 
 class Command(NamedTuple):
-    """A module whose `main` reads the command line, what goes before the user's arguments, and what it is for."""
+    """What `python -m` runs, what it is for, and what goes before the user's arguments."""
 
     module: str
     description: str
@@ -24,10 +24,10 @@ COMMANDS = {
     "generate": Command("dvi_jax.generate", "decode a prompt, or a file of prompts"),
     "chat": Command("dvi_jax.chat", "talk to a model in the terminal"),
     "train": Command("dvi_jax.train", "train a drafter by a file of settings, online or on given text"),
-    "evaluate": Command("dvi_jax.evaluate.__main__", "measure a drafter on Spec-Bench questions: speed and equality"),
-    "import": Command("conversion.__main__", "Hugging Face directory or GGUF file -> checkpoint", ("import",)),
-    "export": Command("conversion.__main__", "checkpoint -> Hugging Face directory, orbax, or a drafter", ("export",)),
-    "parity": Command("conversion.parity.__main__", "compare with the PyTorch reference (needs torch)"),
+    "evaluate": Command("dvi_jax.evaluate", "measure a drafter on Spec-Bench questions: speed and equality"),
+    "import": Command("conversion", "Hugging Face directory or GGUF file -> checkpoint", ("import",)),
+    "export": Command("conversion", "checkpoint -> Hugging Face directory, orbax, or a drafter", ("export",)),
+    "parity": Command("conversion.parity", "compare with the PyTorch reference (needs torch)"),
     "fetch": Command("experiments.fetch", "get the model and the conversations of the demo"),
     "demo": Command("experiments.demo", "all of it on a small model: import, learn, compare"),
 }
@@ -47,8 +47,8 @@ def main() -> int:
     command = COMMANDS[name]
     make_tools_importable()
     sys.argv = [f"dvi {name}", *command.before, *arguments]
-    status: int | None = importlib.import_module(command.module).main()
-    return status or 0
+    runpy.run_module(command.module, run_name="__main__")  # which exits with its own status
+    return 0
 
 
 def overview() -> str:
