@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint(byte_checkpoint, tmp_path, complaint, name, conten
     ("arguments", "message"),
     [
         (["--set", "colour=1"], "unknown key colour"),
-        (["--set", "decode.colour=1"], "unknown key colour"),
+        (["--set", "decode.colour=1"], "unknown key decode.colour"),
         (["--set", "prompts"], "--set 'prompts' must have the form section.key=value"),
         (["--set", "prompts=[1"], "--set prompts=[1: not valid YAML"),
         (["--set", "prompts=many"], 'wrong value type for field "prompts"'),
