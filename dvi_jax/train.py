@@ -32,6 +32,7 @@ def notice(kind: str, record: dict[str, Any]) -> str | None:
         "rollback": "update {step}: {reason}, rolled back to {back_to} (rollback {rollbacks})",
         "traffic_changed": "update {step}: the accept rate fell to {accept_rate:.1%}, but the best snapshot's drafter"
         " has {good_accept_rate:.1%} on the same prompts: the traffic changed",
+        "time_limit": "update {step}: the {minutes:g} minutes of max_minutes are over; --resume with more goes on",
         "stopped": "stopped by {signal} after update {step}; newest snapshot: update {snapshot}; --resume goes on",
     }
     if kind not in lines:

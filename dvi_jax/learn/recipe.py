@@ -8,6 +8,7 @@ costs 1.13 plain rounds, one of three drafts in sequence 1.27.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
@@ -124,20 +125,27 @@ class Rates:
         return seconds / (1 / self.reply_tokens + passes / self.training_tokens)
 
 
-def fit_to_time(recipe: Recipe, rates: Rates, prompt_lengths: list[int], seconds: float) -> Recipe:
-    """`recipe` for as many of these prompts, in order, as there is time for; snapshots about once a minute."""
-    room, count = rates.affordable(seconds, recipe.passes), 0
+def fit_to_time(
+    recipe: Recipe, rates: Rates, prompt_lengths: Iterable[int], seconds: float
+) -> tuple[Recipe, list[int]]:
+    """`recipe` for as many prompts, in order, as there is time for, and their lengths; no more of them is looked at.
+
+    Snapshots are made about once a minute.
+    """
+    room = rates.affordable(seconds, recipe.passes)
+    taken: list[int] = []
     for length in prompt_lengths:
         room -= reply_length(recipe, length)
-        if room < 0 and count >= least_prompts(recipe):
+        if room < 0 and len(taken) >= least_prompts(recipe):
             break
-        count += 1
-    return replace(
+        taken.append(length)
+    fitted = replace(
         recipe,
-        prompts=count,
+        prompts=len(taken),
         save_every=max(min(500, int(60 / rates.update_seconds)), 1),
         log_every=max(min(20, int(5 / rates.update_seconds)), 1),
     )
+    return fitted, taken
 
 
 def reply_length(recipe: Recipe, prompt: int) -> float:

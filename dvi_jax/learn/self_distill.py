@@ -80,10 +80,9 @@ class SelfDistillation:
         config, dtype = self.checkpoint.config, self.checkpoint.manifest.dtype
         recipe = choose_recipe(config, dtype, free, accelerator=accelerator)
         recipe = recipe if passes is None else replace(recipe, passes=passes)
-        lengths = list(map(len, self.prompts(recipe, MOST_PROMPTS)))
         rates = self._measure(recipe)
-        self.recipe = fit_to_time(recipe, rates, lengths, 60 * minutes)
-        estimate = self._estimate(rates, lengths[: self.recipe.prompts], free)
+        self.recipe, lengths = fit_to_time(recipe, rates, map(len, self.prompts(recipe, MOST_PROMPTS)), 60 * minutes)
+        estimate = self._estimate(rates, lengths, free)
         for what, needed, there in (
             ("memory", max(estimate.reply_memory, estimate.training_memory), free),
             ("disk space", estimate.disk, estimate.free_disk),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -46,10 +47,11 @@ def test_as_many_prompts_as_there_is_time_for():
     """8 passes: a token costs 1 / 100 + 8 / 400 s, and a prompt of 36 tokens with its reply has 36 + 0.8 * 64."""
     recipe = choose_recipe(SHAPES["smollm2"], "float32", 8 * GIB, accelerator=False)
     affordable = 3000 * 87.2 * (1 / 100 + 8 / 400)
-    fitted = fit_to_time(recipe, RATES, [36] * 10_000, affordable + 1)
-    assert fitted.prompts == 3000
+    looked_at = itertools.count()
+    fitted, lengths = fit_to_time(recipe, RATES, (36 for _ in looked_at), affordable + 1)
+    assert (fitted.prompts, lengths, next(looked_at)) == (3000, [36] * 3000, 3001)
     assert (fitted.save_every, fitted.log_every) == (30, 2)
-    assert fit_to_time(recipe, RATES, [36] * 500, affordable).prompts == 500
+    assert fit_to_time(recipe, RATES, [36] * 500, affordable)[0].prompts == 500
 
 
 def test_a_recipe_survives_its_file():
