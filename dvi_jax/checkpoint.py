@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dvi_jax.config import LlamaConfig
-from dvi_jax.directories import hash_files, partial_directory, verify_files
+from dvi_jax.directories import hash_files, link_files, partial_directory, verify_files
 from dvi_jax.errors import UserError
 from dvi_jax.model.llama import base_shapes
 from dvi_jax.settings import MOST_MESSAGE, from_dict, require
@@ -110,8 +110,12 @@ def write_checkpoint(
     chat_template: str | None = None,
     special_tokens: dict[str, str] | None = None,
     draft_vocabulary: tuple[int, ...] | None = None,
+    base_from: Path | None = None,
 ) -> None:
-    """Write a checkpoint directory at `path`, which must not exist or be empty; a failure leaves nothing there."""
+    """Write a checkpoint directory at `path`, which must not exist or be empty; a failure leaves nothing there.
+
+    `base_from`: a checkpoint with the very same base weights, whose files are then shared where the file system can.
+    """
     texts = {
         "config.json": json.dumps(config.to_json(), indent=1),
         "tokenizer.json": tokenizer_json,
@@ -123,7 +127,8 @@ def write_checkpoint(
         for name, text in texts.items():
             if text is not None:
                 (partial / name).write_text(text, encoding="utf-8")
-        for name, tree in (("base", base), ("drafter", drafter), ("lora", lora)):
+        is_shared = base_from is not None and link_files(base_from / "base", partial / "base")
+        for name, tree in (("base", None if is_shared else base), ("drafter", drafter), ("lora", lora)):
             if tree:
                 save_tree(partial / name, tree)
         write_manifest(partial, manifest)
@@ -157,8 +162,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-def rewrite_checkpoint(checkpoint: Checkpoint, path: str | Path, **changes: Unpack[Changes]) -> None:
-    """Write `checkpoint` at `path` with fields replaced: `manifest=`, `drafter=`, `lora=`."""
+def rewrite_checkpoint(
+    checkpoint: Checkpoint, path: str | Path, *, share_base: bool = False, **changes: Unpack[Changes]
+) -> None:
+    """Write `checkpoint` at `path` with fields replaced: `manifest=`, `drafter=`, `lora=`.
+
+    `share_base`: by links to the files of `checkpoint.path` where that can be, instead of a copy.
+    """
     new = replace(checkpoint, **changes)
     write_checkpoint(
         path,
@@ -171,6 +181,7 @@ def rewrite_checkpoint(checkpoint: Checkpoint, path: str | Path, **changes: Unpa
         chat_template=new.chat_template,
         special_tokens=new.special_tokens,
         draft_vocabulary=new.draft_vocabulary,
+        base_from=checkpoint.path if share_base else None,
     )
 
 

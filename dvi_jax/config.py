@@ -16,6 +16,7 @@ from dvi_jax.architecture import LlamaConfig as LlamaConfig
 from dvi_jax.architecture import RopeScaling as RopeScaling
 from dvi_jax.errors import UserError
 from dvi_jax.settings import from_dict, parse_yaml, read_yaml, require
+from dvi_jax.tools import shipped
 
 MOST_DRAFTS = 16  # of a round that may all be right
 
@@ -302,9 +303,11 @@ TRAINERS = {"online": TrainConfig, "distill": DistillConfig}
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig | DistillConfig:
     """Read a YAML file and apply `section.key=value` overrides (values are YAML too).
 
-    Its key `trainer` (online by default, or distill) says which settings the rest holds.
+    Its key `trainer` (online by default, or distill) says which settings the rest holds. `path` may be the name of a
+    config that comes with the package, such as `demo`.
     """
-    data = read_yaml(path)
+    found = Path(path) if _exists(path) else shipped("configs", str(path)) or Path(path)
+    data = read_yaml(found)
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
@@ -312,7 +315,15 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
         _assign(data, key.split("."), parse_yaml(value, f"--set {override}"), override)
     trainer = data.pop("trainer", "online")
     require(trainer in tuple(TRAINERS), f"{path}: trainer", trainer, " or ".join(TRAINERS))
-    return from_dict(TRAINERS[trainer], data, str(path))
+    places = {override.partition("=")[0]: f"--set {override}" for override in overrides}
+    return from_dict(TRAINERS[trainer], data, str(path), places)
+
+
+def _exists(path: str | Path) -> bool:
+    try:
+        return Path(path).exists()
+    except ValueError:  # a NUL in the path
+        return False
 
 
 def _assign(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:

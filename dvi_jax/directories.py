@@ -42,6 +42,19 @@ def remove_partial(directory: Path, name: str = "") -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def link_files(source: Path, target: Path) -> bool:
+    """Make `target` the directory `source` by links to its files; False, and no `target`, where links cannot be.
+
+    For files that are never written again: both names are the same bytes, counted once by the disk.
+    """
+    try:
+        shutil.copytree(source, target, copy_function=os.link)
+    except (OSError, shutil.Error):  # another file system, or one without links
+        shutil.rmtree(target, ignore_errors=True)
+        return False
+    return True
+
+
 def cache_folder() -> Path:
     """Where downloads, imports and compiled programs are kept: $DVI_JAX_CACHE, or else ~/.cache/dvi_jax.
 

@@ -9,7 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 EXIT_STATUS = 2
 LONGEST_LINE = 1000
@@ -22,8 +22,21 @@ class UserError(Exception):
     """Something the user can put right: one line saying what is wrong and what would be right."""
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that names each option's default, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default is not None and action.default is not False and action.default != []
+        return super()._get_help_string(action) if has_default else action.help
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose complaints are a `UserError` (one line) instead of a usage text and an exit."""
+
+    def __init__(self, **options: Any):
+        if sys.argv[0].startswith("dvi "):  # run by the command `dvi`, whose help names itself
+            options["prog"] = sys.argv[0]
+        super().__init__(**{"formatter_class": _Defaults, **options})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message} (see --help)")

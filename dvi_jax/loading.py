@@ -32,6 +32,7 @@ class LoadedModel:
     definition: Definition
     params: Params
     tokenizer: Tokenizer | None = None
+    drafter_is_trained: bool = True  # False: its weights are random, or those of the head alone
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -91,7 +92,10 @@ def load(
     not hold. `drafter_from`: a directory whose trained drafter to use, made for these weights unless `any_drafter`.
     `draft_vocabulary`: a JSON list of the only token ids to draft, in place of its own list. Raises `UserError`
     naming what does not fit.
+    Compiled programs are kept on disk from here on, unless jax was told of a folder for them.
     """
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # jax declares its flags at run time
+        enable_compilation_cache()
     checkpoint = open_checkpoint(path, dtype)
     if drafter_from is not None:
         checkpoint = with_drafter_from(checkpoint, drafter_from, any_model=any_drafter)
@@ -129,7 +133,8 @@ def from_checkpoint(checkpoint: Checkpoint, *, exit_layer: int | None = None, se
     manifest = replace(manifest, drafter_config=model.drafter.config())
     definition, params = split(model)
     params = restore_trained(params, checkpoint.drafter, checkpoint.lora, str(checkpoint.path))
-    return LoadedModel(config, manifest, definition, params, tokenizer)
+    is_trained = checkpoint.drafter is not None or "lora_s" in (checkpoint.lora or {})
+    return LoadedModel(config, manifest, definition, params, tokenizer, is_trained)
 
 
 def build_model(config: LlamaConfig, manifest: Manifest, base: dict[str, Any], *, seed: int = 0) -> SpeculativeLlama:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import fields
 
 import pytest
 
 from dvi_jax.checkpoint import Manifest, read_checkpoint, read_json
-from dvi_jax.config import LlamaConfig, TrainConfig, load_train_config
+from dvi_jax.config import TRAINERS, DistillConfig, LlamaConfig, TrainConfig, load_train_config
 from dvi_jax.errors import UserError
 from dvi_jax.presets import TINY
 from dvi_jax.settings import MOST_YAML, from_dict
+from dvi_jax.settings_list import list_settings
 
 LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
 
@@ -77,6 +79,47 @@ def test_overrides(tmp_path):
         {"checkpoint": "c", "out": "o", "decode": {"draft_steps": 4}, "max_minutes": 2.0, "data": {"files": ["x"]}},
         "here",
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "decode.draft_stesp=2",
+            "^--set decode.draft_stesp=2: unknown key decode.draft_stesp: did you mean decode.draft_",
+        ),
+        ("colour=1", "^--set colour=1: unknown key colour$"),
+        ("decode.draft_steps=many", '^--set decode.draft_steps=many: wrong value type for field "decode.draft_steps"'),
+        ("decode.plan.size=1", '^--set decode.plan.size=1: wrong value type for field "decode.plan"'),
+    ],
+)
+def test_a_fault_of_the_command_line_is_not_blamed_on_the_file(tmp_path, override, message):
+    path = tmp_path / "run.yaml"
+    path.write_text("checkpoint: c\nout: o\n", encoding="utf-8")
+    assert re.search(message, complaint_of(load_train_config, path, [override]))
+
+
+def test_an_unknown_key_of_a_file_names_its_path_and_the_nearest(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("checkpoint: c\nout: o\ndata: {file: [x]}\n", encoding="utf-8")
+    assert complaint_of(load_train_config, path) == f"{path}: unknown key data.file: did you mean data.files?"
+
+
+def test_one_value_where_several_are_wanted(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("checkpoint: c\nout: o\n", encoding="utf-8")
+    assert load_train_config(path, ["data.files=logs/one.json"]).data.files == ("logs/one.json",)
+
+
+def test_every_setting_is_listed_with_what_it_is():
+    """Against the dataclasses: no path is missing, and each can be set."""
+    for trainer in TRAINERS.values():
+        listed = {setting.name: setting for setting in list_settings(trainer)}
+        assert all(setting.meaning for setting in listed.values())
+        assert {"checkpoint", "out"} <= {name for name, setting in listed.items() if setting.default == "required"}
+        assert {name.partition(".")[0] for name in listed} == {each.name for each in fields(trainer)}
+    assert list_settings(DistillConfig)[0].meaning.startswith("the model")
+    assert {s.name: s.default for s in list_settings(TrainConfig)}["decode.draft_steps"] == "3"
 
 
 @pytest.mark.parametrize(

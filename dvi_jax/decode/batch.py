@@ -168,6 +168,8 @@ def check_prompts(model: LoadedModel, prompts: Sequence[Sequence[int]], max_new_
     if not all(len(p) for p in prompts):
         raise UserError("a prompt needs at least one token")
     for prompt in prompts:
+        if isinstance(prompt, str) or not all(hasattr(token, "__index__") for token in prompt):
+            raise UserError(f"a prompt is token ids here, got {prompt!r:.60}: generate_text takes texts and messages")
         if not all(0 <= token < config.vocab_size for token in prompt):
             raise UserError(f"prompt ids must be between 0 and {config.vocab_size - 1}")
         if len(prompt) + max_new_tokens > config.context_length:

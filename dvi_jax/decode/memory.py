@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import psutil
 
 from dvi_jax.config import SamplingConfig
 from dvi_jax.decode.plan import Plan
@@ -31,7 +31,6 @@ from dvi_jax.model.speculative_llama import Params
 
 GIB, MIB = 2**30, 2**20
 CACHES = ("shallow", "deep", "trunk")  # fields of the state that hold keys and values of the base model's layers
-_MEMINFO = Path("/proc/meminfo")
 _TENSOR = re.compile(r"tensor<((?:\d+x)+)([a-z]+\d+)>")  # in StableHLO, such as tensor<8x6x32000xf32>
 
 
@@ -169,10 +168,7 @@ def available_bytes() -> int:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    if not _MEMINFO.exists():
-        raise UserError("this system does not say how much memory is free: give a memory limit")
-    lines = dict(line.split(":", 1) for line in _MEMINFO.read_text(encoding="ascii").splitlines())
-    return 1024 * int(lines["MemAvailable"].split()[0])
+    return psutil.virtual_memory().available
 
 
 def workspace_bytes(program: jax.stages.Compiled, made: int) -> int:
@@ -266,6 +262,6 @@ def _unit(size: int) -> tuple[int, str]:
 
 
 def readable(size: int) -> str:
-    """Such as `12.6 GiB`."""
+    """Bytes for people, in MiB or GiB."""
     unit, name = _unit(size)
     return f"{size / unit:.1f} {name}"

@@ -32,6 +32,7 @@ import optax
 from flax import struct
 
 from dvi_jax.config import DistillConfig
+from dvi_jax.errors import UserError
 from dvi_jax.learn import objectives
 from dvi_jax.learn.fast_update import Trainable, with_trainable
 from dvi_jax.learn.optimizer import guarded
@@ -77,6 +78,25 @@ def distill_step(
     """
     rest = state.replace(trainable={})
     return _distill_step(definition, params, state.trainable, rest, tokens, mask, config=config)
+
+
+def step_memory(
+    definition: Definition,
+    params: Params,
+    state: DistillState,
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    *,
+    config: DistillConfig,
+) -> int:
+    """Bytes on the device that an update with these arguments takes, the model's included, by its compiled program."""
+    rest = state.replace(trainable={})
+    lowered = _distill_step.lower(definition, params, state.trainable, rest, tokens, mask, config=config)
+    analysis = lowered.compile().memory_analysis()
+    if analysis is None:
+        raise UserError("this device does not say how much memory a program takes")
+    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + new
 
 
 @partial(jax.jit, static_argnames=("definition", "config"), donate_argnames="state")

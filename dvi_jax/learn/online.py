@@ -149,6 +149,7 @@ class OnlineRun(Run[LearnerState, Acceptance]):
             self.progress.seconds = earlier + time.perf_counter() - began
             self._evaluate_and_save()
             if config.max_minutes and self.progress.seconds > 60 * config.max_minutes:
+                self.directory.report("time_limit", {"step": self.step, "minutes": config.max_minutes})
                 break
 
     def finish(self) -> OnlineResult:

@@ -123,7 +123,8 @@ class Run(ABC, Generic[State, Measured]):
         path, exists = self.directory.checkpoint_path(self.step)
         if not exists:
             manifest = replace(self.model.manifest, training_step=self.step, verifier=self.verifier())
-            rewrite_checkpoint(self.checkpoint, path, manifest=manifest, **trained_parts(self.model.params))
+            parts = trained_parts(self.model.params)
+            rewrite_checkpoint(self.checkpoint, path, share_base=True, manifest=manifest, **parts)
         self.directory.finish(self.step)
         return path
 
