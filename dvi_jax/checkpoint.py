@@ -46,6 +46,8 @@ class Manifest:
     """What the arrays are and where they came from. `verifier` names the model that "lossless" is relative to.
 
     `base_sha256` is `identity.hash_base` of the base weights; checkpoints from before there was one have none.
+    `run_digest` is that of the run that trained it (`learn/run_identity.py`), and `held_out_fraction` the share of
+    questions that no run has trained its drafter on; where nothing was trained or recorded, "" and 0.
     """
 
     source: str
@@ -58,6 +60,8 @@ class Manifest:
     training_step: int = 0
     verifier: str = "base"
     base_sha256: str = ""
+    run_digest: str = ""
+    held_out_fraction: float = 0.0
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

@@ -35,10 +35,24 @@ def partial_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, in place of an earlier one (`OSError` passes)."""
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    _flush_directory(path.parent)
+
+
 def remove_partial(directory: Path, name: str = "") -> None:
-    """Remove what writers that were killed left in `directory`, of `name` alone if given; nobody may be writing it."""
+    """Remove what writers that were killed left in `directory`; nobody may be writing there.
+
+    With `name`, only what was to be `name` or `name-...`: others may be writing other things beside it.
+    """
     for path in directory.glob(f".*{PARTIAL}"):
-        if not name or path.name.startswith(f".{name}."):
+        if not name or path.name.startswith((f".{name}.", f".{name}-")):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -70,6 +70,7 @@ class Snapshots:
 
     def __init__(self, directory: Path, keep: int, keep_best: int):
         self.directory, self.keep, self.keep_best = directory, keep, keep_best
+        self.run_digest = ""  # of the run that these are of (`run_identity.py`); "": not known
         self.failed: list[FailedSave] = []  # since the caller last emptied it
         self.waited_seconds = 0.0  # that learning stood still for saves
         self.written_seconds = 0.0  # that the thread was at work
@@ -105,7 +106,7 @@ class Snapshots:
         if step not in self.steps():
             # A copy of our own: the next update donates these arrays while the save may still be reading them.
             arrays = jax.tree.map(jnp.copy, _named(state))
-            document = {"progress": progress, "score": score, "regular": regular}
+            document = {"progress": progress, "score": score, "regular": regular, "run": self.run_digest}
             self._running_step = step
             self._running = self._thread.submit(self._write, step, arrays, document, before)
         self.waited_seconds += time.perf_counter() - began
@@ -179,7 +180,10 @@ class Snapshots:
         if set(checksums) != {ARRAYS, PROGRESS}:
             raise DamageError(f"{path / CHECKSUMS} is damaged: it must name {ARRAYS} and {PROGRESS}")
         verify_files(path, checksums)
-        return _from_named(read_arrays(path / ARRAYS), template, str(path)), _read_json(path / PROGRESS)["progress"]
+        document = _read_json(path / PROGRESS)
+        if (document.get("run") or self.run_digest) != self.run_digest:  # earlier releases name none
+            raise UserError(f"{path} is a snapshot of another run than the one in this directory: move it away")
+        return _from_named(read_arrays(path / ARRAYS), template, str(path)), document["progress"]
 
     def _write(
         self, step: int, arrays: dict[str, jax.Array], document: dict[str, Any], before: Callable[[], None]
