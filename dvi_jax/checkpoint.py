@@ -115,7 +115,11 @@ def write_checkpoint(
     special_tokens: dict[str, str] | None = None,
     draft_vocabulary: tuple[int, ...] | None = None,
 ) -> None:
-    """Write a checkpoint directory at `path`, which must not exist or be empty; a failure leaves nothing there."""
+    """Write a checkpoint directory at `path`, which must not exist or be empty; a failure leaves nothing there.
+
+    `UserError` for a drafter or LoRA sets with numbers that are not finite.
+    """
+    check_finite({"drafter": drafter, "lora": lora}, str(path))
     texts = {
         "config.json": json.dumps(config.to_json(), indent=1),
         "tokenizer.json": tokenizer_json,
@@ -286,6 +290,13 @@ def check_shapes(tree: dict[str, Any], shapes: dict[str, Any], where: str) -> No
     unknown = sorted(found.keys() - wanted.keys())
     if unknown:
         raise UserError(f"{where}: unexpected array {unknown[0]}")
+
+
+def check_finite(tree: dict[str, Any], where: str) -> None:
+    """Raise `UserError` naming the first array of `tree` with a number that is not finite."""
+    for name, array in _flatten(tree):
+        if array is not None and not np.isfinite(np.asarray(array)).all():
+            raise UserError(f"{where}: {name} has numbers that are not finite")
 
 
 def read_json(path: Path) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 import jax
 import jax.numpy as jnp
 
-from dvi_jax.checkpoint import Checkpoint, Manifest, check_shapes, read_token_ids, string_keys
+from dvi_jax.checkpoint import Checkpoint, Manifest, check_finite, check_shapes, read_token_ids, string_keys
 from dvi_jax.config import LlamaConfig
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.directories import cache_folder
@@ -187,6 +187,7 @@ def _fill(template: Tree, saved: Tree | None, where: str) -> Tree:
         return template
     shapes = jax.tree.map(lambda leaf: leaf.shape, template)
     check_shapes(string_keys(saved), string_keys(shapes), where)
+    check_finite(saved, where)
     return _like(template, saved)
 
 

@@ -13,7 +13,7 @@ from dvi_jax.checkpoint import Checkpoint, Manifest, load_tree, read_manifest, r
 from dvi_jax.config import RollbackConfig
 from dvi_jax.errors import UserError
 from dvi_jax.identity import hash_tree
-from dvi_jax.learn.rollback import Watch, go_on_from, non_finite_updates
+from dvi_jax.learn.rollback import Watch, failing_updates, go_on_from, non_finite_updates
 from dvi_jax.learn.run_directory import RunDirectory
 from dvi_jax.learn.run_identity import RunIdentity
 from dvi_jax.learn.snapshot import State
@@ -117,8 +117,11 @@ class Run(ABC, Generic[State, Measured]):
         return result
 
     def save(self, *, score: float | None = None, regular: bool = True) -> bool:
-        """Save in the background; a regular snapshot only of a state that updates have not begun to fail on."""
-        if regular and non_finite_updates(self.state):
+        """Save in the background; a regular snapshot only of a state that updates have not begun to fail on.
+
+        A slow update that was skipped does not count: it moved nothing, and the next one may be long in coming.
+        """
+        if regular and failing_updates(self.state):
             return False
         self.directory.save(self.state, self.progress_record(), score=score, regular=regular)
         return True

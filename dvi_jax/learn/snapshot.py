@@ -29,7 +29,7 @@ from jax.tree_util import KeyPath
 
 from dvi_jax.archives import DAMAGED_NPZ, read_npz
 from dvi_jax.directories import PARTIAL, DamageError, hash_files, partial_directory, remove_partial, verify_files
-from dvi_jax.errors import UserError
+from dvi_jax.errors import UserError, one_line
 from dvi_jax.learn.distill import DistillState
 from dvi_jax.learn.fast_update import LearnerState
 
@@ -38,6 +38,14 @@ State = TypeVar("State", LearnerState, DistillState)
 # Arrays that earlier releases kept under another name.
 FORMER_NAMES = {"replay/windows/verifier_hidden": "replay/windows/features/final"}
 ARRAYS, PROGRESS, CHECKSUMS = "arrays.npz", "progress.json", "CHECKSUMS.json"
+
+
+class NotFiniteError(Exception):
+    """A state has numbers that are not finite: nobody could go on from it."""
+
+
+# What ends up in `Snapshots.failed`: the disk, or memory of the host or the device, does not suffice, or the above.
+SAVE_FAULTS = (OSError, MemoryError, jax.errors.JaxRuntimeError, NotFiniteError)
 
 
 class AllDamagedError(UserError):
@@ -97,18 +105,21 @@ class Snapshots:
     ) -> None:
         """Save in the background under `state.step`; waits for the save before, if it still runs.
 
-        `before` is called in the thread and must succeed first. An `OSError` of either ends up in `failed`. A snapshot
+        `before` is called in the thread and must succeed first. `SAVE_FAULTS` of either end up in `failed`. A snapshot
         that is not `regular`, taken because the run stops, does not count among those to keep or to go back to.
         """
         began = time.perf_counter()
         self.wait()
         step = int(state.step)
         if step not in self.steps():
-            # A copy of our own: the next update donates these arrays while the save may still be reading them.
-            arrays = jax.tree.map(jnp.copy, _named(state))
             document = {"progress": progress, "score": score, "regular": regular, "run": self.run_digest}
             self._running_step = step
-            self._running = self._thread.submit(self._write, step, arrays, document, before)
+            try:
+                # A copy of our own: the next update donates these arrays while the save may still be reading them.
+                arrays = jax.tree.map(jnp.copy, _named(state))
+                self._running = self._thread.submit(self._write, step, arrays, document, before)
+            except SAVE_FAULTS as error:
+                self.failed.append(FailedSave(step, _reason(error)))
         self.waited_seconds += time.perf_counter() - began
 
     def wait(self) -> None:
@@ -118,8 +129,8 @@ class Snapshots:
             return
         try:
             running.result()
-        except OSError as error:
-            self.failed.append(FailedSave(self._running_step, error.strerror or str(error)))
+        except SAVE_FAULTS as error:
+            self.failed.append(FailedSave(self._running_step, _reason(error)))
 
     def poll(self) -> None:
         """Notice a save that has ended, without waiting for one that has not."""
@@ -192,7 +203,7 @@ class Snapshots:
         began = time.perf_counter()
         before()
         with partial_directory(self.directory / str(step)) as partial:
-            write_arrays(partial / ARRAYS, jax.device_get(arrays))
+            write_arrays(partial / ARRAYS, _finite(jax.device_get(arrays)))
             _write_json(partial / PROGRESS, document)
             _write_json(partial / CHECKSUMS, hash_files(partial))
         self._prune()
@@ -276,6 +287,20 @@ def _name(path: KeyPath[Any]) -> str:
 
 def _is_key(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _finite(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`arrays`; `NotFiniteError` naming the first with a number that is not finite."""
+    for name, array in arrays.items():
+        if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(array).all():
+            raise NotFiniteError(f"{name} has numbers that are not finite")
+    return arrays
+
+
+def _reason(error: BaseException) -> str:
+    """In one line why a save failed."""
+    text = getattr(error, "strerror", None) or str(error) or "out of memory"
+    return one_line(text)
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

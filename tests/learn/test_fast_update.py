@@ -223,6 +223,14 @@ def test_windows_of_an_update():
     assert not on_policy.any()
 
 
+def test_a_window_that_is_not_finite_enters_the_replay_empty():
+    features = Features(jnp.ones((2, 4, 2), jnp.bfloat16).at[1, 3, 0].set(jnp.nan))
+    windows = Windows.empty(2, 4, 2, 0).replace(features=features, length=jnp.array([4, 4]))
+    replay = push(Replay.empty(5, 4, 2), windows).windows
+    assert replay.length.tolist() == [4, 0, 0, 0, 0]
+    assert replay.features.final.astype(float).sum(axis=(1, 2)).tolist() == [8, 0, 0, 0, 0]
+
+
 def test_replay_is_a_ring():
     """Seven one-window pushes into five slots leave the last five, counted."""
 
