@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -25,6 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dvi_jax.archives import MOST_INFLATED, SMALL
 from dvi_jax.config import LlamaConfig
 from dvi_jax.directories import hash_files, partial_directory, verify_files
 from dvi_jax.errors import UserError
@@ -38,6 +40,8 @@ DRAFT_VOCABULARY = "draft_vocabulary.json"  # a list of token ids
 DTYPES = ("float32", "bfloat16")
 LORA_OPTIONS = {"rank_s", "rank_d", "alpha_s", "alpha_d"}
 MOST_OPTION = 4096  # a rank, a number of heads: a manifest alone must not make anything allocate
+# What orbax makes of a directory that is something else.
+UNREADABLE = (ValueError, OSError, KeyError, AttributeError, TypeError, OverflowError, RecursionError, MemoryError)
 MOST_TEXT = 32 * 2**20  # bytes of a text file of a checkpoint
 
 
@@ -149,13 +153,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path} is no checkpoint: {MANIFEST} is missing (see: python -m conversion import --help)")
     config = LlamaConfig.from_json(read_json(path / "config.json"), str(path / "config.json"))
     manifest = read_manifest(path)
-    base = load_tree(path / "base")
-    check_shapes(base, base_shapes(config), str(path / "base"))
     return Checkpoint(
         path,
         config,
         manifest,
-        base,
+        load_tree(path / "base", base_shapes(config)),
         load_tree(path / "drafter") if (path / "drafter").exists() else None,
         load_tree(path / "lora") if (path / "lora").exists() else None,
         _read_optional(path / "tokenizer.json"),
@@ -266,17 +268,43 @@ def _require_space(directory: Path, nbytes: int) -> None:
         raise OSError(errno.ENOSPC, reason)
 
 
-def load_tree(path: Path) -> dict[str, Any]:
-    """Read what `save_tree` wrote, as numpy, whatever devices it was written from."""
+def load_tree(path: Path, shapes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read what `save_tree` wrote, as numpy, whatever devices it was written from.
+
+    The shapes that it says it has are compared with `shapes`, if given, and with the bytes on the disk before any array
+    is read. Anything else than such a directory is a `UserError`.
+    """
     if not path.is_dir():
         raise UserError(f"{path} is missing from the checkpoint")
+    size = _size_of(path)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             structure = checkpointer.metadata(path.absolute()).item_metadata.tree
+            if shapes is not None:
+                check_shapes(structure, shapes, str(path))
+            _check_size(structure, size, path)
             as_numpy = _map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
             return checkpointer.restore(path.absolute(), restore_args=as_numpy)
-    except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise UserError(f"{path} cannot be read: {str(error)[:MOST_MESSAGE]}") from error
+
+
+def _size_of(path: Path) -> int:
+    """Bytes of the files under `path`; `UserError` for what is neither file nor directory: opening it might block."""
+    total = 0
+    for each in path.rglob("*"):
+        if not each.is_dir():
+            if each.exists() and not each.is_file():
+                raise UserError(f"{each} is not a file")
+            total += each.stat().st_size if each.exists() else 0
+    return total
+
+
+def _check_size(structure: dict[str, Any], size: int, path: Path) -> None:
+    """Raise `UserError` if the arrays would need far more bytes than the `size` of their files."""
+    needed = sum(prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for _, leaf in _flatten(structure))
+    if needed > MOST_INFLATED * size + SMALL:
+        raise UserError(f"{path} says it holds arrays of {needed} bytes, in {size} bytes on the disk")
 
 
 def check_shapes(tree: dict[str, Any], shapes: dict[str, Any], where: str) -> None:

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import KeyPath
 
-from dvi_jax.archives import DAMAGED_NPZ, read_npz
+from dvi_jax.archives import DAMAGED_NPZ, Header, read_npz
+from dvi_jax.checkpoint import read_json
 from dvi_jax.directories import PARTIAL, DamageError, hash_files, partial_directory, remove_partial, verify_files
 from dvi_jax.errors import UserError, one_line
 from dvi_jax.learn.distill import DistillState
@@ -194,7 +195,8 @@ class Snapshots:
         document = _read_json(path / PROGRESS)
         if (document.get("run") or self.run_digest) != self.run_digest:  # earlier releases name none
             raise UserError(f"{path} is a snapshot of another run than the one in this directory: move it away")
-        return _from_named(read_arrays(path / ARRAYS), template, str(path)), document["progress"]
+        arrays = read_arrays(path / ARRAYS, expect=lambda headers: _check_fit(headers, template, str(path)))
+        return _from_named(arrays, template), document["progress"]
 
     def _write(
         self, step: int, arrays: dict[str, jax.Array], document: dict[str, Any], before: Callable[[], None]
@@ -240,10 +242,12 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         os.fsync(file.fileno())
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """What `write_arrays` wrote; numpy has no name for bfloat16 and gives its bytes."""
+def read_arrays(
+    path: Path, expect: Callable[[dict[str, Header]], None] = lambda headers: None
+) -> dict[str, np.ndarray]:
+    """What `write_arrays` wrote; numpy has no name for bfloat16 and gives its bytes. `expect` as in `read_npz`."""
     try:
-        return read_npz(path)
+        return read_npz(path, expect=expect)
     except DAMAGED_NPZ as error:
         raise DamageError(f"{path} cannot be read: {error}") from error
 
@@ -254,28 +258,37 @@ def _named(state: State) -> dict[str, jax.Array]:
     return {_name(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
 
 
-def _from_named(arrays: dict[str, np.ndarray], template: State, where: str) -> State:
-    """Arrays in the structure of `template`; the first that is missing, unknown or of another kind is a `UserError`."""
+def _check_fit(headers: dict[str, Header], template: State, where: str) -> None:
+    """Raise `UserError` naming the first array that is missing, unknown or of another kind than in `template`."""
     wanted = _named(template)
-    arrays = {FORMER_NAMES.get(name, name): array for name, array in arrays.items()}
-    unknown = sorted(arrays.keys() - wanted.keys())
+    headers = {FORMER_NAMES.get(name, name): header for name, header in headers.items()}
+    unknown = sorted(headers.keys() - wanted.keys())
     if unknown:
         raise UserError(f"{where} does not fit these settings: it has {unknown[0]}, which they do not use")
+    for name, like in wanted.items():
+        if name not in headers:
+            raise UserError(f"{where} does not fit these settings: it has no {name}")
+        shape, dtype = headers[name]
+        if shape != like.shape or (dtype != like.dtype and not _is_raw(dtype, like.dtype)):
+            expected = f"{like.dtype} {like.shape}"
+            raise UserError(f"{where} does not fit these settings: {name} is {dtype} {shape}, they ask for {expected}")
+
+
+def _is_raw(dtype: np.dtype, like: np.dtype) -> bool:
+    """Whether numpy has only the bytes of such a type."""
+    return dtype.kind == "V" and dtype.itemsize == like.itemsize
+
+
+def _from_named(arrays: dict[str, np.ndarray], template: State) -> State:
+    """Arrays that fit `template`, in its structure."""
+    wanted = _named(template)
+    arrays = {FORMER_NAMES.get(name, name): array for name, array in arrays.items()}
 
     def find(path: KeyPath[Any], old: jax.Array) -> jax.Array:
         name = _name(path)
-        if name not in arrays:
-            raise UserError(f"{where} does not fit these settings: it has no {name}")
-        array, like = arrays[name], wanted[name]
-        if array.dtype.kind == "V" and array.dtype.itemsize == like.dtype.itemsize:
-            array = array.view(like.dtype)
-        if (array.shape, array.dtype) != (like.shape, like.dtype):
-            expected = f"{like.dtype} {like.shape}"
-            raise UserError(
-                f"{where} does not fit these settings: {name} is {array.dtype} {array.shape}, they ask for {expected}"
-            )
+        array, dtype = arrays[name], wanted[name].dtype
         # Not jnp.array, which compiles a copy for every shape: nobody else holds what was read.
-        placed = jax.device_put(array)
+        placed = jax.device_put(array.view(dtype) if _is_raw(array.dtype, dtype) else array)
         return jax.random.wrap_key_data(placed) if _is_key(old) else placed
 
     return jax.tree.map_with_path(find, template)
@@ -312,8 +325,8 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        document = read_json(path)
+    except UserError as error:
         raise DamageError(f"{path} is missing or damaged") from error
     if not isinstance(document, dict):
         raise DamageError(f"{path} is damaged: it must hold an object")
