@@ -31,7 +31,7 @@ from dvi_jax.config import LlamaConfig
 from dvi_jax.directories import hash_files, partial_directory, verify_files
 from dvi_jax.errors import UserError
 from dvi_jax.model.llama import base_shapes
-from dvi_jax.settings import MOST_MESSAGE, from_dict, require
+from dvi_jax.settings import MOST_MESSAGE, from_dict, require, require_count
 
 FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"
@@ -79,6 +79,15 @@ class Manifest:
         for name, value in (self.lora | self.drafter_config).items():
             if isinstance(value, (int, float)):
                 require(0 <= value <= MOST_OPTION, f"{MANIFEST}: {name}", value, f"between 0 and {MOST_OPTION}")
+        for name, value in self.lora.items():
+            kinds = (int,) if name.startswith("rank") else (int, float, type(None))
+            require(
+                type(value) in kinds, f"{MANIFEST}: {name}", value, "a whole number" if len(kinds) == 1 else "a number"
+            )
+        require_count(f"{MANIFEST}: exit_layer", self.exit_layer, 0)
+        require_count(f"{MANIFEST}: training_step", self.training_step, 0)
+        share = self.held_out_fraction
+        require(0 <= share < 1, f"{MANIFEST}: held_out_fraction", share, "at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -279,7 +288,10 @@ def load_tree(path: Path, shapes: dict[str, Any] | None = None) -> dict[str, Any
     size = _size_of(path)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            structure = checkpointer.metadata(path.absolute()).item_metadata.tree
+            metadata = checkpointer.metadata(path.absolute()).item_metadata
+            if metadata is None:
+                raise ValueError("what it says of its arrays is damaged")
+            structure = metadata.tree
             if shapes is not None:
                 check_shapes(structure, shapes, str(path))
             _check_size(structure, size, path)
@@ -302,7 +314,10 @@ def _size_of(path: Path) -> int:
 
 def _check_size(structure: dict[str, Any], size: int, path: Path) -> None:
     """Raise `UserError` if the arrays would need far more bytes than the `size` of their files."""
-    needed = sum(prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for _, leaf in _flatten(structure))
+    needed = 0
+    for _, leaf in _flatten(structure):
+        pieces = leaf.storage.chunk_shape if leaf.storage else None  # each is read as a whole, however large
+        needed += max(prod(leaf.shape), prod(pieces or ())) * np.dtype(leaf.dtype).itemsize
     if needed > MOST_INFLATED * size + SMALL:
         raise UserError(f"{path} says it holds arrays of {needed} bytes, in {size} bytes on the disk")
 

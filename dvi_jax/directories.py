@@ -122,9 +122,15 @@ def _size(path: Path) -> int:
 
 
 def _flush_directory(path: Path) -> None:
-    """Bring a rename to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Bring a rename to the disk, where directories can be: some file systems refuse, and the rename is done."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # it may be written and not listed
+        return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
+            raise
     finally:
         os.close(descriptor)

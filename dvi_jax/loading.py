@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dvi_jax.checkpoint import Checkpoint, Manifest, check_finite, check_shapes, read_token_ids, string_keys
 from dvi_jax.config import LlamaConfig
@@ -110,6 +111,8 @@ def with_draft_vocabulary(model: LoadedModel, path: str | Path) -> LoadedModel:
 
 def from_checkpoint(checkpoint: Checkpoint, *, exit_layer: int | None = None, seed: int = 0) -> LoadedModel:
     """The same from a `Checkpoint` in memory."""
+    if jax.dtypes.canonicalize_dtype(np.int64) != np.int32:
+        raise UserError("JAX_ENABLE_X64 is set, and all counts and ids here have 32 bits: unset it")
     config, manifest = checkpoint.config, checkpoint.manifest
     if exit_layer is not None and exit_layer != manifest.exit_layer:
         if checkpoint.drafter is not None:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from dvi_jax.config import SamplingConfig
+from dvi_jax.containers import container_bytes
 from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.prefill import Filled, prefill
 from dvi_jax.decode.prefix import fill_prefix
@@ -165,14 +166,28 @@ def check(budget: Budget, limit: int | None = None) -> None:
 
 
 def available_bytes() -> int:
-    """Bytes that can still be allocated: of the accelerator's pool, or of the machine's memory on the CPU."""
+    """Bytes that can still be allocated: of the accelerator's pool, or of the machine's memory on the CPU.
+
+    Of the machine's memory a container may have less (`dvi_jax/containers.py`).
+    """
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     if not _MEMINFO.exists():
         raise UserError("this system does not say how much memory is free: give a memory limit")
     lines = dict(line.split(":", 1) for line in _MEMINFO.read_text(encoding="ascii").splitlines())
-    return 1024 * int(lines["MemAvailable"].split()[0])
+    machine, container = 1024 * int(lines["MemAvailable"].split()[0]), container_bytes()
+    return machine if container is None else min(machine, container)
+
+
+def check_room(needed: int, what: str) -> None:
+    """Raise `UserError` if `what` needs more bytes than there are, where the system says how many there are."""
+    try:
+        room = available_bytes()
+    except UserError:  # it does not
+        return
+    if needed > room:
+        raise UserError(f"{what} need {_readable(needed)}, but there are {_readable(room)}")
 
 
 def workspace_bytes(program: jax.stages.Compiled, made: int) -> int:

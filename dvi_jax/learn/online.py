@@ -24,6 +24,7 @@ from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import Prompt, PromptStream
 from dvi_jax.decode.acceptance import Acceptance, measure_acceptance
 from dvi_jax.decode.batch import Generation, choose_plan
+from dvi_jax.decode.memory import check_room
 from dvi_jax.errors import UserError
 from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.fast_update import Batch, LearnerState, fast_update, init_learner, with_trainable
@@ -127,6 +128,10 @@ class OnlineRun(Run[LearnerState, Acceptance]):
         if config.slow.every and not model.params.lora_d:
             raise UserError("slow.every needs a verifier with a lora_D: set slow.rank_d")
         choose_plan(model, config.decode)
+        # Windows of the replay and of a rollout: features, and ten bytes beside them.
+        window = self.window * (2 * model.config.hidden_size * (1 + len(model.taps)) + 10)
+        kept = f"replay_capacity {config.replay_capacity} and rollout_batch {config.rollout_batch}"
+        check_room((config.replay_capacity + config.rollout_batch) * window, kept)
 
     def initial_state(self, params: Params) -> LearnerState:
         config = self.config
