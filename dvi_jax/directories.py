@@ -89,6 +89,8 @@ def verify_files(directory: Path, checksums: Mapping[str, object]) -> None:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or not parts.parts:
             raise DamageError(f"{directory}: the checksums name {name!r}, which is not a file inside it")
+        if not _is_file(directory / name):
+            raise DamageError(f"{directory / name} is missing or cannot be read")
     for name, found in zip(names, _hash_all([directory / name for name in names]), strict=True):
         if found is None:
             raise DamageError(f"{directory / name} is missing or cannot be read")
@@ -105,13 +107,20 @@ def _hash_all(paths: Sequence[Path]) -> list[str | None]:
 
 
 def _hash_file(path: Path) -> str | None:
+    if not _is_file(path):
+        return None
     try:
-        if not path.is_file():
-            return None
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError):  # ValueError: a name that no file can have
+    except OSError:
         return None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return False
 
 
 def _size(path: Path) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dvi_jax.archives import DAMAGED_NPZ, Header, read_npz
-from dvi_jax.errors import UserError
+from dvi_jax.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _load(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         arrays = read_npz(path, "tokens", "mask", expect=expect)
     except DAMAGED_NPZ as error:
-        raise UserError(f"{wrong}: {error}") from error
+        raise UserError(one_line(f"{wrong}: {error}")) from error
     tokens, bits = arrays["tokens"], arrays["mask"]
     if tokens.min() < 0:
         raise UserError(f"{wrong}: tokens must be rows of ids, got {tokens.min()}")
