@@ -9,8 +9,9 @@ from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dvi_jax.checkpoint import Checkpoint, Manifest, check_shapes, read_token_ids, string_keys
+from dvi_jax.checkpoint import Checkpoint, Manifest, check_finite, check_shapes, read_token_ids, string_keys
 from dvi_jax.config import LlamaConfig
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.directories import cache_folder
@@ -114,6 +115,8 @@ def with_draft_vocabulary(model: LoadedModel, path: str | Path) -> LoadedModel:
 
 def from_checkpoint(checkpoint: Checkpoint, *, exit_layer: int | None = None, seed: int = 0) -> LoadedModel:
     """The same from a `Checkpoint` in memory."""
+    if jax.dtypes.canonicalize_dtype(np.int64) != np.int32:
+        raise UserError("JAX_ENABLE_X64 is set, and all counts and ids here have 32 bits: unset it")
     config, manifest = checkpoint.config, checkpoint.manifest
     if exit_layer is not None and exit_layer != manifest.exit_layer:
         if checkpoint.drafter is not None:
@@ -192,6 +195,7 @@ def _fill(template: Tree, saved: Tree | None, where: str) -> Tree:
         return template
     shapes = jax.tree.map(lambda leaf: leaf.shape, template)
     check_shapes(string_keys(saved), string_keys(shapes), where)
+    check_finite(saved, where)
     return _like(template, saved)
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import psutil
 
 from dvi_jax.config import SamplingConfig
+from dvi_jax.containers import container_bytes
 from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.prefill import Filled, prefill
 from dvi_jax.decode.prefix import fill_prefix
@@ -164,11 +165,22 @@ def check(budget: Budget, limit: int | None = None) -> None:
 
 
 def available_bytes() -> int:
-    """Bytes that can still be allocated: of the accelerator's pool, or of the machine's memory on the CPU."""
+    """Bytes that can still be allocated: of the accelerator's pool, or of the machine's memory on the CPU.
+
+    Of the machine's memory a container may have less (`dvi_jax/containers.py`).
+    """
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    return psutil.virtual_memory().available
+    machine, container = psutil.virtual_memory().available, container_bytes()
+    return machine if container is None else min(machine, container)
+
+
+def check_room(needed: int, what: str) -> None:
+    """Raise `UserError` if `what` needs more bytes than there are."""
+    room = available_bytes()
+    if needed > room:
+        raise UserError(f"{what} need {readable(needed)}, but there are {readable(room)}")
 
 
 def workspace_bytes(program: jax.stages.Compiled, made: int) -> int:

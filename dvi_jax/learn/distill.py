@@ -51,10 +51,14 @@ class DistillState(struct.PyTreeNode):
 
 
 def make_optimizer(config: DistillConfig) -> optax.GradientTransformation:
-    """AdamW, linear warm-up and cosine decay to a tenth, clipped by global norm; non-finite updates are skipped."""
+    """AdamW at `learning_rate`, clipped by global norm; non-finite updates are skipped."""
+    return guarded(optax.adamw(learning_rate(config), b2=0.95, weight_decay=config.weight_decay), config.clip_norm)
+
+
+def learning_rate(config: DistillConfig) -> optax.Schedule:
+    """The rate once so many updates are done: linear warm-up from 0, then cosine decay to a tenth after the last."""
     steps = config.steps
-    rate = optax.warmup_cosine_decay_schedule(0.0, config.lr, min(config.warmup, steps // 2), steps, config.lr / 10)
-    return guarded(optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay), config.clip_norm)
+    return optax.warmup_cosine_decay_schedule(0.0, config.lr, min(config.warmup, steps // 2), steps, config.lr / 10)
 
 
 def init_distill(params: Params, config: DistillConfig) -> DistillState:
