@@ -138,6 +138,11 @@ class Snapshots:
         if self._running is not None and self._running.done():
             self.wait()
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save runs, for which the next one would wait."""
+        return self._running is not None and not self._running.done()
+
     def steps(self, *, regular: bool = False) -> list[int]:
         """Updates there is a snapshot of, oldest first, whole or not; `regular` leaves out the irregular ones."""
         if not self.directory.is_dir():

@@ -1,16 +1,20 @@
-"""Command line of the server: python -m dvi_jax.serve --checkpoint CKPT [--port 8000] [--slots 8] ..."""
+"""Command line of the server: python -m dvi_jax.serve --checkpoint CKPT [--port 8000] [--slots 8] [--learn] ..."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from dvi_jax.command_line import AUTO, add_loading_options, load_model
-from dvi_jax.errors import ArgumentParser, at_least_one, run_cli
+from dvi_jax.errors import ArgumentParser, UserError, at_least_one, notice, run_cli
 from dvi_jax.serve.app import create_app
 from dvi_jax.serve.engine import Engine
+from dvi_jax.serve.learner import LearnSettings
+from dvi_jax.serve.learning_metrics import LearningCollector
+from dvi_jax.serve.learning_run import LearningRun, load_to_learn
 from dvi_jax.serve.logs import set_up_logs
 from dvi_jax.serve.running import address, bind, run
 from dvi_jax.serve.settings import ServerSettings
@@ -29,19 +33,50 @@ def main(arguments: list[str] | None = None) -> int:
         max_queued=options.max_queued,
         drain_seconds=options.drain_seconds,
     )
-    with bind(settings.host, settings.port) as listener:  # before the model is loaded, which takes a while
-        model = load_model(options)
+    learn = _learn_settings(options)
+    with bind(settings.host, settings.port) as listener, ExitStack() as stack:  # a port, before a model is loaded
+        learning = None
+        if learn is not None:
+            run_of = LearningRun(
+                *load_to_learn(options), learn, options.out, context=options.context, resume=options.resume
+            )
+            stack.callback(_tell_of_drafter, run_of)
+            learning = stack.enter_context(run_of)
+        model = load_model(options) if learning is None else learning.model
         engine = Engine(
             model,
             slots=options.slots,
             context=options.context,
             plan=options.plan,
             max_waiting=settings.max_queued,
+            learner=None if learning is None else learning.learner,
         )
+        stack.callback(engine.close)  # before the run is left
+        app = create_app(engine, model.tokenizer, settings, {"learning": learning.section} if learning else None)
+        if learning is not None:
+            collector = LearningCollector(settings.model_name, lambda: learning.learner.status)
+            app.state.serving.metrics.registry.register(collector)
         set_up_logs()
         print(f"serving {settings.model_name} at {address(listener)}/v1", file=sys.stderr)
         print(f"dashboard: {address(listener)}/dashboard", file=sys.stderr, flush=True)
-        return run(create_app(engine, model.tokenizer, settings), listener)
+        return run(app, listener)
+
+
+def _learn_settings(options: argparse.Namespace) -> LearnSettings | None:
+    """How to learn, None for not at all; `UserError` for options that say both."""
+    if not options.learn:
+        given = {"--out": options.out, "--resume": options.resume, "--drafter": options.drafter}
+        for name in (name for name, value in given.items() if value):
+            raise UserError(f"{name} is of a server that learns: add --learn, or leave it out")
+        return None
+    if options.out is None:
+        raise UserError("--learn needs --out DIR, where what was learned is kept")
+    return LearnSettings(share=options.learn_share)
+
+
+def _tell_of_drafter(learning: LearningRun) -> None:
+    if learning.drafter is not None:
+        notice(f"the drafter that was learned: --drafter-from {learning.drafter}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +102,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="how long running replies may take after SIGTERM",
     )
+    group = parser.add_argument_group("learning while serving (docs/serving.md)")
+    group.add_argument("--learn", action="store_true", help="train the drafter on replies (store: false apart)")
+    group.add_argument("--out", metavar="DIR", help="directory of the run: snapshots, metrics, the drafter at the end")
+    group.add_argument("--resume", action="store_true", help="go on with what was learned there, if anything was")
+    group.add_argument(
+        "--learn-share",
+        type=float,
+        default=LearnSettings.share,
+        metavar="X",
+        help="most of the device's time for learning while there are requests (default: %(default)s)",
+    )
+    group.add_argument("--drafter", metavar="KIND", help="begin with an untrained drafter of this kind")
     return parser
 
 

@@ -9,15 +9,18 @@ import atexit
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
+from typing import Protocol
 
 import jax
 
 from dvi_jax.decode.batch import MOST_EOS_IDS, check_prompts
 from dvi_jax.decode.stream import StreamedText, stop_ids
 from dvi_jax.errors import UserError
+from dvi_jax.learn.replay import Windows
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Params
 from dvi_jax.serve.intake import Intake
@@ -29,8 +32,25 @@ from dvi_jax.serve.scheduler import OnWindow, Scheduler
 from dvi_jax.serve.slots import Shape, empty_slots
 
 CHUNK, CPU_CHUNK = 512, 128  # tokens of a prompt that go through at once
+LOOK = 0.5  # seconds between two looks at whether an idle engine's learner has work
 
 log = logging.getLogger(__name__)
+
+
+class Learns(Protocol):
+    """What learns from an engine's replies. The engine's thread alone calls it."""
+
+    def take(self, windows: Windows, request: Request) -> None:
+        """The learning signals of a reply that has ended, as `Engine`'s `on_window` gets them; quick."""
+
+    def has_work(self) -> bool:
+        """Whether a turn may do anything; quick."""
+
+    def turn(self, status: EngineStatus, *, idle: bool, settle: Callable[[], None]) -> Params | None:
+        """Between two stretches: a piece of work, and other weights to draft with (`Engine.swap`), if there are any.
+
+        `idle`: no request is there. `settle` returns once the device has done what was started.
+        """
 
 
 class Engine:
@@ -52,6 +72,7 @@ class Engine:
         chunk: int | None = None,
         warm_up: bool = False,
         on_window: OnWindow | None = None,
+        learner: Learns | None = None,
     ):
         """Take the memory and start the thread.
 
@@ -60,13 +81,15 @@ class Engine:
         share. `chunk`: tokens of a prompt that go through at once. `warm_up`: compile every program now, so
         that no request waits for one. `on_window` gets the learning signals of every reply
         that may be learned from, on the device, as one window of as many positions as a slot has; it is called by the
-        engine's thread and must be quick. Raises `UserError` for sizes that cannot be, or that memory does not hold.
+        engine's thread and must be quick. A `learner` gets them in its place, and turns between stretches. Raises
+        `UserError` for sizes that cannot be, or that memory does not hold.
         """
         for name, value in (("slots", slots), ("context", context), ("max_waiting", max_waiting)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         self.model, self.slots, self.max_waiting = model, slots, max_waiting
         self.context = min(context, model.config.context_length)
+        self._learner, on_window = learner, on_window if learner is None else learner.take
         record, (plans, width) = on_window is not None, plans_of(model, plan, slots)
         chunk = min(chunk or (CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK), self.context)
         room = -(-(self.context + width) // chunk) * chunk
@@ -186,7 +209,17 @@ class Engine:
         with ExitStack() as stack:
             stack.push(self._on_exit)
             while self._wait_for_work():
-                self._scheduler.turn(self._next_reply, somebody_waits=bool(self._waiting))
+                if self._learner is not None:
+                    self._learn(self._learner)
+                if self._waiting or self._scheduler.is_busy:
+                    self._scheduler.turn(self._next_reply, somebody_waits=bool(self._waiting))
+
+    def _learn(self, learner: Learns) -> None:
+        """The learner's turn."""
+        idle = not (self._waiting or self._scheduler.is_busy)
+        params = learner.turn(self._scheduler.status, idle=idle, settle=self._scheduler.settle)
+        if params is not None:
+            self.swap(params)
 
     def _wait_for_work(self) -> bool:
         """Whether to go on; waits while there is nothing to do."""
@@ -200,7 +233,12 @@ class Engine:
                 if self._closing or not self._is_idle():
                     break
                 self._changed.notify_all()  # for who drains
-                self._changed.wait()
+                if self._learner is None:
+                    self._changed.wait()
+                elif self._draining or not self._learner.has_work():
+                    self._changed.wait(LOOK)
+                else:
+                    break
             if self._swapped is not None:
                 self._scheduler.params, self._swapped = self._swapped, None
             return not self._closing

@@ -76,6 +76,9 @@ class Scheduler:
         """Compile every program, by running it with nothing in the slots."""
         definition, vocab_size = self._model.definition, self._model.config.vocab_size
         filled = self._intake.warm_up(self.params)
+        if self._on_window is not None:  # an empty window, which nothing can be learned from
+            nothing = np.int32(0)
+            self._on_window(take_window(self._slots, nothing, nothing, nothing), Request((), 0))
         done = Terms.of(1, 1, (), GREEDY, vocab_size)  # a reply that ends with its first token
         self._slots, _ = lay(definition, self.params, self._slots, filled, np.int32(0), done)
         self._slots = release(self._slots, self._ended.copy())
@@ -85,6 +88,11 @@ class Scheduler:
                     definition, self.params, self._slots, np.int32(0), plan, sampled=sampled
                 )
                 packed.block_until_ready()
+
+    def settle(self) -> None:
+        """Return once the device has done the stretch that was started."""
+        if self._flight is not None:
+            self._flight.packed.block_until_ready()
 
     def turn(self, next_reply: Callable[[], Reply | None], *, somebody_waits: bool) -> None:
         """One turn; `next_reply` gives the next one of those that wait, if one does."""
