@@ -127,10 +127,11 @@ class Learner:
         self._arrived: list[jax.Array] = []  # lengths of windows that were not counted yet
         self._new_positions = 0  # of windows since the last update
         self._pooled = 0  # updates since the last swap
-        self._good_update = 0  # at which the good drafter became it
+        self._good_step = 0  # update that made the good drafter
+        self._decided = 0  # update after which the last trial was decided
         self._judged = (0, 0)  # of the engine
         self._cautious_until = -1
-        self._saved_at, self._saved_step = clock(), -1
+        self._saved_at, self._saved_step = clock(), 0
         self._logged_at = clock() - LOG_SECONDS
         self.status = Learned()
         self._warm_up()
@@ -201,7 +202,7 @@ class Learner:
         """Go on from what `save` was given; before the engine starts."""
         self._good = self._live = state
         self._state = self._renewed(state)
-        self._good_update = self._saved_step = int(state.step)
+        self._good_step = self._decided = self._saved_step = int(state.step)
         self.status = Learned(**progress)
         self._note_live()
 
@@ -212,7 +213,7 @@ class Learner:
         return self._good, self._progress()
 
     def _progress(self) -> dict[str, Any]:
-        return asdict(replace(self.status, updates=int(self._good.step)))
+        return asdict(replace(self.status, updates=self._good_step))
 
     # The work.
 
@@ -226,19 +227,19 @@ class Learner:
                 self._decide(suspected=verdict is Verdict.WORSE)
         elif self._save_is_due():
             if self._save(self._good, self._progress()):
-                self._saved_at, self._saved_step = self._clock(), int(self._good.step)
+                self._saved_at, self._saved_step = self._clock(), self._good_step
         else:
             self._update()
 
     def _verdict_is_due(self) -> bool:
         if not self._shadow.on_trial:
             return False
-        overdue = self.status.updates - self._good_update >= TRIAL_UPDATES
+        overdue = self.status.updates - self._decided >= TRIAL_UPDATES
         return overdue or self._shadow.verdict() is not Verdict.OPEN
 
     def _save_is_due(self) -> bool:
         waited = self._clock() - self._saved_at >= self.settings.save_seconds
-        return waited and self._good_update > self._saved_step
+        return waited and self._good_step > self._saved_step
 
     def _update(self) -> None:
         """One fast update of the candidate; it goes live when enough of them are pooled."""
@@ -305,7 +306,7 @@ class Learner:
         """The trial is over: the live drafter is the good one."""
         good, trial = self._shadow.rates
         self._shadow.hold()
-        self._good, self._good_update = self._live, self.status.updates
+        self._good, self._good_step, self._decided = self._live, int(self._live.step), self.status.updates
         self._log("held", {"accept_rate": trial, "accept_rate_before": good})
 
     def _decide(self, *, suspected: bool) -> None:
@@ -340,7 +341,7 @@ class Learner:
         """The good drafter is live again, with its optimiser's state, and learns more slowly for a while."""
         self._state = self._renewed(go_on_from(self._good, self._state))
         self._live, self._pooled = self._good, 0
-        self._good_update = self.status.updates
+        self._decided = self.status.updates
         self._cautious_until = self.status.updates + CAUTIOUS_UPDATES
         self._shadow.take_back(*self._judged)
         self.status = replace(self.status, rollbacks=self.status.rollbacks + 1)
