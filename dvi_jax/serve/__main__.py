@@ -71,7 +71,7 @@ def _learn_settings(options: argparse.Namespace) -> LearnSettings | None:
         return None
     if options.out is None:
         raise UserError("--learn needs --out DIR, where what was learned is kept")
-    return LearnSettings(share=options.learn_share)
+    return LearnSettings(share=options.learn_share, save_seconds=options.save_seconds)
 
 
 def _tell_of_drafter(learning: LearningRun) -> None:
@@ -112,6 +112,13 @@ def _parser() -> argparse.ArgumentParser:
         default=LearnSettings.share,
         metavar="X",
         help="most of the device's time for learning while there are requests (default: %(default)s)",
+    )
+    group.add_argument(
+        "--save-seconds",
+        type=float,
+        default=LearnSettings.save_seconds,
+        metavar="S",
+        help="between two snapshots (default: %(default)s)",
     )
     group.add_argument("--drafter", metavar="KIND", help="begin with an untrained drafter of this kind")
     return parser

@@ -59,7 +59,7 @@ class LearnSettings:
     positions: int = 512  # that pay for logits in an update; and so many new ones are waited for
     replay_bytes: int = 1 << 30  # of the device's memory, for windows
     replay_capacity: int = 256  # windows that are kept at most
-    save_seconds: float = 120.0  # between snapshots
+    save_seconds: float = 60.0  # between snapshots
     seed: int = 0  # of the choice of windows
     objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(kl_min=1.0, pg_max=0.0))
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lora_lr=1.5e-3, head_lr=1.5e-3))
@@ -69,7 +69,7 @@ class LearnSettings:
         for name in ("window", "fresh_windows", "positions", "replay_bytes", "replay_capacity"):
             require_count(name, getattr(self, name), most=2**40)
         require_count("replayed_windows", self.replayed_windows, 0)
-        require(self.save_seconds >= 0, "save_seconds", self.save_seconds, "0 or above")
+        require(self.save_seconds >= 0, "--save-seconds", self.save_seconds, "0 or above")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Learner:
         self._decided = 0  # update after which the last trial was decided
         self._judged = (0, 0)  # of the engine
         self._cautious_until = -1
-        self._saved_at, self._saved_step = clock(), 0
+        self._saved_at, self._saved_step = clock() - settings.save_seconds, 0  # the first good one at once
         self._logged_at = clock() - LOG_SECONDS
         self.status = Learned()
         self._warm_up()
