@@ -29,6 +29,7 @@ from dvi_jax.serve.scheduler import OnWindow, Scheduler
 from dvi_jax.serve.slots import Shape, empty_slots
 
 CHUNK, CPU_CHUNK = 512, 128  # tokens of a prompt that go through at once
+POSITIONS = 64  # of a cache are a multiple of this
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Engine:
         self.context = min(context, model.config.context_length)
         record, (plans, width) = on_window is not None, plans_of(model, plan, slots)
         chunk = min(chunk or (CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK), self.context)
-        room = -(-(self.context + width) // chunk) * chunk
+        room = _rounded_up(max(_rounded_up(self.context, chunk), self.context + width), POSITIONS)
         shape = Shape(slots, room, width, record)
         self.memory = engine_memory(model, shape, prefix_bytes)
         check_engine_memory(self.memory)
@@ -232,6 +233,10 @@ class Engine:
             else:
                 reply.fail(self._failure)
         return True
+
+
+def _rounded_up(size: int, step: int) -> int:
+    return -(-size // step) * step
 
 
 def _kind(leaf: jax.Array) -> tuple[tuple[int, ...], str]:

@@ -200,6 +200,7 @@ def test_waiting_draining_and_closing(model, make_engine, pieces_of):
             engine.submit(request)
         assert engine.drain(60)
         replies = [pieces_of(handle) for handle in running]
+        assert list(running[0]) == []  # pieces are given once
         assert {reason for *_, reason in replies} == {"length"}
         assert {len(ids) for ids, *_ in replies} == {90}
     engine = make_engine(model)
