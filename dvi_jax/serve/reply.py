@@ -16,7 +16,7 @@ import numpy as np
 
 from dvi_jax.decode.stream import StreamedText
 from dvi_jax.errors import UserError
-from dvi_jax.serve.requests import ReplyPiece, Request, Statistics
+from dvi_jax.serve.requests import ReplyPiece, Request, Statistics, TokenLogprob
 
 
 class Reply:
@@ -89,8 +89,8 @@ class Reply:
 
     # What the engine calls.
 
-    def take(self, ids: Sequence[int], *, done: bool) -> None:
-        """Committed tokens, the last ones of all if `done`."""
+    def take(self, ids: Sequence[int], *, done: bool, logprobs: tuple[TokenLogprob, ...] | None = None) -> None:
+        """Committed tokens, the last ones of all if `done`; `logprobs` has one for each."""
         self.committed += len(ids)
         reason, text = None, ""
         if done:
@@ -105,7 +105,7 @@ class Reply:
             statistics.first_token = time.monotonic()
         statistics.new_tokens += len(ids)
         if ids or text or reason:
-            self._give(ReplyPiece(tuple(ids), text, reason))
+            self._give(ReplyPiece(tuple(ids), text, reason, logprobs and logprobs[: len(ids)]))
 
     def count(self, accept_lengths: np.ndarray, drafted: np.ndarray) -> None:
         """Rounds in which so many tokens each were committed and drafted; none once the sequence is done."""
