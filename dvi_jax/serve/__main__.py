@@ -37,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
             context=options.context,
             plan=options.plan,
             max_waiting=settings.max_queued,
+            warm_up=True,
         )
+        print(engine.memory.describe(), file=sys.stderr)
         set_up_logs()
         print(f"serving {settings.model_name} at {address(listener)}/v1", file=sys.stderr)
         print(f"dashboard: {address(listener)}/dashboard", file=sys.stderr, flush=True)
