@@ -3,6 +3,7 @@
 Decode      load, generate_batch, Stream, DecodeConfig, SamplingConfig, Generation, LoadedModel
 One round   decode_round
 Adapters    inject_dual_lora
+Serve       Engine, Request
 Learn       train_online, train_offline, TrainConfig, DistillConfig, load_train_config
 """
 
@@ -15,12 +16,16 @@ from dvi_jax.learn.offline import train_offline
 from dvi_jax.learn.online import train_online
 from dvi_jax.loading import LoadedModel, load
 from dvi_jax.model.lora import inject_dual_lora
+from dvi_jax.serve.engine import Engine
+from dvi_jax.serve.requests import Request
 
 __all__ = [
     "DecodeConfig",
     "DistillConfig",
+    "Engine",
     "Generation",
     "LoadedModel",
+    "Request",
     "SamplingConfig",
     "Stream",
     "TrainConfig",

@@ -29,6 +29,7 @@ from dvi_jax.serve.scheduler import OnWindow, Scheduler
 from dvi_jax.serve.slots import Shape, empty_slots
 
 CHUNK, CPU_CHUNK = 512, 128  # tokens of a prompt that go through at once
+POSITIONS = 64  # of a cache are a multiple of this
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Engine:
         prefix_bytes: int = 2**30,
         chunk: int | None = None,
         warm_up: bool = False,
+        logprobs: int = 0,
         on_window: OnWindow | None = None,
     ):
         """Take the memory and start the thread.
@@ -58,25 +60,26 @@ class Engine:
         `context`: tokens of a prompt and its reply together, at most the model's. `plan`: as in `DecodeConfig`, or
         `auto`. `max_waiting`: requests that may wait for a slot. `prefix_bytes`: memory for beginnings that prompts
         share. `chunk`: tokens of a prompt that go through at once. `warm_up`: compile every program now, so
-        that no request waits for one. `on_window` gets the learning signals of every reply
+        that no request waits for one. `logprobs`: alternatives that a request may want the log-probabilities of; 0:
+        there are none, which needs less memory. `on_window` gets the learning signals of every reply
         that may be learned from, on the device, as one window of as many positions as a slot has; it is called by the
         engine's thread and must be quick. Raises `UserError` for sizes that cannot be, or that memory does not hold.
         """
         for name, value in (("slots", slots), ("context", context), ("max_waiting", max_waiting)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
-        self.model, self.slots, self.max_waiting = model, slots, max_waiting
+        self.model, self.slots, self.max_waiting, self.logprobs = model, slots, max_waiting, logprobs
         self.context = min(context, model.config.context_length)
-        record, (plans, width) = on_window is not None, plans_of(model, plan, slots)
+        record, (plans, width) = on_window is not None or logprobs > 0, plans_of(model, plan, slots)
         chunk = min(chunk or (CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK), self.context)
-        room = -(-(self.context + width) // chunk) * chunk
+        room = _rounded_up(max(_rounded_up(self.context, chunk), self.context + width), POSITIONS)
         shape = Shape(slots, room, width, record)
         self.memory = engine_memory(model, shape, prefix_bytes)
         check_engine_memory(self.memory)
         empty = empty_slots(model.definition, model.decode_params, shape)
         intake = Intake(model, room=room, chunk=chunk, prefix_bytes=prefix_bytes, record=record)
         choice, empty = choose(model, plans, width, empty)
-        self._scheduler = Scheduler(model, empty, intake, choice, on_window)
+        self._scheduler = Scheduler(model, empty, intake, choice, on_window=on_window, most_logprobs=logprobs)
         if warm_up:
             self._scheduler.warm_up()
         # What several threads touch, under the lock of `_changed`.
@@ -162,8 +165,10 @@ class Engine:
             raise UserError(f"at most {MOST_EOS_IDS} end-of-sequence ids, got {len(eos)}")
         if request.sampling is not None and not request.sampling.coupled:
             raise UserError("an engine's sampling is coupled: with rejection, tokens would depend on the drafter")
-        if request.logprobs is not None:
-            raise UserError("log-probabilities are not given")
+        if request.logprobs is not None and not self.logprobs:
+            raise UserError("this engine gives no log-probabilities")
+        if request.logprobs is not None and not 0 <= request.logprobs <= self.logprobs:
+            raise UserError(f"logprobs must be between 0 and {self.logprobs}, got {request.logprobs}")
         if not all(request.stop):
             raise UserError("a stop string must not be empty")
         if request.stop:
@@ -232,6 +237,10 @@ class Engine:
             else:
                 reply.fail(self._failure)
         return True
+
+
+def _rounded_up(size: int, step: int) -> int:
+    return -(-size // step) * step
 
 
 def _kind(leaf: jax.Array) -> tuple[tuple[int, ...], str]:

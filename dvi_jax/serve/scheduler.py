@@ -21,8 +21,19 @@ from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.intake import Intake
 from dvi_jax.serve.plans import PlanChoice
 from dvi_jax.serve.reply import Reply
-from dvi_jax.serve.requests import EngineStatus, Request
-from dvi_jax.serve.slots import MOST_ROUNDS, Outcome, Slots, Terms, lay, release, run_stretch, take_window
+from dvi_jax.serve.requests import EngineStatus, Request, TokenLogprob
+from dvi_jax.serve.slots import (
+    MOST_ROUNDS,
+    Outcome,
+    Slots,
+    Terms,
+    columns_of,
+    lay,
+    release,
+    run_stretch,
+    take_window,
+    token_logprobs,
+)
 
 GREEDY = SamplingConfig(temperature=0.0)
 SHORT_STRETCH = 4  # rounds, while somebody waits for a slot or for the beginning of a reply
@@ -45,12 +56,22 @@ class Scheduler:
     """Slots, what is in them, and the prompt on its way into one. For one thread; `status` may be read by any."""
 
     def __init__(
-        self, model: LoadedModel, slots: Slots, intake: Intake, choice: PlanChoice, on_window: OnWindow | None
+        self,
+        model: LoadedModel,
+        slots: Slots,
+        intake: Intake,
+        choice: PlanChoice,
+        *,
+        on_window: OnWindow | None,
+        most_logprobs: int,
     ):
-        """`on_window` gets the learning signals of replies that have ended, where slots keep them."""
+        """Where slots keep learning signals, `on_window` gets those of replies that have ended.
+
+        `most_logprobs`: alternatives that a request may want the log-probabilities of.
+        """
         self.params = model.decode_params  # what the next stretch decodes with
         self._model, self._slots, self._intake, self._choice = model, slots, intake, choice
-        self._on_window = on_window
+        self._on_window, self._most_logprobs = on_window, most_logprobs
         count = len(slots.eos_ids)
         self._replies: list[Reply | None] = [None] * count
         self._ended = np.zeros(count, bool)  # slots whose sequence must go no further, though the device would
@@ -199,12 +220,30 @@ class Scheduler:
     def _give(self, reply: Reply, ids: list[int], *, done: bool) -> None:
         """Tokens to their reader; a reply that has ended leaves its slot."""
         slot, before = self._replies.index(reply), reply.statistics.new_tokens
-        reply.take(ids, done=done)
+        reply.take(ids, done=done, logprobs=self._logprobs(slot, reply, ids))
         self.status = replace(self.status, new_tokens=self.status.new_tokens + reply.statistics.new_tokens - before)
         if reply.finish_reason is not None:
             self._hand_on(slot, reply)
             self._free(slot)
             self._ended[slot] = reply.finish_reason == "stop"
+
+    def _logprobs(self, slot: int, reply: Reply, ids: list[int]) -> tuple[TokenLogprob, ...] | None:
+        """Of new tokens, if they are asked for. They are computed behind the stretch under way, which is waited for."""
+        wanted, state = reply.request.logprobs, self._slots.decode
+        if wanted is None:
+            return None
+        start = min(reply.committed, state.tokens.shape[1] - columns_of(state))
+        found = token_logprobs(
+            self._model.definition,
+            self.params,
+            self._slots,
+            np.int32(slot),
+            np.int32(start),
+            most=self._most_logprobs,
+        )
+        own, best, alternatives = (array[reply.committed - start :].tolist() for array in jax.device_get(found))
+        pairs = [tuple(zip(*row, strict=True))[:wanted] for row in zip(alternatives, best, strict=True)]
+        return tuple(map(TokenLogprob, ids, own, pairs))
 
     def _hand_on(self, slot: int, reply: Reply) -> None:
         """What can be learned from a reply that has ended, while its slot still holds it."""

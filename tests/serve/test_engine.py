@@ -101,12 +101,16 @@ def test_replies_do_not_depend_on_company(make_model, make_engine, pieces_of, tr
     assert {reason for *_, reason in alone} == {"length", "eos", "stop"}
 
 
-def test_replies_are_what_the_model_says(model, make_engine, pieces_of):
-    """Greedy and sampled ones side by side, against one forward pass over each and the formula of coupled sampling."""
+def test_replies_are_what_the_model_says(model, make_engine):
+    """Greedy and sampled ones side by side, against one forward pass over each and the formula of coupled sampling.
+
+    Their log-probabilities, too.
+    """
     requests = [replace(request, eos_ids=(), stop=(), max_new_tokens=30) for request in random_requests(8, seed=2)]
-    with make_engine(model) as engine:
-        handles = [engine.submit(request) for request in requests]
-        replies = [pieces_of(handle)[0] for handle in handles]
+    with make_engine(model, logprobs=4) as engine:
+        handles = [engine.submit(replace(request, logprobs=3)) for request in requests]
+        pieces = [list(handle) for handle in handles]
+    replies = [[token for piece in reply for token in piece.ids] for reply in pieces]
     for handle in handles:
         statistics = handle.statistics
         assert statistics.new_tokens == 30 == 1 + statistics.rounds + statistics.accepted
@@ -119,6 +123,15 @@ def test_replies_are_what_the_model_says(model, make_engine, pieces_of):
         for position in range(len(request.prompt_ids), len(request.prompt_ids) + 30):
             assert row[position] == expected_token(values[position - 1], row[:position], request.sampling)
     assert len({request.sampling and request.sampling.temperature for request in requests}) == 4
+    for request, values, reply in zip(requests, logits, pieces, strict=True):
+        given = [logprob for piece in reply for logprob in piece.logprobs]
+        log_p = jax.nn.log_softmax(values[len(request.prompt_ids) - 1 :][:30])
+        assert [logprob.token for logprob in given] == [token for piece in reply for token in piece.ids]
+        own = [row[logprob.token] for row, logprob in zip(log_p, given, strict=True)]
+        assert np.allclose([logprob.logprob for logprob in given], own, atol=1e-4)
+        best = np.sort(log_p, axis=1)[:, :-4:-1]
+        assert np.allclose([[value for _, value in logprob.top] for logprob in given], best, atol=1e-4)
+        assert all(logprob.top[0][0] == np.argmax(row) for logprob, row in zip(given, log_p, strict=True))
 
 
 def forward(model, tokens):
@@ -200,6 +213,7 @@ def test_waiting_draining_and_closing(model, make_engine, pieces_of):
             engine.submit(request)
         assert engine.drain(60)
         replies = [pieces_of(handle) for handle in running]
+        assert list(running[0]) == []  # pieces are given once
         assert {reason for *_, reason in replies} == {"length"}
         assert {len(ids) for ids, *_ in replies} == {90}
     engine = make_engine(model)
@@ -249,6 +263,7 @@ def test_event_loops_are_served_without_threads(model, make_engine, pieces_of):
         ({"eos_ids": tuple(range(9))}, "at most 8"),
         ({"sampling": SamplingConfig(coupled=False)}, "coupled"),
         ({"stop": ("",)}, "must not be empty"),
+        ({"logprobs": 0}, "gives no log-probabilities"),
     ],
 )
 def test_what_cannot_be_served(model, make_engine, changes, message):

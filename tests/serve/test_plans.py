@@ -75,7 +75,7 @@ def test_costs_are_measured_once(model, make_engine, pieces_of, monkeypatch, tmp
     """In slots that are free before and after, and kept on disk."""
     monkeypatch.setenv("DVI_JAX_CACHE", str(tmp_path))
     plans = (PLAIN, Plan("chain", 2))
-    empty = empty_slots(model.definition, model.decode_params, Shape(4, 112, 3, True))
+    empty = empty_slots(model.definition, model.decode_params, Shape(4, 128, 3, True))
     choice, empty = choose(model, plans, 3, empty)
     assert choice.costs.keys() == set(plans)
     assert all(seconds > 0 for seconds in choice.costs.values())
