@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 from dvi_jax.command_line import AUTO, add_loading_options, load_model
-from dvi_jax.errors import ArgumentParser, at_least_one, run_cli
+from dvi_jax.errors import ArgumentParser, at_least_one, notice, run_cli
 from dvi_jax.serve.app import create_app
 from dvi_jax.serve.engine import Engine
 from dvi_jax.serve.logs import set_up_logs
 from dvi_jax.serve.running import address, bind, run
 from dvi_jax.serve.settings import ServerSettings
 
+LOCAL = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "DVI_JAX_API_KEY"  # a command line can be read by everybody on a machine
 
 
@@ -29,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         max_queued=options.max_queued,
         drain_seconds=options.drain_seconds,
     )
+    if settings.api_key is None and settings.host not in LOCAL:
+        notice(f"--host {settings.host} without --api-key: whoever reaches this machine may use the model")
     with bind(settings.host, settings.port) as listener:  # before the model is loaded, which takes a while
         model = load_model(options)
         engine = Engine(
@@ -37,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
             context=options.context,
             plan=options.plan,
             max_waiting=settings.max_queued,
+            warm_up=True,
         )
+        print(engine.memory.describe(), file=sys.stderr)
         set_up_logs()
         print(f"serving {settings.model_name} at {address(listener)}/v1", file=sys.stderr)
         print(f"dashboard: {address(listener)}/dashboard", file=sys.stderr, flush=True)

@@ -169,7 +169,7 @@ def usage(prompt_tokens: int, replies: int, statistics: Sequence[Statistics]) ->
 
 def request_metrics(statistics: Sequence[Statistics]) -> dict[str, Any] | None:
     """What a request of one reply cost, under the names that vLLM gives these; None for several replies."""
-    if len(statistics) != 1:
+    if len(statistics) != 1 or not statistics[0].first_token:
         return None
     (each,) = statistics
     generation = each.finished - each.first_token
