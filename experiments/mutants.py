@@ -133,7 +133,8 @@ def _try(mutant: Mutant, copies: queue.Queue[Path], programs: Path) -> str:
 
 def _run_tests(root: Path, tests: list[str], programs: Path, count: int = 1) -> str:
     """What pytest makes of tests in a copy; their programs are kept for the next, as are those of `make test`."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "--tb=line"]
+    plugins = ["-p", "no:xdist", "-p", "no:cacheprovider", "-p", "experiments.no_shrinking"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", *plugins]
     # Bytecode of an edited file would pass for new: it is told by size and second.
     variables = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
