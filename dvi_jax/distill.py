@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(console, line)
     say(
         console,
-        f"use it:  python -m dvi_jax.generate --checkpoint {options.model} --drafter-from {options.out} --plan auto",
+        f"use it    dvi generate --checkpoint {options.model} --drafter-from {options.out} --plan auto",
     )
     return 0
 
@@ -143,7 +143,7 @@ def compare(model: LoadedModel, prompts: list[list[int]]) -> list[str]:
     tokens = min(COMPARED_TOKENS, room // 2)
     prompts = [prompt for prompt in prompts if len(prompt) + tokens <= room]
     if not prompts:
-        return ["the log has too few questions to keep some apart: measure with python -m dvi_jax.evaluate"]
+        return ["the log has too few questions to keep some apart: measure with dvi evaluate"]
     drafts = min(AUTO_DRAFTS, model.max_drafts or AUTO_DRAFTS)
     settings = DecodeConfig(draft_steps=drafts, max_new_tokens=tokens)
     chooser = PlanChooser.measured(model, settings, prompts[0])
