@@ -31,5 +31,5 @@ def import_model(
         manifest = Manifest(
             source="", source_sha256="", dtype=dtype, exit_layer=0, drafter="kangaroo", drafter_config=options
         )
-        trained = TrainedParts(manifest, drafter, None)
+        trained = TrainedParts(manifest, drafter, None, None)
     return write_import(source, out, model, trained=trained, dtype=dtype, exit_layer=exit_layer)

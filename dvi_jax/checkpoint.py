@@ -1,6 +1,7 @@
 """The checkpoint directory: what is in it, writing it whole or not at all, and reading it with every shape checked.
 
-    config.json  tokenizer.json  chat_template.jinja  special_tokens_map.json  base/  drafter/  lora/  MANIFEST.json
+    config.json  tokenizer.json  chat_template.jinja  special_tokens_map.json  draft_vocabulary.json
+    base/  drafter/  lora/  MANIFEST.json
 
 `base/`, `drafter/` and `lora/` are orbax checkpoints of plain nested dicts with string keys and restore without this
 package. MANIFEST.json also holds the SHA-256 of every file, which reading verifies; take its `checksums` out to use
@@ -17,6 +18,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -24,18 +26,22 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dvi_jax.archives import MOST_INFLATED, SMALL
 from dvi_jax.config import LlamaConfig
 from dvi_jax.directories import hash_files, link_files, partial_directory, verify_files
 from dvi_jax.errors import UserError
 from dvi_jax.model.llama import base_shapes
-from dvi_jax.settings import MOST_MESSAGE, from_dict, require
+from dvi_jax.settings import MOST_MESSAGE, from_dict, require, require_count
 
 FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
+DRAFT_VOCABULARY = "draft_vocabulary.json"  # a list of token ids
 DTYPES = ("float32", "bfloat16")
 LORA_OPTIONS = {"rank_s", "rank_d", "alpha_s", "alpha_d"}
 MOST_OPTION = 4096  # a rank, a number of heads: a manifest alone must not make anything allocate
+# What orbax makes of a directory that is something else.
+UNREADABLE = (ValueError, OSError, KeyError, AttributeError, TypeError, OverflowError, RecursionError, MemoryError)
 MOST_TEXT = 32 * 2**20  # bytes of a text file of a checkpoint
 
 
@@ -44,6 +50,8 @@ class Manifest:
     """What the arrays are and where they came from. `verifier` names the model that "lossless" is relative to.
 
     `base_sha256` is `identity.hash_base` of the base weights; checkpoints from before there was one have none.
+    `run_digest` is that of the run that trained it (`learn/run_identity.py`), and `held_out_fraction` the share of
+    questions that no run has trained its drafter on; where nothing was trained or recorded, "" and 0.
     """
 
     source: str
@@ -56,6 +64,8 @@ class Manifest:
     training_step: int = 0
     verifier: str = "base"
     base_sha256: str = ""
+    run_digest: str = ""
+    held_out_fraction: float = 0.0
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -69,6 +79,15 @@ class Manifest:
         for name, value in (self.lora | self.drafter_config).items():
             if isinstance(value, (int, float)):
                 require(0 <= value <= MOST_OPTION, f"{MANIFEST}: {name}", value, f"between 0 and {MOST_OPTION}")
+        for name, value in self.lora.items():
+            kinds = (int,) if name.startswith("rank") else (int, float, type(None))
+            require(
+                type(value) in kinds, f"{MANIFEST}: {name}", value, "a whole number" if len(kinds) == 1 else "a number"
+            )
+        require_count(f"{MANIFEST}: exit_layer", self.exit_layer, 0)
+        require_count(f"{MANIFEST}: training_step", self.training_step, 0)
+        share = self.held_out_fraction
+        require(0 <= share < 1, f"{MANIFEST}: held_out_fraction", share, "at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,7 @@ class Checkpoint:
     tokenizer_json: str | None = None
     chat_template: str | None = None
     special_tokens: dict[str, str] | None = None  # what templates know as `eos_token` and so on; "" for none
+    draft_vocabulary: tuple[int, ...] | None = None  # the only tokens that its drafter drafts, None for all
 
 
 class Changes(TypedDict, total=False):
@@ -92,6 +112,7 @@ class Changes(TypedDict, total=False):
     manifest: Manifest
     drafter: dict[str, Any] | None
     lora: dict[str, Any] | None
+    draft_vocabulary: tuple[int, ...] | None
 
 
 def write_checkpoint(
@@ -105,17 +126,21 @@ def write_checkpoint(
     tokenizer_json: str | None = None,
     chat_template: str | None = None,
     special_tokens: dict[str, str] | None = None,
+    draft_vocabulary: tuple[int, ...] | None = None,
     base_from: Path | None = None,
 ) -> None:
     """Write a checkpoint directory at `path`, which must not exist or be empty; a failure leaves nothing there.
 
     `base_from`: a checkpoint with the very same base weights, whose files are then shared where the file system can.
+    `UserError` for a drafter or LoRA sets with numbers that are not finite.
     """
+    check_finite({"drafter": drafter, "lora": lora}, str(path))
     texts = {
         "config.json": json.dumps(config.to_json(), indent=1),
         "tokenizer.json": tokenizer_json,
         "chat_template.jinja": chat_template,
         SPECIAL_TOKENS: json.dumps(special_tokens, ensure_ascii=False, indent=1) if special_tokens else None,
+        DRAFT_VOCABULARY: json.dumps(draft_vocabulary) if draft_vocabulary else None,
     }
     with new_directory(path) as partial:
         for name, text in texts.items():
@@ -140,18 +165,17 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path} is no checkpoint: {MANIFEST} is missing (see: dvi import --help)")
     config = LlamaConfig.from_json(read_json(path / "config.json"), str(path / "config.json"))
     manifest = read_manifest(path)
-    base = load_tree(path / "base")
-    check_shapes(base, base_shapes(config), str(path / "base"))
     return Checkpoint(
         path,
         config,
         manifest,
-        base,
+        load_tree(path / "base", base_shapes(config)),
         load_tree(path / "drafter") if (path / "drafter").exists() else None,
         load_tree(path / "lora") if (path / "lora").exists() else None,
         _read_optional(path / "tokenizer.json"),
         _read_optional(path / "chat_template.jinja"),
         _read_special_tokens(path / SPECIAL_TOKENS),
+        read_draft_vocabulary(path),
     )
 
 
@@ -173,8 +197,23 @@ def rewrite_checkpoint(
         tokenizer_json=new.tokenizer_json,
         chat_template=new.chat_template,
         special_tokens=new.special_tokens,
+        draft_vocabulary=new.draft_vocabulary,
         base_from=checkpoint.path if share_base else None,
     )
+
+
+def read_draft_vocabulary(directory: Path) -> tuple[int, ...] | None:
+    """The only tokens that the drafter of a directory drafts, None for all."""
+    path = directory / DRAFT_VOCABULARY
+    return read_token_ids(path) if path.exists() else None
+
+
+def read_token_ids(path: Path) -> tuple[int, ...]:
+    """A JSON list of token ids; anything else is a `UserError`."""
+    ids = read_json(path)
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise UserError(f"{path} must be a JSON list of token ids")
+    return tuple(ids)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -247,17 +286,49 @@ def _require_space(directory: Path, nbytes: int) -> None:
         raise OSError(errno.ENOSPC, reason)
 
 
-def load_tree(path: Path) -> dict[str, Any]:
-    """Read what `save_tree` wrote, as numpy, whatever devices it was written from."""
+def load_tree(path: Path, shapes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read what `save_tree` wrote, as numpy, whatever devices it was written from.
+
+    The shapes that it says it has are compared with `shapes`, if given, and with the bytes on the disk before any array
+    is read. Anything else than such a directory is a `UserError`.
+    """
     if not path.is_dir():
         raise UserError(f"{path} is missing from the checkpoint")
+    size = _size_of(path)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            structure = checkpointer.metadata(path.absolute()).item_metadata.tree
+            metadata = checkpointer.metadata(path.absolute()).item_metadata
+            if metadata is None:
+                raise ValueError("what it says of its arrays is damaged")
+            structure = metadata.tree
+            if shapes is not None:
+                check_shapes(structure, shapes, str(path))
+            _check_size(structure, size, path)
             as_numpy = _map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
             return checkpointer.restore(path.absolute(), restore_args=as_numpy)
-    except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise UserError(f"{path} cannot be read: {str(error)[:MOST_MESSAGE]}") from error
+
+
+def _size_of(path: Path) -> int:
+    """Bytes of the files under `path`; `UserError` for what is neither file nor directory: opening it might block."""
+    total = 0
+    for each in path.rglob("*"):
+        if not each.is_dir():
+            if each.exists() and not each.is_file():
+                raise UserError(f"{each} is not a file")
+            total += each.stat().st_size if each.exists() else 0
+    return total
+
+
+def _check_size(structure: dict[str, Any], size: int, path: Path) -> None:
+    """Raise `UserError` if the arrays would need far more bytes than the `size` of their files."""
+    needed = 0
+    for _, leaf in _flatten(structure):
+        pieces = leaf.storage.chunk_shape if leaf.storage else None  # each is read as a whole, however large
+        needed += max(prod(leaf.shape), prod(pieces or ())) * np.dtype(leaf.dtype).itemsize
+    if needed > MOST_INFLATED * size + SMALL:
+        raise UserError(f"{path} says it holds arrays of {needed} bytes, in {size} bytes on the disk")
 
 
 def check_shapes(tree: dict[str, Any], shapes: dict[str, Any], where: str) -> None:
@@ -271,6 +342,13 @@ def check_shapes(tree: dict[str, Any], shapes: dict[str, Any], where: str) -> No
     unknown = sorted(found.keys() - wanted.keys())
     if unknown:
         raise UserError(f"{where}: unexpected array {unknown[0]}")
+
+
+def check_finite(tree: dict[str, Any], where: str) -> None:
+    """Raise `UserError` naming the first array of `tree` with a number that is not finite."""
+    for name, array in _flatten(tree):
+        if array is not None and not np.isfinite(np.asarray(array)).all():
+            raise UserError(f"{where}: {name} has numbers that are not finite")
 
 
 def read_json(path: Path) -> Any:

@@ -21,9 +21,8 @@ AUTO = "auto"  # the plan is chosen while decoding
 AUTO_DRAFTS = 6  # most drafts that it chooses from
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `load_model` and `decode_settings` read, --max-new-tokens apart."""
-    defaults = DecodeConfig()
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `load_model` reads, and --debug."""
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -35,6 +34,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--any-drafter", action="store_true", help="even one that was made for other weights")
     parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="the only token ids to draft")
     parser.add_argument("--exit-layer", type=int, metavar="K", help="split elsewhere (untrained drafter only)")
+    add_debug(parser)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `load_model`, `decode_settings` and `memory_limit` read, --max-new-tokens apart."""
+    defaults = DecodeConfig()
+    add_loading_options(parser)
     parser.add_argument(
         "--draft-steps",
         type=int,
@@ -44,14 +50,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan",
         metavar="PLAN",
-        help="how rounds draft: auto, plain, chain:N, block:N, tree:ROWS or early-exit:N (default: by device)",
+        help="how rounds draft: auto, plain, chain:N, block:N, tree:ROWS[xLEVELS] or early-exit:N (default: by device)",
     )
     parser.add_argument(
         "--threshold", type=float, default=defaults.threshold, metavar="TAU", help="stop after a less probable draft"
     )
     parser.add_argument("--adaptive", action="store_true", help="measure what a draft costs; draft only while it pays")
     parser.add_argument("--memory-limit", type=float, metavar="GIB", help="refuse to take more than this")
-    add_debug(parser)
 
 
 def decode_settings(options: argparse.Namespace) -> DecodeConfig:
@@ -62,14 +67,19 @@ def decode_settings(options: argparse.Namespace) -> DecodeConfig:
         drafts = drafts if options.draft_steps is None else options.draft_steps
     else:
         parsed = Plan.parse(options.plan)
-        plan, drafts = options.plan, parsed.drafts
-        if parsed.kind == "tree" and jax.default_backend() == "cpu":
-            drafts = min(parsed.rows - 1, MOST_DRAFTS)  # there a tree has no more rows than a chain would have
+        plan, drafts = options.plan, drafts_of(parsed)
         if options.draft_steps not in (None, drafts):
             raise UserError(f"--plan {plan} says how far a round drafts: leave out --draft-steps {options.draft_steps}")
     return DecodeConfig(
         draft_steps=drafts, plan=plan, threshold=options.threshold, max_new_tokens=options.max_new_tokens
     )
+
+
+def drafts_of(plan: Plan) -> int:
+    """The `draft_steps` of a generation that follows a plan on this device."""
+    if plan.kind == "tree" and jax.default_backend() == "cpu":
+        return min(plan.rows - 1, MOST_DRAFTS)  # there a tree has no more rows than a chain would have
+    return plan.drafts
 
 
 def settings_for(model: LoadedModel, options: argparse.Namespace) -> DecodeConfig:

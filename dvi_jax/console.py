@@ -23,6 +23,7 @@ COMMANDS = {
     "distill": Command("dvi_jax.distill", "make a drafter for a model from a log of conversations"),
     "generate": Command("dvi_jax.generate", "decode a prompt, or a file of prompts"),
     "chat": Command("dvi_jax.chat", "talk to a model in the terminal"),
+    "serve": Command("dvi_jax.serve", "OpenAI's HTTP API over one model, with metrics and a dashboard"),
     "train": Command("dvi_jax.train", "train a drafter by a file of settings, online or on given text"),
     "evaluate": Command("dvi_jax.evaluate", "measure a drafter on Spec-Bench questions: speed and equality"),
     "import": Command("conversion", "Hugging Face directory or GGUF file -> checkpoint", ("import",)),

@@ -9,8 +9,9 @@ from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dvi_jax.checkpoint import Checkpoint, Manifest, check_shapes, read_json, string_keys
+from dvi_jax.checkpoint import Checkpoint, Manifest, check_finite, check_shapes, read_token_ids, string_keys
 from dvi_jax.config import LlamaConfig
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.directories import cache_folder
@@ -90,7 +91,8 @@ def load(
 
     `exit_layer` overrides the manifest's while the drafter is untrained. `seed` initialises what the checkpoint does
     not hold. `drafter_from`: a directory whose trained drafter to use, made for these weights unless `any_drafter`.
-    `draft_vocabulary`: a JSON list of the only token ids to draft. Raises `UserError` naming what does not fit.
+    `draft_vocabulary`: a JSON list of the only token ids to draft, in place of its own list. Raises `UserError`
+    naming what does not fit.
     Compiled programs are kept on disk from here on, unless jax was told of a folder for them.
     """
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # jax declares its flags at run time
@@ -104,9 +106,7 @@ def load(
 
 def with_draft_vocabulary(model: LoadedModel, path: str | Path) -> LoadedModel:
     """`model` drafting only the tokens of a JSON list (and the ones that end a sequence)."""
-    ids = read_json(Path(path))
-    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise UserError(f"{path} must be a JSON list of token ids")
+    ids = read_token_ids(Path(path))
     module = join(model.definition, model.params)
     module.restrict_drafts([*ids, *model.eos_ids])
     definition, params = split(module)
@@ -115,6 +115,8 @@ def with_draft_vocabulary(model: LoadedModel, path: str | Path) -> LoadedModel:
 
 def from_checkpoint(checkpoint: Checkpoint, *, exit_layer: int | None = None, seed: int = 0) -> LoadedModel:
     """The same from a `Checkpoint` in memory."""
+    if jax.dtypes.canonicalize_dtype(np.int64) != np.int32:
+        raise UserError("JAX_ENABLE_X64 is set, and all counts and ids here have 32 bits: unset it")
     config, manifest = checkpoint.config, checkpoint.manifest
     if exit_layer is not None and exit_layer != manifest.exit_layer:
         if checkpoint.drafter is not None:
@@ -129,6 +131,8 @@ def from_checkpoint(checkpoint: Checkpoint, *, exit_layer: int | None = None, se
                 f" the model's embedding only {config.vocab_size}"
             )
     model = build_model(config, manifest, jax.tree.map(jnp.asarray, checkpoint.base), seed=seed)
+    if checkpoint.draft_vocabulary is not None:
+        model.restrict_drafts([*checkpoint.draft_vocabulary, *config.eos_token_ids])
     manifest = replace(manifest, drafter_config=model.drafter.config())
     definition, params = split(model)
     params = restore_trained(params, checkpoint.drafter, checkpoint.lora, str(checkpoint.path))
@@ -191,6 +195,7 @@ def _fill(template: Tree, saved: Tree | None, where: str) -> Tree:
         return template
     shapes = jax.tree.map(lambda leaf: leaf.shape, template)
     check_shapes(string_keys(saved), string_keys(shapes), where)
+    check_finite(saved, where)
     return _like(template, saved)
 
 

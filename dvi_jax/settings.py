@@ -27,6 +27,9 @@ _ONE_IS_SEVERAL: dict[Any, Any] = {tuple[str, ...]: _several, tuple[int, ...]: _
 MOST_YAML = 64 * 1024  # characters; real files have two thousand, and parsing is slow
 MOST_DEPTH = 20
 MOST_BITS = 4096
+INT32 = 2**31 - 1  # counts and lengths lie in int32 arrays on the device,
+UINT32 = 2**32 - 1  # seeds in uint32 ones,
+FLOAT32 = 3.4e38  # and numbers in float32 ones
 MOST_MESSAGE = 300  # characters of a complaint, which may repeat the value it is about
 # What parsers make of text that is no settings: besides their own errors, Python's about dates, numbers and depth.
 MALFORMED = (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError)
@@ -36,6 +39,17 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raise `UserError` saying what `name` must be unless `condition`."""
     if not condition:
         raise UserError(f"{name} must be {allowed}, got {_shown(value)}")
+
+
+def require_count(name: str, value: int, least: int = 1, most: int = INT32) -> None:
+    """`require` for a whole number that ends up in an array or a shape."""
+    require(value >= least, name, value, f"at least {least}" if least else "0 or above")
+    require(value <= most, name, value, f"at most {most}")
+
+
+def require_path(name: str, value: str) -> None:
+    """`require` for what is to name a file or a directory."""
+    require(bool(value) and "\0" not in value, name, value, "a path, without NUL characters")
 
 
 def from_dict(cls: type[T], data: object, where: str, places: Mapping[str, str] | None = None) -> T:
@@ -58,6 +72,8 @@ def from_dict(cls: type[T], data: object, where: str, places: Mapping[str, str] 
             raise UserError(f"{where}: {name} must be of type {kind}, got {value}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}: {name} must be a finite number, got {value}")
+        if isinstance(value, (int, float)) and abs(value) > FLOAT32:
+            raise UserError(f"{where}: {name} must be a number of 32 bits, got {_shown(value)}")
     return built
 
 

@@ -26,6 +26,7 @@ def notice(kind: str, record: dict[str, Any]) -> str | None:
     """The line for a record that both trainers have, None for one that is not news."""
     lines = {
         "resume": "resumed at update {step}",
+        "changed_setting": "{setting} is now {now}, it was {before}",
         "damaged_snapshot": "{reason}; going on from the snapshot of update {snapshot}",
         "failed_save": "warning: the snapshot of update {snapshot} could not be saved ({reason}), {count} so far;"
         " earlier ones stay, learning goes on",

@@ -16,7 +16,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dvi_jax.checkpoint import MANIFEST, Checkpoint, Manifest, load_tree, new_directory, read_manifest, save_tree
+from dvi_jax.checkpoint import (
+    DRAFT_VOCABULARY,
+    MANIFEST,
+    Checkpoint,
+    Manifest,
+    load_tree,
+    new_directory,
+    read_draft_vocabulary,
+    read_manifest,
+    save_tree,
+)
 from dvi_jax.checkpoint import write_manifest as write_manifest_file
 from dvi_jax.errors import UserError
 from dvi_jax.identity import hash_base
@@ -38,6 +48,7 @@ class TrainedParts:
     manifest: Manifest
     drafter: Tree | None
     lora: Tree | None
+    vocabulary: tuple[int, ...] | None  # the only tokens that the drafter drafts, None for all
 
 
 def write_drafter(path: str | Path, checkpoint: Checkpoint) -> None:
@@ -49,6 +60,7 @@ def write_drafter(path: str | Path, checkpoint: Checkpoint) -> None:
         save_tree(partial / DRAFTER, half)
         if checkpoint.lora:
             save_tree(partial / LORA, checkpoint.lora)
+        _write_vocabulary(partial, checkpoint)
         write_manifest_file(partial, _with_hash(checkpoint))
 
 
@@ -57,6 +69,7 @@ def write_safetensors_parts(directory: Path, checkpoint: Checkpoint) -> None:
     if not checkpoint.drafter and not checkpoint.lora:
         return
     _write_part(directory / DRAFTER, checkpoint.drafter, asdict(_with_hash(checkpoint)))
+    _write_vocabulary(directory / DRAFTER, checkpoint)
     if checkpoint.lora:
         _write_part(directory / LORA, checkpoint.lora, checkpoint.manifest.lora)
 
@@ -67,7 +80,7 @@ def read_trained_parts(path: Path) -> TrainedParts:
         path = path / CHECKPOINT
     if (path / MANIFEST).exists():
         lora = load_tree(path / LORA) if (path / LORA).exists() else None
-        return TrainedParts(read_manifest(path), load_tree(path / DRAFTER), lora)
+        return TrainedParts(read_manifest(path), load_tree(path / DRAFTER), lora, read_draft_vocabulary(path))
     for directory in (path, path.parent):  # the model's directory, or its drafter/
         parts = read_safetensors_parts(directory)
         if parts is not None and path in (directory, directory / DRAFTER):
@@ -81,9 +94,8 @@ def read_safetensors_parts(directory: Path) -> TrainedParts | None:
     document = read_json_object(config) if config.is_file() else {}
     if "drafter" not in document:
         return None
-    return TrainedParts(
-        from_dict(Manifest, document, str(config)), _read_part(directory / DRAFTER), _read_part(directory / LORA)
-    )
+    manifest, drafter = from_dict(Manifest, document, str(config)), _read_part(directory / DRAFTER)
+    return TrainedParts(manifest, drafter, _read_part(directory / LORA), read_draft_vocabulary(directory / DRAFTER))
 
 
 def with_drafter_from(checkpoint: Checkpoint, path: str | Path, *, any_model: bool = False) -> Checkpoint:
@@ -107,7 +119,13 @@ def with_drafter_from(checkpoint: Checkpoint, path: str | Path, *, any_model: bo
         source_sha256=checkpoint.manifest.source_sha256,
         base_sha256=checkpoint.manifest.base_sha256,
     )
-    return replace(checkpoint, manifest=manifest, drafter=parts.drafter, lora=parts.lora)
+    return replace(
+        checkpoint,
+        manifest=manifest,
+        drafter=parts.drafter,
+        lora=parts.lora,
+        draft_vocabulary=parts.vocabulary,
+    )
 
 
 def _belongs(made_for: Manifest, checkpoint: Checkpoint) -> bool:
@@ -121,6 +139,12 @@ def _with_hash(checkpoint: Checkpoint) -> Manifest:
     """The manifest with its weights' hash, which an old checkpoint lacks."""
     manifest = checkpoint.manifest
     return manifest if manifest.base_sha256 else replace(manifest, base_sha256=hash_base(checkpoint.base))
+
+
+def _write_vocabulary(directory: Path, checkpoint: Checkpoint) -> None:
+    if checkpoint.draft_vocabulary:
+        text = json.dumps(checkpoint.draft_vocabulary)
+        (directory / DRAFT_VOCABULARY).write_text(text, encoding="utf-8")
 
 
 def _write_part(directory: Path, tree: Tree | None, settings: Mapping[str, Any]) -> None:

@@ -11,8 +11,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from dvi_jax.errors import ArgumentParser, run_cli
 from dvi_jax.learn.packing import load_packed
 
@@ -25,11 +23,9 @@ def main() -> int:
     parser.add_argument("--out", required=True, type=Path)
     options = parser.parse_args()
     packed = load_packed(options.packed)
-    counts = np.bincount(packed.tokens[packed.mask])
-    chosen = np.argsort(-counts, kind="stable")[: options.size]
-    chosen = chosen[counts[chosen] > 0]
-    options.out.write_text(json.dumps(sorted(chosen.tolist())) + "\n", encoding="utf-8")
-    print(f"{len(chosen)} tokens cover {counts[chosen].sum() / counts.sum():.2%} of {counts.sum()}")
+    chosen, share = packed.frequent_tokens(options.size)
+    options.out.write_text(json.dumps(chosen.tolist()) + "\n", encoding="utf-8")
+    print(f"{len(chosen)} tokens cover {share:.2%} of {packed.mask.sum()}")
     return 0
 
 

@@ -129,7 +129,7 @@ def test_every_setting_is_listed_with_what_it_is():
         ({"vocab_size": 10**30}, "vocab_size must be at least 1 and at most"),
         ({"hidden_size": 0}, "hidden_size must be at least 1"),
         ({"bos_token_id": True}, r"bos_token_id must be of type int \| None, got True"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be above 0 and below 1, got nan"),
         ({"rope_scaling": {"kind": "linear", "factor": float("inf")}}, r"rope_scaling\.factor must be a finite number"),
         (
             {"hidden_size": int("9" * 4000) ** 2},

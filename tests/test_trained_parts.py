@@ -55,7 +55,8 @@ def trained(request, plain, tmp_path_factory):
     model = load(out / "untrained")
     parts = jax.tree.map(lambda x: np.asarray(x + 0.25), trained_parts(model.params))
     manifest = replace(manifest, drafter_config=model.manifest.drafter_config)
-    rewrite_checkpoint(checkpoint, out / "checkpoint", manifest=manifest, **parts)
+    few = (3, 5, 8) if request.param == "fused" else None
+    rewrite_checkpoint(checkpoint, out / "checkpoint", manifest=manifest, draft_vocabulary=few, **parts)
     return out / "checkpoint"
 
 
@@ -93,6 +94,7 @@ def test_a_drafter_survives_export_and_import(trained, tmp_path):
         assert_equal(second.drafter, first.drafter)
         assert_equal(second.lora or {}, first.lora or {})
         assert_equal(second.base, first.base)
+        assert second.draft_vocabulary == first.draft_vocabulary
         same = {"source": "", "source_sha256": ""}
         assert replace(second.manifest, **same) == replace(first.manifest, **same)
         load(second.path)
@@ -110,11 +112,24 @@ def test_all_forms_are_lent_to_the_same_weights_alone(trained, plain, tmp_path):
         assert lent.manifest.drafter == first.manifest.drafter
         assert (lent.manifest.source, lent.manifest.dtype) == ("source", "float32")
         assert flat(lent.drafter).keys() == flat(first.drafter).keys()
+        assert lent.draft_vocabulary == first.draft_vocabulary
     other = replace(receiver, base={**receiver.base, "norm": receiver.base["norm"] * 2}, path=tmp_path)
     other = replace(other, manifest=replace(other.manifest, base_sha256=hash_base(other.base)))
     with pytest.raises(UserError, match="another model than source by their weights; --any-drafter takes it"):
         with_drafter_from(other, tmp_path / "hf")
     assert with_drafter_from(other, tmp_path / "hf", any_model=True).manifest.base_sha256 == other.manifest.base_sha256
+
+
+def test_a_drafter_of_another_model_is_refused_where_a_model_is_loaded(trained, plain, tmp_path):
+    receiver = read_checkpoint(plain)
+    base = {**receiver.base, "norm": receiver.base["norm"] * 2}
+    manifest = replace(receiver.manifest, base_sha256=hash_base(base))
+    rewrite_checkpoint(replace(receiver, base=base), tmp_path / "other", manifest=manifest)
+    with pytest.raises(UserError, match="another model"):
+        load(tmp_path / "other", drafter_from=trained)
+    load(tmp_path / "other", drafter_from=trained, any_drafter=True)
+    with pytest.raises(UserError, match=r"the drafter was trained at exit layer \d, not 3"):
+        load(trained, exit_layer=3)
 
 
 def test_before_there_were_hashes(trained, plain):

@@ -50,11 +50,11 @@ class Acceptance:
 
     def add(self, accept_lengths: Sequence[int], drafted: Sequence[int]) -> None:
         """Rounds in order; those that drafted nothing say nothing."""
-        place = np.arange(MOST_DRAFTS)
-        for accepted, drafts in zip(accept_lengths, drafted, strict=True):
-            if drafts:
-                self.judged = MEMORY * self.judged + ((place < drafts) & (place < accepted))
-                self.right = MEMORY * self.right + (place < accepted - 1)
+        accepted, drafts, place = np.asarray(accept_lengths), np.asarray(drafted), np.arange(MOST_DRAFTS)
+        accepted, drafts = accepted[drafts > 0, None], drafts[drafts > 0, None]
+        fading = MEMORY ** np.arange(len(drafts))[::-1]
+        self.judged = MEMORY ** len(drafts) * self.judged + fading @ ((place < drafts) & (place < accepted))
+        self.right = MEMORY ** len(drafts) * self.right + fading @ (place < accepted - 1)
 
     def tokens(self, drafts: int, prior: Sequence[float] | None = None) -> float:
         """Tokens that a round of so many drafts can be expected to give; `prior` as in `rates`."""
@@ -86,8 +86,8 @@ class PlanChooser:
     def measured(cls, model: LoadedModel, settings: DecodeConfig, prompt: Sequence[int], batch: int = 1) -> PlanChooser:
         """One whose costs are read from disk, or measured behind `prompt` (token ids) and kept there."""
         choices = options(model, settings, batch)
-        path = cache_folder() / "plan_costs" / f"{_key(model, batch)}.json"
-        known = _read(path)
+        path = costs_path(model, batch)
+        known = read_costs(path)
         costs = {}
         for option in choices:
             name = f"{option.plan}/{option.width}"
@@ -98,7 +98,7 @@ class PlanChooser:
                 rounds = MEASURED_ROUNDS if jax.default_backend() != "cpu" else ROUNDS
                 known[name] = round_seconds(model, state, option.plan, option.plan.drafts, rounds)[0]
             costs[option] = known[name]
-        _write(path, known)
+        write_costs(path, known)
         return cls(model, costs)
 
     def begin(self) -> Option:
@@ -172,17 +172,18 @@ def options(model: LoadedModel, settings: DecodeConfig, batch: int) -> list[Opti
     return [Option(plan, most + 1 if alike else plan.rows) for plan in plans]
 
 
-def _key(model: LoadedModel, batch: int) -> str:
-    """Names what a round's time depends on: device, compiler, shapes and types."""
+def costs_path(model: LoadedModel, batch: int, *more: object) -> Path:
+    """Where the costs of rounds are kept: named by what their time depends on, device, compiler, shapes and types."""
     manifest = model.manifest
     facts = [
         *(jax.devices()[0].device_kind, os.cpu_count(), jax.__version__, repr(model.config), manifest.dtype),
         *(manifest.exit_layer, manifest.drafter, sorted(manifest.drafter_config.items()), str(manifest.lora), batch),
+        *more,
     ]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    return cache_folder() / "plan_costs" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.json"
 
 
-def _read(path: Path) -> dict[str, float]:
+def read_costs(path: Path) -> dict[str, float]:
     """What is kept there; nothing where it cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -191,7 +192,7 @@ def _read(path: Path) -> dict[str, float]:
         return {}
 
 
-def _write(path: Path, costs: Mapping[str, float]) -> None:
+def write_costs(path: Path, costs: Mapping[str, float]) -> None:
     """Keep the costs, if that is possible: they can be measured again."""
     partial = path.with_suffix(f".{os.getpid()}")
     try:

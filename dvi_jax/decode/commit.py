@@ -29,12 +29,13 @@ def accept(verified: jax.Array, drafts: jax.Array, count: jax.Array, eos_ids: ja
 
     verified: int32 [B, W], the verifier's token after each row. drafts: int32 [B, W], the token drafted after each
     row, of which the first `count` [B] are real. Commit up to and with the first row that is the last one, or whose
-    verified token ends the sequence, or differs from the draft.
+    verified token ends the sequence, or differs from the draft. `eos_ids`: int32 [E], or [B, E] where each sequence has
+    its own.
     """
     row = jnp.arange(verified.shape[1])
     is_draft = row < count[:, None]
     correct = (verified == drafts) & is_draft
-    ends = jnp.isin(verified, eos_ids)
+    ends = jnp.any(verified[..., None] == jnp.expand_dims(eos_ids, -2), axis=-1)
     last = jnp.argmax(~correct | ends, axis=1)  # row `count` is never correct, so one is always found
     stopped = jnp.take_along_axis(ends, last[:, None], axis=1)[:, 0]
     return Verdict(last + 1, stopped, is_draft & (row <= last[:, None]), correct)

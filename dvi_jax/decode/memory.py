@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import psutil
 
 from dvi_jax.config import SamplingConfig
+from dvi_jax.containers import container_bytes
 from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.prefill import Filled, prefill
 from dvi_jax.decode.prefix import fill_prefix
@@ -116,17 +117,17 @@ def estimate_memory(model: LoadedModel, sizes: Sizes) -> Budget:
     known = {(leaf.shape, leaf.dtype.itemsize) for leaf in jax.tree.leaves((model.params, state))}
     return Budget(
         sizes=sizes,
-        weights={name: _bytes(part) for name, part in model.params._asdict().items()}
-        | {"decode_copies": _cast_bytes(model)},
-        caches={name: _bytes(getattr(state, name)) for name in CACHES},
-        drafter=_bytes(state.drafter),
-        signals=_bytes(state.signals),
-        tokens=sum(_bytes(getattr(state, field.name)) for field in fields(state) if field.name not in counted),
-        prefix=_bytes(_abstract_prefix(model, sizes)),
+        weights={name: tree_bytes(part) for name, part in model.params._asdict().items()}
+        | {"decode_copies": cast_bytes(model)},
+        caches={name: tree_bytes(getattr(state, name)) for name in CACHES},
+        drafter=tree_bytes(state.drafter),
+        signals=tree_bytes(state.signals),
+        tokens=sum(tree_bytes(getattr(state, field.name)) for field in fields(state) if field.name not in counted),
+        prefix=tree_bytes(_abstract_prefix(model, sizes)),
         prefill_workspace=_estimate(lowered[0], known),
         decode_workspace=_estimate(lowered[1], known),
         exact=False,
-        held=_held_bytes(model),
+        held=held_bytes(model),
     )
 
 
@@ -164,11 +165,22 @@ def check(budget: Budget, limit: int | None = None) -> None:
 
 
 def available_bytes() -> int:
-    """Bytes that can still be allocated: of the accelerator's pool, or of the machine's memory on the CPU."""
+    """Bytes that can still be allocated: of the accelerator's pool, or of the machine's memory on the CPU.
+
+    Of the machine's memory a container may have less (`dvi_jax/containers.py`).
+    """
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    return psutil.virtual_memory().available
+    machine, container = psutil.virtual_memory().available, container_bytes()
+    return machine if container is None else min(machine, container)
+
+
+def check_room(needed: int, what: str) -> None:
+    """Raise `UserError` if `what` needs more bytes than there are."""
+    room = available_bytes()
+    if needed > room:
+        raise UserError(f"{what} need {readable(needed)}, but there are {readable(room)}")
 
 
 def workspace_bytes(program: jax.stages.Compiled, made: int) -> int:
@@ -226,16 +238,16 @@ def _decode_params(model: LoadedModel) -> Params:
     return jax.eval_shape(lambda params: model.with_params(params).decode_params, model.params)
 
 
-def _cast_bytes(model: LoadedModel) -> int:
+def cast_bytes(model: LoadedModel) -> int:
     """Bytes of the parts of `decode_params` that are copies in another type; the others are the same arrays."""
     pairs = zip(jax.tree.leaves(model.params), jax.tree.leaves(_decode_params(model)), strict=True)
-    return sum(_bytes(cast) for leaf, cast in pairs if leaf.dtype != cast.dtype)
+    return sum(tree_bytes(cast) for leaf, cast in pairs if leaf.dtype != cast.dtype)
 
 
-def _held_bytes(model: LoadedModel) -> int:
+def held_bytes(model: LoadedModel) -> int:
     """Bytes of the model that are on the device already, copies for decoding included once they were made."""
     held = [leaf.nbytes for leaf in jax.tree.leaves(model.params) if isinstance(leaf, jax.Array)]
-    return sum(held) + ("decode_params" in vars(model)) * _cast_bytes(model)
+    return sum(held) + ("decode_params" in vars(model)) * cast_bytes(model)
 
 
 def _estimate(lowered: jax.stages.Lowered, known: set[tuple[tuple[int, ...], int]]) -> int:
@@ -252,7 +264,8 @@ def _estimate(lowered: jax.stages.Lowered, known: set[tuple[tuple[int, ...], int
     return 2 * max(sizes)
 
 
-def _bytes(tree: Any) -> int:
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays, or shapes of arrays, in a pytree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

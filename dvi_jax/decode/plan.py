@@ -8,6 +8,7 @@ for CPUs, where such a question costs nothing.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
@@ -35,12 +36,15 @@ class Plan:
 
     kind: Kind
     size: int = 0  # of a tree its rows, else the drafts of a round
+    levels: int = 0  # drafts of a tree's longest path, 0 for as many as suit its rows
 
     def __post_init__(self) -> None:
         least, most = {"plain": (0, 0), "tree": (2, MOST_ROWS)}.get(self.kind, (1, MOST_DRAFTS))
         if not least <= self.size <= most:
             what = "has between {} and {} rows" if self.kind == "tree" else "makes between {} and {} drafts"
             raise UserError(f"plan {self}: a {self.kind} plan {what.format(least, most)}")
+        if self.levels and not (self.kind == "tree" and self.levels <= min(MOST_DRAFTS, self.size - 1)):
+            raise UserError(f"plan {self}: a tree of so many rows has at most {self.size - 1} levels, others none")
 
     @property
     def rows(self) -> int:
@@ -55,19 +59,22 @@ class Plan:
     @property
     def growth(self) -> Growth:
         """What suits a tree of so many rows: levels pay where most of what they reach finds a row."""
-        levels = 2 if self.size <= 8 else 3 if self.size <= 32 else 4
+        levels = self.levels or (2 if self.size <= 8 else 3 if self.size <= 32 else 4)
         return Growth(levels, 4 if self.size <= 16 else 8, 4)
 
     def __str__(self) -> str:
-        return self.kind if self.kind == "plain" else f"{self.kind}:{self.size}"
+        levels = f"x{self.levels}" if self.levels else ""
+        return self.kind if self.kind == "plain" else f"{self.kind}:{self.size}{levels}"
 
     @classmethod
     def parse(cls, text: str) -> Plan:
         """The plan that `str` gives as `text`; `UserError` where there is none such."""
-        kind, _, size = text.partition(":")
-        if kind not in get_args(Kind) or (kind == "plain") != (size == "") or (size and not size.isdecimal()):
-            raise UserError(f"plan {text!r}: it must be plain, chain:N, block:N, tree:ROWS or early-exit:N")
-        return cls(kind, int(size or 0))  # type: ignore[arg-type]  # one of Kind's values
+        kind, _, numbers = text.partition(":")
+        size, _, levels = numbers.partition("x")
+        counted = re.fullmatch(r"[1-9]\d{0,8}(x[1-9]\d{0,8})?", numbers, re.ASCII)
+        if kind not in get_args(Kind) or (kind == "plain") != (numbers == "") or (numbers and not counted):
+            raise UserError(f"plan {text!r}: it must be plain, chain:N, block:N, tree:ROWS[xLEVELS] or early-exit:N")
+        return cls(kind, int(size or 0), int(levels or 0))  # type: ignore[arg-type]  # one of Kind's values
 
 
 PLAIN = Plan("plain")

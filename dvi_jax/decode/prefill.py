@@ -118,7 +118,7 @@ def prefill(
         filled = lay(filled, prefix)
     filled = fill(model, filled, prompts, lengths, fresh=prefix is None)
     first_token = choose_first(model.llama.logits(filled.features.final), sampling, lengths)
-    return _begin(filled, first_token, lengths, limit, eos_ids, width, sampling)
+    return begin(filled, first_token, lengths, limit, eos_ids, width, sampling)
 
 
 def choose_first(logits: jax.Array, sampling: Sampling | None, lengths: jax.Array) -> jax.Array:
@@ -145,7 +145,7 @@ def fill(model: SpeculativeLlama, filled: Filled, prompts: jax.Array, lengths: j
     batch, tokens = prompts.shape
     pieces = -(-tokens // chunk_tokens(batch, model.llama.dtype))
     if pieces == 1:
-        return _fill_chunk(model, filled, prompts, lengths, fresh=fresh)
+        return fill_chunk(model, filled, prompts, lengths, fresh=fresh)
     if tokens % pieces:
         raise ValueError(f"prompts of {tokens} tokens do not divide into {pieces} chunks: pad them to a bucket")
     size = tokens // pieces
@@ -153,12 +153,12 @@ def fill(model: SpeculativeLlama, filled: Filled, prompts: jax.Array, lengths: j
 
     def step(index: jax.Array, filled: Filled) -> Filled:
         chunk = jax.lax.dynamic_slice_in_dim(prompts, index * size, size, axis=1)
-        return _fill_chunk(model, filled, chunk, lengths, fresh=False)
+        return fill_chunk(model, filled, chunk, lengths, fresh=False)
 
     return jax.lax.fori_loop(0, jnp.minimum(needed, pieces), step, filled)
 
 
-def _fill_chunk(
+def fill_chunk(
     model: SpeculativeLlama, filled: Filled, tokens: jax.Array, lengths: jax.Array, *, fresh: bool
 ) -> Filled:
     """Tokens int32 [B, T] through the whole model. `fresh`: they are the first, and see each other alone."""
@@ -205,7 +205,7 @@ def _pick(rows: jax.Array, index: jax.Array, otherwise: jax.Array) -> jax.Array:
     return jnp.where(by_sequence(inside), picked, otherwise)
 
 
-def _begin(
+def begin(
     filled: Filled,
     first_token: jax.Array,
     lengths: jax.Array,
@@ -214,7 +214,10 @@ def _begin(
     width: int,
     sampling: Sampling | None,
 ) -> DecodeState:
-    """The state before the first round, the prompts' last rows standing for the round before it."""
+    """The state before the first round, the prompts' last rows standing for the round before it.
+
+    `eos_ids`: int32 [E], or [B, E] where each sequence has its own.
+    """
     batch, slots = filled.tokens.shape
 
     def padded(x: jax.Array) -> jax.Array:
@@ -226,7 +229,7 @@ def _begin(
         tokens=filled.tokens.at[jnp.arange(batch), lengths].set(first_token),
         length=lengths + 1,
         limit=limit,
-        done=(lengths + 1 >= limit) | jnp.isin(first_token, eos_ids),
+        done=(lengths + 1 >= limit) | jnp.any(first_token[:, None] == eos_ids, axis=-1),
         shallow=filled.shallow,
         deep=filled.deep,
         trunk=filled.trunk,

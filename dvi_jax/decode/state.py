@@ -25,7 +25,7 @@ class Knobs(NamedTuple):
 
     draft_steps: jax.Array  # int32 scalar, at most W - 1
     threshold: jax.Array  # float32 scalar; drafting stops after a token less probable than this
-    eos_ids: jax.Array  # int32 [E], NO_TOKEN where unused
+    eos_ids: jax.Array  # int32 [E], or [B, E] with each sequence's own; NO_TOKEN where unused
     draft_cost: jax.Array  # float32 scalar, in rounds that draft nothing; above 0, drafting stops where it does not pay
     until: jax.Array  # int32 scalar, `decode` returns after this many rounds in all, finished or not
 

@@ -184,9 +184,7 @@ class Stream:
         tokenizer = self._model.tokenizer
         if tokenizer is None:
             return None
-        ids = {string: tokenizer.token_id(string) for string in stop}
-        special = [token for token in ids.values() if token is not None and not tokenizer.is_shown(token)]
-        return StreamedText(tokenizer, stop, set(special).difference(self._eos))  # "eos" stays the reason it was
+        return StreamedText(tokenizer, stop, stop_ids(tokenizer, stop, self._eos))
 
     def _take(self, index: int, tokens: np.ndarray, done: bool) -> Piece | None:
         """What is new of sequence `index`, whose tokens (prompt included) are now `tokens`."""
@@ -211,6 +209,12 @@ class Stream:
         lengths = [sequence.prompt_length for sequence in self._sequences]
         generations = read_generations(self._state, lengths, self._eos)
         return [_cut(*pair) for pair in zip(generations, self._sequences, strict=True)]
+
+
+def stop_ids(tokenizer: Tokenizer, stops: Sequence[str], eos_ids: Collection[int]) -> set[int]:
+    """Ids of stop strings that are special tokens, which are no text; without `eos_ids`: those stay a reason apart."""
+    ids = {tokenizer.token_id(stop) for stop in stops}
+    return {token for token in ids if token is not None and not tokenizer.is_shown(token)}.difference(eos_ids)
 
 
 def _find(text: str, stops: Sequence[str]) -> int | None:

@@ -61,6 +61,7 @@ def write_import(
         base,
         drafter=trained.drafter if trained else None,
         lora=trained.lora if trained else None,
+        draft_vocabulary=trained.vocabulary if trained else None,
         tokenizer_json=model.tokenizer_json,
         chat_template=model.chat_template,
         special_tokens=model.special_tokens,

@@ -6,15 +6,17 @@ every one of them, and
 
     L = sum_j decay^j loss(p_verify, p_draft_j) / sum_j decay^j       over the masked positions,
 
-where loss is KL(p_verify || p_draft) or what `DistillLoss` mixes. With `targets: log` the text's own tokens take the
-verifier's place (cross-entropy). On an exit head with lora_S in the shallow layers that is SGP, the shallow-gradient
-path: the deep layers get the base model's hidden state, detached, so the shallow part learns from the exit loss alone.
+where loss is KL(p_verify || p_draft) or what `DistillLoss` mixes. Where only some tokens may be drafted both are over
+those, and a position weighs the verifier's probability of all of them (EAGLE-3, arXiv 2503.01840, drafts 32,000).
+With `targets: log` the text's own tokens take the verifier's place (cross-entropy). On an exit head with lora_S in the
+shallow layers that is SGP, the shallow-gradient path: the deep layers get the base model's hidden state, detached, so
+the shallow part learns from the exit loss alone.
 
 Logits over the vocabulary exist for a chunk of positions at a time, and once: a chunk gives the gradient with respect
 to its draft hidden states at once, and all of them together are then taken back through the drafter.
 
 Letters: B rows, T tokens of a row, M = B * T positions, C positions of a chunk, J drafts unrolled, D hidden, V
-vocabulary.
+vocabulary, Vd tokens that may be drafted.
 """
 
 from __future__ import annotations
@@ -49,10 +51,14 @@ class DistillState(struct.PyTreeNode):
 
 
 def make_optimizer(config: DistillConfig) -> optax.GradientTransformation:
-    """AdamW, linear warm-up and cosine decay to a tenth, clipped by global norm; non-finite updates are skipped."""
+    """AdamW at `learning_rate`, clipped by global norm; non-finite updates are skipped."""
+    return guarded(optax.adamw(learning_rate(config), b2=0.95, weight_decay=config.weight_decay), config.clip_norm)
+
+
+def learning_rate(config: DistillConfig) -> optax.Schedule:
+    """The rate once so many updates are done: linear warm-up from 0, then cosine decay to a tenth after the last."""
     steps = config.steps
-    rate = optax.warmup_cosine_decay_schedule(0.0, config.lr, min(config.warmup, steps // 2), steps, config.lr / 10)
-    return guarded(optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay), config.clip_norm)
+    return optax.warmup_cosine_decay_schedule(0.0, config.lr, min(config.warmup, steps // 2), steps, config.lr / 10)
 
 
 def init_distill(params: Params, config: DistillConfig) -> DistillState:
@@ -213,42 +219,67 @@ def unrolled_drafts(model: SpeculativeLlama, verified: Verified, config: Distill
     return jnp.stack(drafts, axis=2).reshape(-1, len(drafts), hidden.shape[-1])
 
 
+class Targets(NamedTuple):
+    """What the drafts of a chunk are compared with, over the Vd tokens that may be drafted (all, unless restricted)."""
+
+    logits: jax.Array  # float32 [C, Vd], the verifier's
+    share: jax.Array  # float32 [C], the weight times the verifier's probability of all these tokens together
+    top: jax.Array  # int32 [C], column of the verifier's token, -1 where it may not be drafted
+    following: jax.Array  # int32 [C], of the text's next token likewise
+
+    @classmethod
+    def of(cls, model: SpeculativeLlama, verifier: jax.Array, rows: Rows) -> Targets:
+        """Those of the verifier's logits [C, V]."""
+        top, ids = jnp.argmax(verifier, axis=-1), model.draft_ids()
+        if ids is None:
+            return cls(verifier, rows.weight, top, rows.following)
+        logits = verifier[:, ids]
+        share = jnp.exp(jax.nn.logsumexp(logits, axis=-1) - jax.nn.logsumexp(verifier, axis=-1))
+        column = jnp.full(verifier.shape[1], -1, jnp.int32).at[ids].set(jnp.arange(len(ids), dtype=jnp.int32))
+        return cls(logits, rows.weight * share, column[top], column[rows.following])
+
+
 def draft_sums(model: SpeculativeLlama, rows: Rows, drafts: jax.Array, config: DistillConfig) -> Sums:
     """What the drafts [C, J, D] of a chunk come to, summed over its positions."""
-    verifier, drafter = model.llama.logits(rows.final), model.drafter
-    top, count = jnp.argmax(verifier, axis=-1), jnp.maximum(jnp.sum(rows.weight), 1.0)
+    verifier, drafter, head = model.llama.logits(rows.final), model.drafter, model.draft_head()
+    targets = Targets.of(model, verifier, rows)
     of_drafts = []
     for j in range(drafts.shape[1]):
-        logits = drafter.logits(drafts[:, j], model.llama.head_weight())
-        logits = drafter.corrected(logits, drafts[:, j], rows.own, None)
+        logits = drafter.logits(drafts[:, j], head)
+        logits = drafter.corrected(logits, drafts[:, j], rows.own, model.draft_ids())
         terms = {
-            "kl": objectives.kl_divergence(verifier, logits, rows.weight),
-            "ce": objectives.cross_entropy(logits, rows.following, rows.weight),
-            "agreement": objectives.masked_mean(jnp.argmax(logits, axis=-1) == top, rows.weight),
+            "kl": _total(objectives.kl_divergence, targets.logits, logits, targets.share),
+            "ce": _total(objectives.cross_entropy, logits, targets.following, _known(targets.following, rows)),
+            "agreement": jnp.sum((jnp.argmax(logits, axis=-1) == targets.top) * rows.weight),
         }
-        of_drafts.append(terms | {"loss": _loss(terms, verifier, logits, top, rows.weight, config)})
-    sums = {name: count * jnp.stack([terms[name] for terms in of_drafts]) for name in of_drafts[0]}
-    return sums | {"verifier_ce": count * objectives.cross_entropy(verifier, rows.following, rows.weight)}
+        of_drafts.append(terms | {"loss": _loss(terms, targets, logits, rows, config)})
+    sums = {name: jnp.stack([terms[name] for terms in of_drafts]) for name in of_drafts[0]}
+    return sums | {"verifier_ce": _total(objectives.cross_entropy, verifier, rows.following, rows.weight)}
 
 
 def _loss(
-    terms: dict[str, jax.Array],
-    verifier: jax.Array,
-    logits: jax.Array,
-    top: jax.Array,
-    weight: jax.Array,
-    config: DistillConfig,
+    terms: dict[str, jax.Array], targets: Targets, logits: jax.Array, rows: Rows, config: DistillConfig
 ) -> jax.Array:
-    """What is made smaller, for logits [C, V] of the verifier and of a draft; `top` [C] is the verifier's token."""
+    """What is made smaller, summed over the positions, for a draft's logits [C, Vd]."""
     if config.targets == "log":
         return terms["ce"]
     mix = config.loss
     loss = mix.kl * terms["kl"]
     if mix.tv:
-        loss += mix.tv * objectives.total_variation(verifier, logits, weight)
+        loss += mix.tv * _total(objectives.total_variation, targets.logits, logits, targets.share)
     if mix.ce:
-        loss += mix.ce * objectives.cross_entropy(logits, top, weight)
+        loss += mix.ce * _total(objectives.cross_entropy, logits, targets.top, _known(targets.top, rows))
     return loss
+
+
+def _known(columns: jax.Array, rows: Rows) -> jax.Array:
+    """The weights [C], 0 where the token of `columns` may not be drafted."""
+    return rows.weight * (columns >= 0)
+
+
+def _total(mean: Callable[..., jax.Array], *arguments: jax.Array) -> jax.Array:
+    """The sum that `mean` divides by its mask, the last of its arguments."""
+    return mean(*arguments) * jnp.maximum(jnp.sum(arguments[-1]), 1.0)
 
 
 def fold_chunks(

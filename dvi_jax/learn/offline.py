@@ -19,12 +19,14 @@ from dvi_jax.data.prompts import from_first_question
 from dvi_jax.data.template import TemplateRefusedError
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import UserError
+from dvi_jax.identity import hash_tree
 from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.distill import DistillState, distill_metrics, distill_step, init_distill
 from dvi_jax.learn.new_drafter import matching_or_new_drafter
 from dvi_jax.learn.packing import Packed, load_packed, pack
 from dvi_jax.learn.run import Run
 from dvi_jax.learn.run_directory import Report, RunDirectory
+from dvi_jax.learn.run_identity import RunIdentity, identify
 from dvi_jax.learn.stopping import StopSignals
 from dvi_jax.loading import LoadedModel, from_checkpoint
 from dvi_jax.model.speculative_llama import Params
@@ -99,11 +101,18 @@ class OfflineRun(Run[DistillState, list[float]]):
         # What programs are compiled for: the same for every run in this process that differs in its directory alone.
         self.compiled_for = replace(config, checkpoint="", out="", data=(), drafter_options={})
         self.data, self.held_out = read_data(config, checkpoint).hold_out(config.eval_rows)
+        if config.draft_vocabulary and checkpoint.drafter is None:
+            ids, _ = self.data.frequent_tokens(config.draft_vocabulary)
+            checkpoint = replace(checkpoint, draft_vocabulary=tuple(ids.tolist()))
         super().__init__(checkpoint, from_checkpoint(checkpoint, seed=config.seed), directory, config.rollback)
         self.seconds = 0.0
 
     def initial_state(self, params: Params) -> DistillState:
         return init_distill(params, self.config)
+
+    def identity(self) -> RunIdentity:
+        rows = {"tokens": self.data.tokens, "mask": self.data.mask, "held out": self.held_out.tokens}
+        return identify(self.config, self.checkpoint, self.model.manifest, {"data": hash_tree(rows)})
 
     def learned(self) -> dict[str, Any]:
         return self.state.trainable

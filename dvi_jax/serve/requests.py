@@ -93,11 +93,13 @@ class EngineStatus:
     plan: str  # how rounds draft now
     stretches: int = 0  # rounds run without looking at the host, so many times
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of those, taken from shared prefixes
     new_tokens: int = 0
     judged: tuple[int, ...] = field(default=())  # drafts judged by the verifier, by their position in the round
     accepted: tuple[int, ...] = field(default=())  # of those, accepted
     rounds: int = 0  # of all slots
     last_stretch: float = 0.0  # when the device last finished one, `time.monotonic` seconds
+    failure: str | None = None  # why the engine serves no more, in one line
 
 
 class RequestEngine(Protocol):

@@ -24,6 +24,7 @@ from dvi_jax.presets import SHAPES
         ("tree:2", 2, 1),
         ("tree:16", 16, 3),
         ("tree:64", 64, 4),
+        ("tree:16x5", 16, 5),
     ],
 )
 def test_text_and_back(text, rows, drafts):
@@ -46,6 +47,10 @@ def test_text_and_back(text, rows, drafts):
         "tree:1",
         "tree:65",
         "chain:²",
+        "chain:3x2",
+        "tree:16x",
+        "tree:16x0",
+        "tree:4x4",
     ],
 )
 def test_other_text_is_refused(text):

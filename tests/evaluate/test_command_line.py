@@ -129,7 +129,7 @@ def test_an_answer_that_differs_fails_the_command(checkpoint, questions_file, tm
         ({"--limit": "two"}, "argument --limit: invalid int value: 'two'"),
         ({"--draft-steps": "0"}, "a plan that drafts is needed"),
         ({"--plan": "plain"}, "a plan that drafts is needed"),
-        ({"--plan": "tree"}, "plan 'tree': it must be plain, chain:N, block:N, tree:ROWS or early-exit:N"),
+        ({"--plan": "tree"}, "plan 'tree': it must be plain, chain:N, block:N, tree:ROWS[xLEVELS] or early-exit:N"),
         ({"--plan": "block:2"}, "plan block:2: drafter exit_head takes chain:N, tree:ROWS or early-exit:N"),
         ({"--draft-steps": "17"}, "draft_steps must be between 0 and 16, got 17"),
         ({"--threshold": "nan"}, "threshold must be 0 or above, got nan"),

@@ -16,7 +16,7 @@ from dvi_jax.decode.batch import generate_batch
 from dvi_jax.errors import UserError
 from dvi_jax.learn import distill as distill_module
 from dvi_jax.learn import offline
-from dvi_jax.learn.distill import distill_gradient, distill_metrics, distill_step, init_distill
+from dvi_jax.learn.distill import distill_gradient, distill_metrics, distill_step, init_distill, learning_rate
 from dvi_jax.learn.offline import expected_tokens, train_offline
 from dvi_jax.learn.packing import Packed, load_packed, pack
 from dvi_jax.loading import LoadedModel, build_model, load
@@ -66,6 +66,26 @@ def test_loss_is_the_weighted_kl(fused, monkeypatch):
         np.testing.assert_allclose(metrics["kl"], kls, rtol=1e-4)
         observed = np.take_along_axis(log_p[:, :-1], np.asarray(TOKENS)[:, 1:, None], -1)[..., 0]
         np.testing.assert_allclose(metrics["verifier_ce"], -(observed * weight).sum() / weight.sum(), rtol=1e-4)
+
+
+def test_a_draft_vocabulary_weighs_positions_by_what_it_holds(fused):
+    """Sum over its tokens of p log(p / q), where q is over them alone, less the constant that p's own share makes."""
+    ids = list(range(0, 64, 3))
+    module = join(fused.definition, fused.params)
+    module.restrict_drafts(ids)
+    positions = jnp.broadcast_to(jnp.arange(9), (3, 9))
+    hidden, _, _ = module.llama.shallow(TOKENS, None, positions)
+    final, _, _ = module.llama.deep(hidden, None, positions)
+    head = np.asarray(module.llama.head_weight(), np.float64)
+    log_p = log_softmax(np.asarray(final, np.float64) @ head.T)
+    log_q = log_softmax(np.asarray(module.drafter.unroll(hidden, Features(final), positions, 1)[0]) @ head[ids].T)
+    share = np.exp(log_p[..., ids]).sum(-1, keepdims=True)
+    terms = (np.exp(log_p[..., ids]) * (log_p[..., ids] - np.log(share) - log_q)).sum(-1)
+    weight = np.asarray(MASK)[:, 1:]
+    metrics = distill_metrics(*split(module), TOKENS, MASK, config=replace(CONFIG, unroll_steps=1))
+    np.testing.assert_allclose(metrics["kl"][0], (terms[:, :-1] * weight).sum() / weight.sum(), rtol=1e-4)
+    agreed = np.asarray(ids)[log_q.argmax(-1)] == log_p.argmax(-1)
+    np.testing.assert_allclose(metrics["agreement"][0], (agreed[:, :-1] * weight).sum() / weight.sum(), rtol=1e-4)
 
 
 @pytest.mark.parametrize(("drafter", "mix"), [("fused", (0.0, 0.9, 0.1)), ("block", (0.7, 0.0, 0.3))])
@@ -159,7 +179,7 @@ def test_packed_files(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"tokens": np.ones((2, 9), int)}, "mask is not a file in the archive"),
+        ({"tokens": np.ones((2, 9), int)}, "mask is not an array in the archive"),
         ({"tokens": np.ones(9, int), "mask": np.ones(2, np.uint8)}, r"rows of ids, got int64 \[9\]"),
         ({"tokens": np.ones((2, 9)), "mask": np.ones((2, 2), np.uint8)}, r"rows of ids, got float64 \[2, 9\]"),
         ({"tokens": -np.ones((2, 9), int), "mask": np.ones((2, 2), np.uint8)}, "rows of ids"),
@@ -180,8 +200,18 @@ def test_batches_cover_every_row_each_epoch_and_can_skip():
     first = [next(batches)[0] for _ in range(6)]
     for epoch in (first[:3], first[3:]):
         assert sorted(np.concatenate(epoch)[:, 0].tolist()) == [0, 2, 4, 6, 8, 10]
+    assert not np.array_equal(np.concatenate(first[:3]), np.concatenate(first[3:]))  # a new order every epoch
     skipped = packed.batches(2, seed=5, skip=4)
     np.testing.assert_array_equal(next(skipped)[0], first[4])
+
+
+def test_learning_rate_by_hand():
+    """It rises over `warmup` updates and falls along half a cosine to a tenth."""
+    config = DistillConfig("", "", (), tokens=100 * 8, batch_rows=1, row_length=8, lr=0.2, warmup=20)
+    rate = learning_rate(config)
+    np.testing.assert_allclose([rate(done) for done in (0, 1, 10, 20)], [0.0, 0.01, 0.1, 0.2], rtol=1e-6)
+    last = 0.02 + 0.18 * (1 + np.cos(np.pi * 79 / 80)) / 2
+    np.testing.assert_allclose([rate(60), rate(99), rate(100)], [0.11, last, 0.02], rtol=1e-6)
 
 
 def test_expected_tokens():
@@ -259,7 +289,7 @@ def test_a_signal_stops_it_with_a_snapshot(own_text, tmp_path):
         train_offline(config, report=stop)
     assert ended.value.code == 143
     assert [path.name for path in (tmp_path / "run" / "snapshots").iterdir()] == ["0"]
-    with pytest.raises(UserError, match="holds an earlier run: pass --resume"):
+    with pytest.raises(UserError, match=r"holds an earlier run \(snapshots/0\): pass --resume"):
         train_offline(config)
 
 
@@ -304,9 +334,15 @@ def test_tokens_per_second_count_the_device(own_text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(offline.jax, "block_until_ready", wait)
     monkeypatch.setattr(offline.time, "perf_counter", lambda: now[0])
-    config = replace(own_text, out=str(tmp_path / "run"), log_every=5)
+    config = replace(own_text, out=str(tmp_path / "run"), log_every=5, draft_vocabulary=20)
     told = []
     result = train_offline(config, report=lambda kind, record: told.append(record) if kind == "train" else None)
     per_log = 5 * config.batch_rows * config.row_length
     assert [record["tokens_per_second"] for record in told] == [pytest.approx(per_log / 10)] * 12
     assert result.seconds == 120.0
+    learned, _ = load_packed(config.data).hold_out(config.eval_rows)
+    often = np.bincount(learned.tokens.ravel(), minlength=64)
+    chosen = read_checkpoint(result.checkpoint).draft_vocabulary  # the most frequent tokens stay with the drafter
+    assert len(chosen) == 20
+    assert often[list(chosen)].min() >= np.delete(often, chosen).max()
+    assert load(result.checkpoint).params.base["draft_vocabulary"]["ids"].tolist() == list(chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.config import load_train_config
 from dvi_jax.learn.online import train_online
+from dvi_jax.learn.snapshot import PROGRESS
 from dvi_jax.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +54,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(write_config, tmp_path, number, statu
             train_online(config, resume=resume, report=stop_at(step))
         assert ended.value.code == status
         assert told[-1] == {"step": step, "signal": number.name, "snapshot": step}
+        document = json.loads((stopped / "snapshots" / str(step) / PROGRESS).read_text(encoding="utf-8"))
+        assert document["regular"] is False  # a run that was not stopped has none to go back to here
         assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert not (stopped / "checkpoint").exists()
     resumed = train_online(config, resume=True)

@@ -1,0 +1,243 @@
+"""An engine: requests come and go while a fixed number of slots decodes, and none notices the others.
+
+Any thread may ask; one thread owns the device (`scheduler.py` is what it does).
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import replace
+from types import TracebackType
+
+import jax
+
+from dvi_jax.decode.batch import MOST_EOS_IDS, check_prompts
+from dvi_jax.decode.stream import StreamedText, stop_ids
+from dvi_jax.errors import UserError
+from dvi_jax.loading import LoadedModel
+from dvi_jax.model.speculative_llama import Params
+from dvi_jax.serve.intake import Intake
+from dvi_jax.serve.memory import check_engine_memory, engine_memory
+from dvi_jax.serve.plans import choose, plans_of
+from dvi_jax.serve.reply import Reply
+from dvi_jax.serve.requests import EngineStatus, QueueFullError, Request
+from dvi_jax.serve.scheduler import OnWindow, Scheduler
+from dvi_jax.serve.slots import Shape, empty_slots
+
+CHUNK, CPU_CHUNK = 512, 128  # tokens of a prompt that go through at once
+POSITIONS = 64  # of a cache are a multiple of this
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Serves requests with a model; `requests.RequestEngine` says what each method promises.
+
+    A reply is a function of its request, of the model and of `slots`, `context`, `chunk` and the plan's width, whatever
+    else is served. Where a round's row class is `any` (`decode/plan.py`), slots and width do not matter either.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        slots: int = 8,
+        context: int = 2048,
+        plan: str = "auto",
+        max_waiting: int = 256,
+        prefix_bytes: int = 2**30,
+        chunk: int | None = None,
+        warm_up: bool = False,
+        on_window: OnWindow | None = None,
+    ):
+        """Take the memory and start the thread.
+
+        `context`: tokens of a prompt and its reply together, at most the model's. `plan`: as in `DecodeConfig`, or
+        `auto`. `max_waiting`: requests that may wait for a slot. `prefix_bytes`: memory for beginnings that prompts
+        share. `chunk`: tokens of a prompt that go through at once. `warm_up`: compile every program now, so
+        that no request waits for one. `on_window` gets the learning signals of every reply
+        that may be learned from, on the device, as one window of as many positions as a slot has; it is called by the
+        engine's thread and must be quick. Raises `UserError` for sizes that cannot be, or that memory does not hold.
+        """
+        for name, value in (("slots", slots), ("context", context), ("max_waiting", max_waiting)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        self.model, self.slots, self.max_waiting = model, slots, max_waiting
+        self.context = min(context, model.config.context_length)
+        record, (plans, width) = on_window is not None, plans_of(model, plan, slots)
+        chunk = min(chunk or (CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK), self.context)
+        room = _rounded_up(max(_rounded_up(self.context, chunk), self.context + width), POSITIONS)
+        shape = Shape(slots, room, width, record)
+        self.memory = engine_memory(model, shape, prefix_bytes)
+        check_engine_memory(self.memory)
+        empty = empty_slots(model.definition, model.decode_params, shape)
+        intake = Intake(model, room=room, chunk=chunk, prefix_bytes=prefix_bytes, record=record)
+        choice, empty = choose(model, plans, width, empty)
+        self._scheduler = Scheduler(model, empty, intake, choice, on_window)
+        if warm_up:
+            self._scheduler.warm_up()
+        # What several threads touch, under the lock of `_changed`.
+        self._changed = threading.Condition()
+        self._waiting: deque[Reply] = deque()
+        self._swapped: Params | None = None
+        self._idle = True
+        self._draining = self._closing = False
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, request: Request) -> Reply:
+        """Queue a request. `UserError` for what cannot be served, `QueueFullError` when too many wait; thread-safe."""
+        reply = self._reply_to(request)
+        with self._changed:
+            if self._failure is not None:
+                raise UserError(self._failure)
+            if self._draining or self._closing:
+                raise UserError("the engine takes no more requests: it is being closed")
+            if len(self._waiting) >= self.max_waiting:
+                raise QueueFullError(len(self._waiting), max(1.0, self._scheduler.seconds_a_slot))
+            self._waiting.append(reply)
+            self._changed.notify_all()
+        return reply
+
+    def status(self) -> EngineStatus:
+        """A snapshot; cheap, thread-safe."""
+        with self._changed:
+            status, waiting, failure = self._scheduler.status, len(self._waiting), self._failure
+        return replace(status, context=self.context, waiting=status.waiting + waiting, failure=failure)
+
+    def swap(self, params: Params) -> None:
+        """Draft with these weights from the next stretch on; nothing is compiled, no reply changes. Thread-safe.
+
+        `params`: the model's, with another `drafter` or `lora_s`. `UserError` where they are another model's.
+        """
+        own = self.model.params
+        if [id(leaf) for leaf in jax.tree.leaves(params.lora_d)] != [id(leaf) for leaf in jax.tree.leaves(own.lora_d)]:
+            raise UserError("an engine's verifier stays as it is: only the drafter and lora_S can be swapped")
+        new = self.model.with_params(own._replace(drafter=params.drafter, lora_s=params.lora_s)).decode_params
+        if jax.tree.map(_kind, new) != jax.tree.map(_kind, self.model.decode_params):
+            raise UserError("these drafter weights are not of the shapes that the engine was made for")
+        with self._changed:
+            self._swapped = self.model.decode_params._replace(drafter=new.drafter, lora_s=new.lora_s)
+
+    def drain(self, seconds: float) -> bool:
+        """Take nothing new and let what runs finish, for so long at most; whether all finished."""
+        with self._changed:
+            self._draining = True
+            self._changed.wait_for(lambda: self._closing or self._is_idle(), seconds)
+            return self._failure is None and self._is_idle()
+
+    def close(self) -> None:
+        """Cancel what runs and end the engine's thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        atexit.unregister(self.close)
+
+    def _reply_to(self, request: Request) -> Reply:
+        """A reply to come; `UserError` for what cannot be served."""
+        prompt, model = request.prompt_ids, self.model
+        eos = model.eos_ids if request.eos_ids is None else request.eos_ids
+        check_prompts(model, [prompt], 0)
+        if request.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
+        if len(prompt) + request.max_new_tokens > self.context:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens and {request.max_new_tokens} new ones were asked for;"
+                f" the engine's context holds {self.context}"
+            )
+        if len(eos) > MOST_EOS_IDS:
+            raise UserError(f"at most {MOST_EOS_IDS} end-of-sequence ids, got {len(eos)}")
+        if request.sampling is not None and not request.sampling.coupled:
+            raise UserError("an engine's sampling is coupled: with rejection, tokens would depend on the drafter")
+        if request.logprobs is not None:
+            raise UserError("log-probabilities are not given")
+        if not all(request.stop):
+            raise UserError("a stop string must not be empty")
+        if request.stop:
+            model.need_tokenizer("stop strings need a tokenizer, which this checkpoint lacks")
+        text = None
+        if model.tokenizer is not None:
+            text = StreamedText(model.tokenizer, request.stop, stop_ids(model.tokenizer, request.stop, eos))
+        return Reply(request, eos, text, self._wake)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _is_idle(self) -> bool:
+        return self._idle and not self._waiting
+
+    # What the engine's own thread does.
+
+    def _run(self) -> None:
+        with ExitStack() as stack:
+            stack.push(self._on_exit)
+            while self._wait_for_work():
+                self._scheduler.turn(self._next_reply, somebody_waits=bool(self._waiting))
+
+    def _wait_for_work(self) -> bool:
+        """Whether to go on; waits while there is nothing to do."""
+        with self._changed:
+            cancelled = [reply for reply in self._waiting if reply.cancelled]
+            for reply in cancelled:
+                self._waiting.remove(reply)
+                reply.end("cancelled")
+            while True:
+                self._idle = not self._scheduler.is_busy
+                if self._closing or not self._is_idle():
+                    break
+                self._changed.notify_all()  # for who drains
+                self._changed.wait()
+            if self._swapped is not None:
+                self._scheduler.params, self._swapped = self._swapped, None
+            return not self._closing
+
+    def _next_reply(self) -> Reply | None:
+        """The one that has waited longest; now it is the scheduler's."""
+        with self._changed:
+            self._idle = False
+            return self._waiting.popleft() if self._waiting else None
+
+    def _on_exit(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        """Nobody is left without an answer, however the thread ends."""
+        if error is not None:
+            message = " ".join(str(error).split())
+            self._failure = f"the engine failed: {type(error).__name__}: {message[:500]}"
+            log.error(self._failure, exc_info=(type(error), error, traceback))
+        with self._changed:
+            left = [*self._scheduler.replies(), *self._waiting]
+            self._waiting.clear()
+            self._closing = True
+            self._changed.notify_all()
+        for reply in left:
+            if reply.finish_reason is not None:
+                continue
+            if self._failure is None:
+                reply.end("cancelled")
+            else:
+                reply.fail(self._failure)
+        return True
+
+
+def _rounded_up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def _kind(leaf: jax.Array) -> tuple[tuple[int, ...], str]:
+    return leaf.shape, str(leaf.dtype)

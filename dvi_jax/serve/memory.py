@@ -1,0 +1,67 @@
+"""What an engine needs of the device's memory, counted before any of it is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+
+from dvi_jax.decode.memory import available_bytes, cast_bytes, held_bytes, readable, tree_bytes
+from dvi_jax.errors import UserError
+from dvi_jax.loading import LoadedModel
+from dvi_jax.serve.slots import Shape, abstract_slots, empty_prompt
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes of an engine, by what they are for. Exact but for the workspace."""
+
+    shape: Shape
+    weights: int  # with the copies that decoding casts to its dtype
+    slot: int  # of one slot: caches, the drafter's state, learning signals, tokens
+    intake: int  # where a prompt is taken in before it has a slot
+    prefixes: int  # beginnings of prompts, at most
+    workspace: int  # logits of a round, read while others are written: the largest of what programs need besides
+    held: int  # of these, on the device already
+
+    @property
+    def total(self) -> int:
+        """Bytes needed at the fullest moment."""
+        return self.weights + self.shape.slots * self.slot + self.intake + self.prefixes + self.workspace
+
+    def describe(self) -> str:
+        """One line: the total, and what it consists of."""
+        return (
+            f"{self.shape.slots} slots of {self.shape.room} positions need {readable(self.total)} (weights"
+            f" {readable(self.weights)}, each slot {readable(self.slot)}, prompts {readable(self.intake)}, shared"
+            f" prefixes {readable(self.prefixes)}, workspace about {readable(self.workspace)})"
+        )
+
+
+def engine_memory(model: LoadedModel, shape: Shape, prefix_bytes: int) -> EngineMemory:
+    """The memory of an engine. The model's arrays may be `jax.ShapeDtypeStruct`s."""
+    params = jax.eval_shape(lambda params: model.with_params(params).decode_params, model.params)
+    prompt = partial(empty_prompt, model.definition, room=shape.room, record=shape.record)
+    return EngineMemory(
+        shape=shape,
+        weights=tree_bytes(model.params) + cast_bytes(model),
+        slot=tree_bytes(abstract_slots(model.definition, params, shape)) // shape.slots,
+        intake=tree_bytes(jax.eval_shape(prompt, params)),
+        prefixes=prefix_bytes,
+        workspace=2 * 4 * shape.slots * shape.width * model.config.vocab_size,
+        held=held_bytes(model),
+    )
+
+
+def check_engine_memory(memory: EngineMemory, limit: int | None = None) -> None:
+    """Raise `UserError` with the numbers unless the engine fits into `limit` bytes.
+
+    Without a limit, into what the device has left. The estimated workspace is shown but refuses nothing.
+    """
+    room = available_bytes() + memory.held if limit is None else limit
+    if memory.total - memory.workspace > room:
+        owner = "the limit is" if limit is not None else "the device has"
+        raise UserError(
+            f"{memory.describe()} but {owner} {readable(room)}: lower the slots, the context or the prefixes"
+        )

@@ -1,0 +1,188 @@
+"""How an engine drafts: by one plan, or by whichever of a few gives most tokens a second as things are.
+
+All plans of an engine give equal bits, so it may change from any stretch to the next. A round costs what it costs
+however many slots are in use, since free ones are computed too: what a plan costs depends on the number of slots and
+is measured once, and what it brings is followed while requests are served.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dvi_jax.config import DecodeConfig
+from dvi_jax.decode.choosing import (
+    BRANCHES_SAVE,
+    MOST_LOSS,
+    MOST_ROUND_ROWS,
+    RETRY,
+    Acceptance,
+    costs_path,
+    options,
+    read_costs,
+    write_costs,
+)
+from dvi_jax.decode.plan import PLAIN, Plan, check_plan, rows_alike
+from dvi_jax.errors import UserError
+from dvi_jax.loading import LoadedModel
+from dvi_jax.serve.slots import MOST_ROUNDS, Slots, run_stretch
+
+AUTO = "auto"
+MEASURED_POSITION = 512  # where sequences are when a round is timed, if slots have so many positions
+REPEATS = 3
+
+
+class PlanChoice(Protocol):
+    """Chooses between stretches, among plans that give equal bits."""
+
+    width: int  # most tokens that a round commits; where bits depend on the number of rows, as many are verified
+    plans: tuple[Plan, ...]  # all that may be chosen
+    plan: Plan  # of the last stretch
+
+    def next_plan(self, *, fresh: bool) -> Plan:
+        """Of the next stretch; `fresh`: it decodes sequences for which the drafter has seen every row."""
+
+    def add(self, plan: Plan, accept_lengths: np.ndarray, drafted: np.ndarray) -> None:
+        """What came of a stretch by `plan`, for such sequences: committed and drafted in each round [B, rounds]."""
+
+
+class OnePlan:
+    """Always the same."""
+
+    def __init__(self, plan: Plan, width: int):
+        self.plan, self.width = plan, width
+        self.plans: tuple[Plan, ...] = (plan,)
+
+    def next_plan(self, *, fresh: bool) -> Plan:
+        """The plan."""
+        return self.plan
+
+    def add(self, plan: Plan, accept_lengths: np.ndarray, drafted: np.ndarray) -> None:
+        """Changes nothing."""
+
+
+class BestPlan:
+    """The plan that is worth most: the tokens that its rounds can be expected to give, over what a round costs.
+
+    Where that is plain decoding, drafting is tried again now and then, with sequences whose every row the drafter has
+    seen, so rarely that it costs a hundredth at most where it is in vain.
+    """
+
+    def __init__(self, costs: Mapping[Plan, float], width: int):
+        """`costs`: seconds of a round of each plan, plain decoding among them."""
+        self.costs, self.width, self.plans = dict(costs), width, tuple(costs)
+        self.acceptance = Acceptance()  # of chains and blocks
+        self.trees: dict[Plan, Acceptance] = {}
+        self._plain_stretches = 0  # since drafting was tried
+        self.plan = self._best()
+
+    def next_plan(self, *, fresh: bool) -> Plan:
+        """The best, or one that is worth another try."""
+        self.plan = self._best()
+        if self.plan.drafts:
+            self._plain_stretches = 0
+            return self.plan
+        self._plain_stretches += 1
+        drafting = max((plan for plan in self.plans if plan.drafts), key=self._worth, default=None)
+        if drafting is not None and fresh:
+            loss = self._worth(self.plan) / self._worth(drafting) - 1  # of a stretch, in its own time
+            if self._plain_stretches > max(RETRY, loss / MOST_LOSS):
+                self._plain_stretches, self.plan = 0, drafting
+        return self.plan
+
+    def add(self, plan: Plan, accept_lengths: np.ndarray, drafted: np.ndarray) -> None:
+        """Follow how often drafts are right."""
+        acceptance = self._acceptance(plan)
+        for lengths, drafts in zip(accept_lengths, drafted, strict=True):
+            acceptance.add(lengths[lengths > 0], drafts[lengths > 0])
+
+    def _best(self) -> Plan:
+        return max(self.plans, key=self._worth)
+
+    def _acceptance(self, plan: Plan) -> Acceptance:
+        return self.trees.setdefault(plan, Acceptance()) if plan.kind == "tree" else self.acceptance
+
+    def _worth(self, plan: Plan) -> float:
+        prior = None
+        if plan.kind == "tree":
+            prior = [rate + BRANCHES_SAVE * (1 - rate) for rate in self.acceptance.rates()]
+        return self._acceptance(plan).tokens(plan.drafts, prior) / self.costs[plan]
+
+
+def plans_of(model: LoadedModel, name: str, slots: int) -> tuple[tuple[Plan, ...], int]:
+    """The plans that `name` stands for (`AUTO`: several), and the width of all.
+
+    `UserError` for one that model and device cannot follow.
+    """
+    if name == AUTO:
+        if 2 * slots > MOST_ROUND_ROWS:  # a draft would make rounds slower by more than it can bring
+            return (PLAIN,), 1
+        found = options(model, DecodeConfig(), slots)
+        return tuple(option.plan for option in found), max(option.width for option in found)
+    plan = Plan.parse(name)
+    check_plan(plan, model.manifest.drafter, drafts_blocks=model.drafts_blocks, max_drafts=model.max_drafts)
+    alike = rows_alike(slots * plan.rows, model.config, model.manifest.dtype)
+    if plan.kind == "tree" and rows_alike(plan.rows, model.config, model.manifest.dtype) and not alike:
+        raise UserError(f"plan {plan}: {slots} such trees have more rows than the GPU's kernels take at once")
+    return (plan,), plan.drafts + 1 if alike else plan.rows
+
+
+def choose(model: LoadedModel, plans: tuple[Plan, ...], width: int, slots: Slots) -> tuple[PlanChoice, Slots]:
+    """A choice among `plans`, whose costs are read from disk, or measured in `slots`, all free, and kept there.
+
+    The slots come back free.
+    """
+    if len(plans) == 1:
+        return OnePlan(plans[0], width), slots
+    path = costs_path(model, *slots.decode.tokens.shape, width, "slots")
+    known = read_costs(path)
+    for plan in plans:
+        if str(plan) not in known:
+            known[str(plan)], slots = round_seconds(model, slots, plan)
+    write_costs(path, known)
+    return BestPlan({plan: known[str(plan)] for plan in plans}, width), slots
+
+
+def round_seconds(model: LoadedModel, slots: Slots, plan: Plan) -> tuple[float, Slots]:
+    """Seconds of a round in which every slot drafts all it may; the slots come back free.
+
+    From stretches of two lengths: the difference is free of what starting a program takes.
+    """
+    seconds: dict[int, list[float]] = {MOST_ROUNDS // 4: [], MOST_ROUNDS: []}
+    for _ in range(REPEATS + 1):
+        for rounds, times in seconds.items():
+            slots = _set_under_way(slots)
+            jax.block_until_ready(slots)
+            began = time.perf_counter()
+            slots, packed = run_stretch(
+                model.definition, model.decode_params, slots, np.int32(rounds), plan, sampled=False
+            )
+            jax.block_until_ready(packed)
+            times.append(time.perf_counter() - began)
+    few, many = (statistics.median(times[1:]) for times in seconds.values())
+    return max(many - few, 0.1 * many) / (MOST_ROUNDS - MOST_ROUNDS // 4), _set_free(slots)
+
+
+@partial(jax.jit, donate_argnames="slots")
+def _set_under_way(slots: Slots) -> Slots:
+    """Every slot in the middle of a reply that goes on for a stretch at least, if there is room for that."""
+    state = slots.decode
+    positions, width = state.tokens.shape[1], state.committed.hidden.shape[1]
+    length = max(2, min(MEASURED_POSITION, positions - (MOST_ROUNDS + 1) * width))
+    full = jnp.full_like(state.length, length)
+    committed = state.committed.replace(start=full - 2)
+    limit = jnp.full_like(full, positions - width)
+    state = state.replace(length=full, limit=limit, done=jnp.zeros_like(state.done), committed=committed)
+    return slots._replace(decode=state)
+
+
+@partial(jax.jit, donate_argnames="slots")
+def _set_free(slots: Slots) -> Slots:
+    return slots._replace(decode=slots.decode.replace(done=jnp.ones_like(slots.decode.done)))

@@ -1,0 +1,140 @@
+"""One request under way, on the host: what its reader sees of it, and how the engine fills it.
+
+A reply is written by the engine's thread and read by one reader, in a thread or in an event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+
+import numpy as np
+
+from dvi_jax.decode.stream import StreamedText
+from dvi_jax.errors import UserError
+from dvi_jax.serve.requests import ReplyPiece, Request, Statistics
+
+
+class Reply:
+    """A request and its reply so far (`requests.Handle`)."""
+
+    def __init__(self, request: Request, eos_ids: tuple[int, ...], text: StreamedText | None, wake: Callable[[], None]):
+        """`text` makes text of the reply, None where there is none to make. `wake` tells the engine of a cancel."""
+        self.request, self.eos_ids = request, eos_ids
+        self.statistics = Statistics(prompt_tokens=len(request.prompt_ids), submitted=time.monotonic())
+        self.finish_reason: str | None = None
+        self.cancelled = False
+        self.committed = len(request.prompt_ids)  # tokens known to be on the device, prompt included
+        self.is_fresh = True  # the drafter has seen every row of it
+        self._text, self._wake = text, wake
+        self._pieces: deque[ReplyPiece] = deque()
+        self._failure: str | None = None
+        self._changed = threading.Condition()
+        self._notify: Callable[[], None] | None = None  # tells a reader in an event loop
+
+    # What the reader calls.
+
+    def __iter__(self) -> Iterator[ReplyPiece]:
+        """Pieces as they come, up to the one with a finish reason. Leaving early cancels."""
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._pieces or self.finish_reason is not None)
+                piece = self._next()
+                if piece is None:
+                    return
+                yield piece
+        finally:
+            self.cancel()
+
+    async def stream(self) -> AsyncIterator[ReplyPiece]:
+        """The same for an event loop: no thread waits."""
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+
+        def notify() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody reads
+                loop.call_soon_threadsafe(arrived.set)
+
+        self._notify = notify
+        try:
+            while True:
+                arrived.clear()
+                is_over = self.finish_reason is not None  # asked first: its last piece is there then
+                while (piece := self._next()) is not None:
+                    yield piece
+                if is_over:
+                    return
+                await arrived.wait()
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """End it, if it has not ended; the slot is free at the next stretch."""
+        if self.finish_reason is None:
+            self.cancelled = True
+            self._wake()
+
+    def _next(self) -> ReplyPiece | None:
+        """The oldest piece that was not taken yet; `UserError` after the last if the engine failed."""
+        with self._changed:
+            if self._pieces:
+                return self._pieces.popleft()
+            if self._failure is not None:
+                raise UserError(self._failure)
+            return None
+
+    # What the engine calls.
+
+    def take(self, ids: Sequence[int], *, done: bool) -> None:
+        """Committed tokens, the last ones of all if `done`."""
+        self.committed += len(ids)
+        reason, text = None, ""
+        if done:
+            reason = "eos" if ids[-1] in self.eos_ids else "length"
+        if self._text is not None:
+            count, text = self._text.add(ids, last=done)
+            ids = ids[:count]
+            if self._text.stopped:
+                reason = "stop"
+        statistics = self.statistics
+        if ids and not statistics.new_tokens:
+            statistics.first_token = time.monotonic()
+        statistics.new_tokens += len(ids)
+        if ids or text or reason:
+            self._give(ReplyPiece(tuple(ids), text, reason))
+
+    def count(self, accept_lengths: np.ndarray, drafted: np.ndarray) -> None:
+        """Rounds in which so many tokens each were committed and drafted; none once the sequence is done."""
+        rounds, statistics = int((accept_lengths > 0).sum()), self.statistics
+        statistics.rounds += rounds
+        statistics.drafted += int(drafted[:rounds].sum())
+        statistics.accepted += int(accept_lengths.sum()) - rounds
+
+    def end(self, reason: str) -> None:
+        """Nothing more comes."""
+        self._give(ReplyPiece((), "", reason))
+
+    def fail(self, message: str) -> None:
+        """The engine failed; the reader is told so."""
+        with self._changed:
+            self._failure, self.finish_reason = message, "failed"
+        self._tell()
+
+    def _give(self, piece: ReplyPiece) -> None:
+        if piece.finish_reason is not None:
+            self.statistics.finished = time.monotonic()
+        with self._changed:
+            self._pieces.append(piece)
+            self.finish_reason = piece.finish_reason
+        self._tell()
+
+    def _tell(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+            notify = self._notify
+        if notify is not None:
+            notify()

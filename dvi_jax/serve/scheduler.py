@@ -1,0 +1,247 @@
+"""What an engine's thread does in a turn: which request goes into which slot, and when rounds run.
+
+A turn takes in a chunk or so of a prompt, lays a finished one into a free slot, starts a stretch of rounds, and reads
+what the stretch before did: the device is always one stretch ahead of what is read. Which reply a stretch's tokens
+belong to is written down when it starts, so a slot that has changed hands since confuses nobody.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+
+from dvi_jax.config import SamplingConfig
+from dvi_jax.decode.plan import Plan
+from dvi_jax.learn.replay import Windows
+from dvi_jax.loading import LoadedModel
+from dvi_jax.serve.intake import Intake
+from dvi_jax.serve.plans import PlanChoice
+from dvi_jax.serve.reply import Reply
+from dvi_jax.serve.requests import EngineStatus, Request
+from dvi_jax.serve.slots import MOST_ROUNDS, Outcome, Slots, Terms, lay, release, run_stretch, take_window
+
+GREEDY = SamplingConfig(temperature=0.0)
+SHORT_STRETCH = 4  # rounds, while somebody waits for a slot or for the beginning of a reply
+EARLY_TOKENS = 64  # of a reply: its beginning
+
+OnWindow = Callable[[Windows, Request], None]
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A stretch that was started, and what must be known to read it."""
+
+    packed: jax.Array  # of `run_stretch`
+    replies: tuple[Reply | None, ...]  # what each slot holds
+    plan: Plan
+    fresh: tuple[int, ...]  # slots whose rows the drafter has all seen
+
+
+class Scheduler:
+    """Slots, what is in them, and the prompt on its way into one. For one thread; `status` may be read by any."""
+
+    def __init__(
+        self, model: LoadedModel, slots: Slots, intake: Intake, choice: PlanChoice, on_window: OnWindow | None
+    ):
+        """`on_window` gets the learning signals of replies that have ended, where slots keep them."""
+        self.params = model.decode_params  # what the next stretch decodes with
+        self._model, self._slots, self._intake, self._choice = model, slots, intake, choice
+        self._on_window = on_window
+        count = len(slots.eos_ids)
+        self._replies: list[Reply | None] = [None] * count
+        self._ended = np.zeros(count, bool)  # slots whose sequence must go no further, though the device would
+        self._flight: _Flight | None = None
+        self._slot_seconds = 1.0  # of a request, lately
+        self.status = EngineStatus(count, running=0, waiting=0, context=0, plan=str(choice.plan))
+
+    @property
+    def seconds_a_slot(self) -> float:
+        """How often, lately, a slot became free while all were in use: every so many seconds."""
+        return self._slot_seconds / len(self._replies)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is anything to do, or to read."""
+        return self._flight is not None or any(True for _ in self.replies())
+
+    def replies(self) -> Iterator[Reply]:
+        """All under way."""
+        yield from (reply for reply in (*self._replies, self._intake.reply) if reply is not None)
+
+    def warm_up(self) -> None:
+        """Compile every program, by running it with nothing in the slots."""
+        definition, vocab_size = self._model.definition, self._model.config.vocab_size
+        filled = self._intake.warm_up(self.params)
+        done = Terms.of(1, 1, (), GREEDY, vocab_size)  # a reply that ends with its first token
+        self._slots, _ = lay(definition, self.params, self._slots, filled, np.int32(0), done)
+        self._slots = release(self._slots, self._ended.copy())
+        for plan in self._choice.plans:
+            for sampled in (False, True):
+                self._slots, packed = run_stretch(
+                    definition, self.params, self._slots, np.int32(0), plan, sampled=sampled
+                )
+                packed.block_until_ready()
+
+    def turn(self, next_reply: Callable[[], Reply | None], *, somebody_waits: bool) -> None:
+        """One turn; `next_reply` gives the next one of those that wait, if one does."""
+        self._drop_cancelled()
+        firsts = self._take_in(next_reply)
+        following = self._start_stretch(somebody_waits=somebody_waits)
+        if self._flight is not None:
+            self._land(self._flight)
+        for reply, first in firsts:  # these were there before the stretch began
+            token, ends = np.asarray(first).tolist()
+            self._give(reply, [token], done=bool(ends))
+        self._flight = following
+        self.status = replace(
+            self.status,
+            running=sum(reply is not None for reply in self._replies),
+            waiting=int(self._intake.reply is not None),
+            plan=str(self._choice.plan),
+        )
+
+    def _drop_cancelled(self) -> None:
+        """Replies that nobody wants make room."""
+        if self._intake.reply is not None and self._intake.reply.cancelled:
+            self._intake.drop().end("cancelled")
+        for slot, reply in enumerate(self._replies):
+            if reply is not None and reply.cancelled:
+                self._free(slot)
+                self._ended[slot] = True
+                reply.end("cancelled")
+        if self._ended.any():
+            self._slots = release(self._slots, self._ended.copy())
+            self._ended[:] = False
+
+    def _take_in(self, next_reply: Callable[[], Reply | None]) -> list[tuple[Reply, jax.Array]]:
+        """Chunks of prompts, and those that are complete into free slots. -> replies laid, with their first tokens.
+
+        While others run, as many chunks as there are free slots for each running one, and at least one: where most
+        slots are empty, filling them comes first; where most are busy, their replies flow on.
+        """
+        laid: list[tuple[Reply, jax.Array]] = []
+        chunks, running = 0, sum(reply is not None for reply in self._replies)
+        most = max(1, len(self._replies) // running - 1) if running else 1
+        while True:
+            if self._intake.ready:
+                if None not in self._replies:
+                    return laid
+                laid.append(self._lay(self._replies.index(None)))
+            if (running or laid) and chunks >= most:
+                return laid
+            if self._intake.reply is None:
+                reply = next_reply()
+                if reply is None:
+                    return laid
+                self._intake.begin(reply)
+            self._intake.step(self.params)
+            chunks += 1
+
+    def _lay(self, slot: int) -> tuple[Reply, jax.Array]:
+        """The prompt that is complete into a free slot, with its first token."""
+        reply, filled = self._intake.hand_over()
+        request, config = reply.request, self._model.config
+        length, sampling = len(request.prompt_ids), request.sampling or GREEDY
+        terms = Terms.of(length, request.max_new_tokens, reply.eos_ids, sampling, config.vocab_size)
+        self._slots, first = lay(self._model.definition, self.params, self._slots, filled, np.int32(slot), terms)
+        self._replies[slot] = reply
+        reply.statistics.started = time.monotonic()
+        self.status = replace(
+            self.status,
+            prompt_tokens=self.status.prompt_tokens + length,
+            cached_tokens=self.status.cached_tokens + reply.statistics.cached_tokens,
+        )
+        return reply, first
+
+    def _start_stretch(self, *, somebody_waits: bool) -> _Flight | None:
+        """Start rounds of what is in the slots; None where that is nothing.
+
+        Few rounds while somebody waits for a slot, or for the beginning of a reply.
+        """
+        running = [reply for reply in self._replies if reply is not None]
+        if not running:
+            return None
+        early = any(reply.statistics.new_tokens < EARLY_TOKENS for reply in running)
+        rounds = SHORT_STRETCH if early or somebody_waits or self._intake.reply is not None else MOST_ROUNDS
+        plan = self._choice.next_plan(fresh=any(reply.is_fresh for reply in running))
+        sampled = any(_is_sampled(reply.request.sampling) for reply in running)
+        self._slots, packed = run_stretch(
+            self._model.definition, self.params, self._slots, np.int32(rounds), plan, sampled=sampled
+        )
+        for reply in running:
+            reply.is_fresh &= plan.drafts > 0
+        fresh = tuple(slot for slot, reply in enumerate(self._replies) if reply is not None and reply.is_fresh)
+        return _Flight(packed, tuple(self._replies), plan, fresh)
+
+    def _land(self, flight: _Flight) -> None:
+        """Read a stretch: give its tokens, count, and free the slots of the replies that ended."""
+        outcome = Outcome.read(flight.packed)
+        live = [
+            (slot, reply)
+            for slot, reply in enumerate(flight.replies)
+            if reply is not None and reply.finish_reason is None
+        ]
+        for slot, reply in live:
+            reply.count(outcome.accept_lengths[slot], outcome.drafted[slot])
+            start = outcome.start[slot]
+            ids = outcome.tokens[slot, reply.committed - start : outcome.length[slot] - start].tolist()
+            self._give(reply, ids, done=bool(outcome.done[slot]))
+        rows = [slot for slot, _ in live]
+        fresh = [slot for slot in rows if slot in flight.fresh]
+        if flight.plan.drafts:
+            self._choice.add(flight.plan, outcome.accept_lengths[fresh], outcome.drafted[fresh])
+        self.status = counted(self.status, outcome.accept_lengths[rows], outcome.drafted[rows], self._choice.width - 1)
+
+    def _give(self, reply: Reply, ids: list[int], *, done: bool) -> None:
+        """Tokens to their reader; a reply that has ended leaves its slot."""
+        slot, before = self._replies.index(reply), reply.statistics.new_tokens
+        reply.take(ids, done=done)
+        self.status = replace(self.status, new_tokens=self.status.new_tokens + reply.statistics.new_tokens - before)
+        if reply.finish_reason is not None:
+            self._hand_on(slot, reply)
+            self._free(slot)
+            self._ended[slot] = reply.finish_reason == "stop"
+
+    def _hand_on(self, slot: int, reply: Reply) -> None:
+        """What can be learned from a reply that has ended, while its slot still holds it."""
+        if self._on_window is None or not reply.request.learn:
+            return
+        prompt = len(reply.request.prompt_ids)
+        length = prompt + reply.statistics.new_tokens
+        window = take_window(self._slots, np.int32(slot), np.int32(prompt), np.int32(length))
+        self._on_window(window, reply.request)
+
+    def _free(self, slot: int) -> None:
+        """A slot for somebody else."""
+        reply, self._replies[slot] = self._replies[slot], None
+        assert reply is not None
+        self._slot_seconds += 0.1 * (time.monotonic() - reply.statistics.started - self._slot_seconds)
+
+
+def counted(status: EngineStatus, accept_lengths: np.ndarray, drafted: np.ndarray, most: int) -> EngineStatus:
+    """`status` after one more stretch: rounds [slots, rounds] that drafted at most `most` tokens each."""
+    place, real = np.arange(most), accept_lengths > 0
+    judged = real[..., None] & (place < drafted[..., None]) & (place < accept_lengths[..., None])
+    accepted = judged & (place < accept_lengths[..., None] - 1)
+
+    def added(counts: tuple[int, ...], new: np.ndarray) -> tuple[int, ...]:
+        sums = new.sum(axis=(0, 1)).tolist()
+        return tuple(old + more for old, more in zip(counts or [0] * most, sums, strict=True))
+
+    return replace(
+        status,
+        stretches=status.stretches + 1,
+        rounds=status.rounds + int(real.sum()),
+        judged=added(status.judged, judged),
+        accepted=added(status.accepted, accepted),
+        last_stretch=time.monotonic(),
+    )
+
+
+def _is_sampled(sampling: SamplingConfig | None) -> bool:
+    """Whether more is asked for than the best token of the verifier's own logits."""
+    return sampling is not None and (sampling.temperature > 0 or sampling.repetition_penalty != 1)

@@ -1,0 +1,238 @@
+"""The device's side of an engine: sequences in a fixed number of slots, and the programs that change them.
+
+A prompt is taken in by itself (`take_chunk`, batch 1, chunks of one length), laid into a slot (`lay`), and decoded with
+whatever is in the other slots (`run_stretch`). Every program has one shape whatever the requests are, and no row of a
+pass depends on the rows beside it: a reply depends on its request and on the engine's shape, and on nothing else.
+
+Letters: B slots, S positions in the caches, C tokens of a chunk, W most tokens that a round commits, E room for
+end-of-sequence ids, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dvi_jax.config import SamplingConfig
+from dvi_jax.decode.batch import MOST_EOS_IDS
+from dvi_jax.decode.plan import Plan
+from dvi_jax.decode.prefill import Filled, begin, choose_first, fill_chunk
+from dvi_jax.decode.sampling import Sampling
+from dvi_jax.decode.speculative import decode_rounds
+from dvi_jax.decode.state import NO_TOKEN, DecodeState, Knobs
+from dvi_jax.learn.replay import Windows, read_windows
+from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
+
+MOST_ROUNDS = 16  # of a stretch
+
+
+class Slots(NamedTuple):
+    """Every slot's sequence. A free slot's is done: it is computed and nothing comes of it."""
+
+    decode: DecodeState  # sampling is always there, so that slots may change between greedy and sampled requests
+    eos_ids: jax.Array  # int32 [B, E], NO_TOKEN where unused
+
+
+class Terms(NamedTuple):
+    """How prompts are to be continued: arrays of one row each, of a single row from `of`."""
+
+    length: np.ndarray  # int32 [B], tokens of the prompt
+    limit: np.ndarray  # int32 [B], prompt and reply
+    eos_ids: np.ndarray  # int32 [B, E], NO_TOKEN where unused
+    seed: np.ndarray  # uint32 [B]
+    temperature: np.ndarray  # float32 [B], 0 is greedy
+    top_k: np.ndarray  # int32 [B], V for all
+    top_p: np.ndarray  # float32 [B]
+    min_p: np.ndarray  # float32 [B]
+    penalty: np.ndarray  # float32 [B], repetition penalty
+
+    @classmethod
+    def of(
+        cls, length: int, new_tokens: int, eos_ids: tuple[int, ...], sampling: SamplingConfig, vocab_size: int
+    ) -> Terms:
+        """Of a prompt of `length` tokens; `sampling` is coupled."""
+        padded = (*eos_ids, *[NO_TOKEN] * (MOST_EOS_IDS - len(eos_ids)))
+        return cls(
+            np.array([length], np.int32),
+            np.array([length + new_tokens], np.int32),
+            np.array([padded], np.int32),
+            np.array([sampling.seed], np.uint32),
+            np.array([sampling.temperature], np.float32),
+            np.array([min(sampling.top_k or vocab_size, vocab_size)], np.int32),
+            np.array([sampling.top_p], np.float32),
+            np.array([sampling.min_p], np.float32),
+            np.array([sampling.repetition_penalty], np.float32),
+        )
+
+    def sampling(self, tokens: jax.Array, vocab_size: int) -> Sampling:
+        """The same for `decode/sampling.py`, behind the prompts in tokens int32 [B, S]."""
+        batch, positions = tokens.shape
+        prompts = jnp.where(jnp.arange(positions) < self.length[:, None], tokens, vocab_size)
+        return Sampling(
+            key=jax.vmap(jax.random.key)(jnp.asarray(self.seed)),
+            temperature=jnp.asarray(self.temperature),
+            top_k=jnp.asarray(self.top_k),
+            top_p=jnp.asarray(self.top_p),
+            min_p=jnp.asarray(self.min_p),
+            penalty=jnp.asarray(self.penalty),
+            seen=jnp.zeros((batch, vocab_size), bool).at[jnp.arange(batch)[:, None], prompts].set(True, mode="drop"),
+            coupled=True,
+        )
+
+
+class Outcome(NamedTuple):
+    """What a stretch did to every slot, on the host."""
+
+    start: np.ndarray  # int32 [B], position of the first column of `tokens`
+    length: np.ndarray  # int32 [B], tokens that the sequence has now, its prompt included
+    done: np.ndarray  # bool [B]
+    accept_lengths: np.ndarray  # int32 [B, rounds], tokens committed in each round, 0 once a sequence is done
+    drafted: np.ndarray  # int32 [B, rounds]
+    tokens: np.ndarray  # int32 [B, T], what was committed, and what stood there before
+
+    @classmethod
+    def read(cls, packed: jax.Array) -> Outcome:
+        """From what `run_stretch` gives, once the device has it."""
+        found = np.asarray(packed)
+        rounds, counts = int(found[0, 0]), found[:, 4 : 4 + 2 * MOST_ROUNDS]
+        return cls(
+            start=found[:, 1],
+            length=found[:, 2],
+            done=found[:, 3].astype(bool),
+            accept_lengths=counts[:, :rounds],
+            drafted=counts[:, MOST_ROUNDS : MOST_ROUNDS + rounds],
+            tokens=found[:, 4 + 2 * MOST_ROUNDS :],
+        )
+
+
+class Shape(NamedTuple):
+    """What an engine's programs are compiled for, besides the model."""
+
+    slots: int  # B
+    room: int  # S
+    width: int  # W
+    record: bool  # whether slots keep learning signals
+
+
+def abstract_slots(definition: Definition, params: Params, shape: Shape) -> Slots:
+    """Shapes and types of all slots; nothing is computed."""
+
+    def make(params: Params) -> Slots:
+        model = join(definition, params)
+        one = Terms.of(1, 1, (), SamplingConfig(), model.llama.config.vocab_size)
+        terms = Terms(*(np.repeat(array, shape.slots, axis=0) for array in one))
+        return _begin(model, Filled.empty(model, shape.slots, shape.room, keep=shape.record), terms, shape.width)[0]
+
+    return jax.eval_shape(make, params)
+
+
+@partial(jax.jit, static_argnames=("definition", "shape"))
+def empty_slots(definition: Definition, params: Params, shape: Shape) -> Slots:
+    """All slots free."""
+    slots = jax.tree.map(_zeros, abstract_slots(definition, params, shape))
+    # Rounds look at a sequence's last two tokens, so there must be two.
+    ones = jnp.ones_like(slots.decode.length)
+    committed = slots.decode.committed.replace(count=ones)
+    state = slots.decode.replace(length=2 * ones, limit=2 * ones, done=ones.astype(bool), committed=committed)
+    return slots._replace(decode=state)
+
+
+@partial(jax.jit, static_argnames=("definition", "room", "record"))
+def empty_prompt(definition: Definition, params: Params, *, room: int, record: bool) -> Filled:
+    """Where prompts are taken in."""
+    return Filled.empty(join(definition, params), 1, room, keep=record)
+
+
+@partial(jax.jit, donate_argnames="filled")
+def restart(filled: Filled) -> Filled:
+    """For another prompt. What the last one left lies behind whatever is filled, and is masked."""
+    return filled._replace(position=jnp.int32(0), frontier=jax.tree.map(jnp.zeros_like, filled.frontier))
+
+
+@partial(jax.jit, static_argnames="definition", donate_argnames="filled")
+def take_chunk(definition: Definition, params: Params, filled: Filled, tokens: jax.Array, length: jax.Array) -> Filled:
+    """The next chunk of a prompt of `length` int32 [1] tokens: int32 [1, C], zeros behind the prompt's end."""
+    return fill_chunk(join(definition, params), filled, tokens, length, fresh=False)
+
+
+@partial(jax.jit, static_argnames=("definition",), donate_argnames="slots")
+def lay(
+    definition: Definition, params: Params, slots: Slots, filled: Filled, slot: jax.Array, terms: Terms
+) -> tuple[Slots, jax.Array]:
+    """A prompt that is all taken in, with its first new token, into a slot.
+
+    -> slots, and int32 [2]: that token, and whether the reply ends with it.
+    """
+    width = slots.decode.committed.hidden.shape[1]
+    row, first_token = _begin(join(definition, params), filled, terms, width)
+
+    def put(buffer: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(buffer, new, slot, axis=0) if buffer.ndim else buffer
+
+    ends = row.decode.done[0].astype(jnp.int32)
+    return jax.tree.map(put, slots, row), jnp.stack([first_token[0], ends])
+
+
+@partial(jax.jit, donate_argnames="slots")
+def release(slots: Slots, ended: jax.Array) -> Slots:
+    """The sequences marked in bool [B] go no further."""
+    return slots._replace(decode=slots.decode.replace(done=slots.decode.done | ended))
+
+
+@partial(jax.jit, static_argnames=("definition", "plan", "sampled"), donate_argnames="slots")
+def run_stretch(
+    definition: Definition, params: Params, slots: Slots, rounds: jax.Array, plan: Plan, *, sampled: bool
+) -> tuple[Slots, jax.Array]:
+    """At most so many rounds, fewer if every sequence is done before; and an `Outcome`, packed.
+
+    Not `sampled` is a program without noise or sorting, for times when every sequence is greedy, without a repetition
+    penalty. To such ones it gives the tokens that the other gives.
+    """
+    began, sampling = slots.decode.length, slots.decode.sampling
+    knobs = Knobs.make(plan.drafts, 0.0, ())._replace(eos_ids=slots.eos_ids, until=rounds)
+    state = slots.decode.replace(rounds=jnp.int32(0), sampling=sampling if sampled else None)
+    state = decode_rounds(definition, params, state, knobs, plan)
+    packed = _pack(state, began)
+    return slots._replace(decode=state.replace(sampling=state.sampling if sampled else sampling)), packed
+
+
+@jax.jit
+def take_window(slots: Slots, slot: jax.Array, prompt_length: jax.Array, length: jax.Array) -> Windows:
+    """One window of S positions: the first `length` tokens of a slot's sequence, with their learning signals."""
+
+    def of(tree: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(tree, slot, 1)
+
+    state = slots.decode
+    row = state.replace(tokens=of(state.tokens), length=length[None], signals=jax.tree.map(of, state.signals))
+    return read_windows(row, prompt_length[None], window=state.tokens.shape[1])
+
+
+def _pack(state: DecodeState, began: jax.Array) -> jax.Array:
+    """What the host wants to know of a stretch that began at lengths [B], in one array: `Outcome` unpacks it."""
+    width, positions = state.committed.hidden.shape[1], state.tokens.shape[1]
+    columns = min(MOST_ROUNDS * width, positions)  # of one number for all slots
+    start = jnp.minimum(began, positions - columns)
+    tokens = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, columns))(state.tokens, start)
+    numbers = jnp.stack([jnp.broadcast_to(state.rounds, start.shape), start, state.length, state.done], axis=1)
+    return jnp.concatenate([numbers, state.accept_lengths, state.drafted, tokens], axis=1)
+
+
+def _begin(model: SpeculativeLlama, filled: Filled, terms: Terms, width: int) -> tuple[Slots, jax.Array]:
+    """Sequences before their first round, and their first tokens int32 [B]."""
+    sampling = terms.sampling(filled.tokens, model.llama.config.vocab_size)
+    first_token = choose_first(model.llama.logits(filled.features.final), sampling, jnp.asarray(terms.length))
+    length, limit = jnp.asarray(terms.length), jnp.asarray(terms.limit)
+    state = begin(filled, first_token, length, limit, jnp.asarray(terms.eos_ids), width, sampling)
+    counts = jnp.zeros((len(length), MOST_ROUNDS), jnp.int32)  # of one stretch alone
+    return Slots(state.replace(accept_lengths=counts, drafted=counts), jnp.asarray(terms.eos_ids)), first_token
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.vmap(jax.random.key)(jnp.zeros(leaf.shape, jnp.uint32))
+    return jnp.zeros(leaf.shape, leaf.dtype)

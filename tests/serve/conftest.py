@@ -1,0 +1,70 @@
+"""What the tests of serving share: a model that speaks bytes, and engines of one shape, compiled once."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dvi_jax.checkpoint import Manifest
+from dvi_jax.data.tokenizer import Tokenizer
+from dvi_jax.loading import LoadedModel, build_model
+from dvi_jax.model.llama import random_base
+from dvi_jax.model.speculative_llama import split
+from dvi_jax.presets import TINY
+from dvi_jax.serve.engine import Engine
+
+SHAPE = {"slots": 4, "context": 96, "chunk": 16, "plan": "chain:2", "prefix_bytes": 0}
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer_json):
+    """make_model(dtype): random, one token a byte; a weak deep layer, so that drafts are right now and then."""
+
+    def make(dtype="float32"):
+        config = replace(TINY, vocab_size=258, num_layers=2, eos_token_ids=(1,))
+        base = random_base(config, jax.random.key(0), jnp.dtype(dtype), std=0.3)
+        layer = base["layers"]["1"]
+        base["layers"]["1"] = {**layer, "out": layer["out"] * 0.1, "down": layer["down"] * 0.1}
+        manifest = Manifest(
+            source="random",
+            source_sha256="",
+            dtype=dtype,
+            exit_layer=1,
+            drafter="kangaroo",
+            drafter_config={},
+        )
+        parts = split(build_model(config, manifest, base))
+        return LoadedModel(config, manifest, *parts, Tokenizer(tokenizer_json, eos_token_ids=(1,)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(make_model):
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def make_engine():
+    """make_engine(model, ...): 4 slots of 96 tokens, chains of two drafts, no prefixes kept; to be closed.
+
+    All keep learning signals, so that those tests that look at them need no programs of their own.
+    """
+
+    def make(model, **changes):
+        return Engine(model, **SHAPE | {"on_window": lambda *_: None} | changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pieces_of():
+    """pieces_of(handle): ids, text and finish reason of a whole reply."""
+
+    def collect(handle):
+        pieces = list(handle)
+        ids = [token for piece in pieces for token in piece.ids]
+        return ids, "".join(piece.text for piece in pieces), pieces[-1].finish_reason
+
+    return collect

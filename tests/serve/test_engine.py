@@ -1,0 +1,266 @@
+"""An engine: a reply depends on its request alone, and none is lost, whatever else comes and goes."""
+
+import asyncio
+import threading
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from dvi_jax.config import SamplingConfig
+from dvi_jax.errors import UserError
+from dvi_jax.model.speculative_llama import join
+from dvi_jax.serve import scheduler, slots
+from dvi_jax.serve.requests import QueueFullError, Request
+
+pytestmark = pytest.mark.optimized
+PROGRAMS = (slots.take_chunk, slots.lay, slots.run_stretch, slots.release)
+
+
+def random_requests(count, seed):
+    """Prompts of 1 to 60 tokens, replies of 1 to 36; greedy or sampled in several ways, with ends of their own."""
+    rng = np.random.default_rng(seed)
+    requests = []
+    for index in range(count):
+        sampling = (
+            None,
+            SamplingConfig(temperature=0.0, seed=index),
+            SamplingConfig(temperature=0.9, seed=index),
+            SamplingConfig(temperature=1.2, top_k=12, top_p=0.9, repetition_penalty=1.3, seed=index),
+        )[rng.integers(4)]
+        requests.append(
+            Request(
+                prompt_ids=tuple(rng.integers(2, 258, rng.integers(1, 61)).tolist()),
+                max_new_tokens=int(rng.integers(1, 37)),
+                sampling=sampling,
+                eos_ids=tuple(rng.integers(0, 258, rng.integers(0, 9)).tolist()),
+                stop=tuple(map(chr, rng.integers(33, 127, rng.integers(0, 9)))),
+            )
+        )
+    return requests
+
+
+def serve_alone(engine, requests, pieces_of):
+    return [pieces_of(engine.submit(request)) for request in requests]
+
+
+def serve_in_company(engine, requests, pieces_of, meanwhile=lambda: None):
+    """All replies of three threads that submit in random order and bursts, beside requests that are cancelled."""
+    found = [[] for _ in requests]
+
+    def submit(thread):
+        rng = np.random.default_rng(thread)
+        handles = {}
+        for index in rng.permutation(range(thread, len(requests), 3)).tolist():
+            handles[index] = engine.submit(requests[index])
+            if rng.random() < 0.3:
+                other = engine.submit(requests[rng.integers(len(requests))])
+                if rng.random() < 0.7:
+                    next(iter(other))  # leaving early cancels
+                other.cancel()
+                other.cancel()
+            if rng.random() < 0.3:
+                time.sleep(0.02)
+        for index, handle in handles.items():
+            found[index].append(pieces_of(handle))
+
+    threads = [threading.Thread(target=submit, args=(thread,)) for thread in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        meanwhile()
+        time.sleep(0.01)
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "count", "sampled"), [("float32", 60, True), ("bfloat16", 30, False)])
+def test_replies_do_not_depend_on_company(make_model, make_engine, pieces_of, train_noise, dtype, count, sampled):
+    """Nor on the slot, on what is kept of other prompts, on what the drafter is by now, or on who else is sampled."""
+    model, requests = make_model(dtype), random_requests(count, seed=1)
+    if not sampled:
+        requests = [replace(request, sampling=None) for request in requests]
+    drafters = [train_noise(model.params, "drafter", seed=seed, std=0.05) for seed in range(3)]
+    with make_engine(model) as engine:
+        alone = serve_alone(engine, requests, pieces_of)
+    swaps = iter(range(10**6))
+    with make_engine(model, prefix_bytes=10**6) as engine:
+        together = serve_in_company(
+            engine, requests, pieces_of, meanwhile=lambda: engine.swap(drafters[next(swaps) % 3])
+        )
+        assert engine.drain(10)
+        status = engine.status()
+    assert together == [[reply] for reply in alone]  # each once
+    assert status.running == status.waiting == 0
+    assert status.judged[0] > status.accepted[0] > 0
+    for request, (ids, text, reason) in zip(requests, alone, strict=True):
+        assert len(ids) == request.max_new_tokens or reason != "length"
+        assert reason == "stop" or (ids[-1] in request.eos_ids) == (reason == "eos")
+        assert not any(stop in text for stop in request.stop)
+    assert {reason for *_, reason in alone} == {"length", "eos", "stop"}
+
+
+def test_replies_are_what_the_model_says(model, make_engine, pieces_of):
+    """Greedy and sampled ones side by side, against one forward pass over each and the formula of coupled sampling."""
+    requests = [replace(request, eos_ids=(), stop=(), max_new_tokens=30) for request in random_requests(8, seed=2)]
+    with make_engine(model) as engine:
+        handles = [engine.submit(request) for request in requests]
+        replies = [pieces_of(handle)[0] for handle in handles]
+    for handle in handles:
+        statistics = handle.statistics
+        assert statistics.new_tokens == 30 == 1 + statistics.rounds + statistics.accepted
+        assert statistics.submitted <= statistics.started <= statistics.first_token <= statistics.finished
+    tokens = np.zeros((8, 96), np.int32)
+    for row, request, ids in zip(tokens, requests, replies, strict=True):
+        row[: len(request.prompt_ids) + 30] = [*request.prompt_ids, *ids]
+    logits = np.asarray(forward(model, tokens))
+    for row, request, values in zip(tokens, requests, logits, strict=True):
+        for position in range(len(request.prompt_ids), len(request.prompt_ids) + 30):
+            assert row[position] == expected_token(values[position - 1], row[:position], request.sampling)
+    assert len({request.sampling and request.sampling.temperature for request in requests}) == 4
+
+
+def forward(model, tokens):
+    """Logits [B, T, V]."""
+
+    @jax.jit
+    def run(params):
+        llama = join(model.definition, params).llama
+        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+        return llama.logits(llama.deep(llama.shallow(tokens, None, positions)[0], None, positions)[0])
+
+    return run(model.decode_params)
+
+
+def expected_token(logits, before, sampling):
+    """The best token, or that of log p plus the position's Gumbel noise."""
+    if sampling is None or sampling.temperature == 0:
+        return np.argmax(logits)
+    seen = np.unique(before)
+    logits = logits.copy()
+    logits[seen] = (
+        np.where(logits[seen] > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty) * logits[seen]
+    )
+    logits /= sampling.temperature
+    order = np.argsort(-logits)[: sampling.top_k or None]
+    p = np.exp(logits[order] - logits[order[0]])
+    p /= p.sum()
+    kept = order[np.cumsum(p) - p < sampling.top_p]
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), len(before)), 0)
+    return kept[np.argmax((logits + np.asarray(jax.random.gumbel(key, logits.shape)))[kept])]
+
+
+def test_nothing_grows(model, make_engine, pieces_of):
+    """Neither programs nor arrays on the device, over 200 requests."""
+    with make_engine(model, prefix_bytes=50_000) as engine:
+
+        def serve(seed):
+            for found in serve_in_company(engine, random_requests(100, seed), pieces_of):
+                assert len(found) == 1
+            assert engine.drain(10)
+            engine._draining = False
+            return [program._cache_size() for program in PROGRAMS], len(jax.live_arrays())
+
+        assert serve(3) == serve(4)
+
+
+def test_a_failure_reaches_every_reader(model, make_engine, monkeypatch):
+    calls = []
+
+    def run_stretch(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 5:
+            raise RuntimeError("the device\nis gone")
+        return slots.run_stretch(*arguments, **options)
+
+    monkeypatch.setattr(scheduler, "run_stretch", run_stretch)
+    with make_engine(model) as engine:
+        handles = [engine.submit(Request((5, index), 80, eos_ids=())) for index in range(6)]
+        for handle in handles:
+            with pytest.raises(UserError, match=r"^the engine failed: RuntimeError: the device is gone$"):
+                list(handle)
+        assert engine.status().failure == "the engine failed: RuntimeError: the device is gone"
+        with pytest.raises(UserError, match="is gone"):
+            engine.submit(Request((5,), 2))
+        assert not engine.drain(10)
+
+
+def test_waiting_draining_and_closing(model, make_engine, pieces_of):
+    request = Request((9, 8, 7), 90, eos_ids=())
+    with make_engine(model, max_waiting=2) as engine:
+        running = []
+        with pytest.raises(QueueFullError, match=r"2 requests are waiting") as error:
+            running.extend(engine.submit(request) for _ in range(50))
+        assert error.value.retry_after > 0
+        assert len(running) >= 2
+        running.pop().cancel()
+        assert not engine.drain(0)
+        with pytest.raises(UserError, match="takes no more requests"):
+            engine.submit(request)
+        assert engine.drain(60)
+        replies = [pieces_of(handle) for handle in running]
+        assert list(running[0]) == []  # pieces are given once
+        assert {reason for *_, reason in replies} == {"length"}
+        assert {len(ids) for ids, *_ in replies} == {90}
+    engine = make_engine(model)
+    left = [engine.submit(request) for _ in range(9)]
+    engine.close()
+    assert pieces_of(left[-1])[2] == "cancelled"
+    assert {pieces_of(handle)[2] for handle in left[:-1]} <= {"cancelled", "length"}
+
+
+def test_event_loops_are_served_without_threads(model, make_engine, pieces_of):
+    """Many readers in one loop; one leaves early, and its slot is for others."""
+    requests = random_requests(12, seed=5)
+
+    async def read(handle):
+        pieces = [piece async for piece in handle.stream()]
+        return [token for piece in pieces for token in piece.ids], pieces[-1].finish_reason
+
+    async def leave(engine):
+        handle = engine.submit(Request((3, 4), 90, eos_ids=()))
+        pieces = handle.stream()
+        await anext(pieces)
+        await pieces.aclose()
+        return handle
+
+    async def serve(engine):
+        threads = threading.active_count()
+        left = await leave(engine)
+        replies = await asyncio.gather(*(read(engine.submit(request)) for request in requests))
+        assert threading.active_count() == threads
+        return left, replies
+
+    with make_engine(model) as engine:
+        alone = [(ids, reason) for ids, _, reason in serve_alone(engine, requests, pieces_of)]
+        left, replies = asyncio.run(serve(engine))
+        assert replies == alone
+        assert left.finish_reason == "cancelled"
+        assert left.statistics.new_tokens < 90
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_ids": ()}, "at least one token"),
+        ({"prompt_ids": (258,)}, "between 0 and 257"),
+        ({"max_new_tokens": 0}, "at least 1, got 0"),
+        ({"max_new_tokens": 95}, "has 2 tokens and 95 new ones were asked for; the engine's context holds 96"),
+        ({"eos_ids": tuple(range(9))}, "at most 8"),
+        ({"sampling": SamplingConfig(coupled=False)}, "coupled"),
+        ({"stop": ("",)}, "must not be empty"),
+    ],
+)
+def test_what_cannot_be_served(model, make_engine, changes, message):
+    with make_engine(model) as engine, pytest.raises(UserError, match=message):
+        engine.submit(replace(Request((5, 6), 8), **changes))
+
+
+def test_only_the_drafter_is_swapped(model, make_model, make_engine):
+    with make_engine(model) as engine:
+        other = make_model()
+        with pytest.raises(UserError, match="not of the shapes"):
+            engine.swap(model.params._replace(drafter={}))
+        with pytest.raises(UserError, match="verifier"):
+            engine.swap(model.params._replace(lora_d={"weight": other.params.base}))

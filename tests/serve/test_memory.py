@@ -1,0 +1,38 @@
+"""An engine's memory is counted to the byte before it is taken, and refused with the numbers."""
+
+import jax
+import pytest
+
+from dvi_jax.errors import UserError
+from dvi_jax.serve import engine as engine_module
+from dvi_jax.serve.memory import check_engine_memory, engine_memory
+from dvi_jax.serve.slots import Shape
+
+
+def live_bytes():
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_counted_to_the_byte(model, make_engine, record):
+    before = live_bytes() if model.decode_params else 0
+    with make_engine(model, prefix_bytes=10**6, on_window=print if record else None) as engine:
+        memory = engine.memory
+        assert live_bytes() - before == memory.shape.slots * memory.slot + memory.intake
+        assert memory.prefixes == 10**6
+        assert memory.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+
+
+def test_refused_with_the_numbers(model, make_engine, monkeypatch):
+    memory = engine_memory(model, Shape(slots=64, room=4096, width=3, record=False), prefix_bytes=2**20)
+    # Keys and values of two layers and of the drafter's, in float32.
+    caches = 2 * 4096 * 8 * (2 * 2 + 4) * 4
+    assert caches < memory.slot < 1.1 * caches
+    check_engine_memory(memory, limit=memory.total)
+    message = r"64 slots of 4096 positions need \d+\.\d MiB \(weights .*, each slot 2\.\d MiB, .* limit is 100.0 MiB"
+    with pytest.raises(UserError, match=message):
+        check_engine_memory(memory, limit=100 * 2**20)
+    monkeypatch.setattr("dvi_jax.serve.memory.available_bytes", lambda: 0)
+    monkeypatch.setattr(engine_module, "empty_slots", pytest.fail)  # nothing is taken
+    with pytest.raises(UserError, match="but the device has"):
+        make_engine(model)

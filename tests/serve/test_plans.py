@@ -1,0 +1,94 @@
+"""How an engine drafts: by what is accepted and what rounds cost, and without a change to any reply."""
+
+import numpy as np
+import pytest
+
+from dvi_jax.decode.plan import PLAIN, Plan
+from dvi_jax.errors import UserError
+from dvi_jax.serve import engine as engine_module
+from dvi_jax.serve.plans import BestPlan, OnePlan, choose, plans_of
+from dvi_jax.serve.requests import Request
+from dvi_jax.serve.slots import Shape, empty_slots
+
+pytestmark = pytest.mark.optimized
+COSTS = {PLAIN: 1.0, Plan("chain", 1): 1.2, Plan("chain", 3): 1.6, Plan("chain", 5): 2.0}
+
+
+def run_stretches(choice, rate, stretches, rng, slots=4, rounds=4):
+    """Rounds of sequences whose every draft is right with probability `rate`; how often each plan was chosen."""
+    chosen = []
+    for _ in range(stretches):
+        plan = choice.next_plan(fresh=True)
+        chosen.append(plan)
+        right = rng.random((slots, rounds, plan.drafts)) < rate
+        accepted = np.cumprod(right, axis=2).sum(axis=2) + 1
+        if plan.drafts:
+            choice.add(plan, accepted, np.full((slots, rounds), plan.drafts))
+    return chosen
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.95])
+def test_the_plan_of_most_tokens_a_second(rate):
+    """Against the expected accept length of a chain, (1 - r^(n+1)) / (1 - r)."""
+    choice = BestPlan(COSTS, width=6)
+    tokens = {plan: (1 - rate ** (plan.drafts + 1)) / (1 - rate) for plan in COSTS}
+    best = max(COSTS, key=lambda plan: tokens[plan] / COSTS[plan])
+    assert best.drafts == {0.1: 0, 0.5: 1, 0.95: 5}[rate]
+    run_stretches(choice, rate, 300, np.random.default_rng(0))
+    chosen = run_stretches(choice, rate, 1000, np.random.default_rng(1))
+    speed = sum(tokens[plan] for plan in chosen) / sum(COSTS[plan] for plan in chosen)
+    assert speed > 0.985 * tokens[best] / COSTS[best]
+    assert max(COSTS, key=chosen.count) == best
+
+
+def test_drafts_in_vain_cost_a_hundredth():
+    """And drafting comes back when drafts are right again, or not where the drafter has missed rows everywhere."""
+    choice, rng = BestPlan(COSTS, width=6), np.random.default_rng(0)
+    run_stretches(choice, 0.0, 200, rng)
+    chosen = run_stretches(choice, 0.0, 2000, rng)
+    lost = sum(COSTS[plan] - 1 for plan in chosen) / len(chosen)
+    assert 0 < lost <= 0.01
+    assert {choice.next_plan(fresh=False) for _ in range(1000)} == {PLAIN}
+    run_stretches(choice, 0.95, 3000, rng)
+    assert choice.plan == Plan("chain", 5)
+
+
+def test_changes_of_plan_change_no_reply(model, make_engine, pieces_of, monkeypatch):
+    class Alternating(OnePlan):
+        def next_plan(self, *, fresh):
+            self.plan = Plan("chain", 2) if self.plan == PLAIN else PLAIN
+            return self.plan
+
+    requests = [Request((index, 9, index), 30, eos_ids=()) for index in range(2, 8)]
+    with make_engine(model) as engine:
+        expected = [pieces_of(engine.submit(request)) for request in requests]
+    choice = Alternating(PLAIN, 3)
+    monkeypatch.setattr(engine_module, "choose", lambda model, plans, width, slots: (choice, slots))
+    with make_engine(model) as engine:
+        handles = [engine.submit(request) for request in requests]
+        assert [pieces_of(handle) for handle in handles] == expected
+    assert all(handle.statistics.drafted > 0 for handle in handles)
+    assert any(handle.statistics.drafted < 2 * handle.statistics.rounds - 4 for handle in handles)
+
+
+def test_costs_are_measured_once(model, make_engine, pieces_of, monkeypatch, tmp_path):
+    """In slots that are free before and after, and kept on disk."""
+    monkeypatch.setenv("DVI_JAX_CACHE", str(tmp_path))
+    plans = (PLAIN, Plan("chain", 2))
+    empty = empty_slots(model.definition, model.decode_params, Shape(4, 128, 3, True))
+    choice, empty = choose(model, plans, 3, empty)
+    assert choice.costs.keys() == set(plans)
+    assert all(seconds > 0 for seconds in choice.costs.values())
+    assert np.all(empty.decode.done)
+    monkeypatch.setattr("dvi_jax.serve.plans.round_seconds", pytest.fail)
+    again, _ = choose(model, plans, 3, empty)
+    assert again.costs == choice.costs
+
+
+def test_plans_of_a_name(model):
+    plans, width = plans_of(model, "auto", 4)
+    assert (plans[0], width) == (PLAIN, max(plan.drafts for plan in plans) + 1)
+    assert plans_of(model, "auto", 1000) == ((PLAIN,), 1)
+    assert plans_of(model, "chain:2", 4) == ((Plan("chain", 2),), 3)
+    with pytest.raises(UserError, match="drafter kangaroo takes"):
+        plans_of(model, "block:2", 4)
