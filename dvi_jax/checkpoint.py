@@ -160,9 +160,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"no checkpoint at {path}: not a directory (make one with: python -m conversion import)")
+        raise UserError(f"no checkpoint at {path}: not a directory (make one with: dvi import)")
     if not (path / MANIFEST).is_file():
-        raise UserError(f"{path} is no checkpoint: {MANIFEST} is missing (see: python -m conversion import --help)")
+        raise UserError(f"{path} is no checkpoint: {MANIFEST} is missing (see: dvi import --help)")
     config = LlamaConfig.from_json(read_json(path / "config.json"), str(path / "config.json"))
     manifest = read_manifest(path)
     return Checkpoint(
