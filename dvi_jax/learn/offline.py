@@ -100,7 +100,7 @@ class OfflineRun(Run[DistillState, list[float]]):
     def __init__(self, config: DistillConfig, checkpoint: Checkpoint, directory: RunDirectory):
         self.config = config
         # What programs are compiled for: the same for every run in this process that differs in its directory alone.
-        self.compiled_for = replace(config, checkpoint="", out="", data=(), drafter_options={})
+        self.compiled_for = replace(config, checkpoint="-", out="-", data=(), drafter_options={})
         self.data, self.held_out = read_data(config, checkpoint).hold_out(config.eval_rows)
         if config.draft_vocabulary and checkpoint.drafter is None:
             ids, _ = self.data.frequent_tokens(config.draft_vocabulary)

@@ -199,7 +199,8 @@ class SelfDistillation:
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, model.config.vocab_size, shape, np.int32)
         mask = rng.random(shape) < 0.7
-        config = replace(recipe.training("", "", "", 4 * recipe.batch_rows), drafter_options={}, data=())
+        paths = str(self.checkpoint.path), str(self.out), str(self.out / REPLIES)
+        config = recipe.training(*paths, rows=4 * recipe.batch_rows)
         state = init_distill(model.params, config)
         memory = step_memory(model.definition, model.params, state, tokens, mask, config=config)
         seconds = []
