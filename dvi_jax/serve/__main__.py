@@ -30,9 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
         max_queued=options.max_queued,
         drain_seconds=options.drain_seconds,
     )
-    if settings.api_key is None and settings.host not in LOCAL:
-        notice(f"--host {settings.host} without --api-key: whoever reaches this machine may use the model")
     with bind(settings.host, settings.port) as listener:  # before the model is loaded, which takes a while
+        if settings.api_key is None and settings.host not in LOCAL:
+            notice(f"--host {settings.host} without --api-key: whoever reaches this machine may use the model")
         model = load_model(options)
         engine = Engine(
             model,

@@ -68,7 +68,7 @@ def test_replies_do_not_depend_on_company(real):
         for each in leaving:
             each.result()
     assert together == alone
-    until(lambda: live.serving.engine.status().running == 0 and live.serving._open == 0)
+    until(lambda: live.serving.engine.status().running == 0 and live.serving.open_replies == 0)
 
 
 def test_a_stream_is_the_reply(real):
@@ -87,6 +87,8 @@ def test_what_does_not_fit_is_refused_by_the_numbers(real):
     assert answer.status_code == 400
     assert "90 tokens and 7 new ones were asked for: this server's context is 96" in answer.json()["error"]["message"]
     assert ask(http, {"prompt": "x" * 90, "max_tokens": 6})[1]["total_tokens"] <= 96
+    chat = {"messages": [{"role": "user", "content": "as long as there is room"}], "ignore_eos": True, "temperature": 0}
+    assert http.post("/v1/chat/completions", json=chat).json()["usage"]["total_tokens"] == 96
     assert http.post("/v1/completions", json={"prompt": [5, 258]}).json()["error"]["message"].startswith("prompt ids")
 
 
