@@ -191,7 +191,7 @@ class Engine:
         with ExitStack() as stack:
             stack.push(self._on_exit)
             while self._wait_for_work():
-                self._scheduler.turn(self._next_reply, somebody_waits=bool(self._waiting))
+                self._scheduler.turn(self._next_reply, len(self._waiting))
 
     def _wait_for_work(self) -> bool:
         """Whether to go on; waits while there is nothing to do."""

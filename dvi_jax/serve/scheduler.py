@@ -107,11 +107,11 @@ class Scheduler:
                 )
                 packed.block_until_ready()
 
-    def turn(self, next_reply: Callable[[], Reply | None], *, somebody_waits: bool) -> None:
-        """One turn; `next_reply` gives the next one of those that wait, if one does."""
+    def turn(self, next_reply: Callable[[], Reply | None], waiting: int) -> None:
+        """One turn; `next_reply` gives the next one of those that wait, about so many, if one does."""
         self._drop_cancelled()
-        firsts = self._take_in(next_reply)
-        following = self._start_stretch(somebody_waits=somebody_waits)
+        firsts = self._take_in(next_reply, waiting)
+        following = self._start_stretch(somebody_waits=waiting > 0)
         if self._flight is not None:
             self._land(self._flight)
         for reply, first in firsts:  # these were there before the stretch began
@@ -138,21 +138,22 @@ class Scheduler:
             self._slots = release(self._slots, self._ended.copy())
             self._ended[:] = False
 
-    def _take_in(self, next_reply: Callable[[], Reply | None]) -> list[tuple[Reply, jax.Array]]:
+    def _take_in(self, next_reply: Callable[[], Reply | None], waiting: int) -> list[tuple[Reply, jax.Array]]:
         """Chunks of prompts, and those that are complete into free slots. -> replies laid, with their first tokens.
 
-        While others run, as many chunks as there are free slots for each running one, and at least one: where most
-        slots are empty, filling them comes first; where most are busy, their replies flow on.
+        While others run, as many chunks as there are prompts for free slots, and at least one: a long prompt that comes
+        alone does not keep them waiting, and many that come together find their slots.
         """
         laid: list[tuple[Reply, jax.Array]] = []
-        chunks, running = 0, sum(reply is not None for reply in self._replies)
-        most = max(1, len(self._replies) // running - 1) if running else 1
+        under_way = waiting + (self._intake.reply is not None)
+        chunks, most = 0, max(1, min(self._replies.count(None), under_way))
+        runs = any(reply is not None for reply in self._replies)
         while True:
             if self._intake.ready:
                 if None not in self._replies:
                     return laid
                 laid.append(self._lay(self._replies.index(None)))
-            if (running or laid) and chunks >= most:
+            if (runs or laid) and chunks >= most:
                 return laid
             if self._intake.reply is None:
                 reply = next_reply()
