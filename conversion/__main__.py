@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     importer.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the stored weights")
     importer.add_argument("--exit-layer", type=int, metavar="K", help="layers that draft (default 2)")
     exporter = commands.add_parser("export", help="checkpoint -> orbax export or Hugging Face directory")
-    exporter.add_argument("--to", required=True, choices=("orbax", "hf", "drafter"))
+    exporter.add_argument("--to", required=True, choices=("orbax", "hf", "drafter"), help="form of the export")
     exporter.add_argument("--merge-lora", action="store_true", help="fold lora_D into the base weights first")
     for command in (importer, exporter):
         command.add_argument("--from", dest="source", type=Path, required=True, help="what to read")

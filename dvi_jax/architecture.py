@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dvi_jax.settings import from_dict, require
+from dvi_jax.settings import FLOAT32, from_dict, require, require_count
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,9 @@ class RopeScaling:
     def __post_init__(self) -> None:
         require(self.kind in ("linear", "llama3"), "rope_scaling.kind", self.kind, "linear or llama3")
         require(self.factor > 0, "rope_scaling.factor", self.factor, "above 0")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        require(0 < low < high, "rope_scaling.low_freq_factor/high_freq_factor", (low, high), "above 0, and ascending")
+        require_count("rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings)
 
 
 # Beyond any Llama: a config alone must not make anything allocate.
@@ -68,6 +71,12 @@ class LlamaConfig:
             self.num_kv_heads,
             f"a divisor of num_heads={self.num_heads}",
         )
+        require(0 < self.rms_norm_eps < 1, "rms_norm_eps", self.rms_norm_eps, "above 0 and below 1")
+        require(0 < self.rope_theta < FLOAT32, "rope_theta", self.rope_theta, "above 0")
+        for name, ids in (("bos_token_id", (self.bos_token_id,)), ("eos_token_ids", self.eos_token_ids)):
+            for token in ids:
+                if token is not None:
+                    require_count(name, token, 0)
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even (rotary embeddings turn pairs)")
 
     @property

@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -25,11 +26,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dvi_jax.archives import MOST_INFLATED, SMALL
 from dvi_jax.config import LlamaConfig
-from dvi_jax.directories import hash_files, partial_directory, verify_files
+from dvi_jax.directories import hash_files, link_files, partial_directory, verify_files
 from dvi_jax.errors import UserError
 from dvi_jax.model.llama import base_shapes
-from dvi_jax.settings import MOST_MESSAGE, from_dict, require
+from dvi_jax.settings import MOST_MESSAGE, from_dict, require, require_count
 
 FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"
@@ -38,6 +40,8 @@ DRAFT_VOCABULARY = "draft_vocabulary.json"  # a list of token ids
 DTYPES = ("float32", "bfloat16")
 LORA_OPTIONS = {"rank_s", "rank_d", "alpha_s", "alpha_d"}
 MOST_OPTION = 4096  # a rank, a number of heads: a manifest alone must not make anything allocate
+# What orbax makes of a directory that is something else.
+UNREADABLE = (ValueError, OSError, KeyError, AttributeError, TypeError, OverflowError, RecursionError, MemoryError)
 MOST_TEXT = 32 * 2**20  # bytes of a text file of a checkpoint
 
 
@@ -46,6 +50,8 @@ class Manifest:
     """What the arrays are and where they came from. `verifier` names the model that "lossless" is relative to.
 
     `base_sha256` is `identity.hash_base` of the base weights; checkpoints from before there was one have none.
+    `run_digest` is that of the run that trained it (`learn/run_identity.py`), and `held_out_fraction` the share of
+    questions that no run has trained its drafter on; where nothing was trained or recorded, "" and 0.
     """
 
     source: str
@@ -58,6 +64,8 @@ class Manifest:
     training_step: int = 0
     verifier: str = "base"
     base_sha256: str = ""
+    run_digest: str = ""
+    held_out_fraction: float = 0.0
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -71,6 +79,15 @@ class Manifest:
         for name, value in (self.lora | self.drafter_config).items():
             if isinstance(value, (int, float)):
                 require(0 <= value <= MOST_OPTION, f"{MANIFEST}: {name}", value, f"between 0 and {MOST_OPTION}")
+        for name, value in self.lora.items():
+            kinds = (int,) if name.startswith("rank") else (int, float, type(None))
+            require(
+                type(value) in kinds, f"{MANIFEST}: {name}", value, "a whole number" if len(kinds) == 1 else "a number"
+            )
+        require_count(f"{MANIFEST}: exit_layer", self.exit_layer, 0)
+        require_count(f"{MANIFEST}: training_step", self.training_step, 0)
+        share = self.held_out_fraction
+        require(0 <= share < 1, f"{MANIFEST}: held_out_fraction", share, "at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -110,8 +127,14 @@ def write_checkpoint(
     chat_template: str | None = None,
     special_tokens: dict[str, str] | None = None,
     draft_vocabulary: tuple[int, ...] | None = None,
+    base_from: Path | None = None,
 ) -> None:
-    """Write a checkpoint directory at `path`, which must not exist or be empty; a failure leaves nothing there."""
+    """Write a checkpoint directory at `path`, which must not exist or be empty; a failure leaves nothing there.
+
+    `base_from`: a checkpoint with the very same base weights, whose files are then shared where the file system can.
+    `UserError` for a drafter or LoRA sets with numbers that are not finite.
+    """
+    check_finite({"drafter": drafter, "lora": lora}, str(path))
     texts = {
         "config.json": json.dumps(config.to_json(), indent=1),
         "tokenizer.json": tokenizer_json,
@@ -123,7 +146,8 @@ def write_checkpoint(
         for name, text in texts.items():
             if text is not None:
                 (partial / name).write_text(text, encoding="utf-8")
-        for name, tree in (("base", base), ("drafter", drafter), ("lora", lora)):
+        is_shared = base_from is not None and link_files(base_from / "base", partial / "base")
+        for name, tree in (("base", None if is_shared else base), ("drafter", drafter), ("lora", lora)):
             if tree:
                 save_tree(partial / name, tree)
         write_manifest(partial, manifest)
@@ -136,18 +160,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"no checkpoint at {path}: not a directory (make one with: python -m conversion import)")
+        raise UserError(f"no checkpoint at {path}: not a directory (make one with: dvi import)")
     if not (path / MANIFEST).is_file():
-        raise UserError(f"{path} is no checkpoint: {MANIFEST} is missing (see: python -m conversion import --help)")
+        raise UserError(f"{path} is no checkpoint: {MANIFEST} is missing (see: dvi import --help)")
     config = LlamaConfig.from_json(read_json(path / "config.json"), str(path / "config.json"))
     manifest = read_manifest(path)
-    base = load_tree(path / "base")
-    check_shapes(base, base_shapes(config), str(path / "base"))
     return Checkpoint(
         path,
         config,
         manifest,
-        base,
+        load_tree(path / "base", base_shapes(config)),
         load_tree(path / "drafter") if (path / "drafter").exists() else None,
         load_tree(path / "lora") if (path / "lora").exists() else None,
         _read_optional(path / "tokenizer.json"),
@@ -157,8 +179,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-def rewrite_checkpoint(checkpoint: Checkpoint, path: str | Path, **changes: Unpack[Changes]) -> None:
-    """Write `checkpoint` at `path` with fields replaced: `manifest=`, `drafter=`, `lora=`."""
+def rewrite_checkpoint(
+    checkpoint: Checkpoint, path: str | Path, *, share_base: bool = False, **changes: Unpack[Changes]
+) -> None:
+    """Write `checkpoint` at `path` with fields replaced: `manifest=`, `drafter=`, `lora=`.
+
+    `share_base`: by links to the files of `checkpoint.path` where that can be, instead of a copy.
+    """
     new = replace(checkpoint, **changes)
     write_checkpoint(
         path,
@@ -171,6 +198,7 @@ def rewrite_checkpoint(checkpoint: Checkpoint, path: str | Path, **changes: Unpa
         chat_template=new.chat_template,
         special_tokens=new.special_tokens,
         draft_vocabulary=new.draft_vocabulary,
+        base_from=checkpoint.path if share_base else None,
     )
 
 
@@ -258,17 +286,49 @@ def _require_space(directory: Path, nbytes: int) -> None:
         raise OSError(errno.ENOSPC, reason)
 
 
-def load_tree(path: Path) -> dict[str, Any]:
-    """Read what `save_tree` wrote, as numpy, whatever devices it was written from."""
+def load_tree(path: Path, shapes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read what `save_tree` wrote, as numpy, whatever devices it was written from.
+
+    The shapes that it says it has are compared with `shapes`, if given, and with the bytes on the disk before any array
+    is read. Anything else than such a directory is a `UserError`.
+    """
     if not path.is_dir():
         raise UserError(f"{path} is missing from the checkpoint")
+    size = _size_of(path)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            structure = checkpointer.metadata(path.absolute()).item_metadata.tree
+            metadata = checkpointer.metadata(path.absolute()).item_metadata
+            if metadata is None:
+                raise ValueError("what it says of its arrays is damaged")
+            structure = metadata.tree
+            if shapes is not None:
+                check_shapes(structure, shapes, str(path))
+            _check_size(structure, size, path)
             as_numpy = _map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
             return checkpointer.restore(path.absolute(), restore_args=as_numpy)
-    except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise UserError(f"{path} cannot be read: {str(error)[:MOST_MESSAGE]}") from error
+
+
+def _size_of(path: Path) -> int:
+    """Bytes of the files under `path`; `UserError` for what is neither file nor directory: opening it might block."""
+    total = 0
+    for each in path.rglob("*"):
+        if not each.is_dir():
+            if each.exists() and not each.is_file():
+                raise UserError(f"{each} is not a file")
+            total += each.stat().st_size if each.exists() else 0
+    return total
+
+
+def _check_size(structure: dict[str, Any], size: int, path: Path) -> None:
+    """Raise `UserError` if the arrays would need far more bytes than the `size` of their files."""
+    needed = 0
+    for _, leaf in _flatten(structure):
+        pieces = leaf.storage.chunk_shape if leaf.storage else None  # each is read as a whole, however large
+        needed += max(prod(leaf.shape), prod(pieces or ())) * np.dtype(leaf.dtype).itemsize
+    if needed > MOST_INFLATED * size + SMALL:
+        raise UserError(f"{path} says it holds arrays of {needed} bytes, in {size} bytes on the disk")
 
 
 def check_shapes(tree: dict[str, Any], shapes: dict[str, Any], where: str) -> None:
@@ -282,6 +342,13 @@ def check_shapes(tree: dict[str, Any], shapes: dict[str, Any], where: str) -> No
     unknown = sorted(found.keys() - wanted.keys())
     if unknown:
         raise UserError(f"{where}: unexpected array {unknown[0]}")
+
+
+def check_finite(tree: dict[str, Any], where: str) -> None:
+    """Raise `UserError` naming the first array of `tree` with a number that is not finite."""
+    for name, array in _flatten(tree):
+        if array is not None and not np.isfinite(np.asarray(array)).all():
+            raise UserError(f"{where}: {name} has numbers that are not finite")
 
 
 def read_json(path: Path) -> Any:

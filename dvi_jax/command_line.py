@@ -1,18 +1,20 @@
-"""What the command lines share: the options that name a model and how it drafts, and the progress bar."""
+"""What the command lines share: the options that name a model, how it drafts and samples, and the progress bar."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dvi_jax.checkpoint import DTYPES
-from dvi_jax.config import MOST_DRAFTS, DecodeConfig
+from dvi_jax.compiling import tell_when_compiling
+from dvi_jax.config import MOST_DRAFTS, DecodeConfig, SamplingConfig
 from dvi_jax.decode.memory import GIB
 from dvi_jax.decode.plan import Plan
-from dvi_jax.errors import UserError, add_debug
+from dvi_jax.errors import UserError, add_debug, notice
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
 
 AUTO = "auto"  # the plan is chosen while decoding
@@ -65,9 +67,7 @@ def decode_settings(options: argparse.Namespace) -> DecodeConfig:
         drafts = drafts if options.draft_steps is None else options.draft_steps
     else:
         parsed = Plan.parse(options.plan)
-        plan, drafts = options.plan, parsed.drafts
-        if parsed.kind == "tree" and jax.default_backend() == "cpu":
-            drafts = min(parsed.rows - 1, MOST_DRAFTS)  # there a tree has no more rows than a chain would have
+        plan, drafts = options.plan, drafts_of(parsed)
         if options.draft_steps not in (None, drafts):
             raise UserError(f"--plan {plan} says how far a round drafts: leave out --draft-steps {options.draft_steps}")
     return DecodeConfig(
@@ -75,9 +75,78 @@ def decode_settings(options: argparse.Namespace) -> DecodeConfig:
     )
 
 
+def drafts_of(plan: Plan) -> int:
+    """The `draft_steps` of a generation that follows a plan on this device."""
+    if plan.kind == "tree" and jax.default_backend() == "cpu":
+        return min(plan.rows - 1, MOST_DRAFTS)  # there a tree has no more rows than a chain would have
+    return plan.drafts
+
+
+def settings_for(model: LoadedModel, options: argparse.Namespace) -> DecodeConfig:
+    """`decode_settings`; an untrained drafter drafts only where the options say so, as it slows decoding down."""
+    settings = decode_settings(options)
+    told = options.plan is not None or options.draft_steps is not None or options.adaptive
+    if model.drafter_is_trained or told:
+        return settings
+    notice(
+        f"the drafter ({model.manifest.drafter}) is untrained: decoding plainly. dvi distill trains one;"
+        " --plan or --draft-steps drafts all the same"
+    )
+    return replace(settings, plan="plain", draft_steps=0)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `sampling_settings` reads."""
+    defaults = SamplingConfig()
+    group = parser.add_argument_group("sampling (greedy unless a temperature is given)")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy, 1 the model's own distribution")
+    group.add_argument("--top-k", type=int, default=defaults.top_k, metavar="K", help="only the K best; 0 for all")
+    group.add_argument(
+        "--top-p", type=float, default=defaults.top_p, metavar="P", help="only the best that have this probability"
+    )
+    group.add_argument(
+        "--min-p", type=float, default=defaults.min_p, metavar="P", help="only those this share as probable as the best"
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=defaults.repetition_penalty,
+        metavar="R",
+        help="divides the logits of tokens that are there already",
+    )
+    group.add_argument("--seed", type=int, default=defaults.seed, metavar="N", help="of the noise")
+    group.add_argument(
+        "--rejection", action="store_true", help="accept by min(1, p/q): more drafts accepted, ids depend on the drafts"
+    )
+
+
+def sampling_settings(options: argparse.Namespace) -> SamplingConfig | None:
+    """How the options say to sample; None is greedy."""
+    temperature = options.temperature
+    if temperature is None:
+        temperature = 0.0
+        defaults = SamplingConfig()
+        names = ("top_k", "top_p", "min_p", "seed")
+        given = [name for name in names if getattr(options, name) != getattr(defaults, name)]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')} needs a --temperature above 0: decoding is greedy without")
+        if options.repetition_penalty == defaults.repetition_penalty:
+            return None
+    return SamplingConfig(
+        temperature=temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+        coupled=not options.rejection,
+    )
+
+
 def load_model(options: argparse.Namespace) -> LoadedModel:
     """The model that the options name; compiled programs are kept on disk from here on."""
     enable_compilation_cache()
+    tell_when_compiling()
     return load(
         options.checkpoint,
         dtype=options.dtype,

@@ -15,9 +15,21 @@ from typing import Any
 from dvi_jax.architecture import LlamaConfig as LlamaConfig
 from dvi_jax.architecture import RopeScaling as RopeScaling
 from dvi_jax.errors import UserError
-from dvi_jax.settings import from_dict, parse_yaml, read_yaml, require
+from dvi_jax.settings import (
+    FLOAT32,
+    INT32,
+    UINT32,
+    from_dict,
+    parse_yaml,
+    read_yaml,
+    require,
+    require_count,
+    require_path,
+)
+from dvi_jax.tools import shipped
 
 MOST_DRAFTS = 16  # of a round that may all be right
+MOST_RANK = 4096  # of a LoRA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +46,7 @@ class DecodeConfig:
         require(0 <= self.draft_cost <= 1, "draft_cost", self.draft_cost, "between 0 (off) and 1")
         require(0 <= self.draft_steps <= MOST_DRAFTS, "draft_steps", self.draft_steps, f"between 0 and {MOST_DRAFTS}")
         require(self.threshold >= 0, "threshold", self.threshold, "0 or above")
-        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        require_count("max_new_tokens", self.max_new_tokens)
 
     @property
     def width(self) -> int:
@@ -55,12 +67,12 @@ class SamplingConfig:
     coupled: bool = True  # draft with the verifier's noise (`decode/sampling.py`); one value for a batch
 
     def __post_init__(self) -> None:
-        require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or above")
-        require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or above")
+        require(0 <= self.temperature < FLOAT32, "temperature", self.temperature, "0 (greedy) or above")
+        require(0 <= self.top_k <= INT32, "top_k", self.top_k, "0 (all tokens) or above, of 32 bits")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
-        require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
-        require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2**32 - 1")
+        require(0 < self.repetition_penalty < FLOAT32, "repetition_penalty", self.repetition_penalty, "above 0")
+        require(0 <= self.seed <= UINT32, "seed", self.seed, "between 0 and 2**32 - 1")
 
 
 @dataclass(frozen=True)
@@ -75,11 +87,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.turns in ("first", "all"), "data.turns", self.turns, "first or all")
-        require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens", self.max_prompt_tokens, "at least 1")
+        for path in self.files:
+            require_path("data.files", path)
+        require_count("data.max_prompt_tokens", self.max_prompt_tokens)
         require(
             0 <= self.held_out_fraction < 1, "data.held_out_fraction", self.held_out_fraction, "at least 0 and below 1"
         )
-        require(self.held_out_prompts >= 1, "data.held_out_prompts", self.held_out_prompts, "at least 1")
+        require_count("data.held_out_prompts", self.held_out_prompts)
 
 
 @dataclass(frozen=True)
@@ -104,9 +118,13 @@ class ObjectiveConfig:
         require(
             self.schedule in ("linear", "exponential"), "objective.schedule", self.schedule, "linear or exponential"
         )
-        require(self.warmup >= 0 and self.ramp >= 0, "objective.warmup/ramp", (self.warmup, self.ramp), "0 or above")
+        require_count("objective.warmup", self.warmup, 0)
+        require_count("objective.ramp", self.ramp, 0)
+        for name in ("kl_max", "kl_min", "pg_max", "ce_weight", "entropy_weight"):
+            require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "0 or above")
         require(0 <= self.baseline_momentum < 1, "objective.baseline_momentum", self.baseline_momentum, "in [0, 1)")
-        require(self.unroll_steps >= 1, "objective.unroll_steps", self.unroll_steps, "at least 1")
+        require_count("objective.unroll_steps", self.unroll_steps, 1, MOST_DRAFTS)
+        require(0 <= self.unroll_decay <= 1, "objective.unroll_decay", self.unroll_decay, "between 0 and 1")
         require(self.kl_temperature > 0, "objective.kl_temperature", self.kl_temperature, "above 0")
 
 
@@ -129,7 +147,8 @@ class OptimizerConfig:
         require(
             self.lora_lr > 0 and self.head_lr > 0, "optimizer.lora_lr/head_lr", (self.lora_lr, self.head_lr), "above 0"
         )
-        require(self.warmup >= 0, "optimizer.warmup", self.warmup, "0 (none) or above")
+        require(0 <= self.warmup <= INT32, "optimizer.warmup", self.warmup, "0 (none) or above, of 32 bits")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or above")
         require(0 <= self.b2 < 1, "optimizer.b2", self.b2, "in [0, 1)")
         require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "above 0")
 
@@ -146,9 +165,10 @@ class SlowConfig:
     clip_norm: float = 1.0  # most global norm of a gradient
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, "slow.every", self.every, "0 (never) or above")
-        require(self.rank_d >= 0, "slow.rank_d", self.rank_d, "0 or above")
-        require(self.rows >= 1, "slow.rows", self.rows, "at least 1")
+        require_count("slow.every", self.every, 0)
+        require_count("slow.rank_d", self.rank_d, 0, MOST_RANK)
+        require_count("slow.rows", self.rows)
+        require(self.clip_norm > 0, "slow.clip_norm", self.clip_norm, "above 0")
         require(self.lr > 0 and self.beta >= 0, "slow.lr/beta", (self.lr, self.beta), "above 0 / 0 or above")
 
 
@@ -164,8 +184,8 @@ class RollbackConfig:
     def __post_init__(self) -> None:
         require(0 <= self.after <= 5, "rollback.after", self.after, "between 0 (never) and 5")
         require(0 <= self.collapse < 1, "rollback.collapse", self.collapse, "0 (never) or a share below 1")
-        require(self.settle >= 1, "rollback.settle", self.settle, "at least 1")
-        require(self.at_most >= 1, "rollback.at_most", self.at_most, "at least 1")
+        require_count("rollback.settle", self.settle)
+        require_count("rollback.at_most", self.at_most)
 
 
 @dataclass(frozen=True)
@@ -209,9 +229,10 @@ class TrainConfig:
             "save_every",
             "keep_checkpoints",
         ):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require_count(name, getattr(self, name))
         for name in ("updates_per_rollout", "replayed_windows", "keep_best"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or above")
+            require_count(name, getattr(self, name), 0)
+        _require_seed_and_paths(self.seed, self.checkpoint, self.out)
         require(
             0 <= self.fresh_windows <= self.rollout_batch,
             "fresh_windows",
@@ -283,17 +304,30 @@ class DistillConfig:
     def __post_init__(self) -> None:
         require(self.learn_from in ("assistant", "all"), "learn_from", self.learn_from, "assistant or all")
         require(self.targets in ("verifier", "log"), "targets", self.targets, "verifier or log")
-        require(self.shallow_rank >= 0, "shallow_rank", self.shallow_rank, "0 or above")
+        require_count("shallow_rank", self.shallow_rank, 0, MOST_RANK)
         require(self.lr > 0, "lr", self.lr, "above 0")
-        require(self.draft_vocabulary >= 0, "draft_vocabulary", self.draft_vocabulary, "0 or above")
-        counts = ("tokens", "row_length", "batch_rows", "unroll_steps", "eval_rows", "log_every", "save_every")
-        for name in (*counts, "keep_checkpoints"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or above")
+        require(self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0")
+        require(0 <= self.unroll_decay <= 1, "unroll_decay", self.unroll_decay, "between 0 and 1")
+        require_count("draft_vocabulary", self.draft_vocabulary, 0)
+        require_count("warmup", self.warmup, 0)
+        require_count("unroll_steps", self.unroll_steps, 1, MOST_DRAFTS)
+        for name in ("row_length", "batch_rows", "eval_rows", "log_every", "save_every", "keep_checkpoints"):
+            require_count(name, getattr(self, name))
+        require(self.tokens >= 1, "tokens", self.tokens, "at least 1")
+        require(self.steps <= INT32, "tokens", self.tokens, f"at most {INT32} updates of batch_rows * row_length")
+        _require_seed_and_paths(self.seed, self.checkpoint, self.out, *self.data)
 
     @property
     def steps(self) -> int:
         """Updates that the token budget allows."""
         return max(self.tokens // (self.batch_rows * self.row_length), 1)
+
+
+def _require_seed_and_paths(seed: int, checkpoint: str, out: str, *data: str) -> None:
+    require(0 <= seed <= UINT32, "seed", seed, "between 0 and 2**32 - 1")
+    for name, path in (("checkpoint", checkpoint), ("out", out), *(("data", path) for path in data)):
+        require_path(name, path)
 
 
 TRAINERS = {"online": TrainConfig, "distill": DistillConfig}
@@ -302,9 +336,11 @@ TRAINERS = {"online": TrainConfig, "distill": DistillConfig}
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig | DistillConfig:
     """Read a YAML file and apply `section.key=value` overrides (values are YAML too).
 
-    Its key `trainer` (online by default, or distill) says which settings the rest holds.
+    Its key `trainer` (online by default, or distill) says which settings the rest holds. `path` may be the name of a
+    config that comes with the package, such as `demo`.
     """
-    data = read_yaml(path)
+    found = Path(path) if _exists(path) else shipped("configs", str(path)) or Path(path)
+    data = read_yaml(found)
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
@@ -312,7 +348,15 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
         _assign(data, key.split("."), parse_yaml(value, f"--set {override}"), override)
     trainer = data.pop("trainer", "online")
     require(trainer in tuple(TRAINERS), f"{path}: trainer", trainer, " or ".join(TRAINERS))
-    return from_dict(TRAINERS[trainer], data, str(path))
+    places = {override.partition("=")[0]: f"--set {override}" for override in overrides}
+    return from_dict(TRAINERS[trainer], data, str(path), places)
+
+
+def _exists(path: str | Path) -> bool:
+    try:
+        return Path(path).exists()
+    except ValueError:  # a NUL in the path
+        return False
 
 
 def _assign(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:

@@ -35,11 +35,38 @@ def partial_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, in place of an earlier one (`OSError` passes)."""
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    _flush_directory(path.parent)
+
+
 def remove_partial(directory: Path, name: str = "") -> None:
-    """Remove what writers that were killed left in `directory`, of `name` alone if given; nobody may be writing it."""
+    """Remove what writers that were killed left in `directory`; nobody may be writing there.
+
+    With `name`, only what was to be `name` or `name-...`: others may be writing other things beside it.
+    """
     for path in directory.glob(f".*{PARTIAL}"):
-        if not name or path.name.startswith(f".{name}."):
+        if not name or path.name.startswith((f".{name}.", f".{name}-")):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def link_files(source: Path, target: Path) -> bool:
+    """Make `target` the directory `source` by links to its files; False, and no `target`, where links cannot be.
+
+    For files that are never written again: both names are the same bytes, counted once by the disk.
+    """
+    try:
+        shutil.copytree(source, target, copy_function=os.link)
+    except (OSError, shutil.Error):  # another file system, or one without links
+        shutil.rmtree(target, ignore_errors=True)
+        return False
+    return True
 
 
 def cache_folder() -> Path:
@@ -75,6 +102,8 @@ def verify_files(directory: Path, checksums: Mapping[str, object]) -> None:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or not parts.parts:
             raise DamageError(f"{directory}: the checksums name {name!r}, which is not a file inside it")
+        if not _is_file(directory / name):
+            raise DamageError(f"{directory / name} is missing or cannot be read")
     for name, found in zip(names, _hash_all([directory / name for name in names]), strict=True):
         if found is None:
             raise DamageError(f"{directory / name} is missing or cannot be read")
@@ -91,13 +120,20 @@ def _hash_all(paths: Sequence[Path]) -> list[str | None]:
 
 
 def _hash_file(path: Path) -> str | None:
+    if not _is_file(path):
+        return None
     try:
-        if not path.is_file():
-            return None
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError):  # ValueError: a name that no file can have
+    except OSError:
         return None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return False
 
 
 def _size(path: Path) -> int:
@@ -108,9 +144,15 @@ def _size(path: Path) -> int:
 
 
 def _flush_directory(path: Path) -> None:
-    """Bring a rename to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Bring a rename to the disk, where directories can be: some file systems refuse, and the rename is done."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # it may be written and not listed
+        return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
+            raise
     finally:
         os.close(descriptor)

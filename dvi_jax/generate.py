@@ -1,4 +1,7 @@
-"""Command line of generation: python -m dvi_jax.generate --checkpoint CKPT --prompt TEXT --max-new-tokens N"""
+"""Command line of generation: python -m dvi_jax.generate --checkpoint CKPT --prompt TEXT --max-new-tokens N
+
+With --input FILE.jsonl --output FILE.jsonl it answers a file of prompts.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +9,61 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-from dvi_jax.command_line import AUTO, add_model_options, decode_settings, load_model, memory_limit
+from rich.console import Console
+
+from dvi_jax.command_line import (
+    AUTO,
+    add_model_options,
+    add_sampling_options,
+    decode_settings,
+    load_model,
+    memory_limit,
+    progress_bar,
+    sampling_settings,
+    settings_for,
+)
 from dvi_jax.config import DecodeConfig, SamplingConfig
-from dvi_jax.data.conversations import Message
-from dvi_jax.decode.batch import Generation, check_prompts, choose_plan, generate_batch, slots_for
+from dvi_jax.decode.batch import Generation, check_prompts, choose_plan, slots_for
 from dvi_jax.decode.choosing import PlanChooser
 from dvi_jax.decode.cost import with_measured_cost
 from dvi_jax.decode.memory import Sizes, measure_memory
 from dvi_jax.decode.plan import Option, row_class
 from dvi_jax.decode.prefill import bucket
-from dvi_jax.decode.stream import Stream
-from dvi_jax.errors import ArgumentParser, UserError, run_cli
+from dvi_jax.decode.stream import EVERY, Stream
+from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
+from dvi_jax.generate_file import Decoding, answer_file, read_lines
 from dvi_jax.loading import LoadedModel
+from dvi_jax.texts import decode_texts, prompt_ids
+
+UNANSWERED = 1  # exit status when a prompt of a file could not be answered
+BATCH = 8  # prompts of a file that are decoded at once
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, decode one prompt, print its text (or with --json one object)."""
+    """Parse the command line, decode one prompt, or a file of them, and print the text (with --json one object)."""
     options = _parser().parse_args(arguments)
     if options.json and options.stream:
         raise UserError("--json prints one object at the end: leave out --stream")
-    settings = decode_settings(options)
-    sampling = _sampling(options)
+    if (options.input is None) != (options.output is None):
+        raise UserError("--input and --output go together: prompts from one file, replies into another")
+    if options.input is not None and (options.json or options.stream):
+        raise UserError("with --input the replies go to --output: leave out --json and --stream")
+    decode_settings(options)  # what is wrong with them is said before anything is loaded
+    sampling = sampling_settings(options)
     model = load_model(options)
     if options.drafter not in (None, model.manifest.drafter):
         raise UserError(f"--drafter {options.drafter}: this checkpoint's drafter is {model.manifest.drafter}")
+    return (answer_one if options.input is None else answer_all)(model, options, sampling)
+
+
+def answer_one(model: LoadedModel, options: argparse.Namespace, sampling: SamplingConfig | None) -> int:
+    """Decode the one prompt and print what came of it."""
     prompt, eos_ids = _prompt_ids(options, model), _eos_ids(options, model)
-    check_prompts(model, [prompt], settings.max_new_tokens)
+    check_prompts(model, [prompt], options.max_new_tokens)
+    settings = _settings(options, model)
     plan = choose_plan(model, settings, plain=options.plain)
     coupled = None if sampling is None else sampling.coupled
     sizes = Sizes(1, slots_for(len(prompt), settings), settings.width, bucket(len(prompt)), coupled=coupled, plan=plan)
@@ -44,14 +74,20 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plan == AUTO and not options.plain:
         chooser = PlanChooser.measured(model, settings, prompt)
         option = chooser.begin()
-    if options.stream or options.stop:
+    if options.stream:
         settings = option.settings(settings)
         generation, seconds, text = _streamed(model, prompt, settings, options, eos_ids, sampling)
     else:
-        (generation,), seconds = generate_batch(
-            model, [prompt], settings, plain=options.plain, eos_ids=eos_ids, sampling=sampling, chooser=chooser
+        (generation,), (text,), seconds = decode_texts(
+            model,
+            [prompt],
+            option.settings(settings) if options.stop else settings,
+            plain=options.plain,
+            eos_ids=eos_ids,
+            sampling=sampling,
+            stop=options.stop,
+            chooser=None if options.stop else chooser,
         )
-        text = model.tokenizer.decode(generation.new_ids) if model.tokenizer else ""
     about = {
         "plan": "plain" if options.plain else str(option.plan),
         "row_class": row_class(1, option.width, model.config, model.manifest.dtype),
@@ -70,6 +106,31 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def answer_all(model: LoadedModel, options: argparse.Namespace, sampling: SamplingConfig | None) -> int:
+    """Answer the prompts of a file that have no reply yet; status 1 if some could not be answered."""
+    lines = read_lines(options.input, model, options.max_new_tokens)
+    settings = _settings(options, model)
+    longest = max((line.ids for line in lines), key=len)
+    chooser = None
+    if options.plan == AUTO and not options.plain and longest:
+        chooser = PlanChooser.measured(model, settings, longest, options.batch)
+    decoding = Decoding(settings, options.plain, _eos_ids(options, model), sampling, tuple(options.stop), options.batch)
+    console = Console(stderr=True)
+    bar = progress_bar("prompts", console)
+    task = bar.add_task("prompts", total=len(lines), note="")
+    with bar:
+        failed = answer_file(
+            model,
+            lines,
+            Path(options.output),
+            decoding,
+            chooser=chooser,
+            report=lambda done, of: bar.update(task, completed=done),
+        )
+    print(f"{options.output}: {len(lines)} replies" + (f", {failed} of them errors" if failed else ""))
+    return UNANSWERED if failed else 0
+
+
 def _streamed(
     model: LoadedModel,
     prompt: list[int],
@@ -78,16 +139,22 @@ def _streamed(
     eos_ids: tuple[int, ...],
     sampling: SamplingConfig | None,
 ) -> tuple[Generation, float, str]:
-    """Decode by pieces, printed as they come with --stream; the seconds hold whatever had to be compiled."""
+    """Decode by pieces, printed as they come; the seconds hold whatever had to be compiled."""
     stream = Stream(
-        model, [prompt], settings, plain=options.plain, eos_ids=eos_ids, sampling=sampling, stop=options.stop
+        model,
+        [prompt],
+        settings,
+        plain=options.plain,
+        eos_ids=eos_ids,
+        sampling=sampling,
+        stop=options.stop,
+        every=options.every,
     )
     began, text = time.perf_counter(), ""
     for pieces in stream:
         for piece in pieces:
             text += piece.text
-            if options.stream:
-                print(piece.text, end="", flush=True)
+            print(piece.text, end="", flush=True)
     return stream.generations[0], time.perf_counter() - began, text
 
 
@@ -109,17 +176,29 @@ def describe(generation: Generation, seconds: float, text: str) -> dict[str, Any
 
 def _parser() -> argparse.ArgumentParser:
     defaults = DecodeConfig()
-    parser = ArgumentParser(prog="python -m dvi_jax.generate", description="Decode one prompt, losslessly.")
+    parser = ArgumentParser(
+        prog="python -m dvi_jax.generate", description="Decode a prompt, or a file of prompts, losslessly."
+    )
     add_model_options(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="a user message, put through the chat template")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids, used as they are")
-    parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N")
+    prompt.add_argument("--input", metavar="FILE.jsonl", help="many: a text, messages or {prompt|messages: ..} a line")
+    parser.add_argument("--output", metavar="FILE.jsonl", help="with --input: a reply a line; goes on where it stopped")
+    parser.add_argument(
+        "--batch", type=at_least_one, default=BATCH, metavar="N", help="with --input: prompts decoded at once"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="longest reply, in tokens"
+    )
     parser.add_argument("--drafter", metavar="NAME", help="refuse a checkpoint with another drafter")
     parser.add_argument("--eos-id", type=int, action="append", metavar="N", help="end of sequence; -1 for none; repeat")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeat")
     parser.add_argument("--stream", action="store_true", help="print the text as it comes")
-    _add_sampling_options(parser)
+    parser.add_argument(
+        "--every", type=at_least_one, default=EVERY, metavar="N", help="with --stream: rounds between two pieces"
+    )
+    add_sampling_options(parser)
     parser.add_argument("--plain", action="store_true", help="draft nothing, in passes of the same bits")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -131,50 +210,18 @@ def _prompt_ids(options: argparse.Namespace, model: LoadedModel) -> list[int]:
             return [int(token) for token in options.prompt_ids.split(",")]
         except ValueError as error:
             raise UserError(f"--prompt-ids must look like 1,2,3, got {options.prompt_ids!r}") from error
-    tokenizer = model.need_tokenizer("this checkpoint has no tokenizer: give --prompt-ids")
-    return tokenizer.chat([Message("user", options.prompt)])
+    model.need_tokenizer("this checkpoint has no tokenizer: give --prompt-ids")
+    return prompt_ids(model, options.prompt)
+
+
+def _settings(options: argparse.Namespace, model: LoadedModel) -> DecodeConfig:
+    return decode_settings(options) if options.plain else settings_for(model, options)
 
 
 def _eos_ids(options: argparse.Namespace, model: LoadedModel) -> tuple[int, ...]:
     if options.eos_id is None:
         return model.eos_ids
     return tuple(token for token in options.eos_id if token >= 0)
-
-
-def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    defaults = SamplingConfig()
-    group = parser.add_argument_group("sampling (greedy unless a temperature is given)")
-    group.add_argument("--temperature", type=float, metavar="T")
-    group.add_argument("--top-k", type=int, default=defaults.top_k, metavar="K", help="0 for all tokens")
-    group.add_argument("--top-p", type=float, default=defaults.top_p, metavar="P")
-    group.add_argument("--min-p", type=float, default=defaults.min_p, metavar="P")
-    group.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty, metavar="R")
-    group.add_argument("--seed", type=int, default=defaults.seed, metavar="N")
-    group.add_argument(
-        "--rejection", action="store_true", help="accept by min(1, p/q): more drafts accepted, ids depend on the drafts"
-    )
-
-
-def _sampling(options: argparse.Namespace) -> SamplingConfig | None:
-    temperature = options.temperature
-    if temperature is None:
-        temperature = 0.0
-        defaults = SamplingConfig()
-        names = ("top_k", "top_p", "min_p", "seed")
-        given = [name for name in names if getattr(options, name) != getattr(defaults, name)]
-        if given:
-            raise UserError(f"--{given[0].replace('_', '-')} needs a --temperature above 0: decoding is greedy without")
-        if options.repetition_penalty == defaults.repetition_penalty:
-            return None
-    return SamplingConfig(
-        temperature=temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
-        coupled=not options.rejection,
-    )
 
 
 if __name__ == "__main__":

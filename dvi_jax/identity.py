@@ -1,4 +1,4 @@
-"""The identity of a model's base weights: a hash of their values, whatever file they came from."""
+"""Hashes of weights: of a model's base, whatever file it came from, and of any tree of arrays, to the bit."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ def hash_base(base: dict[str, Any]) -> str:
         flat = np.asarray(array).reshape(-1)
         for start in range(0, flat.size, _CHUNK):
             digest.update(flat[start : start + _CHUNK].astype(ml_dtypes.bfloat16).view("<u2").data)
+    return digest.hexdigest()
+
+
+def hash_tree(tree: dict[str, Any]) -> str:
+    """SHA-256 in hexadecimal over name, type, shape and bytes of every array of a tree."""
+    digest = hashlib.sha256()
+    for name, array in _leaves(tree):
+        array = np.ascontiguousarray(array)
+        digest.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

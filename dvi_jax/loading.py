@@ -9,8 +9,9 @@ from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dvi_jax.checkpoint import Checkpoint, Manifest, check_shapes, read_token_ids, string_keys
+from dvi_jax.checkpoint import Checkpoint, Manifest, check_finite, check_shapes, read_token_ids, string_keys
 from dvi_jax.config import LlamaConfig
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.directories import cache_folder
@@ -32,6 +33,7 @@ class LoadedModel:
     definition: Definition
     params: Params
     tokenizer: Tokenizer | None = None
+    drafter_is_trained: bool = True  # False: its weights are random, or those of the head alone
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -91,7 +93,10 @@ def load(
     not hold. `drafter_from`: a directory whose trained drafter to use, made for these weights unless `any_drafter`.
     `draft_vocabulary`: a JSON list of the only token ids to draft, in place of its own list. Raises `UserError`
     naming what does not fit.
+    Compiled programs are kept on disk from here on, unless jax was told of a folder for them.
     """
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # jax declares its flags at run time
+        enable_compilation_cache()
     checkpoint = open_checkpoint(path, dtype)
     if drafter_from is not None:
         checkpoint = with_drafter_from(checkpoint, drafter_from, any_model=any_drafter)
@@ -110,6 +115,8 @@ def with_draft_vocabulary(model: LoadedModel, path: str | Path) -> LoadedModel:
 
 def from_checkpoint(checkpoint: Checkpoint, *, exit_layer: int | None = None, seed: int = 0) -> LoadedModel:
     """The same from a `Checkpoint` in memory."""
+    if jax.dtypes.canonicalize_dtype(np.int64) != np.int32:
+        raise UserError("JAX_ENABLE_X64 is set, and all counts and ids here have 32 bits: unset it")
     config, manifest = checkpoint.config, checkpoint.manifest
     if exit_layer is not None and exit_layer != manifest.exit_layer:
         if checkpoint.drafter is not None:
@@ -129,7 +136,8 @@ def from_checkpoint(checkpoint: Checkpoint, *, exit_layer: int | None = None, se
     manifest = replace(manifest, drafter_config=model.drafter.config())
     definition, params = split(model)
     params = restore_trained(params, checkpoint.drafter, checkpoint.lora, str(checkpoint.path))
-    return LoadedModel(config, manifest, definition, params, tokenizer)
+    is_trained = checkpoint.drafter is not None or "lora_s" in (checkpoint.lora or {})
+    return LoadedModel(config, manifest, definition, params, tokenizer, is_trained)
 
 
 def build_model(config: LlamaConfig, manifest: Manifest, base: dict[str, Any], *, seed: int = 0) -> SpeculativeLlama:
@@ -187,6 +195,7 @@ def _fill(template: Tree, saved: Tree | None, where: str) -> Tree:
         return template
     shapes = jax.tree.map(lambda leaf: leaf.shape, template)
     check_shapes(string_keys(saved), string_keys(shapes), where)
+    check_finite(saved, where)
     return _like(template, saved)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import dacite
 import yaml
@@ -15,9 +16,20 @@ from dvi_jax.errors import UserError
 
 T = TypeVar("T")
 
+
+def _several(value: object) -> object:
+    """A value where several are wanted: `data.files=ONE` is a list of one."""
+    return [value] if isinstance(value, str | int) else value
+
+
+_ONE_IS_SEVERAL: dict[Any, Any] = {tuple[str, ...]: _several, tuple[int, ...]: _several}
+
 MOST_YAML = 64 * 1024  # characters; real files have two thousand, and parsing is slow
 MOST_DEPTH = 20
 MOST_BITS = 4096
+INT32 = 2**31 - 1  # counts and lengths lie in int32 arrays on the device,
+UINT32 = 2**32 - 1  # seeds in uint32 ones,
+FLOAT32 = 3.4e38  # and numbers in float32 ones
 MOST_MESSAGE = 300  # characters of a complaint, which may repeat the value it is about
 # What parsers make of text that is no settings: besides their own errors, Python's about dates, numbers and depth.
 MALFORMED = (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError)
@@ -29,15 +41,30 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
         raise UserError(f"{name} must be {allowed}, got {_shown(value)}")
 
 
-def from_dict(cls: type[T], data: object, where: str) -> T:
-    """Build the dataclass `cls` from plain JSON/YAML values; `where` names the source in messages."""
+def require_count(name: str, value: int, least: int = 1, most: int = INT32) -> None:
+    """`require` for a whole number that ends up in an array or a shape."""
+    require(value >= least, name, value, f"at least {least}" if least else "0 or above")
+    require(value <= most, name, value, f"at most {most}")
+
+
+def require_path(name: str, value: str) -> None:
+    """`require` for what is to name a file or a directory."""
+    require(bool(value) and "\0" not in value, name, value, "a path, without NUL characters")
+
+
+def from_dict(cls: type[T], data: object, where: str, places: Mapping[str, str] | None = None) -> T:
+    """Build the dataclass `cls` from plain JSON/YAML values; `where` names the source in messages.
+
+    `places` names another source of single settings, by their path.
+    """
     if not isinstance(data, dict):
         raise UserError(f"{where} must hold a mapping of settings, got {type(data).__name__}")
+    _refuse_unknown(cls, data, where, places or {})
     try:
-        built = dacite.from_dict(cls, data, dacite.Config(strict=True, cast=[tuple, float]))
-    except dacite.UnexpectedDataError as error:
-        keys = ", ".join(sorted(map(str, error.keys)))
-        raise UserError(f"{where}: unknown key {keys[:MOST_MESSAGE]}") from error
+        built = dacite.from_dict(cls, data, dacite.Config(strict=True, cast=[tuple, float], type_hooks=_ONE_IS_SEVERAL))
+    except dacite.DaciteFieldError as error:
+        source = _source(error.field_path or "", where, places or {})
+        raise UserError(f"{source}: {str(error)[:MOST_MESSAGE]}") from error
     except (dacite.DaciteError, *MALFORMED) as error:
         raise UserError(f"{where}: {str(error)[:MOST_MESSAGE]}") from error
     for name, kind, value in _values(built):
@@ -45,7 +72,27 @@ def from_dict(cls: type[T], data: object, where: str) -> T:
             raise UserError(f"{where}: {name} must be of type {kind}, got {value}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}: {name} must be a finite number, got {value}")
+        if isinstance(value, (int, float)) and abs(value) > FLOAT32:
+            raise UserError(f"{where}: {name} must be a number of 32 bits, got {_shown(value)}")
     return built
+
+
+def _source(path: str, where: str, places: Mapping[str, str]) -> str:
+    """Where the setting `path`, or a part of it, comes from."""
+    return next((place for key, place in places.items() if f"{key}.".startswith(f"{path}.")), where)
+
+
+def _refuse_unknown(cls: type, data: dict[Any, Any], where: str, places: Mapping[str, str], prefix: str = "") -> None:
+    """Raise `UserError` for the first key that is no setting, by its path and with the nearest that is one."""
+    hints, names = get_type_hints(cls), {each.name for each in fields(cls)}
+    for key, value in data.items():
+        path = f"{prefix}{key}"
+        if key not in names:
+            near = get_close_matches(path[:MOST_MESSAGE], [prefix + name for name in sorted(names)], 1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise UserError(f"{_source(path, where, places)}: unknown key {path[:MOST_MESSAGE]}{hint}")
+        if is_dataclass(hints[key]) and isinstance(value, dict):
+            _refuse_unknown(hints[key], value, where, places, f"{path}.")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

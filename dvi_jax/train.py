@@ -11,12 +11,14 @@ from typing import Any
 from rich.console import Console
 
 from dvi_jax.command_line import progress_bar
-from dvi_jax.config import DistillConfig, TrainConfig, load_train_config
-from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
+from dvi_jax.config import TRAINERS, DistillConfig, TrainConfig, load_train_config
+from dvi_jax.display import unfailing_console
+from dvi_jax.errors import ArgumentParser, UserError, add_debug, one_line, run_cli
 from dvi_jax.evaluate.curve import plot_learning_curve
 from dvi_jax.learn.offline import train_offline
 from dvi_jax.learn.online import OnlineResult, train_online
 from dvi_jax.loading import enable_compilation_cache
+from dvi_jax.settings_list import list_settings
 
 PLAIN_EVERY = 10  # updates between two lines where the output is not a terminal
 
@@ -25,16 +27,20 @@ def notice(kind: str, record: dict[str, Any]) -> str | None:
     """The line for a record that both trainers have, None for one that is not news."""
     lines = {
         "resume": "resumed at update {step}",
+        "changed_setting": "{setting} is now {now}, it was {before}",
         "damaged_snapshot": "{reason}; going on from the snapshot of update {snapshot}",
         "failed_save": "warning: the snapshot of update {snapshot} could not be saved ({reason}), {count} so far;"
         " earlier ones stay, learning goes on",
         "rollback": "update {step}: {reason}, rolled back to {back_to} (rollback {rollbacks})",
         "traffic_changed": "update {step}: the accept rate fell to {accept_rate:.1%}, but the best snapshot's drafter"
         " has {good_accept_rate:.1%} on the same prompts: the traffic changed",
+        "time_limit": "update {step}: the {minutes:g} minutes of max_minutes are over; --resume with more goes on",
         "stopped": "stopped by {signal} after update {step}; newest snapshot: update {snapshot}; --resume goes on",
     }
     if kind not in lines:
         return None
+    if kind == "stopped" and record["snapshot"] is None:
+        return f"stopped by {record['signal']} before the first snapshot; --resume begins again"
     back_to = "the start" if record.get("snapshot") is None else f"the snapshot of update {record['snapshot']}"
     return lines[kind].format(**record, back_to=back_to)
 
@@ -77,8 +83,8 @@ def run(config: TrainConfig, *, resume: bool, console: Console) -> OnlineResult:
         result = train_online(config, resume=resume, report=display)
     try:
         plot_learning_curve(f"{config.out}/metrics.jsonl", f"{config.out}/curve.png")
-    except UserError as error:  # the run is done and saved; matplotlib is an extra
-        say(console, f"no curve: {error}")
+    except (UserError, OSError, MemoryError) as error:  # the run is done and saved; matplotlib is an extra
+        say(console, f"no curve: {one_line(str(error) or 'out of memory')}")
     return result
 
 
@@ -109,17 +115,31 @@ def run_distillation(config: DistillConfig, *, resume: bool, console: Console) -
     console.print(f"metrics {config.out}/metrics.jsonl  checkpoint {result.checkpoint}")
 
 
+def show_settings() -> None:
+    """Print the settings of both trainers."""
+    for trainer, settings in TRAINERS.items():
+        print(f"trainer: {trainer}")
+        for setting in list_settings(settings):
+            print(f"  {setting.name:32}{setting.default:12}  {setting.meaning}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, train, and say what came of it."""
     parser = ArgumentParser(prog="python -m dvi_jax.train", description="Train a drafter, online or on given text.")
-    parser.add_argument("--config", required=True, metavar="FILE.yaml", help="settings (experiments/configs/)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings; or the name of one that is shipped, as demo")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeat")
+    parser.add_argument("--list-settings", action="store_true", help="name, default and meaning of every setting")
     parser.add_argument("--resume", action="store_true", help="go on from the newest snapshot in the run's `out`")
     add_debug(parser)
     options = parser.parse_args(arguments)
+    if options.list_settings:
+        show_settings()
+        return 0
+    if options.config is None:
+        raise UserError("--config is needed: a file of settings, or the name of a shipped one (see --list-settings)")
     config = load_train_config(options.config, options.set)
     enable_compilation_cache()
-    console = Console()
+    console = unfailing_console()
     if isinstance(config, DistillConfig):
         run_distillation(config, resume=options.resume, console=console)
         return 0

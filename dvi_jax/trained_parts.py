@@ -35,8 +35,10 @@ from dvi_jax.importing.safetensors_file import SafetensorsFile, write_safetensor
 from dvi_jax.importing.tensors import Tree, fill, flatten
 from dvi_jax.importing.weight_files import SAFETENSORS
 from dvi_jax.settings import from_dict
+from dvi_jax.tools import shipped
 
 DRAFTER, LORA, CONFIG = "drafter", "lora", "config.json"
+CHECKPOINT = "checkpoint"  # of a run, in its directory
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ def write_safetensors_parts(directory: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_trained_parts(path: Path) -> TrainedParts:
-    """The trained parts of a directory in any of the three forms; anything else is a `UserError`."""
+    """The trained parts of a directory in any of the three forms, or of a training run's; else a `UserError`."""
+    if not (path / MANIFEST).exists() and (path / CHECKPOINT / MANIFEST).exists():
+        path = path / CHECKPOINT
     if (path / MANIFEST).exists():
         lora = load_tree(path / LORA) if (path / LORA).exists() else None
         return TrainedParts(read_manifest(path), load_tree(path / DRAFTER), lora, read_draft_vocabulary(path))
@@ -95,12 +99,14 @@ def read_safetensors_parts(directory: Path) -> TrainedParts | None:
 
 
 def with_drafter_from(checkpoint: Checkpoint, path: str | Path, *, any_model: bool = False) -> Checkpoint:
-    """`checkpoint` with the drafter of another directory.
+    """`checkpoint` with the drafter of another directory, or of one that comes with the package, by its name.
 
     The verifier must have the same weights (at any dtype), else `UserError`, unless `any_model`: a drafter never
     touches what is decoded, only how fast.
     """
-    parts = read_trained_parts(Path(path))
+    parts = read_trained_parts(
+        Path(path) if Path(path).exists() else shipped("results/drafters", str(path)) or Path(path)
+    )
     if not any_model and not _belongs(parts.manifest, checkpoint):
         raise UserError(
             f"{path}: this drafter was made for {parts.manifest.source}, another model than"

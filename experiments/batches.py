@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dvi_jax.command_line import drafts_of
 from dvi_jax.config import DecodeConfig
 from dvi_jax.data.conversations import Message
 from dvi_jax.decode.batch import Generation, generate_batch
@@ -80,7 +81,7 @@ def measure(model: LoadedModel, batches: list[list[list[int]]], options: argpars
     size = len(batches[0])
     most = DecodeConfig(draft_steps=6, max_new_tokens=options.new_tokens)
     plans = {plan: Plan.parse(plan) for plan in options.plans if plan != AUTO}
-    widest = max([*(plan.rows for plan in plans.values()), most.width])
+    widest = max([*(drafts_of(plan) + 1 for plan in plans.values()), most.width])
     of_plain = DecodeConfig(draft_steps=widest - 1, max_new_tokens=options.new_tokens)
     plain = _timed(model, batches, of_plain, options, plain=True)
     rows = [_row(size, "plain", *plain, plain)]
@@ -90,7 +91,7 @@ def measure(model: LoadedModel, batches: list[list[list[int]]], options: argpars
             found = _timed(model, batches, most, options, chooser=chooser)
             rows.append(_row(size, name, *found, plain) | {"begins": str(chooser.begin().plan)})
         else:
-            settings = DecodeConfig(draft_steps=plans[name].rows - 1, plan=name, max_new_tokens=options.new_tokens)
+            settings = DecodeConfig(draft_steps=drafts_of(plans[name]), plan=name, max_new_tokens=options.new_tokens)
             rows.append(_row(size, name, *_timed(model, batches, settings, options), plain))
     return rows
 

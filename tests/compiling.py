@@ -11,17 +11,41 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
+from jax._src import compiler  # jax has no public way to give an option of XLA to all programs from now on
 
 FLAG = "jax_disable_most_optimizations"
+# One piece for each program, not 32, is less work, and so are loops that are vectors but not unrolled. Neither changes
+# what is computed in which order.
+QUICKER = "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_extra_options=xla_cpu_disable_loop_unrolling"
+# XLA's newer way from a fused loop to machine code goes through MLIR, which costs three times what the older does.
+EMITTERS = "xla_cpu_use_fusion_emitters"
 _mixed = False  # whether an optimised module left programs of the other kind, whose bits may differ
+
+
+def begin() -> None:
+    """Has all programs compiled as described here, those of processes started from here too; before the first one."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKER}".strip()
+    jax.devices()  # XLA has read them now, and what `optimize` adds reaches other processes alone
+    options_of_jax = compiler.get_compile_options
+
+    def options(*args: Any, **kwargs: Any) -> Any:
+        chosen = options_of_jax(*args, **kwargs)
+        if jax.config.read(FLAG):
+            chosen.env_option_overrides = [*chosen.env_option_overrides, (EMITTERS, False)]
+        return chosen
+
+    compiler.get_compile_options = options
 
 
 def optimize(yes: bool) -> None:
     """How all is compiled from now on, here and in processes started from here; programs of the other kind go."""
     global _mixed
     os.environ[FLAG.upper()] = str(int(not yes))
+    others = os.environ["XLA_FLAGS"].removesuffix(f" --{EMITTERS}=false")
+    os.environ["XLA_FLAGS"] = others if yes else f"{others} --{EMITTERS}=false"
     if jax.config.read(FLAG) == yes or _mixed:
         jax.config.update(FLAG, not yes)
         jax.clear_caches()
@@ -29,12 +53,15 @@ def optimize(yes: bool) -> None:
 
 
 @contextmanager
-def lightly_compiled() -> Iterator[None]:
-    """Within an optimised module, for programs that no other part of it runs."""
+def lightly_compiled(*, weights: bool = False) -> Iterator[None]:
+    """Within an optimised module, for programs that no other part of it runs.
+
+    `weights`: they make random weights, whichever way they are compiled, so other modules may have them too.
+    """
     global _mixed
     before = jax.config.read(FLAG)
     jax.config.update(FLAG, True)
-    _mixed = _mixed or not before
+    _mixed = _mixed or not (before or weights)
     try:
         yield
     finally:

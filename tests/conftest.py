@@ -23,14 +23,10 @@ from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import Params, split
 from dvi_jax.presets import TINY
 from experiments.tiny import byte_tokenizer_json, write_questions, write_tiny_model
-from tests.compiling import optimize
+from tests.compiling import begin, lightly_compiled, optimize
 
 GOLDEN = Path(__file__).parent / "golden"
-# Nearly all the time of the suite goes into compiling: one piece for each program, not 32, is less of it, and so are
-# loops that are vectors but not unrolled. Neither changes what is computed in which order; jax reads this when it first
-# compiles, as do the processes that tests start.
-QUICKER = "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_extra_options=xla_cpu_disable_loop_unrolling"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKER}".strip()
+begin()
 # Else jax has the path of the cache in the key of every program (as the place of a GPU's autotuning results), and
 # processes whose paths differ, as those of the workers do, would share nothing.
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
@@ -41,16 +37,21 @@ gc.set_threshold(20_000, 20, 20)
 
 
 def tiny_model(
-    dtype: str = "float32", seed: int = 0, lora: dict | None = None, model_type: str = "llama"
+    dtype: str = "float32",
+    seed: int = 0,
+    lora: dict | None = None,
+    model_type: str = "llama",
+    layers: int = TINY.num_layers,
 ) -> LoadedModel:
-    """A random model; matrices are wide enough apart that greedy tokens vary."""
-    config = replace(TINY, model_type=model_type)
-    base = random_base(config, jax.random.key(seed), jnp.dtype(dtype), std=0.3)
+    """A random model, half of it shallow; matrices are wide enough apart that greedy tokens vary."""
+    config = replace(TINY, model_type=model_type, num_layers=layers)
+    with lightly_compiled(weights=True):
+        base = random_base(config, jax.random.key(seed), jnp.dtype(dtype), std=0.3)
     manifest = Manifest(
         source="random",
         source_sha256="",
         dtype=dtype,
-        exit_layer=2,
+        exit_layer=layers // 2,
         drafter="exit_head",
         drafter_config={"rank": 4, "alpha": 4.0},
         lora=lora or {},
@@ -73,26 +74,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--programs", metavar="DIR", help="keep compiled programs for the next run; without, all are new")
 
 
-# Modules that take more than half a minute, the longest first: a worker must not be left alone with one at the end.
+# Modules that take more than twenty seconds, the longest first: a worker must not be left alone with one at the end.
 LONG = (
     "contract/test_contract",
     "real/test_smollm2",
     "decode/test_lossless",
-    "decode/test_sampling",
     "decode/test_tree_sampling",
-    "decode/test_tree",
+    "decode/test_sampling",
     "decode/test_prefill",
     "learn/test_distill",
+    "learn/test_resume",
     "parity/test_random_models",
-    "model/test_tree_attention",
+    "contract/test_taps",
+    "decode/test_tree",
     "experiments/test_learning",
-    "decode/test_tree_drafting",
+    "conversion/test_command_line",
+    "experiments/test_kill",
+    "model/test_tree_attention",
     "parity/test_command_line",
     "experiments/test_demo",
     "learn/test_online_slow",
-    "experiments/test_kill",
     "decode/test_stream",
-    "model/test_round_kernels",
 )
 
 

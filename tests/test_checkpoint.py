@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from dvi_jax import checkpoint as checkpoint_module
 from dvi_jax.checkpoint import MANIFEST, read_checkpoint, read_manifest, rewrite_checkpoint
 from dvi_jax.errors import UserError
+from dvi_jax.loading import from_checkpoint, trained_parts
 
 FLIPS = 500
 
@@ -153,3 +155,15 @@ def test_a_full_disk_leaves_nothing(copied, tmp_path, monkeypatch):
     ):
         rewrite_checkpoint(read_checkpoint(copied), tmp_path / "again")
     assert {path.name for path in tmp_path.iterdir()} == {"copied"}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_neither_written_nor_used(byte_checkpoint, tmp_path, bad):
+    whole, trained = read_checkpoint(byte_checkpoint), {"norm": np.array([1.0, bad], np.float32)}
+    with pytest.raises(UserError, match="drafter/norm has numbers that are not finite"):
+        rewrite_checkpoint(whole, tmp_path / "new", drafter=trained)
+    assert not list(tmp_path.iterdir())
+    params = from_checkpoint(whole).params
+    drafter = jax.tree.map(lambda leaf: np.full(leaf.shape, bad, leaf.dtype), trained_parts(params)["drafter"])
+    with pytest.raises(UserError, match=r"/drafter: .* has numbers that are not finite"):
+        from_checkpoint(dataclasses.replace(whole, drafter=drafter))

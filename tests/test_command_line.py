@@ -73,7 +73,7 @@ def test_generate(byte_checkpoint, complaint, changes, message):
 
 
 def test_generate_without_a_prompt(byte_checkpoint, complaint):
-    assert "one of the arguments --prompt --prompt-ids is required" in complaint(
+    assert "one of the arguments --prompt --prompt-ids --input is required" in complaint(
         generate, "--checkpoint", byte_checkpoint
     )
 
@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint(byte_checkpoint, tmp_path, complaint, name, conten
     ("arguments", "message"),
     [
         (["--set", "colour=1"], "unknown key colour"),
-        (["--set", "decode.colour=1"], "unknown key colour"),
+        (["--set", "decode.colour=1"], "unknown key decode.colour"),
         (["--set", "prompts"], "--set 'prompts' must have the form section.key=value"),
         (["--set", "prompts=[1"], "--set prompts=[1: not valid YAML"),
         (["--set", "prompts=many"], 'wrong value type for field "prompts"'),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import fields
 
 import pytest
 
 from dvi_jax.checkpoint import Manifest, read_checkpoint, read_json
-from dvi_jax.config import LlamaConfig, TrainConfig, load_train_config
+from dvi_jax.config import TRAINERS, DistillConfig, LlamaConfig, TrainConfig, load_train_config
 from dvi_jax.errors import UserError
 from dvi_jax.presets import TINY
 from dvi_jax.settings import MOST_YAML, from_dict
+from dvi_jax.settings_list import list_settings
 
 LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
 
@@ -80,13 +82,54 @@ def test_overrides(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "decode.draft_stesp=2",
+            "^--set decode.draft_stesp=2: unknown key decode.draft_stesp: did you mean decode.draft_",
+        ),
+        ("colour=1", "^--set colour=1: unknown key colour$"),
+        ("decode.draft_steps=many", '^--set decode.draft_steps=many: wrong value type for field "decode.draft_steps"'),
+        ("decode.plan.size=1", '^--set decode.plan.size=1: wrong value type for field "decode.plan"'),
+    ],
+)
+def test_a_fault_of_the_command_line_is_not_blamed_on_the_file(tmp_path, override, message):
+    path = tmp_path / "run.yaml"
+    path.write_text("checkpoint: c\nout: o\n", encoding="utf-8")
+    assert re.search(message, complaint_of(load_train_config, path, [override]))
+
+
+def test_an_unknown_key_of_a_file_names_its_path_and_the_nearest(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("checkpoint: c\nout: o\ndata: {file: [x]}\n", encoding="utf-8")
+    assert complaint_of(load_train_config, path) == f"{path}: unknown key data.file: did you mean data.files?"
+
+
+def test_one_value_where_several_are_wanted(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("checkpoint: c\nout: o\n", encoding="utf-8")
+    assert load_train_config(path, ["data.files=logs/one.json"]).data.files == ("logs/one.json",)
+
+
+def test_every_setting_is_listed_with_what_it_is():
+    """Against the dataclasses: no path is missing, and each can be set."""
+    for trainer in TRAINERS.values():
+        listed = {setting.name: setting for setting in list_settings(trainer)}
+        assert all(setting.meaning for setting in listed.values())
+        assert {"checkpoint", "out"} <= {name for name, setting in listed.items() if setting.default == "required"}
+        assert {name.partition(".")[0] for name in listed} == {each.name for each in fields(trainer)}
+    assert list_settings(DistillConfig)[0].meaning.startswith("the model")
+    assert {s.name: s.default for s in list_settings(TrainConfig)}["decode.draft_steps"] == "3"
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"num_layers": 10**9}, "num_layers must be at least 1 and at most 1024"),
         ({"vocab_size": 10**30}, "vocab_size must be at least 1 and at most"),
         ({"hidden_size": 0}, "hidden_size must be at least 1"),
         ({"bos_token_id": True}, r"bos_token_id must be of type int \| None, got True"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be above 0 and below 1, got nan"),
         ({"rope_scaling": {"kind": "linear", "factor": float("inf")}}, r"rope_scaling\.factor must be a finite number"),
         (
             {"hidden_size": int("9" * 4000) ** 2},

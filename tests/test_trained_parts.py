@@ -120,6 +120,18 @@ def test_all_forms_are_lent_to_the_same_weights_alone(trained, plain, tmp_path):
     assert with_drafter_from(other, tmp_path / "hf", any_model=True).manifest.base_sha256 == other.manifest.base_sha256
 
 
+def test_a_drafter_of_another_model_is_refused_where_a_model_is_loaded(trained, plain, tmp_path):
+    receiver = read_checkpoint(plain)
+    base = {**receiver.base, "norm": receiver.base["norm"] * 2}
+    manifest = replace(receiver.manifest, base_sha256=hash_base(base))
+    rewrite_checkpoint(replace(receiver, base=base), tmp_path / "other", manifest=manifest)
+    with pytest.raises(UserError, match="another model"):
+        load(tmp_path / "other", drafter_from=trained)
+    load(tmp_path / "other", drafter_from=trained, any_drafter=True)
+    with pytest.raises(UserError, match=r"the drafter was trained at exit layer \d, not 3"):
+        load(trained, exit_layer=3)
+
+
 def test_before_there_were_hashes(trained, plain):
     """An old checkpoint's weights are hashed when it matters; an old drafter goes by the file it was made from."""
     receiver = read_checkpoint(plain)

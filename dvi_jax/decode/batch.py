@@ -9,6 +9,7 @@ from functools import partial
 from typing import Protocol
 
 import jax
+import numpy as np
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.decode.plan import PLAIN, Option, Plan, check_plan, plan_for, rows_alike
@@ -163,12 +164,15 @@ def slots_for(longest_prompt: int, settings: DecodeConfig) -> int:
 def check_prompts(model: LoadedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Raise `UserError` for an empty batch or prompt, ids outside the vocabulary, or a context that is too short."""
     config = model.config
-    if not prompts:
+    if not len(prompts):
         raise UserError("a batch needs at least one prompt")
     if not all(len(p) for p in prompts):
         raise UserError("a prompt needs at least one token")
     for prompt in prompts:
-        if not all(0 <= token < config.vocab_size for token in prompt):
+        if isinstance(prompt, str) or not all(hasattr(token, "__index__") for token in prompt):
+            raise UserError(f"a prompt is token ids here, got {prompt!r:.60}: generate_text takes texts and messages")
+        ids = np.asarray(prompt)
+        if ids.dtype.kind not in "iu" or not np.all((ids >= 0) & (ids < config.vocab_size)):
             raise UserError(f"prompt ids must be between 0 and {config.vocab_size - 1}")
         if len(prompt) + max_new_tokens > config.context_length:
             raise UserError(

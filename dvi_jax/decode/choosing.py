@@ -120,6 +120,10 @@ class PlanChooser:
             return option
         return max(self.alternatives(option), key=self._worth)
 
+    def note(self, plan: Plan, accept_lengths: Sequence[int], drafted: Sequence[int]) -> None:
+        """Take in what the rounds of a generation by `plan` accepted, where `decode` did not run them."""
+        self._acceptance(plan).add(accept_lengths, drafted)
+
     def alternatives(self, option: Option) -> list[Option]:
         """What a generation that began with `option` may go on with."""
         return [other for other in self.costs if other.width == option.width]

@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import psutil
 
 from dvi_jax.config import SamplingConfig
+from dvi_jax.containers import container_bytes
 from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.prefill import Filled, prefill
 from dvi_jax.decode.prefix import fill_prefix
@@ -31,7 +32,6 @@ from dvi_jax.model.speculative_llama import Params
 
 GIB, MIB = 2**30, 2**20
 CACHES = ("shallow", "deep", "trunk")  # fields of the state that hold keys and values of the base model's layers
-_MEMINFO = Path("/proc/meminfo")
 _TENSOR = re.compile(r"tensor<((?:\d+x)+)([a-z]+\d+)>")  # in StableHLO, such as tensor<8x6x32000xf32>
 
 
@@ -165,14 +165,22 @@ def check(budget: Budget, limit: int | None = None) -> None:
 
 
 def available_bytes() -> int:
-    """Bytes that can still be allocated: of the accelerator's pool, or of the machine's memory on the CPU."""
+    """Bytes that can still be allocated: of the accelerator's pool, or of the machine's memory on the CPU.
+
+    Of the machine's memory a container may have less (`dvi_jax/containers.py`).
+    """
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    if not _MEMINFO.exists():
-        raise UserError("this system does not say how much memory is free: give a memory limit")
-    lines = dict(line.split(":", 1) for line in _MEMINFO.read_text(encoding="ascii").splitlines())
-    return 1024 * int(lines["MemAvailable"].split()[0])
+    machine, container = psutil.virtual_memory().available, container_bytes()
+    return machine if container is None else min(machine, container)
+
+
+def check_room(needed: int, what: str) -> None:
+    """Raise `UserError` if `what` needs more bytes than there are."""
+    room = available_bytes()
+    if needed > room:
+        raise UserError(f"{what} need {readable(needed)}, but there are {readable(room)}")
 
 
 def workspace_bytes(program: jax.stages.Compiled, made: int) -> int:
@@ -266,6 +274,6 @@ def _unit(size: int) -> tuple[int, str]:
 
 
 def readable(size: int) -> str:
-    """Such as `12.6 GiB`."""
+    """Bytes for people, in MiB or GiB."""
     unit, name = _unit(size)
     return f"{size / unit:.1f} {name}"

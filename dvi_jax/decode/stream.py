@@ -21,6 +21,7 @@ from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
 
+EVERY = 8  # rounds between two pieces, unless asked otherwise
 UNFINISHED = "\ufffd"  # what a tokenizer gives for bytes that are not a character, or not yet
 # Ids decoded once more before new ones. Each is a byte or more: three end any character begun before them, so that the
 # fourth reads as it does in the whole.
@@ -137,7 +138,7 @@ class Stream:
         sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
         prefix: Prefix | None = None,
         stop: Sequence[str] = (),
-        every: int = 8,
+        every: int = EVERY,
     ):
         if every < 1:
             raise UserError(f"a stream gives tokens every 1 or more rounds, got {every}")

@@ -2,47 +2,41 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from dvi_jax.errors import UserError
+from dvi_jax.evaluate.plots import BLUE, GREY, ORANGE, finish, new_figure
+from dvi_jax.learn.metrics import read_records
 
 
-def plot_learning_curve(metrics: str | Path, picture: str | Path) -> None:
-    """Draw a run's metrics.jsonl: accept rate (rollouts and held out) above, loss terms below, over updates."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("the learning curve needs matplotlib: pip install 'dvi_jax[plots]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def plot_learning_curve(metrics: str | Path, picture: str | Path, break_even: float | None = None) -> None:
+    """Draw a run's metrics.jsonl over its updates: tokens per round and accept rate of what is held out, loss terms.
 
-    records = [json.loads(line) for line in Path(metrics).read_text(encoding="utf-8").splitlines()]
+    `break_even`: tokens per round from which speculation is faster than the fastest plain decoding, where it is known.
+    """
+    records = read_records(Path(metrics))
     rollouts = [record for record in records if record["kind"] == "train"]
     updates = [record for record in rollouts if "kl" in record]  # the others had no update of their own
     evaluations = [record for record in records if record["kind"] == "eval"]
-    steps = [record["step"] for record in updates]
-    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), constrained_layout=True)
-    top.plot(
-        [r["step"] for r in rollouts],
-        [100 * r["accept_rate"] for r in rollouts],
-        color="0.75",
-        linewidth=1,
-        label="rollouts",
-    )
-    top.plot(
-        [r["step"] for r in evaluations],
-        [100 * r["accept_rate"] for r in evaluations],
-        marker="o",
-        label="held-out prompts",
-    )
-    top.set_ylabel("accepted / judged drafts (%)")
-    top.set_ylim(bottom=0)
-    top.legend(loc="lower right")
-    bottom.plot(steps, [r["kl"] for r in updates], label="KL(verifier || drafter), nats")
-    bottom.plot(steps, [r["pg"] for r in updates], label="policy-gradient term")
-    bottom.set_ylabel("loss terms")
-    bottom.set_xlabel("fast updates")
-    bottom.legend(loc="upper right")
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    steps = [record["step"] for record in evaluations]
+    figure = new_figure(8, 8)
+    tokens, accepted, losses = figure.subplots(3, 1, sharex=True)
+    tokens.plot(steps, [r["tokens_per_round"] for r in evaluations], color=BLUE, marker="o", label="held-out prompts")
+    if break_even is not None:
+        tokens.axhline(break_even, color=ORANGE, linewidth=1, label="as fast as the fastest plain decoding")
+    tokens.set_ylim(bottom=1)
+    tokens.margins(y=0.1)
+    tokens.set_ylabel("tokens per round")
+    rates = [100 * record["accept_rate"] for record in rollouts]
+    accepted.plot([r["step"] for r in rollouts], rates, color=GREY, linewidth=1, label="rollouts")
+    held_out = [100 * record["accept_rate"] for record in evaluations]
+    accepted.plot(steps, held_out, color=BLUE, marker="o", label="held-out prompts")
+    accepted.set_ylim(bottom=0)
+    accepted.set_ylabel("accepted / judged drafts (%)")
+    for name, color, label in (("kl", BLUE, "KL(verifier || drafter), nats"), ("pg", ORANGE, "policy-gradient term")):
+        losses.plot([r["step"] for r in updates], [r[name] for r in updates], color=color, label=label)
+    losses.set_ylabel("loss terms")
+    losses.set_xlabel("fast updates")
+    for axes, place in ((tokens, "lower right"), (accepted, "lower right"), (losses, "upper right")):
+        finish(figure, axes, "y")
+        axes.legend(loc=place, frameon=False, fontsize=9)
+    figure.savefig(picture)

@@ -1,4 +1,4 @@
-"""The report's pictures, each a PNG in memory."""
+"""The report's pictures, each an SVG in memory, and the style of all pictures."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("the report's plots need matplotlib: pip install 'dvi_jax[plots]'") from error
+        raise UserError("pictures need matplotlib: pip install 'dvi_jax[plots]'") from error
     return Figure(figsize=(width, height), layout="constrained", dpi=DOTS_PER_INCH)
 
 
-def png_uri(figure: Figure) -> str:
-    """The figure as a data: URI."""
+def svg_uri(figure: Figure) -> str:
+    """The figure as a data: URI; its background is white, in a dark page too."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def category_rows(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -61,7 +61,7 @@ def plot_speed(summary: dict[str, Any]) -> Figure:
     axes.margins(x=0.12, y=0.01)
     axes.set_xlabel("tokens per second, decoding at batch 1")
     figure.legend(loc="outside upper right", ncols=2, frameon=False)
-    return _finish(figure, axes, "x")
+    return finish(figure, axes, "x")
 
 
 def plot_accept_lengths(summary: dict[str, Any]) -> Figure:
@@ -76,7 +76,7 @@ def plot_accept_lengths(summary: dict[str, Any]) -> Figure:
     axes.set_xlabel("accept length: tokens committed by one round")
     axes.set_ylabel(f"share of {summary['overall']['rounds']:,} rounds (%)")
     axes.margins(y=0.1)
-    return _finish(figure, axes, "y")
+    return finish(figure, axes, "y")
 
 
 def plot_positions(summary: dict[str, Any]) -> Figure:
@@ -96,7 +96,7 @@ def plot_positions(summary: dict[str, Any]) -> Figure:
     axes.set_xlabel("j, draft position in the round")
     axes.set_ylabel("accepted (%)")
     figure.legend(loc="outside upper left", frameon=False, fontsize=9)
-    return _finish(figure, axes, "y")
+    return finish(figure, axes, "y")
 
 
 def plot_turns(turns: Sequence[Turn]) -> Figure:
@@ -115,14 +115,15 @@ def plot_turns(turns: Sequence[Turn]) -> Figure:
     figure.legend(loc="outside upper left", frameon=False, fontsize=9)
     axes.set_xlabel("tokens per round of one answer")
     axes.set_ylabel("speed-up over the fastest plain")
-    return _finish(figure, axes, "both")
+    return finish(figure, axes, "both")
 
 
 def _shorten(label: str, longest: int = 24) -> str:
     return label if len(label) <= longest else label[: longest - 1] + "…"
 
 
-def _finish(figure: Figure, axes: Axes, grid: Literal["both", "x", "y"]) -> Figure:
+def finish(figure: Figure, axes: Axes, grid: Literal["both", "x", "y"]) -> Figure:
+    """The style that all pictures share: no box, a light grid behind."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     axes.grid(axis=grid, color="#e3e6ea", linewidth=0.8)

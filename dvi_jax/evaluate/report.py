@@ -13,7 +13,7 @@ from dvi_jax.evaluate.plots import (
     plot_positions,
     plot_speed,
     plot_turns,
-    png_uri,
+    svg_uri,
 )
 from dvi_jax.evaluate.trace import Turn
 
@@ -143,7 +143,7 @@ def render_report(summary: dict[str, Any], turns: Sequence[Turn]) -> str:
     return environment.from_string(PAGE).render(
         **summary,
         rows=category_rows(summary),
-        pictures={name: png_uri(figure) for name, figure in pictures.items()},
+        pictures={name: svg_uri(figure) for name, figure in pictures.items()},
     )
 
 

@@ -26,6 +26,7 @@ from dvi_jax.importing.checkpoint import write_import
 from dvi_jax.importing.files import read_json_object
 from dvi_jax.importing.gguf_file import PART_NAME
 from dvi_jax.importing.source import open_source
+from dvi_jax.settings import require_path
 
 _VERSION = 2  # of what an import makes of a source; a change of it imports everything again
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
@@ -47,6 +48,7 @@ def open_checkpoint(source: str | Path, dtype: str | None = None) -> Checkpoint:
 
 def checkpoint_directory(source: str | Path, dtype: str | None = None) -> Path:
     """The directory of `open_checkpoint`, importing what has to be imported."""
+    require_path("a model's name", str(source))
     path = Path(source)
     if not _exists(path):
         found = _in_hub_cache(str(source))
@@ -151,9 +153,10 @@ def _only_gguf(directory: Path) -> Path | None:
 
 def _in_hub_cache(name: str) -> Path | None:
     """The snapshot of a repository in the local Hugging Face cache that its main branch, or else the newest, is."""
-    if not _HUB_NAME.fullmatch(name):
+    cache = _hub_cache()
+    if cache is None or not _HUB_NAME.fullmatch(name):
         return None
-    repository = _hub_cache() / f"models--{name.replace('/', '--')}"
+    repository = cache / f"models--{name.replace('/', '--')}"
     main, snapshots = repository / "refs" / "main", repository / "snapshots"
     if main.is_file():
         revision = main.read_text(encoding="utf-8", errors="replace").strip()
@@ -163,8 +166,12 @@ def _in_hub_cache(name: str) -> Path | None:
     return found[-1] if found else None
 
 
-def _hub_cache() -> Path:
-    for name, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
-        if os.environ.get(name):
-            return Path(os.environ[name]).expanduser() / below
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
+def _hub_cache() -> Path | None:
+    """Where Hugging Face keeps repositories; None for a user without a home who names no other place."""
+    try:
+        for name, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
+            if os.environ.get(name):
+                return Path(os.environ[name]).expanduser() / below
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
+    except RuntimeError:
+        return None

@@ -13,6 +13,7 @@ from dvi_jax.errors import UserError
 from dvi_jax.importing.files import FILE_NAME, read_json_object
 from dvi_jax.importing.safetensors_file import SafetensorsFile
 from dvi_jax.importing.tensors import Rows, TensorSource
+from dvi_jax.tools import make_tools_importable
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -54,6 +55,7 @@ class Shards:
 
 def _open_torch(path: Path) -> TensorSource:
     """The one place from which this package reaches for `conversion`, which may use PyTorch."""
+    make_tools_importable()
     try:
         return importlib.import_module("conversion.torch_file").TorchFile(path)
     except ModuleNotFoundError as error:

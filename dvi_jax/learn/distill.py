@@ -32,6 +32,7 @@ import optax
 from flax import struct
 
 from dvi_jax.config import DistillConfig
+from dvi_jax.errors import UserError
 from dvi_jax.learn import objectives
 from dvi_jax.learn.fast_update import Trainable, with_trainable
 from dvi_jax.learn.optimizer import guarded
@@ -50,10 +51,14 @@ class DistillState(struct.PyTreeNode):
 
 
 def make_optimizer(config: DistillConfig) -> optax.GradientTransformation:
-    """AdamW, linear warm-up and cosine decay to a tenth, clipped by global norm; non-finite updates are skipped."""
+    """AdamW at `learning_rate`, clipped by global norm; non-finite updates are skipped."""
+    return guarded(optax.adamw(learning_rate(config), b2=0.95, weight_decay=config.weight_decay), config.clip_norm)
+
+
+def learning_rate(config: DistillConfig) -> optax.Schedule:
+    """The rate once so many updates are done: linear warm-up from 0, then cosine decay to a tenth after the last."""
     steps = config.steps
-    rate = optax.warmup_cosine_decay_schedule(0.0, config.lr, min(config.warmup, steps // 2), steps, config.lr / 10)
-    return guarded(optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay), config.clip_norm)
+    return optax.warmup_cosine_decay_schedule(0.0, config.lr, min(config.warmup, steps // 2), steps, config.lr / 10)
 
 
 def init_distill(params: Params, config: DistillConfig) -> DistillState:
@@ -77,6 +82,25 @@ def distill_step(
     """
     rest = state.replace(trainable={})
     return _distill_step(definition, params, state.trainable, rest, tokens, mask, config=config)
+
+
+def step_memory(
+    definition: Definition,
+    params: Params,
+    state: DistillState,
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    *,
+    config: DistillConfig,
+) -> int:
+    """Bytes on the device that an update with these arguments takes, the model's included, by its compiled program."""
+    rest = state.replace(trainable={})
+    lowered = _distill_step.lower(definition, params, state.trainable, rest, tokens, mask, config=config)
+    analysis = lowered.compile().memory_analysis()
+    if analysis is None:
+        raise UserError("this device does not say how much memory a program takes")
+    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + new
 
 
 @partial(jax.jit, static_argnames=("definition", "config"), donate_argnames="state")

@@ -1,9 +1,13 @@
-"""metrics.jsonl: one JSON object a line, each with `kind` and `step`; rewound when a run resumes from a snapshot."""
+"""metrics.jsonl: one JSON object a line, each with `kind` and `step`; rewound when a run resumes from a snapshot.
+
+A number that is not finite is null there: JSON has no other word for it.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ class MetricsLog:
     def __init__(self, path: Path):
         self.path = path
         self._refusal: OSError | None = None  # of the disk, of the newest record
+        if path.exists() and not path.is_file():  # to open a pipe would wait for who reads it
+            raise UserError(f"{path} is not a file: move it away")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
@@ -25,7 +31,7 @@ class MetricsLog:
 
     def append(self, record: dict[str, Any]) -> None:
         """Hand one record to the operating system, after those it refused before; `flush` tells of a refusal."""
-        self._waiting += json.dumps(record).encode() + b"\n"
+        self._waiting += _line(record).encode()
         try:
             self._write_waiting()
             self._refusal = None
@@ -47,15 +53,15 @@ class MetricsLog:
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """All records of one kind."""
-        return [record for record in self._all() if record["kind"] == kind]
+        return [record for record in read_records(self.path) if record["kind"] == kind]
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Drop the records after `step` (and lines that a kill cut off); returns the evaluations that stay."""
-        kept = [record for record in self._all() if record["step"] <= step and record["kind"] != "summary"]
+        kept = [record for record in read_records(self.path) if record["step"] <= step and record["kind"] != "summary"]
         partial = self.path.with_suffix(".partial")
         try:
             with partial.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in kept)
+                file.writelines(map(_line, kept))
                 file.flush()
                 os.fsync(file.fileno())
             self._file.close()
@@ -80,14 +86,33 @@ class MetricsLog:
         self._length += written
         self._waiting = b""
 
-    def _all(self) -> list[dict[str, Any]]:
-        """Every line that is a record."""
-        records = []
-        for line in self.path.read_bytes().split(b"\n"):
-            try:
-                record = json.loads(line)
-            except ValueError:  # cut off by a kill, or damaged
-                continue
-            if isinstance(record, dict) and "kind" in record and isinstance(record.get("step"), int):
-                records.append(record)
-        return records
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Every line that is a record."""
+    records = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # cut off by a kill, or damaged
+            continue
+        if isinstance(record, dict) and "kind" in record and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def has_summary(path: Path) -> bool:
+    """Whether these are the metrics of a run that came to its end."""
+    return path.is_file() and any(record["kind"] == "summary" for record in read_records(path))
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(_plain(record), allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """`value` with null in place of numbers that JSON does not have: not a number, and the infinite ones."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

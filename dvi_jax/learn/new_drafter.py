@@ -46,7 +46,8 @@ def matching_or_new_drafter(
         return checkpoint
     new = replace(with_new_drafter(checkpoint, kind, options, exit_layer), draft_vocabulary=None)
     lora = {"rank_s": shallow_rank, "rank_d": 0} if shallow_rank else {}
-    return replace(new, manifest=replace(new.manifest, training_step=0, lora=lora), drafter=None, lora=None)
+    manifest = replace(new.manifest, training_step=0, lora=lora, run_digest="", held_out_fraction=0.0)
+    return replace(new, manifest=manifest, drafter=None, lora=None)
 
 
 def with_new_drafter(checkpoint: Checkpoint, kind: str, options: dict[str, Any], exit_layer: int | None) -> Checkpoint:

@@ -19,12 +19,14 @@ from dvi_jax.data.prompts import from_first_question
 from dvi_jax.data.template import TemplateRefusedError
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import UserError
+from dvi_jax.identity import hash_tree
 from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.distill import DistillState, distill_metrics, distill_step, init_distill
 from dvi_jax.learn.new_drafter import matching_or_new_drafter
 from dvi_jax.learn.packing import Packed, load_packed, pack
 from dvi_jax.learn.run import Run
 from dvi_jax.learn.run_directory import Report, RunDirectory
+from dvi_jax.learn.run_identity import RunIdentity, identify
 from dvi_jax.learn.stopping import StopSignals
 from dvi_jax.loading import LoadedModel, from_checkpoint
 from dvi_jax.model.speculative_llama import Params
@@ -47,9 +49,10 @@ def train_offline(
 ) -> OfflineResult:
     """Run a distillation, or go on with one (`resume`). `report` is called with every metrics record.
 
-    SIGTERM and SIGINT end it after the running update with a snapshot (`stopping.Stopped`, a `SystemExit`).
+    SIGTERM and SIGINT end it with `stopping.Stopped`, a `SystemExit`: after the running update, with a snapshot.
     """
-    with RunDirectory(config.out, keep=config.keep_checkpoints, keep_best=0, resume=resume, report=report) as directory:
+    kept = {"keep": config.keep_checkpoints, "keep_best": 0}
+    with StopSignals() as signals, RunDirectory(config.out, **kept, resume=resume, report=report) as directory:
         checkpoint = matching_or_new_drafter(
             open_checkpoint(config.checkpoint),
             config.drafter,
@@ -59,7 +62,7 @@ def train_offline(
         )
         run = OfflineRun(config, checkpoint, directory)
         run.restore()
-        run.learn()
+        run.learn(signals)
         return run.finish()
 
 
@@ -107,6 +110,10 @@ class OfflineRun(Run[DistillState, list[float]]):
 
     def initial_state(self, params: Params) -> DistillState:
         return init_distill(params, self.config)
+
+    def identity(self) -> RunIdentity:
+        rows = {"tokens": self.data.tokens, "mask": self.data.mask, "held out": self.held_out.tokens}
+        return identify(self.config, self.checkpoint, self.model.manifest, {"data": hash_tree(rows)})
 
     def learned(self) -> dict[str, Any]:
         return self.state.trainable

@@ -8,6 +8,7 @@ Everything a run leaves lies in its `out` directory (`run_directory.py`).
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -17,12 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from dvi_jax.checkpoint import Checkpoint
+from dvi_jax.checkpoint import Checkpoint, Manifest
 from dvi_jax.config import TrainConfig
 from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import Prompt, PromptStream
 from dvi_jax.decode.acceptance import Acceptance, measure_acceptance
 from dvi_jax.decode.batch import Generation, choose_plan
+from dvi_jax.decode.memory import check_room
 from dvi_jax.errors import UserError
 from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.fast_update import Batch, LearnerState, fast_update, init_learner, with_trainable
@@ -31,6 +33,7 @@ from dvi_jax.learn.replay import Replay, Windows, push
 from dvi_jax.learn.rollout import rollout, window_length
 from dvi_jax.learn.run import Run
 from dvi_jax.learn.run_directory import Report, RunDirectory
+from dvi_jax.learn.run_identity import RunIdentity, identify
 from dvi_jax.learn.slow_update import init_slow, is_due, slow_update
 from dvi_jax.learn.stopping import StopSignals
 from dvi_jax.loading import LoadedModel, from_checkpoint
@@ -68,16 +71,15 @@ def train_online(
 ) -> OnlineResult:
     """Run an online training run, or go on with one (`resume`). `report` is called with every metrics record.
 
-    SIGTERM and SIGINT end it after the running update with a snapshot (`stopping.Stopped`, a `SystemExit`).
+    SIGTERM and SIGINT end it with `stopping.Stopped`, a `SystemExit`: after the running update, with a snapshot.
     """
-    with RunDirectory(
-        config.out, keep=config.keep_checkpoints, keep_best=config.keep_best, resume=resume, report=report
-    ) as directory:
+    kept = {"keep": config.keep_checkpoints, "keep_best": config.keep_best}
+    with StopSignals() as signals, RunDirectory(config.out, **kept, resume=resume, report=report) as directory:
         checkpoint = open_checkpoint(config.checkpoint)
         checkpoint = kept_or_new_drafter(checkpoint, config.drafter, config.drafter_options, config.exit_layer)
         run = OnlineRun(config, with_new_lora_d(checkpoint, config), directory)
         run.restore()
-        run.learn()
+        run.learn(signals)
         return run.finish()
 
 
@@ -116,9 +118,19 @@ class OnlineRun(Run[LearnerState, Acceptance]):
                 f" {config.decode.max_new_tokens} exceed the model's context of"
                 f" {model.config.context_length} tokens"
             )
+        kept_apart = model.manifest.held_out_fraction
+        if kept_apart and config.data.held_out_fraction > kept_apart:
+            raise UserError(
+                f"data.held_out_fraction must be at most {kept_apart}, got {config.data.held_out_fraction}:"
+                " this drafter was trained on all other questions"
+            )
         if config.slow.every and not model.params.lora_d:
             raise UserError("slow.every needs a verifier with a lora_D: set slow.rank_d")
         choose_plan(model, config.decode)
+        # Windows of the replay and of a rollout: features, and ten bytes beside them.
+        window = self.window * (2 * model.config.hidden_size * (1 + len(model.taps)) + 10)
+        kept = f"replay_capacity {config.replay_capacity} and rollout_batch {config.rollout_batch}"
+        check_room((config.replay_capacity + config.rollout_batch) * window, kept)
 
     def initial_state(self, params: Params) -> LearnerState:
         config = self.config
@@ -126,6 +138,15 @@ class OnlineRun(Run[LearnerState, Acceptance]):
         replay = Replay.empty(config.replay_capacity, self.window, self.model.config.hidden_size, taps)
         learner = init_learner(params, config.optimizer, replay, jax.random.key(config.seed))
         return learner.replace(slow=init_slow(params, config.slow)) if config.slow.every else learner
+
+    def identity(self) -> RunIdentity:
+        files = [path if path == "-" else os.path.abspath(path) for path in self.config.data.files]
+        return identify(self.config, self.checkpoint, self.model.manifest, {"data.files": files})
+
+    def manifest(self) -> Manifest:
+        """With the smallest share of questions that was kept apart since its drafter was new."""
+        shares = self.model.manifest.held_out_fraction, self.config.data.held_out_fraction
+        return replace(super().manifest(), held_out_fraction=min(filter(None, shares), default=0.0))
 
     def learned(self) -> dict[str, Any]:
         slow = self.state.slow
@@ -149,6 +170,7 @@ class OnlineRun(Run[LearnerState, Acceptance]):
             self.progress.seconds = earlier + time.perf_counter() - began
             self._evaluate_and_save()
             if config.max_minutes and self.progress.seconds > 60 * config.max_minutes:
+                self.directory.report("time_limit", {"step": self.step, "minutes": config.max_minutes})
                 break
 
     def finish(self) -> OnlineResult:
@@ -219,15 +241,15 @@ class OnlineRun(Run[LearnerState, Acceptance]):
 
     def _has_collapsed(self, batch: list[Prompt], accept_rate: float) -> bool:
         """Whether the drafter has become worse than its best snapshot; then the run has gone back (`rollback.py`)."""
-        watch, limit = self.watch, self.rollback.collapse
-        if not watch.observe(accept_rate, self.rollback):
+        watch, config = self.watch, self.rollback
+        if not watch.observe(accept_rate, config):
             return False
         # Only suspected as yet: the best snapshot's drafter decodes the very same prompts.
         good, step = self.last_good(best=True)
         model = self.model.with_params(with_trainable(self.model.params, good.trainable))
         there = measure_acceptance(self._roll_out(model, batch)[1]).accept_rate
         values = {"accept_rate": accept_rate, "good_accept_rate": there, "snapshot": step}
-        if accept_rate < limit * there:
+        if accept_rate < config.collapse * there:
             self.roll_back(good, step, {"reason": "the drafter has collapsed", **values})
             return True
         watch.acquit(there)

@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
-import optax
+from typing import Any
 
-MAX_BAD_STEPS = 5  # non-finite updates in a row that are skipped
+import jax
+import jax.numpy as jnp
+import optax
 
 
 def guarded(optimizer: optax.GradientTransformation, clip_norm: float) -> optax.GradientTransformation:
-    """`optimizer` clipped by global norm; up to `MAX_BAD_STEPS` non-finite updates in a row are skipped and counted."""
-    return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(clip_norm), optimizer), MAX_BAD_STEPS)
+    """`optimizer` clipped by global norm; an update that would leave anything non-finite is skipped and counted.
+
+    However many there are in a row: `optax.apply_if_finite`, whose state this keeps, would apply one in the end, and
+    looks at gradients alone.
+    """
+    inner = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+
+    def init(params: optax.Params) -> optax.ApplyIfFiniteState:
+        return optax.ApplyIfFiniteState(jnp.int32(0), jnp.array(True), jnp.zeros((), jnp.int32), inner.init(params))
+
+    def update(
+        gradients: optax.Updates, state: optax.ApplyIfFiniteState, params: optax.Params
+    ) -> tuple[optax.Updates, optax.ApplyIfFiniteState]:
+        updates, inner_state = inner.update(gradients, state.inner_state, params)
+        # A gradient that is not finite makes moments that are not, and so may a huge one.
+        finite = _all_finite((optax.apply_updates(params, updates), inner_state))
+        counted = jnp.where(finite, 0, 1)
+        return (
+            jax.tree.map(lambda new: jnp.where(finite, new, 0), updates),
+            optax.ApplyIfFiniteState(
+                notfinite_count=jnp.where(finite, 0, optax.safe_increment(state.notfinite_count)),
+                last_finite=finite,
+                total_notfinite=state.total_notfinite + counted,
+                inner_state=jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner_state, state.inner_state),
+            ),
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    """Whether every number of every floating-point leaf is finite: bool scalar."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))

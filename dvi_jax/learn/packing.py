@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dvi_jax.archives import DAMAGED_NPZ, read_npz
-from dvi_jax.errors import UserError
+from dvi_jax.archives import DAMAGED_NPZ, Header, read_npz
+from dvi_jax.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,19 @@ def load_packed(paths: Sequence[str | Path]) -> Packed:
 def _load(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and mask, both [N, T], of one file."""
     wrong = f"{path} is not packed data (.npz with tokens and mask)"
+
+    def expect(headers: dict[str, Header]) -> None:
+        (shape, dtype), (bits_shape, bits_dtype) = headers["tokens"], headers["mask"]
+        if len(shape) != 2 or 0 in shape or dtype.kind not in "iu":
+            raise UserError(f"{wrong}: tokens must be rows of ids, got {dtype} {list(shape)}")
+        if bits_dtype != np.uint8 or bits_shape != (shape[0], -(-shape[1] // 8)):
+            raise UserError(f"{wrong}: the mask must have a bit for each token, got {bits_dtype} {list(bits_shape)}")
+
     try:
-        arrays = read_npz(path, "tokens", "mask")
+        arrays = read_npz(path, "tokens", "mask", expect=expect)
     except DAMAGED_NPZ as error:
-        raise UserError(f"{wrong}: {error}") from error
+        raise UserError(one_line(f"{wrong}: {error}")) from error
     tokens, bits = arrays["tokens"], arrays["mask"]
-    if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu" or tokens.min() < 0:
-        raise UserError(f"{wrong}: tokens must be rows of ids, got {tokens.dtype} {list(tokens.shape)}")
-    if bits.dtype != np.uint8 or bits.shape != (len(tokens), -(-tokens.shape[1] // 8)):
-        raise UserError(f"{wrong}: the mask must have a bit for each token, got {bits.dtype} {list(bits.shape)}")
+    if tokens.min() < 0:
+        raise UserError(f"{wrong}: tokens must be rows of ids, got {tokens.min()}")
     return tokens, np.unpackbits(bits, axis=1, count=tokens.shape[1]).astype(bool)

@@ -73,14 +73,28 @@ def read_windows(state: DecodeState, prompt_length: jax.Array, *, window: int) -
 # The ring is donated: a push writes N windows, it does not copy C.
 @partial(jax.jit, donate_argnames="replay")
 def push(replay: Replay, windows: Windows) -> Replay:
-    """Append N windows, overwriting the oldest once the ring is full. N must not exceed the capacity."""
+    """Append N windows, overwriting the oldest once the ring is full. N must not exceed the capacity.
+
+    A window whose features are not all finite becomes an empty one: it would spoil every update that drew it.
+    """
     capacity, count = replay.windows.length.shape[0], windows.length.shape[0]
+    windows = _without_non_finite(windows)
     slots = (replay.cursor + jnp.arange(count)) % capacity
     return Replay(
         jax.tree.map(lambda ring, new: ring.at[slots].set(new), replay.windows, windows),
         (replay.cursor + count) % capacity,
         jnp.minimum(replay.size + count, capacity),
     )
+
+
+def _without_non_finite(windows: Windows) -> Windows:
+    leaves = jax.tree.leaves(windows.features)
+    finite = jnp.array([jnp.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in leaves]).all(axis=0)
+
+    def cleared(leaf: jax.Array) -> jax.Array:
+        return jnp.where(finite.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
+
+    return windows.replace(features=jax.tree.map(cleared, windows.features), length=cleared(windows.length))
 
 
 def sample(replay: Replay, key: jax.Array, count: int) -> Windows:

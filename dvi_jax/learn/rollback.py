@@ -73,11 +73,14 @@ class Watch:
 
 
 def non_finite_updates(state: LearnerState | DistillState) -> int:
-    """Updates skipped in a row up to now, the slow ones apart from the others."""
-    counts = [state.optimizer.notfinite_count]
-    if isinstance(state, LearnerState) and state.slow is not None:
-        counts.append(state.slow.optimizer.notfinite_count)
-    return max(int(count) for count in counts)
+    """Updates skipped in a row up to now, the slow ones apart from the others: the longer row of the two."""
+    slow = state.slow if isinstance(state, LearnerState) else None
+    return max(failing_updates(state), 0 if slow is None else int(slow.optimizer.notfinite_count))
+
+
+def failing_updates(state: LearnerState | DistillState) -> int:
+    """Updates of the drafter skipped in a row up to now."""
+    return int(state.optimizer.notfinite_count)
 
 
 def go_on_from(good: State, now: State) -> State:

@@ -9,12 +9,15 @@ from typing import Any, Generic, TypeVar
 
 import jax
 
-from dvi_jax.checkpoint import Checkpoint, rewrite_checkpoint
+from dvi_jax.checkpoint import Checkpoint, Manifest, load_tree, read_manifest, rewrite_checkpoint
 from dvi_jax.config import RollbackConfig
-from dvi_jax.learn.rollback import Watch, go_on_from, non_finite_updates
+from dvi_jax.errors import UserError
+from dvi_jax.identity import hash_tree
+from dvi_jax.learn.rollback import Watch, failing_updates, go_on_from, non_finite_updates
 from dvi_jax.learn.run_directory import RunDirectory
+from dvi_jax.learn.run_identity import RunIdentity
 from dvi_jax.learn.snapshot import State
-from dvi_jax.learn.stopping import StopSignals
+from dvi_jax.learn.stopping import Stopped, StopSignals
 from dvi_jax.loading import LoadedModel, trained_parts
 from dvi_jax.model.speculative_llama import Params
 
@@ -40,6 +43,10 @@ class Run(ABC, Generic[State, Measured]):
     @abstractmethod
     def initial_state(self, params: Params) -> State:
         """The state at update 0 of a model with these arrays."""
+
+    @abstractmethod
+    def identity(self) -> RunIdentity:
+        """What this run is."""
 
     @abstractmethod
     def work(self, signals: StopSignals) -> None:
@@ -77,8 +84,10 @@ class Run(ABC, Generic[State, Measured]):
     def restore(self) -> None:
         """Go back to the newest whole snapshot if the run resumes one: arrays, counters, metrics.
 
-        A run killed before its first snapshot starts again from the beginning.
+        A run killed before its first snapshot starts again from the beginning. `UserError` if this is another run than
+        the one that was begun there (`run_identity.py`).
         """
+        self.directory.identify(self.identity())
         found, evaluations = self.directory.restore(self.state)
         if found is None:
             return
@@ -90,15 +99,15 @@ class Run(ABC, Generic[State, Measured]):
             self.evaluated = evaluations[-1]["step"]
         self.directory.report("resume", {"step": found.step})
 
-    def learn(self) -> None:
-        """Work until it is done or a signal asks to stop; either way the last state is saved."""
-        with StopSignals() as signals:
+    def learn(self, signals: StopSignals) -> None:
+        """Work until it is done or a signal asks to stop (`Stopped`); either way the last state is saved."""
+        with signals.held():
             if self.before is None:
                 self.before = self.evaluate()
             self.work(signals)
             self.save(regular=False)
-            if signals.received:
-                self.directory.stop(signals.received, self.step)
+        if signals.received:
+            raise Stopped(signals.received)
 
     def evaluate(self) -> Measured:
         """Evaluate the drafter as it now is, and log it."""
@@ -108,8 +117,11 @@ class Run(ABC, Generic[State, Measured]):
         return result
 
     def save(self, *, score: float | None = None, regular: bool = True) -> bool:
-        """Save in the background; a regular snapshot only of a state that updates have not begun to fail on."""
-        if regular and non_finite_updates(self.state):
+        """Save in the background; a regular snapshot only of a state that updates have not begun to fail on.
+
+        A slow update that was skipped does not count: it moved nothing, and the next one may be long in coming.
+        """
+        if regular and failing_updates(self.state):
             return False
         self.directory.save(self.state, self.progress_record(), score=score, regular=regular)
         return True
@@ -120,12 +132,33 @@ class Run(ABC, Generic[State, Measured]):
             self.after = self.evaluate()
         elif self.after is None:  # there was nothing to learn
             self.after = self.before
-        path, exists = self.directory.checkpoint_path(self.step)
+        path, exists = self.directory.checkpoint_path(self.step, self._is_checkpoint)
         if not exists:
-            manifest = replace(self.model.manifest, training_step=self.step, verifier=self.verifier())
-            rewrite_checkpoint(self.checkpoint, path, manifest=manifest, **trained_parts(self.model.params))
+            parts = trained_parts(self.model.params)
+            rewrite_checkpoint(self.checkpoint, path, share_base=True, manifest=self.manifest(), **parts)
         self.directory.finish(self.step)
         return path
+
+    def manifest(self) -> Manifest:
+        """That of a checkpoint of the present state."""
+        return replace(
+            self.model.manifest,
+            training_step=self.step,
+            verifier=self.verifier(),
+            run_digest=self.directory.identity.digest,
+        )
+
+    def _is_checkpoint(self, path: Path) -> bool:
+        """Whether this is a checkpoint of the present state, by its manifest and by every bit of what was learned."""
+        try:
+            manifest = read_manifest(path)
+            if (manifest.training_step, manifest.run_digest) != (self.step, self.directory.identity.digest):
+                return False
+            trees = {name: load_tree(path / name) for name in ("drafter", "lora") if (path / name).exists()}
+        except UserError:  # damaged, or something else
+            return False
+        learned = {name: tree for name, tree in jax.device_get(trained_parts(self.model.params)).items() if tree}
+        return hash_tree(trees) == hash_tree(learned)
 
     def take_over(self) -> None:
         """Decode and evaluate with what was learned."""

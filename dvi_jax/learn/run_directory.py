@@ -1,12 +1,14 @@
 """The directory of a run: one owner at a time, its metrics, its snapshots, and where its checkpoint goes.
 
-`LOCK` is held while a run is at work and names its owner, `metrics.jsonl` is what was measured, `snapshots/` what a
-resumed run goes on from, `checkpoint/` what a finished one leaves.
+`LOCK` is held while a run is at work and names its owner, `run.json` says what the run is (`run_identity.py`),
+`metrics.jsonl` is what was measured, `snapshots/` what a resumed run goes on from, `checkpoint/` what a finished one
+leaves.
 """
 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import signal
 import socket
@@ -15,15 +17,17 @@ from contextlib import ExitStack, closing, suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
-from dvi_jax.checkpoint import read_manifest
+from dvi_jax.checkpoint import MANIFEST
 from dvi_jax.directories import remove_partial
 from dvi_jax.errors import UserError
-from dvi_jax.learn.metrics import MetricsLog
+from dvi_jax.learn.metrics import MetricsLog, has_summary
+from dvi_jax.learn.run_identity import RUN, RunIdentity, read_identity
 from dvi_jax.learn.snapshot import Snapshot, Snapshots, State
 from dvi_jax.learn.stopping import Stopped
 
+CHECKPOINT, SNAPSHOTS, METRICS, PICTURE = "checkpoint", "snapshots", "metrics.jsonl", "curve.png"
 Report = Callable[[str, dict[str, Any]], None]  # (kind of record, record)
 
 
@@ -36,22 +40,40 @@ class RunDirectory:
     def __init__(self, out: str | Path, *, keep: int, keep_best: int, resume: bool, report: Report):
         self.path, self.resume, self.report = Path(out), resume, report
         self._keep, self._failed_saves = (keep, keep_best), 0
+        self.step = 0  # update of the newest record
+        self._changes: list[dict[str, Any]] = []  # of settings, since the run that is resumed
 
     def __enter__(self) -> RunDirectory:
         with ExitStack() as stack:
             stack.enter_context(lock(self.path))
-            if not self.resume:
-                refuse_earlier_run(self.path)
-            remove_partial(self.path)
-            self.metrics = stack.enter_context(closing(MetricsLog(self.path / "metrics.jsonl")))
-            self.snapshots = stack.enter_context(Snapshots((self.path / "snapshots").absolute(), *self._keep))
+            (check_resumable if self.resume else refuse_earlier_run)(self.path)
+            remove_partial(self.path, CHECKPOINT)
+            self.metrics = stack.enter_context(closing(MetricsLog(self.path / METRICS)))
+            self.snapshots = stack.enter_context(Snapshots((self.path / SNAPSHOTS).absolute(), *self._keep))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, Stopped):
+            self._tell_of_stop(error.number)
         self._stack.__exit__(kind, error, trace)
+
+    def identify(self, identity: RunIdentity) -> None:
+        """Say what the run is, before `restore`; `UserError` if the one that it resumes was another.
+
+        A run of an earlier release, which recorded nothing, is taken to be what it is resumed as.
+        """
+        begun = read_identity(self.path) if self._resumes else None
+        if begun is not None:
+            identity, self._changes = identity.resuming(begun, self.path)
+        self.identity, self.snapshots.run_digest = identity, identity.digest
+
+    @property
+    def _resumes(self) -> bool:
+        """Whether there is anything to go on from; a run killed before its first snapshot starts again."""
+        return self.resume and bool(self.snapshots.steps())
 
     def restore(self, template: State) -> tuple[Snapshot[State] | None, list[dict[str, Any]]]:
         """The newest whole snapshot if this run resumes one, and the evaluations up to there.
@@ -60,8 +82,14 @@ class RunDirectory:
         """
         found = self.snapshots.newest(template) if self.resume else None
         evaluations = self.metrics.rewind(-1 if found is None else found.step)
+        try:
+            self.identity.write(self.path)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path / RUN}: {error.strerror}") from error
         if found is not None:
             self._log_damaged(found, found.step)
+            for change in self._changes:
+                self.log("changed_setting", found.step, change)
         return found, evaluations
 
     def last_good(
@@ -84,7 +112,7 @@ class RunDirectory:
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append a record to the metrics and report it."""
-        record = {"kind": kind, "step": step, **values}
+        record, self.step = {"kind": kind, "step": step, **values}, step
         self.metrics.append(record)
         self.report(kind, record)
 
@@ -97,13 +125,13 @@ class RunDirectory:
             values = {"snapshot": save.step, "reason": save.reason, "count": self._failed_saves}
             self.log("failed_save", step, values)
 
-    def stop(self, number: int, step: int) -> NoReturn:
-        """End a run that signal `number` asked to stop, once its last snapshot is written."""
+    def _tell_of_stop(self, number: int) -> None:
+        """Report what a run that signal `number` ends can go on from, once its last snapshot is written."""
         self.snapshots.wait()
-        self.log_failed_saves(step)
         newest = max(self.snapshots.steps(), default=None)
+        step = self.step if newest is None else max(self.step, newest)
+        self.log_failed_saves(step)
         self.report("stopped", {"step": step, "signal": signal.Signals(number).name, "snapshot": newest})
-        raise Stopped(number)
 
     def finish(self, step: int) -> None:
         """Wait for the last snapshot and bring the metrics to the disk; `UserError` if it does not take them."""
@@ -114,17 +142,20 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"{self.metrics.path} is not complete: {error.strerror}") from error
 
-    def checkpoint_path(self, step: int) -> tuple[Path, bool]:
-        """Where the checkpoint of update `step` goes, and whether it is there already.
+    def checkpoint_path(self, step: int, is_there: Callable[[Path], bool]) -> tuple[Path, bool]:
+        """Where the checkpoint of update `step` goes, and whether what is there already `is_there`, this very one.
 
-        `checkpoint`, or `checkpoint-STEP` if the run had finished before it was resumed with more to do.
+        `checkpoint`; `checkpoint-STEP` if that is taken, as by a run that had finished before it was resumed with more
+        to do; or else `checkpoint-STEP-2` and so on. Nothing is overwritten, whatever it is.
         """
-        for path in (self.path / "checkpoint", self.path / f"checkpoint-{step}"):
-            if not path.exists():
+        further = (f"{CHECKPOINT}-{step}-{number}" for number in itertools.count(2))
+        for name in itertools.chain([CHECKPOINT, f"{CHECKPOINT}-{step}"], further):
+            path = self.path / name
+            if not os.path.lexists(path):
                 return path, False
-            if read_manifest(path).training_step == step:
+            if is_there(path):
                 return path, True
-        raise UserError(f"{path} is not of update {step}, as its name says: move it away")
+        raise AssertionError("there are endless names")
 
 
 def lock(out: Path) -> TextIO:
@@ -155,7 +186,30 @@ def lock(out: Path) -> TextIO:
 
 
 def refuse_earlier_run(out: Path) -> None:
-    """Raise `UserError` if a run already left snapshots in `out`."""
-    snapshots = out / "snapshots"
-    if snapshots.is_dir() and any(not path.name.startswith(".") for path in snapshots.iterdir()):
-        raise UserError(f"{out} holds an earlier run: pass --resume to go on with it, or choose another out")
+    """Raise `UserError` if a run already left snapshots or results in `out`.
+
+    The metrics of one that was killed before its first snapshot are no result.
+    """
+    found = [*_snapshots(out), *_checkpoints(out), *out.glob(PICTURE)]
+    if found or has_summary(out / METRICS):
+        name = found[0].relative_to(out) if found else METRICS
+        raise UserError(f"{out} holds an earlier run ({name}): pass --resume to go on with it, or choose another out")
+
+
+def check_resumable(out: Path) -> None:
+    """Raise `UserError` if `out` has results and no snapshot to go on from, or what is no checkpoint in its place."""
+    for path in _checkpoints(out):
+        if not (path / MANIFEST).is_file():
+            raise UserError(f"{path} is in the way of the run's checkpoint and is none: move it away")
+        if not _snapshots(out):
+            raise UserError(f"{path} is the result of a run whose snapshots are gone: choose another out")
+
+
+def _snapshots(out: Path) -> list[Path]:
+    directory = out / SNAPSHOTS
+    return [path for path in directory.iterdir() if not path.name.startswith(".")] if directory.is_dir() else []
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    """Everything that has, or is in the way of, a checkpoint's name: links that lead nowhere, too."""
+    return sorted(path for path in out.iterdir() if path.name.startswith(CHECKPOINT))

@@ -27,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import KeyPath
 
-from dvi_jax.archives import DAMAGED_NPZ, read_npz
+from dvi_jax.archives import DAMAGED_NPZ, Header, read_npz
+from dvi_jax.checkpoint import read_json
 from dvi_jax.directories import PARTIAL, DamageError, hash_files, partial_directory, remove_partial, verify_files
-from dvi_jax.errors import UserError
+from dvi_jax.errors import UserError, one_line
 from dvi_jax.learn.distill import DistillState
 from dvi_jax.learn.fast_update import LearnerState
 
@@ -38,6 +39,14 @@ State = TypeVar("State", LearnerState, DistillState)
 # Arrays that earlier releases kept under another name.
 FORMER_NAMES = {"replay/windows/verifier_hidden": "replay/windows/features/final"}
 ARRAYS, PROGRESS, CHECKSUMS = "arrays.npz", "progress.json", "CHECKSUMS.json"
+
+
+class NotFiniteError(Exception):
+    """A state has numbers that are not finite: nobody could go on from it."""
+
+
+# What ends up in `Snapshots.failed`: the disk, or memory of the host or the device, does not suffice, or the above.
+SAVE_FAULTS = (OSError, MemoryError, jax.errors.JaxRuntimeError, NotFiniteError)
 
 
 class AllDamagedError(UserError):
@@ -70,6 +79,7 @@ class Snapshots:
 
     def __init__(self, directory: Path, keep: int, keep_best: int):
         self.directory, self.keep, self.keep_best = directory, keep, keep_best
+        self.run_digest = ""  # of the run that these are of (`run_identity.py`); "": not known
         self.failed: list[FailedSave] = []  # since the caller last emptied it
         self.waited_seconds = 0.0  # that learning stood still for saves
         self.written_seconds = 0.0  # that the thread was at work
@@ -96,18 +106,21 @@ class Snapshots:
     ) -> None:
         """Save in the background under `state.step`; waits for the save before, if it still runs.
 
-        `before` is called in the thread and must succeed first. An `OSError` of either ends up in `failed`. A snapshot
+        `before` is called in the thread and must succeed first. `SAVE_FAULTS` of either end up in `failed`. A snapshot
         that is not `regular`, taken because the run stops, does not count among those to keep or to go back to.
         """
         began = time.perf_counter()
         self.wait()
         step = int(state.step)
         if step not in self.steps():
-            # A copy of our own: the next update donates these arrays while the save may still be reading them.
-            arrays = jax.tree.map(jnp.copy, _named(state))
-            document = {"progress": progress, "score": score, "regular": regular}
+            document = {"progress": progress, "score": score, "regular": regular, "run": self.run_digest}
             self._running_step = step
-            self._running = self._thread.submit(self._write, step, arrays, document, before)
+            try:
+                # A copy of our own: the next update donates these arrays while the save may still be reading them.
+                arrays = jax.tree.map(jnp.copy, _named(state))
+                self._running = self._thread.submit(self._write, step, arrays, document, before)
+            except SAVE_FAULTS as error:
+                self.failed.append(FailedSave(step, _reason(error)))
         self.waited_seconds += time.perf_counter() - began
 
     def wait(self) -> None:
@@ -117,8 +130,8 @@ class Snapshots:
             return
         try:
             running.result()
-        except OSError as error:
-            self.failed.append(FailedSave(self._running_step, error.strerror or str(error)))
+        except SAVE_FAULTS as error:
+            self.failed.append(FailedSave(self._running_step, _reason(error)))
 
     def poll(self) -> None:
         """Notice a save that has ended, without waiting for one that has not."""
@@ -179,7 +192,11 @@ class Snapshots:
         if set(checksums) != {ARRAYS, PROGRESS}:
             raise DamageError(f"{path / CHECKSUMS} is damaged: it must name {ARRAYS} and {PROGRESS}")
         verify_files(path, checksums)
-        return _from_named(read_arrays(path / ARRAYS), template, str(path)), _read_json(path / PROGRESS)["progress"]
+        document = _read_json(path / PROGRESS)
+        if (document.get("run") or self.run_digest) != self.run_digest:  # earlier releases name none
+            raise UserError(f"{path} is a snapshot of another run than the one in this directory: move it away")
+        arrays = read_arrays(path / ARRAYS, expect=lambda headers: _check_fit(headers, template, str(path)))
+        return _from_named(arrays, template), document["progress"]
 
     def _write(
         self, step: int, arrays: dict[str, jax.Array], document: dict[str, Any], before: Callable[[], None]
@@ -188,7 +205,7 @@ class Snapshots:
         began = time.perf_counter()
         before()
         with partial_directory(self.directory / str(step)) as partial:
-            write_arrays(partial / ARRAYS, jax.device_get(arrays))
+            write_arrays(partial / ARRAYS, _finite(jax.device_get(arrays)))
             _write_json(partial / PROGRESS, document)
             _write_json(partial / CHECKSUMS, hash_files(partial))
         self._prune()
@@ -225,10 +242,12 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         os.fsync(file.fileno())
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """What `write_arrays` wrote; numpy has no name for bfloat16 and gives its bytes."""
+def read_arrays(
+    path: Path, expect: Callable[[dict[str, Header]], None] = lambda headers: None
+) -> dict[str, np.ndarray]:
+    """What `write_arrays` wrote; numpy has no name for bfloat16 and gives its bytes. `expect` as in `read_npz`."""
     try:
-        return read_npz(path)
+        return read_npz(path, expect=expect)
     except DAMAGED_NPZ as error:
         raise DamageError(f"{path} cannot be read: {error}") from error
 
@@ -239,28 +258,37 @@ def _named(state: State) -> dict[str, jax.Array]:
     return {_name(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
 
 
-def _from_named(arrays: dict[str, np.ndarray], template: State, where: str) -> State:
-    """Arrays in the structure of `template`; the first that is missing, unknown or of another kind is a `UserError`."""
+def _check_fit(headers: dict[str, Header], template: State, where: str) -> None:
+    """Raise `UserError` naming the first array that is missing, unknown or of another kind than in `template`."""
     wanted = _named(template)
-    arrays = {FORMER_NAMES.get(name, name): array for name, array in arrays.items()}
-    unknown = sorted(arrays.keys() - wanted.keys())
+    headers = {FORMER_NAMES.get(name, name): header for name, header in headers.items()}
+    unknown = sorted(headers.keys() - wanted.keys())
     if unknown:
         raise UserError(f"{where} does not fit these settings: it has {unknown[0]}, which they do not use")
+    for name, like in wanted.items():
+        if name not in headers:
+            raise UserError(f"{where} does not fit these settings: it has no {name}")
+        shape, dtype = headers[name]
+        if shape != like.shape or (dtype != like.dtype and not _is_raw(dtype, like.dtype)):
+            expected = f"{like.dtype} {like.shape}"
+            raise UserError(f"{where} does not fit these settings: {name} is {dtype} {shape}, they ask for {expected}")
+
+
+def _is_raw(dtype: np.dtype, like: np.dtype) -> bool:
+    """Whether numpy has only the bytes of such a type."""
+    return dtype.kind == "V" and dtype.itemsize == like.itemsize
+
+
+def _from_named(arrays: dict[str, np.ndarray], template: State) -> State:
+    """Arrays that fit `template`, in its structure."""
+    wanted = _named(template)
+    arrays = {FORMER_NAMES.get(name, name): array for name, array in arrays.items()}
 
     def find(path: KeyPath[Any], old: jax.Array) -> jax.Array:
         name = _name(path)
-        if name not in arrays:
-            raise UserError(f"{where} does not fit these settings: it has no {name}")
-        array, like = arrays[name], wanted[name]
-        if array.dtype.kind == "V" and array.dtype.itemsize == like.dtype.itemsize:
-            array = array.view(like.dtype)
-        if (array.shape, array.dtype) != (like.shape, like.dtype):
-            expected = f"{like.dtype} {like.shape}"
-            raise UserError(
-                f"{where} does not fit these settings: {name} is {array.dtype} {array.shape}, they ask for {expected}"
-            )
+        array, dtype = arrays[name], wanted[name].dtype
         # Not jnp.array, which compiles a copy for every shape: nobody else holds what was read.
-        placed = jax.device_put(array)
+        placed = jax.device_put(array.view(dtype) if _is_raw(array.dtype, dtype) else array)
         return jax.random.wrap_key_data(placed) if _is_key(old) else placed
 
     return jax.tree.map_with_path(find, template)
@@ -274,6 +302,20 @@ def _is_key(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+def _finite(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`arrays`; `NotFiniteError` naming the first with a number that is not finite."""
+    for name, array in arrays.items():
+        if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(array).all():
+            raise NotFiniteError(f"{name} has numbers that are not finite")
+    return arrays
+
+
+def _reason(error: BaseException) -> str:
+    """In one line why a save failed."""
+    text = getattr(error, "strerror", None) or str(error) or "out of memory"
+    return one_line(text)
+
+
 def _write_json(path: Path, document: dict[str, Any]) -> None:
     with path.open("w", encoding="utf-8") as file:
         json.dump(document, file)
@@ -283,8 +325,8 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        document = read_json(path)
+    except UserError as error:
         raise DamageError(f"{path} is missing or damaged") from error
     if not isinstance(document, dict):
         raise DamageError(f"{path} is damaged: it must hold an object")

@@ -77,7 +77,6 @@ PROMPTS = [[*BEGINNING, 5, 9], [*BEGINNING, 30], [*BEGINNING, 2, 2, 51, 8]]
 PAIRS = (
     Case(drafter="medusa", dtype="bfloat16"),
     Case(drafter="medusa", sampling="rejection", batch=1),
-    Case(drafter="tapped_block", dtype="bfloat16", prefix=True),
     Case(drafter="tapped_step", trunk="separate", prefix=True),
     Case(plan="chain", dtype="bfloat16", trunk="separate"),
     Case(plan="chain", dtype="bfloat16", sampling="coupled", prefix=True),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dvi_jax.checkpoint import Manifest
-from dvi_jax.config import DistillConfig
+from dvi_jax.config import DistillConfig, LlamaConfig
 from dvi_jax.learn.distill import distill_step, init_distill
 from dvi_jax.loading import LoadedModel, build_model
 from dvi_jax.model import drafters
@@ -21,9 +21,10 @@ from tests.compiling import lightly_compiled
 from tests.contract.cases import PROMPTS, Case, along, everything, star
 from tests.contract.probe import PROBES
 
+TAPPING = ("block", *(probe.kind for probe in PROBES))
 STEPS, ROWS, LENGTH = 40, 8, 36
 UNROLLED = 2  # drafts of a round that are learned from: each one more is compiled apart
-SMALL = replace(TINY, num_layers=3)  # every layer is compiled apart
+TWO_LAYERS, THREE_LAYERS = (replace(TINY, num_layers=count) for count in (2, 3))  # every layer is compiled apart
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,13 +46,23 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", cases, ids=str)
 
 
-def untrained(case: Case) -> LoadedModel:
-    """A verifier whose deep layers say little, so that what is drafted from lower down can be learned quickly."""
-    base = random_base(SMALL, jax.random.key(0), jnp.dtype(case.dtype), std=0.3)
-    base["layers"] = {
-        i: layer | {"out": layer["out"] * 0.1, "down": layer["down"] * 0.1} if int(i) else layer
-        for i, layer in base["layers"].items()
-    }
+def verifier_of(drafter: str) -> LlamaConfig:
+    """As few layers as the drafter can look at."""
+    return THREE_LAYERS if drafter in TAPPING else TWO_LAYERS
+
+
+def untrained(case: Case, config: LlamaConfig | None = None) -> LoadedModel:
+    """A verifier whose deep layers say little, so that what is drafted from lower down can be learned quickly.
+
+    `config`: of which shape; that of `verifier_of` where it isn't given.
+    """
+    config = config or verifier_of(case.drafter)
+    with lightly_compiled():
+        base = random_base(config, jax.random.key(0), jnp.dtype(case.dtype), std=0.3)
+        base["layers"] = {
+            i: layer | {"out": layer["out"] * 0.1, "down": layer["down"] * 0.1} if int(i) else layer
+            for i, layer in base["layers"].items()
+        }
     block = issubclass(drafters.DRAFTERS[case.drafter], drafters.BlockDrafter)
     manifest = Manifest(
         source="random",
@@ -61,13 +72,14 @@ def untrained(case: Case) -> LoadedModel:
         drafter=case.drafter,
         lora={"rank_s": 2, "rank_d": 0} if case.trunk == "separate" else {},
     )
-    return LoadedModel(SMALL, manifest, *split(build_model(SMALL, manifest, base)))
+    with lightly_compiled():
+        return LoadedModel(config, manifest, *split(build_model(config, manifest, base)))
 
 
 @cache
-def own_text() -> np.ndarray:
+def own_text(config: LlamaConfig) -> np.ndarray:
     """Greedy continuations by the verifier, of `PROMPTS` and of random tokens: int32 [ROWS, LENGTH]."""
-    model = untrained(Case())
+    model = untrained(Case(), config)
     tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, (ROWS, LENGTH)).astype(np.int32)
     for row, prompt in zip(tokens, PROMPTS, strict=False):
         row[: len(prompt)] = prompt
@@ -85,7 +97,8 @@ def own_text() -> np.ndarray:
 
         return jax.lax.fori_loop(0, LENGTH - 1, step, tokens)
 
-    return np.asarray(continued(tokens))
+    with lightly_compiled():
+        return np.asarray(continued(tokens))
 
 
 @cache
@@ -96,7 +109,7 @@ def trained(drafter: str, dtype: str, trunk: str) -> tuple[LoadedModel, list[flo
         checkpoint="", out="", data=(), drafter=drafter, tokens=STEPS * ROWS * LENGTH, row_length=LENGTH,
         batch_rows=ROWS, unroll_steps=UNROLLED, warmup=1, lr=2e-2,
     )  # fmt: skip
-    tokens, losses = own_text(), []
+    tokens, losses = own_text(model.config), []
     with lightly_compiled():
         state = init_distill(model.params, config)
         for _ in range(STEPS):

@@ -40,9 +40,10 @@ def decoded(case, model, *, plain=False):
     knobs = make_knobs(settings, (), plain=plain)
     sampling = make_sampling(model, prompts, SAMPLING[case.sampling])
     plan = choose_plan(model, settings, plain=plain)
-    with lightly_compiled() if case.compiled_lightly else nullcontext():
+    with lightly_compiled():  # plain and speculative decoding begin with one state, made by one program
         prefix = make_prefix(model, BEGINNING) if case.prefix else None
         state = start(model, prompts, settings, knobs, sampling=sampling, prefix=prefix, record=True)
+    with lightly_compiled() if case.compiled_lightly else nullcontext():
         return decode_rounds(model.definition, model.decode_params, state, knobs, plan)
 
 

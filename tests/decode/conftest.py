@@ -25,10 +25,10 @@ def make_close(make_tiny):
     """make_close(dtype): weak deep layers, so that the untrained drafter is right now and then, sampled or not."""
 
     def make(dtype="float32"):
-        model = make_tiny(dtype)
+        model = make_tiny(dtype, layers=3)
         llama = model.params.base["llama"]
         layers = {
-            index: layer | {"out": layer["out"] * 0.1, "down": layer["down"] * 0.1} if index > 1 else layer
+            index: layer | {"out": layer["out"] * 0.1, "down": layer["down"] * 0.1} if index else layer
             for index, layer in llama["layers"].items()
         }
         return model.with_params(model.params._replace(base={"llama": llama | {"layers": layers}}))

@@ -103,7 +103,7 @@ def test_a_tree_is_taken_to_be_better_than_a_chain_until_it_is_known():
 def test_output_is_the_same_whatever_is_chosen(make_tiny, monkeypatch):
     """Plans change from stretch to stretch; the ids are those of plain decoding of the same width."""
     monkeypatch.setattr(choosing, "STRETCH", 6)
-    model, settings = make_tiny(), DecodeConfig(draft_steps=3, max_new_tokens=40)
+    model, settings = make_tiny(layers=3), DecodeConfig(draft_steps=3, max_new_tokens=40)
     costs = {Option(Plan("early-exit", n), 4): 1 + 0.3 * n for n in (1, 3)}
     one, seen = chooser(costs, model), []
     original = one.go_on

@@ -43,7 +43,7 @@ def test_golden_prompts(golden, trained, train_noise):
 def test_every_accept_length_bit_for_bit(make_tiny, train_noise, dtype, trunk):
     """Verifier hidden states of committed rows are equal in every bit, whatever was drafted around them."""
     lora = None if trunk == "shared" else {"rank_s": 2, "rank_d": 2}
-    model = make_tiny(dtype, lora=lora, model_type="qwen2" if "biased" in trunk else "llama")
+    model = make_tiny(dtype, layers=3, lora=lora, model_type="qwen2" if "biased" in trunk else "llama")
     settings, prompts = DecodeConfig(draft_steps=3, max_new_tokens=48), [[5, 9, 2], [7, 7, 1]]
     plan = choose_plan(model, settings)
     seen, features = set(), {}
@@ -72,7 +72,7 @@ def _drafters(model: LoadedModel, train_noise) -> list[tuple[str, Params]]:
     """Plain first. Weak deep layers make the exit head right most of the time, so every accept length occurs."""
     base = model.params.base["llama"]
     layers = dict(base["layers"])
-    for index in (2, 3):
+    for index in (1, 2):
         layers[index] = {
             **layers[index],
             "out": layers[index]["out"] * 0.05,
@@ -89,15 +89,17 @@ def _drafters(model: LoadedModel, train_noise) -> list[tuple[str, Params]]:
     ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_coupled_sampling(make_close, train_noise, run_rows, dtype):
-    """Sampled ids, too, are the plain ones of that seed, whatever drafts, how much, and when it stops."""
+def test_coupled_sampling(make_close, train_noise, run_rows):
+    """Sampled ids, too, are the plain ones of that seed, whatever drafts, how much, and when it stops.
+
+    In bfloat16: tests/contract, a chain behind a prefix.
+    """
     settings = [
         SamplingConfig(temperature=0.8, top_p=0.9, seed=5),
         SamplingConfig(temperature=1.3, top_k=20, repetition_penalty=1.2, seed=6),
         SamplingConfig(temperature=1.0, min_p=0.05, seed=7),
     ]
-    model, prompts = make_close(dtype), [[5, 9, 2], [40] * 9, [7]]
+    model, prompts = make_close(), [[5, 9, 2], [40] * 9, [7]]
     plain = [row.new_ids for row in run_rows(model, prompts, settings, draft_steps=0)]
     lengths = set()
     for std in (0.0, 0.05, 2.0):
@@ -119,7 +121,7 @@ def test_temperature_zero_is_greedy(make_close, run_rows):
 
 def test_threshold_stops_drafting_and_keeps_the_output(make_tiny):
     """At 1.1 no draft is sure enough, so every round drafts exactly one token."""
-    model = make_tiny()
+    model = make_tiny(layers=3)
     plain, _ = generate_batch(
         model, [[5, 9, 2]], DecodeConfig(draft_steps=3, max_new_tokens=32), plain=True, eos_ids=()
     )
@@ -138,7 +140,7 @@ def test_threshold_stops_drafting_and_keeps_the_output(make_tiny):
 @pytest.mark.parametrize("steps", [0, 3])
 def test_exact_length(make_tiny, steps, new_tokens):
     (generation,), _ = generate_batch(
-        make_tiny(), [[5, 9]], DecodeConfig(draft_steps=steps, max_new_tokens=new_tokens), eos_ids=()
+        make_tiny(layers=3), [[5, 9]], DecodeConfig(draft_steps=steps, max_new_tokens=new_tokens), eos_ids=()
     )
     assert len(generation.new_ids) == new_tokens == 1 + sum(generation.accept_lengths)
     assert generation.finish_reason == "length"
@@ -146,7 +148,7 @@ def test_exact_length(make_tiny, steps, new_tokens):
 
 def test_eos_ends_the_sequence_wherever_it_comes(make_tiny, train_noise):
     """For each token of a plain continuation as eos, both modes stop at its first occurrence."""
-    model = make_tiny()
+    model = make_tiny(layers=3)
     model = model.with_params(_drafters(model, train_noise)[1][1])
     settings = DecodeConfig(draft_steps=3, max_new_tokens=24)
     (free,), _ = generate_batch(model, [[5, 9, 2]], settings, eos_ids=())
@@ -161,7 +163,7 @@ def test_compiles_once(make_tiny):
     """Prompts, accept lengths, thresholds, draft steps and eos ids change; the loop is traced once."""
     from dvi_jax.decode import speculative
 
-    model = make_tiny(seed=5)
+    model = make_tiny(seed=5, layers=3)
     traces = []
     original = speculative.speculative_round
 
@@ -187,7 +189,7 @@ def test_compiles_once(make_tiny):
 
 
 def test_first_token_may_end_it(make_tiny):
-    model = make_tiny()
+    model = make_tiny(layers=3)
     (free,), _ = generate_batch(model, [[5, 9, 2]], DecodeConfig(draft_steps=3, max_new_tokens=4), eos_ids=())
     (stopped,), _ = generate_batch(
         model, [[5, 9, 2]], DecodeConfig(draft_steps=3, max_new_tokens=4), eos_ids=(free.new_ids[0],)

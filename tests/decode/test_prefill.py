@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from dvi_jax.model import attention
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import split
 from dvi_jax.presets import TINY
+from tests.compiling import lightly_compiled
 
 pytestmark = pytest.mark.optimized
 WIDTH = 4
@@ -41,7 +43,9 @@ def small_chunks(monkeypatch) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def fused() -> LoadedModel:
     """A separate trunk and a drafter with a cache that depends on the feature of the position before."""
-    base = random_base(TINY, jax.random.key(0), std=0.3)
+    config = replace(TINY, num_layers=3)
+    with lightly_compiled(weights=True):
+        base = random_base(config, jax.random.key(0), std=0.3)
     manifest = Manifest(
         source="random",
         source_sha256="",
@@ -50,7 +54,7 @@ def fused() -> LoadedModel:
         drafter="fused",
         lora={"rank_s": 4, "rank_d": 4},
     )
-    return LoadedModel(TINY, manifest, *split(build_model(TINY, manifest, base)))
+    return LoadedModel(config, manifest, *split(build_model(config, manifest, base)))
 
 
 def begin(
@@ -82,7 +86,7 @@ def check_same_state(state: DecodeState, expected: DecodeState) -> None:
     for row, length in enumerate(np.asarray(state.length) - 1):
         pairs.append([s.signals.features.final[row, : length + 1] for s in (state, expected)])
         caches = [jax.tree.leaves((s.shallow, s.deep, s.trunk, s.drafter)) for s in (state, expected)]
-        assert len(caches[0]) == 2 * (4 + 2 + 1)  # layers, those of the trunk, the drafter's
+        assert len(caches[0]) == 2 * (3 + 2 + 1)  # layers, those of the trunk, the drafter's
         pairs += [[leaf[row, :, :length] for leaf in pair] for pair in zip(*caches, strict=True)]
     for found, wanted in pairs:
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-5)
@@ -132,7 +136,7 @@ def test_one_state_however_prefilled(fused, small_chunks, monkeypatch):
 
 
 def test_prefixes_of_one_bucket_share_a_program(make_tiny, monkeypatch):
-    traced, model = [], make_tiny()
+    traced, model = [], make_tiny(layers=3)
     original = module.fill
     monkeypatch.setattr(module, "fill", lambda *args, **options: traced.append(1) or original(*args, **options))
     for length in (17, 20, 24):
@@ -142,7 +146,7 @@ def test_prefixes_of_one_bucket_share_a_program(make_tiny, monkeypatch):
 
 
 def test_workspace_grows_with_the_prompt_not_its_square(make_tiny, monkeypatch):
-    model = make_tiny()
+    model = make_tiny(layers=3)
 
     def workspace(chunk: int, tokens: int) -> int:
         monkeypatch.setattr(module, "LONGEST_CHUNK", chunk)
@@ -203,7 +207,7 @@ def test_slots_have_room_for_the_padding_behind_a_prefix():
 
 
 def test_refusals(make_tiny):
-    model = make_tiny()
+    model = make_tiny(layers=3)
     prefix = make_prefix(model, [5, 6, 7])
     for prompt in ([5, 6], [5, 6, 8, 9]):
         with pytest.raises(UserError, match="prompt 1 does not begin with the 3 tokens of the shared prefix"):

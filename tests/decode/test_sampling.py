@@ -28,9 +28,6 @@ from tests.decode.distributions import (
     total_variation,
 )
 
-pytestmark = pytest.mark.optimized
-
-
 # The distribution of one token.
 
 
@@ -83,6 +80,13 @@ def test_extreme_settings_stay_finite():
     np.testing.assert_allclose(one_row(logits), np.array([0, -29, -30, 0]) - np.log(2), rtol=1e-6)
     drafted = one_row([-np.inf, 1.0, -np.inf, 0.0], top_k=3, repetition_penalty=1.3)  # a draft vocabulary of 1 and 3
     np.testing.assert_allclose(drafted, [-np.inf, -np.log1p(np.exp(-1)), -np.inf, -np.log1p(np.exp(1))], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.5, 1), (0.75, 2), (0.875, 4)])
+def test_top_p_at_exact_equality(top_p, kept):
+    """Halves: the tokens before one hold exactly top_p, which is not less; the last two are tied."""
+    probabilities = one_row(np.log2([2, 1, 0.5, 0.5]) * np.float32(np.log(2)), top_p=top_p)
+    assert np.isfinite(probabilities).tolist() == [index < kept for index in range(4)]
 
 
 # One draft and its verification, without a model.

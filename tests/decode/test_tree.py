@@ -199,10 +199,13 @@ class Placed(StepDrafter):
         return jnp.zeros_like(hidden).at[..., :2].set(both)
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+DTYPES = ("float32", "bfloat16")
+
+
+@pytest.fixture(scope="module", params=DTYPES)
 def told(request, make_tiny):
     """A model with such a drafter, plain decoding's state in passes of WIDTH rows, and the settings of both."""
-    model = make_tiny(request.param)
+    model = make_tiny(request.param, layers=3)
     settings = DecodeConfig(draft_steps=WIDTH - 1, max_new_tokens=NEW)
     knobs = make_knobs(settings, ())
     llama = join(model.definition, model.params).llama
@@ -213,7 +216,7 @@ def told(request, make_tiny):
     return definition, params, begun.replace(drafter=plain.tokens), plain, knobs
 
 
-@pytest.mark.parametrize("rows", [16, 8])
+@pytest.mark.parametrize(("told", "rows"), [*product(DTYPES, [16]), ("float32", 8)], indirect=["told"])
 def test_every_path_that_is_right_is_committed(told, rows):
     """Every accept length, every place of a right draft: tokens and every bit are plain decoding's."""
     definition, params, begun, plain, knobs = told

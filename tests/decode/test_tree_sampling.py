@@ -15,8 +15,6 @@ from dvi_jax.decode.state import Knobs
 from dvi_jax.decode.tree import grow
 from tests.decode.distributions import ALARM, DRAFTERS, DRAWS, ERROR, P, make_rows, p_value, total_variation
 
-pytestmark = pytest.mark.optimized
-
 
 @partial(jax.jit, static_argnums=3)
 def tried(log_q, sampling, position, drafts):

@@ -11,8 +11,9 @@ from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.batch import generate_batch
 from dvi_jax.errors import UserError
 from dvi_jax.learn.packing import load_packed
+from dvi_jax.learn.replies import batch_rows, by_length, deal, pack_whole
 from dvi_jax.loading import load
-from experiments.self_generate import batch_rows, by_length, deal, main, pack_whole, read_prompts
+from experiments.self_generate import main, read_prompts
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=40))

@@ -16,7 +16,7 @@ from dvi_jax.decode.batch import generate_batch
 from dvi_jax.errors import UserError
 from dvi_jax.learn import distill as distill_module
 from dvi_jax.learn import offline
-from dvi_jax.learn.distill import distill_gradient, distill_metrics, distill_step, init_distill
+from dvi_jax.learn.distill import distill_gradient, distill_metrics, distill_step, init_distill, learning_rate
 from dvi_jax.learn.offline import expected_tokens, train_offline
 from dvi_jax.learn.packing import Packed, load_packed, pack
 from dvi_jax.loading import LoadedModel, build_model, load
@@ -179,7 +179,7 @@ def test_packed_files(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"tokens": np.ones((2, 9), int)}, "mask is not a file in the archive"),
+        ({"tokens": np.ones((2, 9), int)}, "mask is not an array in the archive"),
         ({"tokens": np.ones(9, int), "mask": np.ones(2, np.uint8)}, r"rows of ids, got int64 \[9\]"),
         ({"tokens": np.ones((2, 9)), "mask": np.ones((2, 2), np.uint8)}, r"rows of ids, got float64 \[2, 9\]"),
         ({"tokens": -np.ones((2, 9), int), "mask": np.ones((2, 2), np.uint8)}, "rows of ids"),
@@ -200,8 +200,18 @@ def test_batches_cover_every_row_each_epoch_and_can_skip():
     first = [next(batches)[0] for _ in range(6)]
     for epoch in (first[:3], first[3:]):
         assert sorted(np.concatenate(epoch)[:, 0].tolist()) == [0, 2, 4, 6, 8, 10]
+    assert not np.array_equal(np.concatenate(first[:3]), np.concatenate(first[3:]))  # a new order every epoch
     skipped = packed.batches(2, seed=5, skip=4)
     np.testing.assert_array_equal(next(skipped)[0], first[4])
+
+
+def test_learning_rate_by_hand():
+    """It rises over `warmup` updates and falls along half a cosine to a tenth."""
+    config = DistillConfig("", "", (), tokens=100 * 8, batch_rows=1, row_length=8, lr=0.2, warmup=20)
+    rate = learning_rate(config)
+    np.testing.assert_allclose([rate(done) for done in (0, 1, 10, 20)], [0.0, 0.01, 0.1, 0.2], rtol=1e-6)
+    last = 0.02 + 0.18 * (1 + np.cos(np.pi * 79 / 80)) / 2
+    np.testing.assert_allclose([rate(60), rate(99), rate(100)], [0.11, last, 0.02], rtol=1e-6)
 
 
 def test_expected_tokens():
@@ -279,7 +289,7 @@ def test_a_signal_stops_it_with_a_snapshot(own_text, tmp_path):
         train_offline(config, report=stop)
     assert ended.value.code == 143
     assert [path.name for path in (tmp_path / "run" / "snapshots").iterdir()] == ["0"]
-    with pytest.raises(UserError, match="holds an earlier run: pass --resume"):
+    with pytest.raises(UserError, match=r"holds an earlier run \(snapshots/0\): pass --resume"):
         train_offline(config)
 
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from dvi_jax.config import DecodeConfig, ObjectiveConfig, OptimizerConfig
+from dvi_jax.decode.acceptance import measure_acceptance
 from dvi_jax.learn.fast_update import (
     Batch,
     Positions,
     choose_windows,
+    evaluate_positions,
     fast_loss,
     fast_update,
     init_learner,
@@ -71,6 +73,9 @@ def test_windows_hold_what_the_loop_did(make_tiny):
         assert int((rewards == 1).sum()) == generation.accepted
         is_right = proposals == windows.tokens[row, :length]
         np.testing.assert_array_equal(is_right[rewards >= 0], rewards[rewards >= 0] == 1)
+        assert rewards[: len(PROMPTS[row])].tolist() == [-1] * len(PROMPTS[row])
+        assert set(windows.reward[row, length:].tolist()) == {-1}  # nothing is judged at the end or beyond
+        assert set(windows.proposal[row, length:].tolist()) == {-1}
         features = windows.features.final[row, 1:length].astype(np.float32)
         np.testing.assert_allclose(features, expected[row, : length - 1], atol=0.03)
 
@@ -109,13 +114,38 @@ def test_learns_and_stays_lossless(make_tiny, rollout_ids):
 
 def test_policy_term_only_from_the_current_drafter(make_tiny):
     model = make_tiny()
-    windows, _ = rollout(model, PROMPTS, SETTINGS, longest_prompt=8)
-    _, fresh = update(model, new_learner(model, ACT), windows, current=True)
+    windows, generations = rollout(model, PROMPTS, SETTINGS, longest_prompt=8)
+    learner, fresh = update(model, new_learner(model, ACT), windows, current=True)
+    # The baseline moves from 0 towards the share of judged drafts that were accepted, as the generations count them.
+    share = measure_acceptance(generations).accept_rate
+    assert 0 < share < 1
+    assert float(learner.baseline) == pytest.approx(0.05 * share)
+    again, _ = update(model, learner, windows, current=True)
+    assert float(again.baseline) == pytest.approx(0.05 * share + 0.95 * 0.05 * share)
     _, stale = update(model, new_learner(model, ACT), windows, current=False)
     assert float(fresh["pg"]) != 0.0
     assert float(stale["pg"]) == 0.0
     assert float(stale["baseline"]) == 0.0
     assert float(stale["kl"]) == pytest.approx(float(fresh["kl"]), rel=1e-5)
+
+
+@pytest.mark.parametrize(("learn_from_prompt", "expected"), [(True, 26 + 28), (False, 23 + 23)])
+def test_positions_that_are_learned_from(make_tiny, learn_from_prompt, expected):
+    """24 new tokens, of which prefill gave the first; every token of a prompt but its first, or none."""
+    model = make_tiny()
+    windows, _ = rollout(model, PROMPTS, SETTINGS, longest_prompt=8)
+    assert windows.length.tolist() == [27, 29]
+    objective = ObjectiveConfig(learn_from_prompt=learn_from_prompt)
+
+    @jax.jit
+    def positions(windows):
+        current, key = jnp.ones(2, bool), jax.random.key(0)
+        return evaluate_positions(join(model.definition, model.params), windows, current, key, objective, 60)
+
+    picked = positions(windows)
+    assert float(picked.valid.sum()) == expected
+    assert float((picked.reward >= 0).sum()) == float((windows.reward >= 0).sum())
+    assert not np.asarray(picked.on_policy)[np.asarray(picked.reward) < 0].any()
 
 
 def test_non_finite_gradient_is_skipped(make_tiny):
@@ -221,6 +251,14 @@ def test_windows_of_an_update():
     windows, on_policy = choose(replay, fresh, jnp.array(False), jax.random.key(0), Batch(0, 0, 1))
     assert windows.tokens[:, 0].tolist() == list(range(6))
     assert not on_policy.any()
+
+
+def test_a_window_that_is_not_finite_enters_the_replay_empty():
+    features = Features(jnp.ones((2, 4, 2), jnp.bfloat16).at[1, 3, 0].set(jnp.nan))
+    windows = Windows.empty(2, 4, 2, 0).replace(features=features, length=jnp.array([4, 4]))
+    replay = push(Replay.empty(5, 4, 2), windows).windows
+    assert replay.length.tolist() == [4, 0, 0, 0, 0]
+    assert replay.features.final.astype(float).sum(axis=(1, 2)).tolist() == [8, 0, 0, 0, 0]
 
 
 def test_replay_is_a_ring():

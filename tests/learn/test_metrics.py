@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 
 import pytest
 
+from dvi_jax.errors import UserError
 from dvi_jax.learn.metrics import MetricsLog
 
 
@@ -50,3 +52,32 @@ def test_rewind_keeps_every_record_up_to_a_step(tmp_path):
     assert log.rewind(4) == [record(2, "eval"), record(4, "eval")]
     log.append(record(5))
     assert lines(log) == [record(2), record(2, "eval"), record(4, "eval"), record(5)]
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path):
+    """Also those that an earlier release wrote in its own way, once a run is resumed."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(record(1) | {"loss": float("nan"), "agreement": [0.5, float("inf")], "more": {"x": -float("inf")}})
+    with log.path.open("a", encoding="utf-8") as file:
+        file.write('{"kind": "train", "step": 2, "loss": NaN}\n')
+    log.rewind(2)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    read = [json.loads(line, parse_constant=refuse) for line in log.path.read_text(encoding="utf-8").splitlines()]
+    assert read == [
+        record(1) | {"loss": None, "agreement": [0.5, None], "more": {"x": None}},
+        record(2) | {"loss": None},
+    ]
+
+
+def test_lines_and_files_that_are_none(tmp_path):
+    """Deep nesting costs its line; a pipe is refused before anything waits for it."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("[" * 100_000 + '\n{"kind": "train", "step": 1}\n', encoding="utf-8")
+    assert MetricsLog(path).records("train") == [record(1)]
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"metrics\.jsonl is not a file"):
+        MetricsLog(path)

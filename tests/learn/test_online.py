@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.config import DataConfig, load_train_config
 from dvi_jax.data import ConversationStream, PromptStream
+from dvi_jax.decode.acceptance import Acceptance
 from dvi_jax.errors import UserError
 from dvi_jax.learn import online, snapshot
 from dvi_jax.loading import load
@@ -63,7 +66,9 @@ def test_held_out_prompts_are_never_decoded_for_learning(
 def test_what_a_run_leaves(write_config, tmp_path):
     main(["--config", str(write_config(prompts=40, eval_every=10))])
     out = tmp_path / "run"
-    assert {path.name for path in out.iterdir()} == {"LOCK", "metrics.jsonl", "snapshots", "checkpoint", "curve.png"}
+    assert {path.name for path in out.iterdir()} == {
+        *("LOCK", "run.json", "metrics.jsonl", "snapshots", "checkpoint", "curve.png")
+    }
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     records = read_records(out)
     assert [record["step"] for record in records if record["kind"] == "eval"] == [0, 20, 40]
@@ -88,8 +93,9 @@ def test_updates_every_third_rollout(write_config, tmp_path, monkeypatch):
 
     def watched_update(definition, params, state, fresh, is_current, **options):
         replay = np.asarray(state.replay.windows.tokens)[: int(state.replay.size)]
-        updates.append((bool(is_current), replay, np.asarray(fresh.tokens)))
-        return update(definition, params, state, fresh, is_current, **options)
+        new, values = update(definition, params, state, fresh, is_current, **options)
+        updates.append((bool(is_current), replay, np.asarray(fresh.tokens), float(values["loss"])))
+        return new, values
 
     monkeypatch.setattr(online, "rollout", watched_rollout)
     monkeypatch.setattr(online, "fast_update", watched_update)
@@ -103,7 +109,11 @@ def test_updates_every_third_rollout(write_config, tmp_path, monkeypatch):
     # Rollouts 4, 8 and 12 are followed by updates 4, 6 and 8; rollouts 5 and 10 by updates 4 and 8.
     assert [record["step"] for record in records if record["kind"] == "eval"] == [0, 4, 6, 8]
     assert {path.name for path in (tmp_path / "run" / "snapshots").iterdir()} == {"4", "8"}
-    assert [is_current for is_current, _, _ in updates] == [True, False] * 4
+    assert [is_current for is_current, *_ in updates] == [True, False] * 4
+    # What is recorded is of the on-policy update.
+    assert [record["loss"] for record in train if "loss" in record] == [
+        loss for current, *_, loss in updates if current
+    ]
     first, second, third = rolled[2:5]  # after the two of the evaluation
     np.testing.assert_array_equal(updates[0][1], np.concatenate([first, second]))
     np.testing.assert_array_equal(updates[0][2], third)
@@ -124,13 +134,34 @@ def test_settings_that_cannot_be(write_config, setting, message):
         load_train_config(write_config(), setting.split())
 
 
-def test_the_best_snapshot_outlives_newer_ones(write_config, tmp_path):
+def test_the_best_snapshot_outlives_newer_ones(write_config, tmp_path, monkeypatch):
+    """The evaluation at update 40 comes out best: that snapshot stays beside the newest two."""
+
+    def measure(self):
+        accepted = 9 if self.step == 40 else 5
+        acceptance = Acceptance(rounds=10, drafted=10, judged=10, accepted=accepted, per_position=())
+        values = {"accept_rate": acceptance.accept_rate, "tokens_per_round": acceptance.tokens_per_round}
+        return acceptance, values | {"acceptance": asdict(acceptance)}
+
+    monkeypatch.setattr(online.OnlineRun, "measure", measure)
     main(["--config", str(write_config(prompts=80, eval_every=10))])
-    records = read_records(tmp_path / "run")
-    rates = {r["step"]: r["accept_rate"] for r in records if r["kind"] == "eval" and r["step"]}
-    best = max(rates, key=lambda step: (rates[step], step))
-    assert best < 70
-    assert {path.name for path in (tmp_path / "run" / "snapshots").iterdir()} == {str(best), "70", "80"}
+    assert {path.name for path in (tmp_path / "run" / "snapshots").iterdir()} == {"40", "70", "80"}
+
+
+def test_rows_that_fill_up_a_batch_are_not_evaluated():
+    """Three held-out prompts, two decoded at once."""
+    decoded = []
+
+    def roll_out(model, batch):
+        decoded.append(batch)
+        return None, [SimpleNamespace(accept_lengths=[2] * prompt, drafted=[1] * prompt) for prompt in batch]
+
+    run = SimpleNamespace(
+        config=SimpleNamespace(rollout_batch=2), held_out=[1, 10, 100], model=None, _roll_out=roll_out
+    )
+    acceptance, values = online.OnlineRun.measure(run)
+    assert decoded == [[1, 10], [100, 100]]
+    assert (acceptance.rounds, values["acceptance"]["rounds"]) == (111, 111)
 
 
 def test_a_full_disk_does_not_stop_learning(write_config, tmp_path, capsys, monkeypatch):

@@ -109,9 +109,10 @@ def test_a_damaged_snapshot_is_told_of_and_the_one_before_used(write_config, tmp
     line = (
         f"{out}/snapshots/30/{ARRAYS} is damaged: it differs from its checksum; going on from the snapshot of update 20"
     )
-    assert f"{line}\nresumed at update 20\n" in capsys.readouterr().out
+    assert f"{line}\nprompts is now 40, it was 30\nresumed at update 20\n" in capsys.readouterr().out
     told = [record for record in records(out) if record["kind"] == "damaged_snapshot"]
     assert [record["step"] for record in told] == [20]
+    told += [record for record in records(out) if record["kind"] == "changed_setting"]
     assert [record for record in records(out) if record not in told] == records(whole)
     assert (out / "snapshots" / "30.damaged").is_dir()
     drafters = [read_checkpoint(path).drafter for path in (out / "checkpoint-40", whole / "checkpoint")]

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.config import RollbackConfig, load_train_config
 from dvi_jax.errors import UserError
 from dvi_jax.learn import online
+from dvi_jax.learn.fast_update import LearnerState
 from dvi_jax.learn.online import train_online
-from dvi_jax.learn.rollback import QUICK, Watch
+from dvi_jax.learn.optimizer import guarded
+from dvi_jax.learn.replay import Replay
+from dvi_jax.learn.rollback import QUICK, Watch, go_on_from
+from dvi_jax.learn.run import Run
 from dvi_jax.learn.snapshot import ARRAYS, read_arrays
 from dvi_jax.model.features import Features
 
@@ -57,6 +63,7 @@ def rolled_back(monkeypatch):
 
     def watched(self, *arguments):
         roll_back(self, *arguments)
+        assert_equal(self.model.params.drafter, self.state.trainable["drafter"])  # it decodes with the snapshot's
         leaves, _ = jax.tree.flatten_with_path(self.state.trainable)
         name = jax.tree_util.keystr
         seen.append({f"trainable/{name(path, simple=True, separator='/')}": np.asarray(leaf) for path, leaf in leaves})
@@ -182,6 +189,32 @@ def test_changed_traffic_is_no_collapse(write_config, tmp_path, monkeypatch):
     assert records(tmp_path / "run", "rollback") == []
     mine, theirs = (read_checkpoint(result.checkpoint) for result in (shifted, whole))
     assert_equal((mine.drafter, mine.lora), (theirs.drafter, theirs.lora))
+
+
+def learner(bad=0, step=0, key=0):
+    """A learner that has skipped `bad` updates in a row, at update `step`."""
+    state = guarded(optax.identity(), 1.0).init({})
+    state = state._replace(notfinite_count=jnp.int32(bad), total_notfinite=jnp.int32(bad))
+    return LearnerState({}, state, Replay.empty(1, 2, 2), jnp.float32(0), jnp.int32(step), jax.random.key(key))
+
+
+@pytest.mark.parametrize(("after", "back"), [(0, []), (1, [1, 2, 3, 5]), (3, [3, 5]), (5, [5])])
+def test_it_goes_back_at_exactly_as_many_as_allowed(after, back):
+    gone = []
+    for bad in (0, 1, 2, 3, 5):
+        run = SimpleNamespace(state=learner(bad), rollback=RollbackConfig(after=after), last_good=lambda: (None, None))
+        run.roll_back = lambda good, step, values, bad=bad: gone.append(bad)
+        assert Run.has_non_finite_updates(run) == (bad in back)
+    assert gone == back
+
+
+def test_what_goes_on_after_a_rollback():
+    """Updates and their faults are counted on, and no window is drawn twice by the same key."""
+    good, now = learner(step=20, key=1), learner(bad=4, step=28, key=2)
+    state = go_on_from(good, now)
+    assert int(state.step) == 28
+    assert (int(state.optimizer.total_notfinite), int(state.optimizer.notfinite_count)) == (4, 0)
+    np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(now.key))
 
 
 def test_watch_by_hand():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -62,15 +61,11 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
 
 
 def test_checkpoint_path(tmp_path):
-    def finish(name, step):
-        (tmp_path / name).mkdir()
-        manifest = {"source": "", "source_sha256": "", "dtype": "float32", "exit_layer": 1, "training_step": step}
-        (tmp_path / name / "MANIFEST.json").write_text(json.dumps(manifest), encoding="utf-8")
-
+    """What is not this very checkpoint is left, whatever it is, and the next name taken."""
+    mine: list[Path] = []
     with run_directory(tmp_path) as directory:
-        assert directory.checkpoint_path(40) == (tmp_path / "checkpoint", False)
-        finish("checkpoint", 40)
-        assert directory.checkpoint_path(40) == (tmp_path / "checkpoint", True)
-        assert directory.checkpoint_path(50) == (tmp_path / "checkpoint-50", False)
-        finish("checkpoint-50", 50)
-        assert directory.checkpoint_path(50) == (tmp_path / "checkpoint-50", True)
+        for name in ("checkpoint", "checkpoint-40", "checkpoint-40-2"):
+            assert directory.checkpoint_path(40, mine.__contains__) == (tmp_path / name, False)
+            (tmp_path / name).symlink_to("nowhere")
+        mine.append(tmp_path / "checkpoint-40")
+        assert directory.checkpoint_path(40, mine.__contains__) == (tmp_path / "checkpoint-40", True)

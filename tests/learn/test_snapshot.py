@@ -279,3 +279,39 @@ def test_metrics_that_cannot_be_written_fail_the_save(learner, tmp_path):
         snapshots.save(at(learner, 2), {}, before=refuse)
     assert [failed.reason for failed in snapshots.failed] == ["No space left on device"]
     assert names(tmp_path) == set()
+
+
+def test_what_is_not_finite_is_never_written(learner, blank, tmp_path):
+    """Neither a weight nor a moment; the snapshot before stays the newest."""
+    with Snapshots(tmp_path, 2, 0) as snapshots:
+        snapshots.save(at(learner, 2), {})
+        for step, bad in ((4, np.nan), (6, np.inf)):
+            snapshots.save(at(learner, step).replace(baseline=jnp.float32(bad)), {})
+    assert [(failed.step, failed.reason) for failed in snapshots.failed] == [
+        (4, "baseline has numbers that are not finite"),
+        (6, "baseline has numbers that are not finite"),
+    ]
+    assert names(tmp_path) == {"2"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (MemoryError(), "out of memory"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no\nmemory"), "RESOURCE_EXHAUSTED: no memory"),
+    ],
+)
+def test_a_save_without_memory_is_a_failed_one(learner, tmp_path, monkeypatch, fault, reason):
+    """In the thread, and where the arrays are copied for it."""
+
+    def fail(*_):
+        raise fault
+
+    with Snapshots(tmp_path, 2, 0) as snapshots:
+        for name, module in (("write_arrays", snapshot_module), ("copy", jnp)):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, fail)
+                snapshots.save(at(learner, 2), {})
+                snapshots.wait()
+    assert [(failed.step, failed.reason) for failed in snapshots.failed] == [(2, reason)] * 2
+    assert names(tmp_path) == set()

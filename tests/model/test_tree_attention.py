@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from dvi_jax.model import attention
+from dvi_jax.model import tree_attention as tree_attention_module
 from dvi_jax.model.attention import LayerCache
 from dvi_jax.model.decode_attention import CHUNK_SLOTS, UNCUT_SLOTS, cached_attention
-from dvi_jax.model.tree_attention import LAYERS_AT_ONCE, Tree, keep_path, tree_attention
+from dvi_jax.model.tree_attention import Tree, keep_path, tree_attention
 from dvi_jax.model.tree_cache import TreeCache
 
 # Two nodes behind the root, one behind the first of them, one behind that; paths as `Tree` has them.
@@ -117,9 +118,10 @@ def test_without_the_kernel_it_is_the_einsum_of_a_chain(case):
         assert equal_bits(found[:, node], chained[:, DEPTH[node]])
 
 
-def test_the_accepted_path_is_kept_in_all_layers(case):
-    """More layers than one kernel takes; slots before and behind stay as they were."""
-    layers = LAYERS_AT_ONCE + 1
+def test_the_accepted_path_is_kept_in_all_layers(case, monkeypatch):
+    """More layers than one kernel takes, here two; slots before and behind stay as they were."""
+    monkeypatch.setattr(tree_attention_module, "LAYERS_AT_ONCE", 2)
+    layers = 3
     caches = [(case.key + i, case.value - i) for i in range(layers)]
     path = jnp.array([PATHS[4], PATHS[2]])
     kept = keep_path(caches, [tuple(case.nodes)] * layers, path, case.start, interpret=True)

@@ -14,6 +14,7 @@ from dvi_jax.model.features import Features
 from dvi_jax.model.products import linear
 from dvi_jax.model.residual import rms_norm
 from dvi_jax.model.variables import DrafterParam
+from dvi_jax.settings import require
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,13 @@ class Kangaroo(StepDrafter):
         self.eps = options.rms_norm_eps or config.rms_norm_eps
         self.options = replace(options, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, rms_norm_eps=self.eps)
         width = config.hidden_size
-        self.head_dim = width // self.num_heads
+        heads = f"a divisor of hidden_size={width} that leaves heads of even size (rotary embeddings turn pairs)"
+        self.head_dim = width // max(self.num_heads, 1)
+        fits = self.head_dim * self.num_heads == width and self.head_dim % 2 == 0
+        require(fits, "num_heads", self.num_heads, heads)
+        divides = self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0
+        require(divides, "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads={self.num_heads}")
+        require(0 < self.eps < 1, "rms_norm_eps", self.eps, "above 0 and below 1")
         query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         qkv_key, out_key = jax.random.split(origin.key)
         self.attn_norm = DrafterParam(jnp.ones(width, jnp.float32))

@@ -1,0 +1,230 @@
+"""A drafter for a model from a log of conversations alone: the model replies to the log's questions, the replies are
+packed, and the drafter is distilled from them. Everything lies in one directory, and the same call goes on in it.
+
+    recipe.json  replies.npz  metrics.jsonl  snapshots/  checkpoint/
+
+Nothing is written before what it will take was measured: a batch of replies and an update, timed and counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dvi_jax.checkpoint import Checkpoint, read_json
+from dvi_jax.config import DataConfig, DecodeConfig, DistillConfig
+from dvi_jax.data.conversations import ConversationStream
+from dvi_jax.data.prompts import PromptStream
+from dvi_jax.data.tokenizer import Tokenizer
+from dvi_jax.decode.batch import make_knobs, slots_for, start
+from dvi_jax.decode.cost import round_seconds
+from dvi_jax.decode.memory import Sizes, available_bytes, measure_memory
+from dvi_jax.decode.plan import PLAIN
+from dvi_jax.decode.prefill import bucket
+from dvi_jax.errors import UserError
+from dvi_jax.importing.cache import open_checkpoint
+from dvi_jax.learn.distill import distill_step, init_distill, step_memory
+from dvi_jax.learn.new_drafter import matching_or_new_drafter
+from dvi_jax.learn.offline import OfflineResult, train_offline
+from dvi_jax.learn.packing import load_packed
+from dvi_jax.learn.recipe import Rates, Recipe, choose_recipe, fit_to_time, reply_length
+from dvi_jax.learn.replies import Progress, deal_all, make_replies
+from dvi_jax.learn.run_directory import Report, lock
+from dvi_jax.loading import LoadedModel, from_checkpoint
+
+RECIPE, REPLIES = "recipe.json", "replies.npz"
+MOST_PROMPTS = 200_000  # of a log; more would be days of replies
+TIMED_UPDATES = 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a self-distillation will take. `prompts` of the log, `tokens` of them with their replies."""
+
+    prompts: int
+    tokens: int
+    reply_seconds: float
+    training_seconds: float
+    reply_memory: int  # bytes
+    training_memory: int  # bytes
+    free_memory: int  # bytes
+    disk: int  # bytes at most
+    free_disk: int  # bytes
+
+
+class SelfDistillation:
+    """One directory's work: `prepare`, then `reply`, then `train`; each goes on where an earlier one stopped."""
+
+    def __init__(self, model: str, data: Sequence[str], out: str | Path, *, dtype: str | None = None):
+        """`model` and `dtype` as of `open_checkpoint`; `data`: conversation files. Raises `UserError` for bad ones."""
+        self.checkpoint: Checkpoint = open_checkpoint(model, dtype)
+        self.tokenizer = Tokenizer.from_checkpoint(self.checkpoint)
+        self.data, self.out = tuple(data), Path(out)
+        self._stream()
+        self.recipe = self._kept_recipe()
+
+    def prepare(self, minutes: float, passes: int | None = None) -> Estimate:
+        """Measure, and choose a recipe that takes about so long. Raises `UserError` where it does not fit."""
+        free = available_bytes()
+        accelerator = jax.default_backend() != "cpu"
+        config, dtype = self.checkpoint.config, self.checkpoint.manifest.dtype
+        recipe = choose_recipe(config, dtype, free, accelerator=accelerator)
+        recipe = recipe if passes is None else replace(recipe, passes=passes)
+        rates = self._measure(recipe)
+        self.recipe, lengths = fit_to_time(recipe, rates, map(len, self.prompts(recipe, MOST_PROMPTS)), 60 * minutes)
+        estimate = self._estimate(rates, lengths, free)
+        for what, needed, there in (
+            ("memory", max(estimate.reply_memory, estimate.training_memory), free),
+            ("disk space", estimate.disk, estimate.free_disk),
+        ):
+            if needed > there:
+                raise UserError(f"{needed / 2**30:.1f} GiB of {what} are needed, {there / 2**30:.1f} are free")
+        return estimate
+
+    def begin(self) -> None:
+        """Keep the recipe in the directory: from here on it is what this directory goes on with."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        partial = self.out / f".{RECIPE}.{os.getpid()}"
+        partial.write_text(json.dumps(self._document(), indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.out / RECIPE)
+
+    def reply(self, report: Callable[[Progress], None]) -> None:
+        """Make the replies that are not there yet."""
+        recipe, path = self._recipe(), self.out / REPLIES
+        if path.exists():
+            return
+        model = from_checkpoint(self.checkpoint)
+        prompts = list(self.prompts(recipe, recipe.prompts))
+        partial = path.with_name(f".{REPLIES}")
+        with lock(self.out):
+            make_replies(model, prompts, partial, recipe.replies, recipe.row_length, report=report)
+            os.replace(partial, path)
+
+    def training(self) -> DistillConfig:
+        """The settings of the training run on the replies."""
+        path = self.out / REPLIES
+        rows = len(load_packed([path]).tokens)
+        return self._recipe().training(str(self.checkpoint.path), str(self.out), str(path), rows)
+
+    def train(self, report: Report) -> OfflineResult:
+        """Distil from the replies."""
+        return train_offline(self.training(), resume=True, report=report)
+
+    def held_out_prompts(self, count: int) -> list[list[int]]:
+        """Prompts of the log that were kept apart."""
+        return [list(prompt.ids) for prompt in self._stream().held_out_prompts(count)]
+
+    def prompts(self, recipe: Recipe, count: int) -> Iterator[list[int]]:
+        """The first `count` prompts of the log that are short enough, of all turns, without the held-out ones."""
+        stream = self._stream(max(recipe.replies.lengths))
+        return (list(prompt.ids) for prompt in itertools.islice(stream, count))
+
+    def _stream(self, longest: int = 128) -> PromptStream:
+        settings = DataConfig(self.data, "all", longest)
+        return PromptStream(ConversationStream(self.data), self.tokenizer, settings)
+
+    def _recipe(self) -> Recipe:
+        assert self.recipe is not None, "prepare comes first"
+        return self.recipe
+
+    def _document(self) -> dict[str, Any]:
+        manifest = self.checkpoint.manifest
+        made_for = {"base_sha256": manifest.base_sha256, "dtype": manifest.dtype, "data": list(self.data)}
+        return made_for | {"recipe": self._recipe().to_json()}
+
+    def _kept_recipe(self) -> Recipe | None:
+        """The recipe of the directory; `UserError` if it is another model's or log's, or a folder of something else."""
+        path = self.out / RECIPE
+        if not path.exists():
+            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+                raise UserError(f"{self.out} already exists and is no distillation: choose another --out")
+            return None
+        document = read_json(path)
+        if not isinstance(document, dict) or "recipe" not in document:
+            raise UserError(f"{path} is damaged: it holds no recipe")
+        manifest = self.checkpoint.manifest
+        given = {"base_sha256": manifest.base_sha256, "dtype": manifest.dtype, "data": list(self.data)}
+        for name, what in (("base_sha256", "another model"), ("dtype", "another dtype"), ("data", "other data")):
+            if document.get(name) != given[name]:
+                raise UserError(f"{self.out} was begun with {what}: name the same, or choose another --out")
+        return Recipe.from_json(document["recipe"], str(path))
+
+    def _measure(self, recipe: Recipe) -> Rates:
+        """Time and memory of a batch of replies and of an update, on this device."""
+        model = from_checkpoint(
+            matching_or_new_drafter(self.checkpoint, recipe.drafter, recipe.drafter_options, recipe.exit_layer)
+        )
+        reply_rate, reply_memory = self._measure_replies(model, recipe)
+        seconds, training_memory = self._measure_update(model, recipe)
+        return Rates(
+            reply_tokens=reply_rate,
+            training_tokens=recipe.batch_rows * recipe.row_length / seconds,
+            update_seconds=seconds,
+            reply_memory=reply_memory,
+            training_memory=training_memory,
+            drafter_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(model.params.drafter)),
+        )
+
+    def _measure_replies(self, model: LoadedModel, recipe: Recipe) -> tuple[float, int]:
+        """Tokens of prompts and replies per second, and bytes, of a batch of the shortest class."""
+        settings = DecodeConfig(draft_steps=0, max_new_tokens=recipe.replies.new_tokens)
+        batch = deal_all(list(self.prompts(recipe, 1024)), recipe.replies)[0]
+        longest = max(map(len, batch.prompts))
+        sizes = Sizes(len(batch.prompts), slots_for(batch.longest, settings), 1, bucket(longest), plan=PLAIN)
+        budget = measure_memory(model, sizes)
+        knobs = make_knobs(settings, (), plain=True)
+        for _ in range(2):  # the first time compiles
+            began = time.perf_counter()
+            state = start(model, batch.prompts, settings, knobs, longest_prompt=batch.longest)
+            state = jax.block_until_ready(state)
+            prefill = time.perf_counter() - began
+        rounds = max(min(recipe.replies.new_tokens // 4, 8), 1)
+        seconds = prefill + recipe.replies.new_tokens * round_seconds(model, state, PLAIN, 0, rounds)[0]
+        tokens = sum(reply_length(recipe, len(prompt)) for prompt in batch.prompts)
+        return tokens / seconds, budget.total
+
+    def _measure_update(self, model: LoadedModel, recipe: Recipe) -> tuple[float, int]:
+        """Seconds and bytes of an update."""
+        shape = (recipe.batch_rows, recipe.row_length)
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(0, model.config.vocab_size, shape, np.int32)
+        mask = rng.random(shape) < 0.7
+        config = replace(recipe.training("", "", "", 4 * recipe.batch_rows), drafter_options={}, data=())
+        state = init_distill(model.params, config)
+        memory = step_memory(model.definition, model.params, state, tokens, mask, config=config)
+        seconds = []
+        for _ in range(1 + TIMED_UPDATES):
+            began = time.perf_counter()
+            state, values = distill_step(model.definition, model.params, state, tokens, mask, config=config)
+            jax.block_until_ready((state, values))
+            seconds.append(time.perf_counter() - began)
+        return min(seconds[1:]), memory
+
+    def _estimate(self, rates: Rates, lengths: Sequence[int], free_memory: int) -> Estimate:
+        recipe = self._recipe()
+        tokens = sum(reply_length(recipe, length) for length in lengths)
+        replies = 2 * 4 * int(tokens)  # batches as they come, then packed
+        snapshots = 4 * 3 * rates.drafter_bytes  # weights and Adam's moments, one snapshot being written
+        base = sum(leaf.nbytes for leaf in jax.tree.leaves(self.checkpoint.base))
+        place = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
+        return Estimate(
+            prompts=len(lengths),
+            tokens=int(tokens),
+            reply_seconds=tokens / rates.reply_tokens,
+            training_seconds=recipe.passes * tokens / rates.training_tokens,
+            reply_memory=rates.reply_memory,
+            training_memory=rates.training_memory,
+            free_memory=free_memory,
+            disk=replies + snapshots + rates.drafter_bytes + base,
+            free_disk=shutil.disk_usage(place).free,
+        )

@@ -1,0 +1,37 @@
+"""Some checkpoints and packed files made to take all memory or to block (`python -m experiments.fuzz.hostile`: all)."""
+
+from __future__ import annotations
+
+import pytest
+
+from dvi_jax.errors import UserError
+from experiments.fuzz.hostile import cases
+
+CASES = {case.name: case for case in cases()}
+SOME = (
+    "packed: 256 TiB",
+    "packed: 128 MiB of zeros",
+    "packed: a huge mask",
+    "packed: a long header",
+    "packed: a pipe",
+    "checkpoint: a base of 256 TiB",
+    "checkpoint: a drafter of 2 GiB",
+    "checkpoint: a drafter in pieces of 2 GiB",
+    "checkpoint: an architecture of 16 TiB",
+    "checkpoint: deep: drafter/_METADATA",
+    "checkpoint: a pipe: base/embed/.zarray",
+    "checkpoint: a pipe: draft_vocabulary.json",
+)
+
+
+def test_there_are_many():
+    assert len(CASES) > 50
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_it_is_refused_before_anything_is_read(tmp_path, name):
+    CASES[name].make(tmp_path)
+    with pytest.raises(UserError) as told:
+        CASES[name].read(tmp_path)
+    assert "\n" not in str(told.value)
+    assert str(tmp_path) in str(told.value)
