@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from dvi_jax.errors import run_cli
+from dvi_jax.serve import __main__ as command_line
 from dvi_jax.serve.__main__ import main
 from tests.compiling import FLAG
 from tests.serve.server.live import live_server, until
@@ -126,6 +128,7 @@ def test_the_command(byte_checkpoint):
         (["--drain-seconds", "-1"], "--drain-seconds must be 0 or above, got -1.0"),
         (["--host", "nowhere.invalid"], "cannot listen at nowhere.invalid port 0"),
         (["--plan", "sideways"], "sideways"),
+        (["--logprobs", "21"], "--logprobs must be between 0 and 20, got 21"),
         (["--checkpoint", "nowhere"], "no checkpoint at nowhere"),
     ],
 )
@@ -136,3 +139,14 @@ def test_bad_options_are_one_line(byte_checkpoint, monkeypatch, capsys, changes,
     output = capsys.readouterr()
     assert message in output.err
     assert output.err.count("\n") == 1
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "uvicorn", None)  # as if it were not installed
+        patch.delitem(sys.modules, "dvi_jax.serve.running")
+        importlib.reload(command_line)
+        patch.setattr(sys, "argv", ["command", "--checkpoint", "x"])
+        assert run_cli(command_line.main) == 2
+    importlib.reload(command_line)
+    assert capsys.readouterr().err == "error: the server needs uvicorn: pip install 'dvi_jax[serve]'\n"
