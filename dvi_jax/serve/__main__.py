@@ -8,12 +8,19 @@ import sys
 from pathlib import Path
 
 from dvi_jax.command_line import AUTO, add_loading_options, load_model
-from dvi_jax.errors import ArgumentParser, at_least_one, notice, run_cli
-from dvi_jax.serve.app import create_app
+from dvi_jax.errors import ArgumentParser, UserError, at_least_one, notice, run_cli
 from dvi_jax.serve.engine import Engine
 from dvi_jax.serve.logs import set_up_logs
-from dvi_jax.serve.running import address, bind, run
 from dvi_jax.serve.settings import ServerSettings
+from dvi_jax.settings import require
+
+try:
+    from dvi_jax.serve.app import create_app
+    from dvi_jax.serve.running import address, bind, run
+except ModuleNotFoundError as error:
+    MISSING: str | None = f"the server needs {error.name}: pip install 'dvi_jax[serve]'"
+else:
+    MISSING = None
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "DVI_JAX_API_KEY"  # a command line can be read by everybody on a machine
@@ -22,6 +29,9 @@ KEY_VARIABLE = "DVI_JAX_API_KEY"  # a command line can be read by everybody on a
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, load the model, serve until a signal says to end."""
     options = _parser().parse_args(arguments)
+    if MISSING is not None:
+        raise UserError(MISSING)
+    require(0 <= options.logprobs <= 20, "--logprobs", options.logprobs, "between 0 and 20")
     settings = ServerSettings(
         model_name=options.model_name or Path(options.checkpoint).resolve().name,
         host=options.host,
@@ -30,9 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
         max_queued=options.max_queued,
         drain_seconds=options.drain_seconds,
     )
-    if settings.api_key is None and settings.host not in LOCAL:
-        notice(f"--host {settings.host} without --api-key: whoever reaches this machine may use the model")
     with bind(settings.host, settings.port) as listener:  # before the model is loaded, which takes a while
+        if settings.api_key is None and settings.host not in LOCAL:
+            notice(f"--host {settings.host} without --api-key: whoever reaches this machine may use the model")
         model = load_model(options)
         engine = Engine(
             model,
@@ -40,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
             context=options.context,
             plan=options.plan,
             max_waiting=settings.max_queued,
+            logprobs=options.logprobs,
             warm_up=True,
         )
         print(engine.memory.describe(), file=sys.stderr)
@@ -57,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slots", type=at_least_one, default=8, metavar="N", help="replies that run at once")
     parser.add_argument(
         "--context", type=at_least_one, default=2048, metavar="N", help="tokens of a request, reply included"
+    )
+    parser.add_argument(
+        "--logprobs", type=int, default=0, metavar="N", help="most alternatives with log-probabilities (default: none)"
     )
     parser.add_argument("--host", default=defaults.host, help="address to listen at (default: this machine only)")
     parser.add_argument("--port", type=int, default=defaults.port, metavar="N", help="0 for any free one")

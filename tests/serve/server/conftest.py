@@ -25,7 +25,7 @@ class Scripted:
 
     def idle(self) -> None:
         """Wait until nothing runs, waits or is open."""
-        until(lambda: not (self.engine.running or self.engine.waiting or self.live.serving._open))
+        until(lambda: not (self.engine.running or self.engine.waiting or self.live.serving.open_replies))
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from dvi_jax.errors import UserError
 from dvi_jax.serve.logs import JsonLines
@@ -56,9 +57,9 @@ def test_a_key_is_asked_for(engine, byte_tokenizer):
 
 def sample(text: str, name: str, **labels: str) -> float | None:
     """The value of one series of `/metrics`."""
-    inside = ",".join(f'{key}="{value}"' for key, value in sorted({"model_name": "tiny", **labels}.items()))
-    values = [line.split()[-1] for line in text.splitlines() if line.startswith(f"dvi_{name}{{{inside}}} ")]
-    return float(values[0]) if values else None
+    wanted = (f"dvi_{name}", {"model_name": "tiny", **labels})
+    samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
+    return next((each.value for each in samples if (each.name, each.labels) == wanted), None)
 
 
 def test_metrics_move_by_what_was_served(served):
@@ -143,8 +144,8 @@ def test_who_reads_nothing_loses_the_reply_and_holds_no_slot(engine, byte_tokeni
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(("127.0.0.1", port_of(live.url)))
             client.sendall(HEAD % len(body) + body)
-            until(lambda: live.serving._open == 40)
-            until(lambda: live.serving._open == 0 and not engine.running and not engine.waiting)
+            until(lambda: live.serving.open_replies == 40)
+            until(lambda: live.serving.open_replies == 0 and not engine.running and not engine.waiting)
         until(
             lambda: sample(httpx.get(f"{live.url}/metrics").text, "request_success_total", finished_reason="cancelled")
         )
