@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib
+import importlib.util
 import inspect
 import os
+import pkgutil
 import queue
 import shutil
 import subprocess
@@ -179,7 +180,7 @@ def is_noticed(mutant: Mutant, scratch: Path) -> bool:
 @contextmanager
 def faulty(mutant: Mutant) -> Iterator[None]:
     """The one function that the fault is in, with the fault; whoever holds it, has it so."""
-    module = importlib.import_module(mutant.file.removesuffix(".py").replace("/", "."))
+    module = pkgutil.resolve_name(mutant.file.removesuffix(".py").replace("/", "."))
     whole, text = (ROOT / mutant.file).read_text(encoding="utf-8"), mutant.applied()
     names = _enclosing(whole, whole[: whole.index(mutant.old)].count("\n") + 1)
     function: Any = module
