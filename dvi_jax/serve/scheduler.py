@@ -19,6 +19,7 @@ from dvi_jax.decode.plan import Plan
 from dvi_jax.learn.replay import Windows
 from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.intake import Intake
+from dvi_jax.serve.pace import Pace
 from dvi_jax.serve.plans import PlanChoice
 from dvi_jax.serve.reply import Reply
 from dvi_jax.serve.requests import EngineStatus, Request, TokenLogprob
@@ -36,7 +37,6 @@ from dvi_jax.serve.slots import (
 )
 
 GREEDY = SamplingConfig(temperature=0.0)
-SHORT_STRETCH = 4  # rounds, while somebody waits for a slot or for the beginning of a reply
 EARLY_TOKENS = 64  # of a reply: its beginning
 
 OnWindow = Callable[[Windows, Request], None]
@@ -76,6 +76,7 @@ class Scheduler:
         self._replies: list[Reply | None] = [None] * count
         self._ended = np.zeros(count, bool)  # slots whose sequence must go no further, though the device would
         self._flight: _Flight | None = None
+        self._pace = Pace(MOST_ROUNDS)
         self._slot_seconds = 1.0  # of a request, lately
         self.status = EngineStatus(count, running=0, waiting=0, context=0, plan=str(choice.plan))
 
@@ -118,6 +119,8 @@ class Scheduler:
             token, ends = np.asarray(first).tolist()
             self._give(reply, [token], done=bool(ends))
         self._flight = following
+        if following is None:
+            self._pace.idle()
         self.status = replace(
             self.status,
             running=sum(reply is not None for reply in self._replies),
@@ -188,7 +191,7 @@ class Scheduler:
         if not running:
             return None
         early = any(reply.statistics.new_tokens < EARLY_TOKENS for reply in running)
-        rounds = SHORT_STRETCH if early or somebody_waits or self._intake.reply is not None else MOST_ROUNDS
+        rounds = self._pace.rounds(hurry=early or somebody_waits or self._intake.reply is not None)
         plan = self._choice.next_plan(fresh=any(reply.is_fresh for reply in running))
         sampled = any(_is_sampled(reply.request.sampling) for reply in running)
         self._slots, packed = run_stretch(
@@ -202,6 +205,7 @@ class Scheduler:
     def _land(self, flight: _Flight) -> None:
         """Read a stretch: give its tokens, count, and free the slots of the replies that ended."""
         outcome = Outcome.read(flight.packed)
+        self._pace.landed(outcome.accept_lengths.shape[1])
         live = [
             (slot, reply)
             for slot, reply in enumerate(flight.replies)
