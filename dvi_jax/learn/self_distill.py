@@ -161,9 +161,10 @@ class SelfDistillation:
 
     def _measure(self, recipe: Recipe) -> Rates:
         """Time and memory of a batch of replies and of an update, on this device."""
-        model = from_checkpoint(
-            matching_or_new_drafter(self.checkpoint, recipe.drafter, recipe.drafter_options, recipe.exit_layer)
-        )
+        new = matching_or_new_drafter(self.checkpoint, recipe.drafter, recipe.drafter_options, recipe.exit_layer)
+        if recipe.draft_vocabulary and new.drafter is None:  # which tokens those will be does not matter here
+            new = replace(new, draft_vocabulary=tuple(range(recipe.draft_vocabulary)))
+        model = from_checkpoint(new)
         reply_rate, reply_memory = self._measure_replies(model, recipe)
         seconds, training_memory = self._measure_update(model, recipe)
         return Rates(
