@@ -60,6 +60,8 @@ $(VENV)/bin/python $(TEST)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed: install it, or name it with make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: name one with make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit("$@" == "$(TEST)/bin/python" and sys.version_info[:2] != (3, 11))' \
+	  || { echo "The tests compare with transformers 4.33.3, which needs Python 3.11 ($(PYTHON) is another): install it, or name it with make PYTHON=..."; exit 1; }
 	@$(PYTHON) -m venv $(@D)/..
 
 clean:

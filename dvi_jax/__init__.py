@@ -4,6 +4,7 @@ Texts       load, generate_text, Completion, Message
 Token ids   generate_batch, Stream, DecodeConfig, SamplingConfig, Generation, LoadedModel
 One round   decode_round
 Adapters    inject_dual_lora
+Serve       Engine, Request
 Learn       train_online, train_offline, TrainConfig, DistillConfig, load_train_config
 """
 
@@ -18,6 +19,8 @@ from dvi_jax.learn.offline import train_offline
 from dvi_jax.learn.online import train_online
 from dvi_jax.loading import LoadedModel, load
 from dvi_jax.model.lora import inject_dual_lora
+from dvi_jax.serve.engine import Engine
+from dvi_jax.serve.requests import Request
 from dvi_jax.texts import Completion, generate_text
 from dvi_jax.version import __version__
 
@@ -25,9 +28,11 @@ __all__ = [
     "Completion",
     "DecodeConfig",
     "DistillConfig",
+    "Engine",
     "Generation",
     "LoadedModel",
     "Message",
+    "Request",
     "SamplingConfig",
     "Stream",
     "TrainConfig",

@@ -22,6 +22,7 @@ from dvi_jax.command_line import (
 )
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.data.conversations import Message
+from dvi_jax.decode.agreement import check_agreement
 from dvi_jax.decode.batch import check_prompts, choose_plan
 from dvi_jax.decode.choosing import PlanChooser
 from dvi_jax.decode.plan import Option
@@ -114,7 +115,9 @@ def main(arguments: list[str] | None = None) -> int:
     tokenizer = model.need_tokenizer("this checkpoint has no tokenizer, which a conversation needs")
     settings = settings_for(model, options)
     talk = Conversation(model, settings, sampling, tuple(options.stop), options.system)
-    if options.plan == AUTO:
+    if options.plan != AUTO:
+        check_agreement(model, settings)
+    else:
         talk.chooser = PlanChooser.measured(model, settings, tokenizer.chat([Message("user", "Hello.")]))
     print(f"{model.manifest.source}, drafter {model.manifest.drafter}. {HELP}", file=sys.stderr)
     while (line := read_line()) is not None:

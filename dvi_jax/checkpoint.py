@@ -32,6 +32,8 @@ from dvi_jax.directories import hash_files, link_files, partial_directory, verif
 from dvi_jax.errors import UserError
 from dvi_jax.model.llama import base_shapes
 from dvi_jax.settings import MOST_MESSAGE, from_dict, require, require_count
+from dvi_jax.text_files import read_json as read_json
+from dvi_jax.text_files import read_text
 
 FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"
@@ -42,7 +44,6 @@ LORA_OPTIONS = {"rank_s", "rank_d", "alpha_s", "alpha_d"}
 MOST_OPTION = 4096  # a rank, a number of heads: a manifest alone must not make anything allocate
 # What orbax makes of a directory that is something else.
 UNREADABLE = (ValueError, OSError, KeyError, AttributeError, TypeError, OverflowError, RecursionError, MemoryError)
-MOST_TEXT = 32 * 2**20  # bytes of a text file of a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +161,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"no checkpoint at {path}: not a directory (make one with: python -m conversion import)")
+        raise UserError(f"no checkpoint at {path}: not a directory (make one with: dvi import)")
     if not (path / MANIFEST).is_file():
-        raise UserError(f"{path} is no checkpoint: {MANIFEST} is missing (see: python -m conversion import --help)")
+        raise UserError(f"{path} is no checkpoint: {MANIFEST} is missing (see: dvi import --help)")
     config = LlamaConfig.from_json(read_json(path / "config.json"), str(path / "config.json"))
     manifest = read_manifest(path)
     return Checkpoint(
@@ -351,14 +352,6 @@ def check_finite(tree: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {name} has numbers that are not finite")
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; missing, malformed or too large raises `UserError` naming it."""
-    try:
-        return json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:  # malformed JSON or nested too deep
-        raise UserError(f"{path} is not valid JSON: {str(error)[:MOST_MESSAGE]}") from error
-
-
 def string_keys(tree: Any) -> Any:
     """The same nested dict with every key a string (orbax keeps no other kind)."""
     if isinstance(tree, dict):
@@ -390,20 +383,4 @@ def _read_special_tokens(path: Path) -> dict[str, str] | None:
 
 
 def _read_optional(path: Path) -> str | None:
-    return _read_text(path) if path.exists() else None
-
-
-def _read_text(path: Path) -> str:
-    """A regular file (anything else might block for ever) of UTF-8 text of at most `MOST_TEXT` bytes."""
-    try:
-        if not path.is_file():
-            raise UserError(f"{path} is missing" if not path.exists() else f"{path} is not a file")
-        with path.open("rb") as file:
-            content = file.read(MOST_TEXT + 1)
-        if len(content) > MOST_TEXT:
-            raise UserError(f"{path} is larger than the {MOST_TEXT >> 20} MiB that it may have")
-        return content.decode("utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    return read_text(path) if path.exists() else None

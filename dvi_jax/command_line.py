@@ -89,7 +89,7 @@ def settings_for(model: LoadedModel, options: argparse.Namespace) -> DecodeConfi
     if model.drafter_is_trained or told:
         return settings
     notice(
-        f"the drafter ({model.manifest.drafter}) is untrained: decoding plainly. python -m dvi_jax.distill trains one;"
+        f"the drafter ({model.manifest.drafter}) is untrained: decoding plainly. dvi distill trains one;"
         " --plan or --draft-steps drafts all the same"
     )
     return replace(settings, plan="plain", draft_steps=0)

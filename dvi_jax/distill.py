@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(console, "measuring a batch of replies and an update; their programs are compiled first, about a minute")
         estimate = work.prepare(options.minutes, options.passes)
         assert work.recipe is not None
-        for line in (*describe(work), *describe_estimate(estimate, work.recipe)):
+        for line in (*describe(work), *describe_estimate(estimate, work.recipe, options.minutes)):
             say(console, line)
         if options.estimate:
             return 0
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(console, line)
     say(
         console,
-        f"use it:  python -m dvi_jax.generate --checkpoint {options.model} --drafter-from {options.out} --plan auto",
+        f"use it    dvi generate --checkpoint {options.model} --drafter-from {options.out} --plan auto",
     )
     return 0
 
@@ -80,9 +80,9 @@ def describe(work: SelfDistillation) -> list[str]:
     ]
 
 
-def describe_estimate(estimate: Estimate, recipe: Recipe) -> list[str]:
-    """What the work will take."""
-    return [
+def describe_estimate(estimate: Estimate, recipe: Recipe, minutes: float) -> list[str]:
+    """What the work will take, and why where that is more than was asked for."""
+    lines = [
         f"replies   to {estimate.prompts:,} prompts of the log, {estimate.tokens:,} tokens in all:"
         f" about {duration(estimate.reply_seconds)}",
         f"training  {recipe.passes} passes over them: about {duration(estimate.training_seconds)}",
@@ -90,6 +90,11 @@ def describe_estimate(estimate: Estimate, recipe: Recipe) -> list[str]:
         f" training, {readable(estimate.free_memory)} are free",
         f"disk      at most {readable(estimate.disk)}, {readable(estimate.free_disk)} are free",
     ]
+    if estimate.reply_seconds + estimate.training_seconds > 1.5 * 60 * minutes:
+        lines.append(
+            f"--minutes {minutes:g} is too little on this device: with less there would be nothing to learn from"
+        )
+    return lines
 
 
 def duration(seconds: float) -> str:
@@ -143,7 +148,7 @@ def compare(model: LoadedModel, prompts: list[list[int]]) -> list[str]:
     tokens = min(COMPARED_TOKENS, room // 2)
     prompts = [prompt for prompt in prompts if len(prompt) + tokens <= room]
     if not prompts:
-        return ["the log has too few questions to keep some apart: measure with python -m dvi_jax.evaluate"]
+        return ["the log has too few questions to keep some apart: measure with dvi evaluate"]
     drafts = min(AUTO_DRAFTS, model.max_drafts or AUTO_DRAFTS)
     settings = DecodeConfig(draft_steps=drafts, max_new_tokens=tokens)
     chooser = PlanChooser.measured(model, settings, prompts[0])

@@ -7,13 +7,17 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 EXIT_STATUS = 2
 LONGEST_LINE = 1000
 INTERRUPTED_STATUS = 130  # what shells report for Ctrl-C
+TERMINATED_STATUS = 143  # for SIGTERM
 NO_READER_STATUS = 141  # and for a program whose reader, `head` say, is gone
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -63,20 +67,26 @@ def run_cli(main: Callable[[], int | None]) -> int:
 
     Anything else is a defect of ours and keeps its traceback. `--debug` on the command line shows the traceback
     of a `UserError` too. A reader of the output who leaves ends the program quietly, a disk that is full is one line,
-    and letters that the terminal's encoding lacks are shown as question marks.
+    and letters that the terminal's encoding lacks are shown as question marks. SIGINT and SIGTERM end it with "stopped"
+    and 130 or 143, unless `main` takes them itself.
     """
     _open_streams()
+    with _sigterm_raises():
+        return _run(main)
+
+
+def _run(main: Callable[[], int | None]) -> int:
     try:
         status = main() or 0
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        _write_nowhere(sys.stdout, sys.stderr)
+        write_nowhere(sys.stdout, sys.stderr)
         return NO_READER_STATUS
     except OSError as error:
         if error.errno not in _FULL or "--debug" in sys.argv:
             raise
-        _write_nowhere(sys.stdout)
+        write_nowhere(sys.stdout)
         where = "the output" if error.filename is None else error.filename
         with contextlib.suppress(OSError):  # which may go to the same disk
             print(f"error: {one_line(f'cannot write {where}: {error.strerror}; make room for it')}", file=sys.stderr)
@@ -86,11 +96,33 @@ def run_cli(main: Callable[[], int | None]) -> int:
             raise
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return EXIT_STATUS
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as stopped:
         if "--debug" in sys.argv:
             raise
         print("stopped", file=sys.stderr)
-        return INTERRUPTED_STATUS
+        return TERMINATED_STATUS if isinstance(stopped, Terminated) else INTERRUPTED_STATUS
+
+
+class Terminated(BaseException):
+    """SIGTERM was received; raised where the program is, as Python raises `KeyboardInterrupt`."""
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Unless somebody else takes the signal, or this is not the main thread, which alone can."""
+
+    def raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _open_streams() -> None:
@@ -106,16 +138,18 @@ def _open_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _write_nowhere(*streams: TextIO) -> None:
-    """What is still in the buffers would raise again when Python closes them."""
+def write_nowhere(*streams: TextIO) -> None:
+    """Let streams lead nowhere: what is still in their buffers would raise again when Python closes them."""
     with open(os.devnull, "wb") as nowhere:
         for stream in streams:
-            os.dup2(nowhere.fileno(), stream.fileno())
+            with contextlib.suppress(io.UnsupportedOperation):  # it is no file
+                os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def notice(text: str) -> None:
-    """Tell the user, in one line on stderr, what was done otherwise than asked or expected."""
-    print(f"note: {one_line(text)}", file=sys.stderr)
+    """Tell the user, in one line on stderr if that can take it, what was done otherwise than asked or expected."""
+    with contextlib.suppress(OSError):
+        print(f"note: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def one_line(text: str) -> str:

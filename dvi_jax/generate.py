@@ -26,6 +26,7 @@ from dvi_jax.command_line import (
     settings_for,
 )
 from dvi_jax.config import DecodeConfig, SamplingConfig
+from dvi_jax.decode.agreement import check_agreement
 from dvi_jax.decode.batch import Generation, check_prompts, choose_plan, slots_for
 from dvi_jax.decode.choosing import PlanChooser
 from dvi_jax.decode.cost import with_measured_cost
@@ -71,7 +72,9 @@ def answer_one(model: LoadedModel, options: argparse.Namespace, sampling: Sampli
     if options.adaptive:
         settings = with_measured_cost(model, prompt, settings)
     option, chooser = Option(plan, settings.width), None
-    if options.plan == AUTO and not options.plain:
+    if options.plan != AUTO and not options.plain:
+        check_agreement(model, settings)
+    elif not options.plain:
         chooser = PlanChooser.measured(model, settings, prompt)
         option = chooser.begin()
     if options.stream:

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from dvi_jax.command_line import progress_bar
 from dvi_jax.config import TRAINERS, DistillConfig, TrainConfig, load_train_config
-from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
+from dvi_jax.display import unfailing_console
+from dvi_jax.errors import ArgumentParser, UserError, add_debug, one_line, run_cli
 from dvi_jax.evaluate.curve import plot_learning_curve
 from dvi_jax.learn.offline import train_offline
 from dvi_jax.learn.online import OnlineResult, train_online
@@ -38,6 +39,8 @@ def notice(kind: str, record: dict[str, Any]) -> str | None:
     }
     if kind not in lines:
         return None
+    if kind == "stopped" and record["snapshot"] is None:
+        return f"stopped by {record['signal']} before the first snapshot; --resume begins again"
     back_to = "the start" if record.get("snapshot") is None else f"the snapshot of update {record['snapshot']}"
     return lines[kind].format(**record, back_to=back_to)
 
@@ -80,8 +83,8 @@ def run(config: TrainConfig, *, resume: bool, console: Console) -> OnlineResult:
         result = train_online(config, resume=resume, report=display)
     try:
         plot_learning_curve(f"{config.out}/metrics.jsonl", f"{config.out}/curve.png")
-    except UserError as error:  # the run is done and saved; matplotlib is an extra
-        say(console, f"no curve: {error}")
+    except (UserError, OSError, MemoryError) as error:  # the run is done and saved; matplotlib is an extra
+        say(console, f"no curve: {one_line(str(error) or 'out of memory')}")
     return result
 
 
@@ -136,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError("--config is needed: a file of settings, or the name of a shipped one (see --list-settings)")
     config = load_train_config(options.config, options.set)
     enable_compilation_cache()
-    console = Console()
+    console = unfailing_console()
     if isinstance(config, DistillConfig):
         run_distillation(config, resume=options.resume, console=console)
         return 0

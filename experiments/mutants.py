@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib
+import importlib.util
 import inspect
 import os
+import pkgutil
 import queue
 import shutil
 import subprocess
@@ -133,7 +134,8 @@ def _try(mutant: Mutant, copies: queue.Queue[Path], programs: Path) -> str:
 
 def _run_tests(root: Path, tests: list[str], programs: Path, count: int = 1) -> str:
     """What pytest makes of tests in a copy; their programs are kept for the next, as are those of `make test`."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "--tb=line"]
+    plugins = ["-p", "no:xdist", "-p", "no:cacheprovider", "-p", "experiments.no_shrinking"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", *plugins]
     # Bytecode of an edited file would pass for new: it is told by size and second.
     variables = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
@@ -178,7 +180,7 @@ def is_noticed(mutant: Mutant, scratch: Path) -> bool:
 @contextmanager
 def faulty(mutant: Mutant) -> Iterator[None]:
     """The one function that the fault is in, with the fault; whoever holds it, has it so."""
-    module = importlib.import_module(mutant.file.removesuffix(".py").replace("/", "."))
+    module = pkgutil.resolve_name(mutant.file.removesuffix(".py").replace("/", "."))
     whole, text = (ROOT / mutant.file).read_text(encoding="utf-8"), mutant.applied()
     names = _enclosing(whole, whole[: whole.index(mutant.old)].count("\n") + 1)
     function: Any = module

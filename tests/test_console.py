@@ -79,6 +79,7 @@ def test_a_wheel_holds_what_the_guide_uses(tmp_path):
         "dvi_jax/_tools/experiments/results/drafters/smollm2-135m-instruct/MANIFEST.json",
     ):
         assert needed in names
+    assert "dvi_jax/serve/dashboard.html" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     specs = [importlib.util.find_spec(command.module) for command in console.COMMANDS.values()]
     inside = {name.removeprefix("dvi_jax/_tools/") for name in names}

@@ -21,6 +21,8 @@ from dvi_jax.errors import UserError
 if TYPE_CHECKING:
     from dvi_jax.checkpoint import Checkpoint
 
+LONG_TEXT = 20_000  # characters from which on other threads should not wait for the tokenizer
+
 
 class Tokenizer:
     """Tokenizer and chat template of one checkpoint; raises `UserError` for a damaged tokenizer.
@@ -158,7 +160,10 @@ class Tokenizer:
         except UnicodeEncodeError:
             raise UserError("the text is not valid Unicode: it has lone surrogates") from None
         with library_faults("the tokenizer cannot encode this text"):
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            if len(text) < LONG_TEXT:
+                return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            # Seconds for megabytes: as a batch, the library lets Python's other threads run meanwhile.
+            return self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
     def _text_of(self, token: int | None) -> str:
         is_known = token is not None and 0 <= token < self.vocab_size

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvi_jax.config import MOST_DRAFTS, DecodeConfig
+from dvi_jax.decode.agreement import require_equal_bits
 from dvi_jax.decode.batch import make_knobs, start
 from dvi_jax.decode.cost import ROUNDS, round_seconds
 from dvi_jax.decode.plan import PLAIN, Option, Plan, plan_for, rows_alike
@@ -84,7 +85,10 @@ class PlanChooser:
 
     @classmethod
     def measured(cls, model: LoadedModel, settings: DecodeConfig, prompt: Sequence[int], batch: int = 1) -> PlanChooser:
-        """One whose costs are read from disk, or measured behind `prompt` (token ids) and kept there."""
+        """One whose costs are read from disk, or measured behind `prompt` (token ids) and kept there.
+
+        A plan that is measured is also compared with plain decoding, bit for bit (`agreement.py`).
+        """
         choices = options(model, settings, batch)
         path = costs_path(model, batch)
         known = read_costs(path)
@@ -95,6 +99,8 @@ class PlanChooser:
                 room = model.config.context_length - len(prompt)
                 own = replace(option.settings(settings), max_new_tokens=min(MEASURED_TOKENS, room))
                 state = start(model, [list(prompt)] * batch, own, make_knobs(own, ()))
+                if option.plan.kind not in ("plain", "early-exit"):
+                    require_equal_bits(model, state, option.plan)
                 rounds = MEASURED_ROUNDS if jax.default_backend() != "cpu" else ROUNDS
                 known[name] = round_seconds(model, state, option.plan, option.plan.drafts, rounds)[0]
             costs[option] = known[name]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from dvi_jax.evaluate.plots import BLUE, GREY, ORANGE, finish, new_figure
+from dvi_jax.learn.metrics import read_records
 
 
 def plot_learning_curve(metrics: str | Path, picture: str | Path, break_even: float | None = None) -> None:
@@ -13,7 +13,7 @@ def plot_learning_curve(metrics: str | Path, picture: str | Path, break_even: fl
 
     `break_even`: tokens per round from which speculation is faster than the fastest plain decoding, where it is known.
     """
-    records = [json.loads(line) for line in Path(metrics).read_text(encoding="utf-8").splitlines()]
+    records = read_records(Path(metrics))
     rollouts = [record for record in records if record["kind"] == "train"]
     updates = [record for record in rollouts if "kl" in record]  # the others had no update of their own
     evaluations = [record for record in records if record["kind"] == "eval"]

@@ -49,9 +49,10 @@ def train_offline(
 ) -> OfflineResult:
     """Run a distillation, or go on with one (`resume`). `report` is called with every metrics record.
 
-    SIGTERM and SIGINT end it after the running update with a snapshot (`stopping.Stopped`, a `SystemExit`).
+    SIGTERM and SIGINT end it with `stopping.Stopped`, a `SystemExit`: after the running update, with a snapshot.
     """
-    with RunDirectory(config.out, keep=config.keep_checkpoints, keep_best=0, resume=resume, report=report) as directory:
+    kept = {"keep": config.keep_checkpoints, "keep_best": 0}
+    with StopSignals() as signals, RunDirectory(config.out, **kept, resume=resume, report=report) as directory:
         checkpoint = matching_or_new_drafter(
             open_checkpoint(config.checkpoint),
             config.drafter,
@@ -61,7 +62,7 @@ def train_offline(
         )
         run = OfflineRun(config, checkpoint, directory)
         run.restore()
-        run.learn()
+        run.learn(signals)
         return run.finish()
 
 
@@ -99,7 +100,7 @@ class OfflineRun(Run[DistillState, list[float]]):
     def __init__(self, config: DistillConfig, checkpoint: Checkpoint, directory: RunDirectory):
         self.config = config
         # What programs are compiled for: the same for every run in this process that differs in its directory alone.
-        self.compiled_for = replace(config, checkpoint="", out="", data=(), drafter_options={})
+        self.compiled_for = replace(config, checkpoint="-", out="-", data=(), drafter_options={})
         self.data, self.held_out = read_data(config, checkpoint).hold_out(config.eval_rows)
         if config.draft_vocabulary and checkpoint.drafter is None:
             ids, _ = self.data.frequent_tokens(config.draft_vocabulary)

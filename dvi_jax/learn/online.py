@@ -71,16 +71,15 @@ def train_online(
 ) -> OnlineResult:
     """Run an online training run, or go on with one (`resume`). `report` is called with every metrics record.
 
-    SIGTERM and SIGINT end it after the running update with a snapshot (`stopping.Stopped`, a `SystemExit`).
+    SIGTERM and SIGINT end it with `stopping.Stopped`, a `SystemExit`: after the running update, with a snapshot.
     """
-    with RunDirectory(
-        config.out, keep=config.keep_checkpoints, keep_best=config.keep_best, resume=resume, report=report
-    ) as directory:
+    kept = {"keep": config.keep_checkpoints, "keep_best": config.keep_best}
+    with StopSignals() as signals, RunDirectory(config.out, **kept, resume=resume, report=report) as directory:
         checkpoint = open_checkpoint(config.checkpoint)
         checkpoint = kept_or_new_drafter(checkpoint, config.drafter, config.drafter_options, config.exit_layer)
         run = OnlineRun(config, with_new_lora_d(checkpoint, config), directory)
         run.restore()
-        run.learn()
+        run.learn(signals)
         return run.finish()
 
 

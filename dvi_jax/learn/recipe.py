@@ -3,7 +3,8 @@
 The rules are what was measured (experiments/README.md). `fused`, one layer behind the first that sees four inner
 layers of the verifier, has the best drafts; they come one after the other. From about three billion parameters on, a
 pass of a decoder layer costs so much that a `block` of drafts in one pass is better: at 7B shapes a round of seven
-costs 1.13 plain rounds, one of three drafts in sequence 1.27.
+costs 1.13 plain rounds, one of three drafts in sequence 1.27. Where the head is larger than such a layer, only the most
+frequent tokens are drafted; a wider drafter learns at a lower rate (1e-3 served 576 dimensions, 6e-4 1,536).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from dvi_jax.settings import from_dict
 
 BLOCK_FROM = 3e9  # parameters from which a block drafter is chosen
 BLOCK_OPTIONS = {"layers": 2, "block": 7}
+DRAFT_VOCABULARY = 32_768  # tokens that are drafted at most, of a vocabulary of more than twice as many
+HIGHEST_RATE, WIDTH_OF_IT = 1e-3, 1024  # learning rate, and the dimensions beyond which it falls with them
 CACHE_SHARE = 0.2  # of the memory that is free, for the keys and values of a batch of replies
 REPLY_SHARE = 0.8  # of the tokens that a reply may have, it is taken to have so many
 
@@ -35,6 +38,8 @@ class Recipe:
     drafter_options: dict[str, Any] = field(hash=False)
     exit_layer: int | None  # None: a drafter that needs none
     replies: ReplyConfig
+    draft_vocabulary: int = 0  # most frequent tokens, the only ones that are drafted; 0 for all
+    lr: float = HIGHEST_RATE  # highest learning rate
     row_length: int  # tokens of a row of training text
     batch_rows: int  # rows of an update
     prompts: int = 0  # of the log that are replied to; 0: not known yet
@@ -61,6 +66,8 @@ class Recipe:
             drafter=self.drafter,
             drafter_options=self.drafter_options,
             exit_layer=self.exit_layer,
+            draft_vocabulary=self.draft_vocabulary,
+            lr=self.lr,
             tokens=self.passes * (rows - held_out) * self.row_length,
             row_length=self.row_length,
             batch_rows=min(self.batch_rows, max(rows - held_out, 1)),
@@ -104,6 +111,8 @@ def choose_recipe(config: LlamaConfig, dtype: str, free: int, *, accelerator: bo
         replies=ReplyConfig(
             lengths=lengths, new_tokens=new_tokens, batch_tokens=max(min(most, int(CACHE_SHARE * free) // position), 1)
         ),
+        draft_vocabulary=DRAFT_VOCABULARY if config.vocab_size > 2 * DRAFT_VOCABULARY else 0,
+        lr=HIGHEST_RATE * min(WIDTH_OF_IT / config.hidden_size, 1.0),
         row_length=min(1024 if accelerator else 256, context),
         batch_rows=16 if accelerator else 4,
     )

@@ -17,7 +17,7 @@ from dvi_jax.learn.rollback import Watch, failing_updates, go_on_from, non_finit
 from dvi_jax.learn.run_directory import RunDirectory
 from dvi_jax.learn.run_identity import RunIdentity
 from dvi_jax.learn.snapshot import State
-from dvi_jax.learn.stopping import StopSignals
+from dvi_jax.learn.stopping import Stopped, StopSignals
 from dvi_jax.loading import LoadedModel, trained_parts
 from dvi_jax.model.speculative_llama import Params
 
@@ -99,15 +99,15 @@ class Run(ABC, Generic[State, Measured]):
             self.evaluated = evaluations[-1]["step"]
         self.directory.report("resume", {"step": found.step})
 
-    def learn(self) -> None:
-        """Work until it is done or a signal asks to stop; either way the last state is saved."""
-        with StopSignals() as signals:
+    def learn(self, signals: StopSignals) -> None:
+        """Work until it is done or a signal asks to stop (`Stopped`); either way the last state is saved."""
+        with signals.held():
             if self.before is None:
                 self.before = self.evaluate()
             self.work(signals)
             self.save(regular=False)
-            if signals.received:
-                self.directory.stop(signals.received, self.step)
+        if signals.received:
+            raise Stopped(signals.received)
 
     def evaluate(self) -> Measured:
         """Evaluate the drafter as it now is, and log it."""

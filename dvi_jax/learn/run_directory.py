@@ -17,7 +17,7 @@ from contextlib import ExitStack, closing, suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from dvi_jax.checkpoint import MANIFEST
 from dvi_jax.directories import remove_partial
@@ -40,6 +40,7 @@ class RunDirectory:
     def __init__(self, out: str | Path, *, keep: int, keep_best: int, resume: bool, report: Report):
         self.path, self.resume, self.report = Path(out), resume, report
         self._keep, self._failed_saves = (keep, keep_best), 0
+        self.step = 0  # update of the newest record
         self._changes: list[dict[str, Any]] = []  # of settings, since the run that is resumed
 
     def __enter__(self) -> RunDirectory:
@@ -55,6 +56,8 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, Stopped):
+            self._tell_of_stop(error.number)
         self._stack.__exit__(kind, error, trace)
 
     def identify(self, identity: RunIdentity) -> None:
@@ -109,7 +112,7 @@ class RunDirectory:
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append a record to the metrics and report it."""
-        record = {"kind": kind, "step": step, **values}
+        record, self.step = {"kind": kind, "step": step, **values}, step
         self.metrics.append(record)
         self.report(kind, record)
 
@@ -122,13 +125,13 @@ class RunDirectory:
             values = {"snapshot": save.step, "reason": save.reason, "count": self._failed_saves}
             self.log("failed_save", step, values)
 
-    def stop(self, number: int, step: int) -> NoReturn:
-        """End a run that signal `number` asked to stop, once its last snapshot is written."""
+    def _tell_of_stop(self, number: int) -> None:
+        """Report what a run that signal `number` ends can go on from, once its last snapshot is written."""
         self.snapshots.wait()
-        self.log_failed_saves(step)
         newest = max(self.snapshots.steps(), default=None)
+        step = self.step if newest is None else max(self.step, newest)
+        self.log_failed_saves(step)
         self.report("stopped", {"step": step, "signal": signal.Signals(number).name, "snapshot": newest})
-        raise Stopped(number)
 
     def finish(self, step: int) -> None:
         """Wait for the last snapshot and bring the metrics to the disk; `UserError` if it does not take them."""

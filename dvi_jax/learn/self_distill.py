@@ -161,9 +161,10 @@ class SelfDistillation:
 
     def _measure(self, recipe: Recipe) -> Rates:
         """Time and memory of a batch of replies and of an update, on this device."""
-        model = from_checkpoint(
-            matching_or_new_drafter(self.checkpoint, recipe.drafter, recipe.drafter_options, recipe.exit_layer)
-        )
+        new = matching_or_new_drafter(self.checkpoint, recipe.drafter, recipe.drafter_options, recipe.exit_layer)
+        if recipe.draft_vocabulary and new.drafter is None:  # which tokens those will be does not matter here
+            new = replace(new, draft_vocabulary=tuple(range(recipe.draft_vocabulary)))
+        model = from_checkpoint(new)
         reply_rate, reply_memory = self._measure_replies(model, recipe)
         seconds, training_memory = self._measure_update(model, recipe)
         return Rates(
@@ -199,7 +200,8 @@ class SelfDistillation:
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, model.config.vocab_size, shape, np.int32)
         mask = rng.random(shape) < 0.7
-        config = replace(recipe.training("", "", "", 4 * recipe.batch_rows), drafter_options={}, data=())
+        paths = str(self.checkpoint.path), str(self.out), str(self.out / REPLIES)
+        config = recipe.training(*paths, rows=4 * recipe.batch_rows)
         state = init_distill(model.params, config)
         memory = step_memory(model.definition, model.params, state, tokens, mask, config=config)
         seconds = []

@@ -1,11 +1,12 @@
-"""SIGTERM and SIGINT while a run learns: it ends after the running update, with a snapshot."""
+"""SIGTERM and SIGINT during a run: while it learns it ends after the running update, with a snapshot; else at once."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -18,16 +19,19 @@ class Stopped(SystemExit):
 
     def __init__(self, number: int):
         super().__init__(128 + number)
+        self.number = number
 
 
 class StopSignals:
-    """As a context manager, notes the first signal in `received`; a second one ends the process at once.
+    """As a context manager, makes the first signal raise `Stopped`; a second one ends the process at once.
 
-    Python hands signals to the main thread alone: elsewhere this does nothing.
+    While `held` it is only noted in `received`: whoever holds it, looks there and ends in its own time. Python hands
+    signals to the main thread alone: elsewhere this does nothing.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._is_held = False
         self._earlier: dict[int, Handler] = {}
 
     def __enter__(self) -> StopSignals:
@@ -39,8 +43,19 @@ class StopSignals:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """For as long as there is something that must not be left half done."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = number
+        if not self._is_held:
+            raise Stopped(number)

@@ -10,21 +10,32 @@ from pathlib import Path
 
 from dvi_jax.command_line import AUTO, add_loading_options, load_model
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, notice, run_cli
-from dvi_jax.serve.app import create_app
 from dvi_jax.serve.engine import Engine
 from dvi_jax.serve.learner import LearnSettings
-from dvi_jax.serve.learning_metrics import LearningCollector
 from dvi_jax.serve.learning_run import LearningRun, load_to_learn
 from dvi_jax.serve.logs import set_up_logs
-from dvi_jax.serve.running import address, bind, run
 from dvi_jax.serve.settings import ServerSettings
+from dvi_jax.settings import require
 
+try:
+    from dvi_jax.serve.app import create_app
+    from dvi_jax.serve.learning_metrics import LearningCollector
+    from dvi_jax.serve.running import address, bind, run
+except ModuleNotFoundError as error:
+    MISSING: str | None = f"the server needs {error.name}: pip install 'dvi_jax[serve]'"
+else:
+    MISSING = None
+
+LOCAL = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "DVI_JAX_API_KEY"  # a command line can be read by everybody on a machine
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, load the model, serve until a signal says to end."""
     options = _parser().parse_args(arguments)
+    if MISSING is not None:
+        raise UserError(MISSING)
+    require(0 <= options.logprobs <= 20, "--logprobs", options.logprobs, "between 0 and 20")
     settings = ServerSettings(
         model_name=options.model_name or Path(options.checkpoint).resolve().name,
         host=options.host,
@@ -34,14 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
         drain_seconds=options.drain_seconds,
     )
     learn = _learn_settings(options)
-    with bind(settings.host, settings.port) as listener, ExitStack() as stack:  # a port, before a model is loaded
-        learning = None
-        if learn is not None:
-            run_of = LearningRun(
-                *load_to_learn(options), learn, options.out, context=options.context, resume=options.resume
-            )
-            stack.callback(_tell_of_drafter, run_of)
-            learning = stack.enter_context(run_of)
+    with ExitStack() as stack:
+        # Before the model is loaded, which takes a while.
+        listener = stack.enter_context(bind(settings.host, settings.port))
+        if settings.api_key is None and settings.host not in LOCAL:
+            notice(f"--host {settings.host} without --api-key: whoever reaches this machine may use the model")
+        learning = None if learn is None else _start_learning(options, learn, stack)
         model = load_model(options) if learning is None else learning.model
         engine = Engine(
             model,
@@ -49,8 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
             context=options.context,
             plan=options.plan,
             max_waiting=settings.max_queued,
+            logprobs=options.logprobs,
+            warm_up=True,
             learner=None if learning is None else learning.learner,
         )
+        print(engine.memory.describe(), file=sys.stderr)
         stack.callback(engine.close)  # before the run is left
         app = create_app(engine, model.tokenizer, settings, {"learning": learning.section} if learning else None)
         if learning is not None:
@@ -74,6 +86,14 @@ def _learn_settings(options: argparse.Namespace) -> LearnSettings | None:
     return LearnSettings(share=options.learn_share, save_seconds=options.save_seconds)
 
 
+def _start_learning(options: argparse.Namespace, settings: LearnSettings, stack: ExitStack) -> LearningRun:
+    """What the engine's learner belongs to; it ends with the stack."""
+    checkpoint, model = load_to_learn(options)
+    learning = LearningRun(checkpoint, model, settings, options.out, context=options.context, resume=options.resume)
+    stack.callback(_tell_of_drafter, learning)
+    return stack.enter_context(learning)
+
+
 def _tell_of_drafter(learning: LearningRun) -> None:
     if learning.drafter is not None:
         notice(f"the drafter that was learned: --drafter-from {learning.drafter}")
@@ -87,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slots", type=at_least_one, default=8, metavar="N", help="replies that run at once")
     parser.add_argument(
         "--context", type=at_least_one, default=2048, metavar="N", help="tokens of a request, reply included"
+    )
+    parser.add_argument(
+        "--logprobs", type=int, default=0, metavar="N", help="most alternatives with log-probabilities (default: none)"
     )
     parser.add_argument("--host", default=defaults.host, help="address to listen at (default: this machine only)")
     parser.add_argument("--port", type=int, default=defaults.port, metavar="N", help="0 for any free one")

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import hmac
 from collections.abc import AsyncIterator, Callable, Mapping
-from importlib.metadata import version
 from typing import Any
 
 from starlette.applications import Starlette
@@ -26,6 +25,7 @@ from dvi_jax.serve.refusals import RefusedError, show_defect, show_http_error, s
 from dvi_jax.serve.requests import RequestEngine
 from dvi_jax.serve.serving import Serving
 from dvi_jax.serve.settings import ServerSettings
+from dvi_jax.version import __version__
 
 GUARDED = ("/v1/", "/tokenize", "/detokenize")  # paths that ask for the key, where there is one
 
@@ -144,7 +144,7 @@ async def _off_loop(request: Request, work: Callable[[bytes, Served], dict[str, 
 
 async def show_version(request: Request) -> Response:
     """GET /version"""
-    return JSONResponse({"version": version("dvi-jax")})
+    return JSONResponse({"version": __version__})
 
 
 async def health(request: Request) -> Response:

@@ -32,6 +32,7 @@ from dvi_jax.serve.scheduler import OnWindow, Scheduler
 from dvi_jax.serve.slots import Shape, empty_slots
 
 CHUNK, CPU_CHUNK = 512, 128  # tokens of a prompt that go through at once
+POSITIONS = 64  # of a cache are a multiple of this
 LOOK = 0.5  # seconds between two looks at whether an idle engine's learner has work
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Engine:
         prefix_bytes: int = 2**30,
         chunk: int | None = None,
         warm_up: bool = False,
+        logprobs: int = 0,
         on_window: OnWindow | None = None,
         learner: Learns | None = None,
     ):
@@ -79,7 +81,8 @@ class Engine:
         `context`: tokens of a prompt and its reply together, at most the model's. `plan`: as in `DecodeConfig`, or
         `auto`. `max_waiting`: requests that may wait for a slot. `prefix_bytes`: memory for beginnings that prompts
         share. `chunk`: tokens of a prompt that go through at once. `warm_up`: compile every program now, so
-        that no request waits for one. `on_window` gets the learning signals of every reply
+        that no request waits for one. `logprobs`: alternatives that a request may want the log-probabilities of; 0:
+        there are none, which needs less memory. `on_window` gets the learning signals of every reply
         that may be learned from, on the device, as one window of as many positions as a slot has; it is called by the
         engine's thread and must be quick. A `learner` gets them in its place, and turns between stretches. Raises
         `UserError` for sizes that cannot be, or that memory does not hold.
@@ -87,19 +90,19 @@ class Engine:
         for name, value in (("slots", slots), ("context", context), ("max_waiting", max_waiting)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
-        self.model, self.slots, self.max_waiting = model, slots, max_waiting
+        self.model, self.slots, self.max_waiting, self.logprobs = model, slots, max_waiting, logprobs
         self.context = min(context, model.config.context_length)
         self._learner, on_window = learner, on_window if learner is None else learner.take
-        record, (plans, width) = on_window is not None, plans_of(model, plan, slots)
+        record, (plans, width) = on_window is not None or logprobs > 0, plans_of(model, plan, slots)
         chunk = min(chunk or (CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK), self.context)
-        room = -(-(self.context + width) // chunk) * chunk
+        room = _rounded_up(max(_rounded_up(self.context, chunk), self.context + width), POSITIONS)
         shape = Shape(slots, room, width, record)
         self.memory = engine_memory(model, shape, prefix_bytes)
         check_engine_memory(self.memory)
         empty = empty_slots(model.definition, model.decode_params, shape)
         intake = Intake(model, room=room, chunk=chunk, prefix_bytes=prefix_bytes, record=record)
         choice, empty = choose(model, plans, width, empty)
-        self._scheduler = Scheduler(model, empty, intake, choice, on_window)
+        self._scheduler = Scheduler(model, empty, intake, choice, on_window=on_window, most_logprobs=logprobs)
         if warm_up:
             self._scheduler.warm_up()
         # What several threads touch, under the lock of `_changed`.
@@ -185,8 +188,10 @@ class Engine:
             raise UserError(f"at most {MOST_EOS_IDS} end-of-sequence ids, got {len(eos)}")
         if request.sampling is not None and not request.sampling.coupled:
             raise UserError("an engine's sampling is coupled: with rejection, tokens would depend on the drafter")
-        if request.logprobs is not None:
-            raise UserError("log-probabilities are not given")
+        if request.logprobs is not None and not self.logprobs:
+            raise UserError("this engine gives no log-probabilities")
+        if request.logprobs is not None and not 0 <= request.logprobs <= self.logprobs:
+            raise UserError(f"logprobs must be between 0 and {self.logprobs}, got {request.logprobs}")
         if not all(request.stop):
             raise UserError("a stop string must not be empty")
         if request.stop:
@@ -212,7 +217,7 @@ class Engine:
                 if self._learner is not None:
                     self._learn(self._learner)
                 if self._waiting or self._scheduler.is_busy:
-                    self._scheduler.turn(self._next_reply, somebody_waits=bool(self._waiting))
+                    self._scheduler.turn(self._next_reply, len(self._waiting))
 
     def _learn(self, learner: Learns) -> None:
         """The learner's turn."""
@@ -270,6 +275,10 @@ class Engine:
             else:
                 reply.fail(self._failure)
         return True
+
+
+def _rounded_up(size: int, step: int) -> int:
+    return -(-size // step) * step
 
 
 def _kind(leaf: jax.Array) -> tuple[tuple[int, ...], str]:

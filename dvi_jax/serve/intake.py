@@ -16,7 +16,7 @@ class Intake:
     """Takes in the prompt of one reply after the other."""
 
     def __init__(self, model: LoadedModel, *, room: int, chunk: int, prefix_bytes: int, record: bool):
-        """`room`: positions, a multiple of `chunk`. `prefix_bytes`: for beginnings that prompts may share."""
+        """`room`: positions, enough for the chunks of the longest prompt. `prefix_bytes`: for what prompts share."""
         self._definition, params = model.definition, model.decode_params
         self._chunk, self._prefixes = chunk, Prefixes(chunk, prefix_bytes)
         self._axes = position_axes(self._definition, params, record=record)

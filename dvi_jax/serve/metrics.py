@@ -98,6 +98,7 @@ class EngineCollector(Collector):
             yield self._family(GaugeMetricFamily, name, about, [((), value)])
         counters = {
             "prompt_tokens": ("Tokens of prompts", now.prompt_tokens),
+            "prefix_cache_hits": ("Tokens of prompts that were taken over from earlier ones", now.cached_tokens),
             "generation_tokens": ("Tokens of replies", now.new_tokens),
             "spec_decode_num_drafts": ("Rounds, those of all slots counted each", now.rounds),
             "spec_decode_num_judged_tokens": ("Drafts up to and with a round's first reject", sum(now.judged)),

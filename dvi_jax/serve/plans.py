@@ -35,6 +35,7 @@ from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.slots import MOST_ROUNDS, Slots, run_stretch
 
 AUTO = "auto"
+MOST_AUTO_DRAFTS, CPU_DRAFTS = 5, 3  # of a round, to choose from; on a CPU every round verifies as many rows
 MEASURED_POSITION = 512  # where sequences are when a round is timed, if slots have so many positions
 REPEATS = 3
 
@@ -124,7 +125,8 @@ def plans_of(model: LoadedModel, name: str, slots: int) -> tuple[tuple[Plan, ...
     if name == AUTO:
         if 2 * slots > MOST_ROUND_ROWS:  # a draft would make rounds slower by more than it can bring
             return (PLAIN,), 1
-        found = options(model, DecodeConfig(), slots)
+        most = CPU_DRAFTS if jax.default_backend() == "cpu" else MOST_AUTO_DRAFTS
+        found = options(model, DecodeConfig(draft_steps=most), slots)
         return tuple(option.plan for option in found), max(option.width for option in found)
     plan = Plan.parse(name)
     check_plan(plan, model.manifest.drafter, drafts_blocks=model.drafts_blocks, max_drafts=model.max_drafts)

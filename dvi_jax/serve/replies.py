@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dvi_jax.data.tokenizer import Tokenizer
+from dvi_jax.decode.stream import UNFINISHED
 from dvi_jax.serve.requests import ReplyPiece, Statistics, TokenLogprob
 
 # The engine's reasons in OpenAI's words.
@@ -112,7 +113,7 @@ class ChatFormat(ReplyFormat):
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.token_text(token)
         # A token that is a part of a character has no text whose bytes these would be.
-        content = None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())
+        content = None if UNFINISHED in text else list(text.encode())
         return {"token": text, "logprob": logprob, "bytes": content}
 
 
@@ -151,9 +152,14 @@ class CompletionFormat(ReplyFormat):
         return {
             "tokens": tokens,
             "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [{self.token_text(token): logprob for token, logprob in entry.top} for entry in entries],
+            "top_logprobs": [{self._key(token): logprob for token, logprob in entry.top} for entry in entries],
             "text_offset": offsets,
         }
+
+    def _key(self, token: int) -> str:
+        """A token's text; of parts of characters, which all read alike, the id."""
+        text = self.token_text(token)
+        return f"token_id:{token}" if UNFINISHED in text else text
 
 
 def usage(prompt_tokens: int, replies: int, statistics: Sequence[Statistics]) -> dict[str, Any]:
@@ -169,7 +175,7 @@ def usage(prompt_tokens: int, replies: int, statistics: Sequence[Statistics]) ->
 
 def request_metrics(statistics: Sequence[Statistics]) -> dict[str, Any] | None:
     """What a request of one reply cost, under the names that vLLM gives these; None for several replies."""
-    if len(statistics) != 1:
+    if len(statistics) != 1 or not statistics[0].first_token:
         return None
     (each,) = statistics
     generation = each.finished - each.first_token

@@ -16,7 +16,7 @@ import numpy as np
 
 from dvi_jax.decode.stream import StreamedText
 from dvi_jax.errors import UserError
-from dvi_jax.serve.requests import ReplyPiece, Request, Statistics
+from dvi_jax.serve.requests import ReplyPiece, Request, Statistics, TokenLogprob
 
 
 class Reply:
@@ -43,13 +43,11 @@ class Reply:
         try:
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._pieces or self._failure)
+                    self._changed.wait_for(lambda: self._pieces or self.finish_reason is not None)
                 piece = self._next()
                 if piece is None:
-                    continue
-                yield piece
-                if piece.finish_reason is not None:
                     return
+                yield piece
         finally:
             self.cancel()
 
@@ -65,10 +63,11 @@ class Reply:
         try:
             while True:
                 arrived.clear()
+                is_over = self.finish_reason is not None  # asked first: its last piece is there then
                 while (piece := self._next()) is not None:
                     yield piece
-                    if piece.finish_reason is not None:
-                        return
+                if is_over:
+                    return
                 await arrived.wait()
         finally:
             self.cancel()
@@ -90,8 +89,8 @@ class Reply:
 
     # What the engine calls.
 
-    def take(self, ids: Sequence[int], *, done: bool) -> None:
-        """Committed tokens, the last ones of all if `done`."""
+    def take(self, ids: Sequence[int], *, done: bool, logprobs: tuple[TokenLogprob, ...] | None = None) -> None:
+        """Committed tokens, the last ones of all if `done`; `logprobs` has one for each."""
         self.committed += len(ids)
         reason, text = None, ""
         if done:
@@ -106,7 +105,7 @@ class Reply:
             statistics.first_token = time.monotonic()
         statistics.new_tokens += len(ids)
         if ids or text or reason:
-            self._give(ReplyPiece(tuple(ids), text, reason))
+            self._give(ReplyPiece(tuple(ids), text, reason, logprobs and logprobs[: len(ids)]))
 
     def count(self, accept_lengths: np.ndarray, drafted: np.ndarray) -> None:
         """Rounds in which so many tokens each were committed and drafted; none once the sequence is done."""
@@ -121,16 +120,16 @@ class Reply:
 
     def fail(self, message: str) -> None:
         """The engine failed; the reader is told so."""
-        self._failure = message
-        self.finish_reason = "failed"
+        with self._changed:
+            self._failure, self.finish_reason = message, "failed"
         self._tell()
 
     def _give(self, piece: ReplyPiece) -> None:
         if piece.finish_reason is not None:
             self.statistics.finished = time.monotonic()
-            self.finish_reason = piece.finish_reason
         with self._changed:
             self._pieces.append(piece)
+            self.finish_reason = piece.finish_reason
         self._tell()
 
     def _tell(self) -> None:

@@ -66,7 +66,7 @@ class DrainingServer(uvicorn.Server):
 
     def _drain(self) -> None:
         """Let running replies finish, cut the rest off, and let the event loop end."""
-        say("draining", signal_to_end_at_once="the next")
+        say("draining", seconds=self._serving.settings.drain_seconds)
         finished = self._serving.engine.drain(self._serving.settings.drain_seconds)
         say("drained", logging.INFO if finished else logging.WARNING, all_finished=finished)
         self._serving.engine.close()

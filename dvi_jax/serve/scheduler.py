@@ -19,13 +19,24 @@ from dvi_jax.decode.plan import Plan
 from dvi_jax.learn.replay import Windows
 from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.intake import Intake
+from dvi_jax.serve.pace import Pace
 from dvi_jax.serve.plans import PlanChoice
 from dvi_jax.serve.reply import Reply
-from dvi_jax.serve.requests import EngineStatus, Request
-from dvi_jax.serve.slots import MOST_ROUNDS, Outcome, Slots, Terms, lay, release, run_stretch, take_window
+from dvi_jax.serve.requests import EngineStatus, Request, TokenLogprob
+from dvi_jax.serve.slots import (
+    MOST_ROUNDS,
+    Outcome,
+    Slots,
+    Terms,
+    columns_of,
+    lay,
+    release,
+    run_stretch,
+    take_window,
+    token_logprobs,
+)
 
 GREEDY = SamplingConfig(temperature=0.0)
-SHORT_STRETCH = 4  # rounds, while somebody waits for a slot or for the beginning of a reply
 EARLY_TOKENS = 64  # of a reply: its beginning
 
 OnWindow = Callable[[Windows, Request], None]
@@ -45,16 +56,27 @@ class Scheduler:
     """Slots, what is in them, and the prompt on its way into one. For one thread; `status` may be read by any."""
 
     def __init__(
-        self, model: LoadedModel, slots: Slots, intake: Intake, choice: PlanChoice, on_window: OnWindow | None
+        self,
+        model: LoadedModel,
+        slots: Slots,
+        intake: Intake,
+        choice: PlanChoice,
+        *,
+        on_window: OnWindow | None,
+        most_logprobs: int,
     ):
-        """`on_window` gets the learning signals of replies that have ended, where slots keep them."""
+        """Where slots keep learning signals, `on_window` gets those of replies that have ended.
+
+        `most_logprobs`: alternatives that a request may want the log-probabilities of.
+        """
         self.params = model.decode_params  # what the next stretch decodes with
         self._model, self._slots, self._intake, self._choice = model, slots, intake, choice
-        self._on_window = on_window
+        self._on_window, self._most_logprobs = on_window, most_logprobs
         count = len(slots.eos_ids)
         self._replies: list[Reply | None] = [None] * count
         self._ended = np.zeros(count, bool)  # slots whose sequence must go no further, though the device would
         self._flight: _Flight | None = None
+        self._pace = Pace(MOST_ROUNDS)
         self._slot_seconds = 1.0  # of a request, lately
         self.status = EngineStatus(count, running=0, waiting=0, context=0, plan=str(choice.plan))
 
@@ -94,17 +116,19 @@ class Scheduler:
         if self._flight is not None:
             self._flight.packed.block_until_ready()
 
-    def turn(self, next_reply: Callable[[], Reply | None], *, somebody_waits: bool) -> None:
-        """One turn; `next_reply` gives the next one of those that wait, if one does."""
+    def turn(self, next_reply: Callable[[], Reply | None], waiting: int) -> None:
+        """One turn; `next_reply` gives the next one of those that wait, about so many, if one does."""
         self._drop_cancelled()
-        firsts = self._take_in(next_reply)
-        following = self._start_stretch(somebody_waits=somebody_waits)
+        firsts = self._take_in(next_reply, waiting)
+        following = self._start_stretch(somebody_waits=waiting > 0)
         if self._flight is not None:
             self._land(self._flight)
         for reply, first in firsts:  # these were there before the stretch began
             token, ends = np.asarray(first).tolist()
             self._give(reply, [token], done=bool(ends))
         self._flight = following
+        if following is None:
+            self._pace.idle()
         self.status = replace(
             self.status,
             running=sum(reply is not None for reply in self._replies),
@@ -125,21 +149,22 @@ class Scheduler:
             self._slots = release(self._slots, self._ended.copy())
             self._ended[:] = False
 
-    def _take_in(self, next_reply: Callable[[], Reply | None]) -> list[tuple[Reply, jax.Array]]:
+    def _take_in(self, next_reply: Callable[[], Reply | None], waiting: int) -> list[tuple[Reply, jax.Array]]:
         """Chunks of prompts, and those that are complete into free slots. -> replies laid, with their first tokens.
 
-        While others run, as many chunks as there are free slots for each running one, and at least one: where most
-        slots are empty, filling them comes first; where most are busy, their replies flow on.
+        While others run, as many chunks as there are prompts for free slots, and at least one: a long prompt that comes
+        alone does not keep them waiting, and many that come together find their slots.
         """
         laid: list[tuple[Reply, jax.Array]] = []
-        chunks, running = 0, sum(reply is not None for reply in self._replies)
-        most = max(1, len(self._replies) // running - 1) if running else 1
+        under_way = waiting + (self._intake.reply is not None)
+        chunks, most = 0, max(1, min(self._replies.count(None), under_way))
+        runs = any(reply is not None for reply in self._replies)
         while True:
             if self._intake.ready:
                 if None not in self._replies:
                     return laid
                 laid.append(self._lay(self._replies.index(None)))
-            if (running or laid) and chunks >= most:
+            if (runs or laid) and chunks >= most:
                 return laid
             if self._intake.reply is None:
                 reply = next_reply()
@@ -174,7 +199,7 @@ class Scheduler:
         if not running:
             return None
         early = any(reply.statistics.new_tokens < EARLY_TOKENS for reply in running)
-        rounds = SHORT_STRETCH if early or somebody_waits or self._intake.reply is not None else MOST_ROUNDS
+        rounds = self._pace.rounds(hurry=early or somebody_waits or self._intake.reply is not None)
         plan = self._choice.next_plan(fresh=any(reply.is_fresh for reply in running))
         sampled = any(_is_sampled(reply.request.sampling) for reply in running)
         self._slots, packed = run_stretch(
@@ -188,6 +213,7 @@ class Scheduler:
     def _land(self, flight: _Flight) -> None:
         """Read a stretch: give its tokens, count, and free the slots of the replies that ended."""
         outcome = Outcome.read(flight.packed)
+        self._pace.landed(outcome.accept_lengths.shape[1])
         live = [
             (slot, reply)
             for slot, reply in enumerate(flight.replies)
@@ -207,12 +233,30 @@ class Scheduler:
     def _give(self, reply: Reply, ids: list[int], *, done: bool) -> None:
         """Tokens to their reader; a reply that has ended leaves its slot."""
         slot, before = self._replies.index(reply), reply.statistics.new_tokens
-        reply.take(ids, done=done)
+        reply.take(ids, done=done, logprobs=self._logprobs(slot, reply, ids))
         self.status = replace(self.status, new_tokens=self.status.new_tokens + reply.statistics.new_tokens - before)
         if reply.finish_reason is not None:
             self._hand_on(slot, reply)
             self._free(slot)
             self._ended[slot] = reply.finish_reason == "stop"
+
+    def _logprobs(self, slot: int, reply: Reply, ids: list[int]) -> tuple[TokenLogprob, ...] | None:
+        """Of new tokens, if they are asked for. They are computed behind the stretch under way, which is waited for."""
+        wanted, state = reply.request.logprobs, self._slots.decode
+        if wanted is None:
+            return None
+        start = min(reply.committed, state.tokens.shape[1] - columns_of(state))
+        found = token_logprobs(
+            self._model.definition,
+            self.params,
+            self._slots,
+            np.int32(slot),
+            np.int32(start),
+            most=self._most_logprobs,
+        )
+        own, best, alternatives = (array[reply.committed - start :].tolist() for array in jax.device_get(found))
+        pairs = [tuple(zip(*row, strict=True))[:wanted] for row in zip(alternatives, best, strict=True)]
+        return tuple(map(TokenLogprob, ids, own, pairs))
 
     def _hand_on(self, slot: int, reply: Reply) -> None:
         """What can be learned from a reply that has ended, while its slot still holds it."""

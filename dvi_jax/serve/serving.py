@@ -46,7 +46,7 @@ class Serving:
         self.closing = False  # what is still open should end
         self.viewers = 0  # open dashboards
         self._preparing = 0
-        self._open = 0  # replies that are generated or sent
+        self.open_replies = 0  # replies that are generated or sent
         # A reply that its client reads slowly lives on without a slot, so there may be more than the engine holds.
         self._most_open = 2 * (status.slots + settings.max_queued)
         self._limiter = anyio.CapacityLimiter(THREADS)
@@ -57,7 +57,7 @@ class Serving:
             raise busy("the server is shutting down", self.settings.drain_seconds, "draining")
         if failure := self.engine.status().failure:
             raise failed(f"the engine failed: {failure}")
-        if self._preparing >= MOST_PREPARING or self._open >= self._most_open:
+        if self._preparing >= MOST_PREPARING or self.open_replies >= self._most_open:
             raise busy("the server is busy: too many requests are open", 1, "queue_full")
 
     async def off_loop(self, work: Callable[[bytes, Served], Result], content: bytes) -> Result:
@@ -91,14 +91,14 @@ class Serving:
             if len(handles) < len(requests):
                 for handle in handles:
                     handle.cancel()
-        self._open += len(handles)
+        self.open_replies += len(handles)
         return handles
 
     def release(self, handles: Sequence[Handle]) -> None:
         """They are answered, or nobody waits for them any more."""
         for handle in handles:
             handle.cancel()
-        self._open -= len(handles)
+        self.open_replies -= len(handles)
 
     def ended(self, exchange: Exchange) -> None:
         """A request is over: one line in the log, and the metrics."""

@@ -214,12 +214,38 @@ def take_window(slots: Slots, slot: jax.Array, prompt_length: jax.Array, length:
 
 def _pack(state: DecodeState, began: jax.Array) -> jax.Array:
     """What the host wants to know of a stretch that began at lengths [B], in one array: `Outcome` unpacks it."""
-    width, positions = state.committed.hidden.shape[1], state.tokens.shape[1]
-    columns = min(MOST_ROUNDS * width, positions)  # of one number for all slots
-    start = jnp.minimum(began, positions - columns)
+    columns = columns_of(state)
+    start = jnp.minimum(began, state.tokens.shape[1] - columns)
     tokens = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, columns))(state.tokens, start)
     numbers = jnp.stack([jnp.broadcast_to(state.rounds, start.shape), start, state.length, state.done], axis=1)
     return jnp.concatenate([numbers, state.accept_lengths, state.drafted, tokens], axis=1)
+
+
+@partial(jax.jit, static_argnames=("definition", "most"))
+def token_logprobs(
+    definition: Definition, params: Params, slots: Slots, slot: jax.Array, start: jax.Array, *, most: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the verifier gave a slot's tokens, where learning signals are kept: T positions from `start` on.
+
+    -> log-probabilities float32 [T] (natural logarithm, temperature 1), and of the `most` best tokens: float32
+    [T, most], best first, and the tokens int32 [T, most]. T is what a stretch may commit.
+    """
+    state = slots.decode
+    assert state.signals is not None
+
+    def of(buffer: jax.Array) -> jax.Array:
+        row = jax.lax.dynamic_slice_in_dim(buffer, slot, 1)[0]
+        return jax.lax.dynamic_slice_in_dim(row, start, columns_of(state))
+
+    features, tokens = of(state.signals.features.final), of(state.tokens)
+    log_p = jax.nn.log_softmax(join(definition, params).llama.logits(features), axis=-1)
+    best, alternatives = jax.lax.top_k(log_p, most)
+    return jnp.take_along_axis(log_p, tokens[:, None], axis=-1)[:, 0], best, alternatives
+
+
+def columns_of(state: DecodeState) -> int:
+    """Tokens of a sequence that are read after a stretch: as many as it may have committed, if there is room."""
+    return min(MOST_ROUNDS * state.committed.hidden.shape[1], state.tokens.shape[1])
 
 
 def _begin(model: SpeculativeLlama, filled: Filled, terms: Terms, width: int) -> tuple[Slots, jax.Array]:

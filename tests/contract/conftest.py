@@ -106,7 +106,7 @@ def trained(drafter: str, dtype: str, trunk: str) -> tuple[LoadedModel, list[flo
     """The model after a short distillation on its own text, and the loss of every step."""
     model = untrained(Case(drafter=drafter, dtype=dtype, trunk=trunk))
     config = DistillConfig(
-        checkpoint="", out="", data=(), drafter=drafter, tokens=STEPS * ROWS * LENGTH, row_length=LENGTH,
+        checkpoint="c", out="o", data=(), drafter=drafter, tokens=STEPS * ROWS * LENGTH, row_length=LENGTH,
         batch_rows=ROWS, unroll_steps=UNROLLED, warmup=1, lr=2e-2,
     )  # fmt: skip
     tokens, losses = own_text(model.config), []

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dvi_jax.data.conversations import Message
 from dvi_jax.data.template import TemplateRefusedError
-from dvi_jax.data.tokenizer import Tokenizer
+from dvi_jax.data.tokenizer import LONG_TEXT, Tokenizer
 from dvi_jax.errors import UserError
 
 pytestmark = pytest.mark.tokenizers
@@ -145,8 +145,9 @@ def test_panics_of_the_library_are_user_errors(tokenizer_json):
         Tokenizer(edited(tokenizer_json, model=short))
     split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     tokenizer = Tokenizer(edited(tokenizer_json, pre_tokenizer=split))
-    with pytest.raises(UserError, match="the tokenizer cannot encode this text"):
-        tokenizer.encode("a" * 40 + "b")
+    for text in ("a" * 40 + "b", "a" * 40 + "b" * LONG_TEXT):
+        with pytest.raises(UserError, match="the tokenizer cannot encode this text"):
+            tokenizer.encode(text)
 
 
 def test_special_token_ids_beyond_the_vocabulary_are_empty_text(tokenizer_json):
@@ -163,3 +164,13 @@ def test_from_checkpoint(tokenizer_json):
     whole.tokenizer_json = None
     with pytest.raises(UserError, match=r"c has no tokenizer\.json"):
         Tokenizer.from_checkpoint(whole)
+
+
+def test_a_long_text_has_the_ids_of_its_parts(tokenizer_json):
+    """Long texts go through the library's other entrance; of a byte tokenizer the ids are the bytes."""
+    tokenizer = Tokenizer(tokenizer_json)
+    text = "caf\u00e9 \u2603 " * 4000
+    assert len(text) > LONG_TEXT
+    assert tokenizer.encode(text) == tokenizer.encode("caf\u00e9 \u2603 ") * 4000
+    with pytest.raises(UserError, match="lone surrogates"):
+        tokenizer.encode(text + "\ud800")

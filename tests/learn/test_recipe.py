@@ -36,6 +36,13 @@ def test_drafters_by_size():
     assert (kind, options["layers"], options["block"], len(options["taps"]), exit_layer) == ("block", 2, 7, 4, None)
 
 
+def test_a_large_vocabulary_is_drafted_in_part_and_a_wide_drafter_learns_slowly():
+    small, large = (choose_recipe(SHAPES[n], "bfloat16", 60 * GIB, accelerator=True) for n in ("smollm2", "1.5b"))
+    assert (small.draft_vocabulary, small.lr) == (0, 1e-3)
+    settings = large.training("model", "out", "replies.npz", 1000)
+    assert (settings.draft_vocabulary, settings.lr) == (32768, pytest.approx(1e-3 * 1024 / 1536))
+
+
 def test_caches_of_a_batch_fit_beside_the_model():
     """7B in bfloat16: 2 * 32 layers * 32 heads * 128 * 2 bytes a position, at most a fifth of what is free."""
     recipe = choose_recipe(SHAPES["7b"], "bfloat16", 60 * GIB, accelerator=True)

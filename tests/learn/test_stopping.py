@@ -15,17 +15,19 @@ import pytest
 
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.config import load_train_config
+from dvi_jax.learn import online, run
 from dvi_jax.learn.online import train_online
 from dvi_jax.learn.snapshot import PROGRESS
-from dvi_jax.train import main
+from dvi_jax.train import main, notice
 
 ROOT = Path(__file__).parents[2]
 SHORT = {"prompts": 40, "eval_every": 10, "save_every": 5}
 
+KILLED = "lambda: os.kill(os.getpid(), signal.NUMBER) or signal.pause()"
 TWICE = """
 import os, signal
 from dvi_jax.learn.stopping import StopSignals
-with StopSignals() as signals:
+with StopSignals() as signals, signals.held():
     os.kill(os.getpid(), signal.SIGTERM)
     print(signals.received, flush=True)
     os.kill(os.getpid(), signal.{second})
@@ -68,8 +70,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(write_config, tmp_path, number, statu
 
 
 def test_the_command_line_says_so(write_config, tmp_path, capsys, monkeypatch):
-    from dvi_jax.learn import online
-
     update = online.OnlineRun._update
 
     def update_and_signal(self, batch):
@@ -90,3 +90,41 @@ def test_a_second_signal_ends_the_process_at_once(second):
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.stdout == f"{int(signal.SIGTERM)}\n"
     assert ended.returncode == -getattr(signal, second)
+
+
+@pytest.mark.parametrize("place", ["open_checkpoint", "rewrite_checkpoint"])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_loading_or_finishing_ends_at_once(write_config, tmp_path, monkeypatch, place, number, status):
+    """In one line; what there is to resume then goes on to the same end."""
+    out, told = tmp_path / "run", []
+    module = online if place == "open_checkpoint" else run
+    original = getattr(module, place)
+
+    def stopped(*arguments, **options):
+        os.kill(os.getpid(), number)
+        raise AssertionError("the signal did not stop it")
+
+    def report(kind, record):
+        told.append((kind, record))
+
+    config = load_train_config(write_config(**SHORT | {"prompts": 4}))
+    monkeypatch.setattr(module, place, stopped)
+    with pytest.raises(SystemExit) as ended:
+        train_online(config, report=report)
+    assert ended.value.code == status
+    newest = None if place == "open_checkpoint" else 4
+    assert told[-1] == ("stopped", {"step": newest or 0, "signal": number.name, "snapshot": newest})
+    line = "before the first snapshot; --resume begins again" if newest is None else "newest snapshot: update 4"
+    assert line in notice(*told[-1])
+    assert not list(out.glob("checkpoint*"))
+    assert not list(out.glob(".*.partial"))
+    monkeypatch.setattr(module, place, original)
+    assert train_online(config, resume=True).updates == 4
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_to_any_command_is_one_line(number, status):
+    code = f"import os, signal; from dvi_jax.errors import run_cli; raise SystemExit(run_cli({KILLED}))"
+    command = [sys.executable, "-c", code.replace("NUMBER", number)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (status, "", "stopped\n")

@@ -12,11 +12,11 @@ import pytest
 from dvi_jax.config import SamplingConfig
 from dvi_jax.errors import UserError
 from dvi_jax.model.speculative_llama import join
-from dvi_jax.serve import scheduler, slots
+from dvi_jax.serve import prefixes, scheduler, slots
 from dvi_jax.serve.requests import QueueFullError, Request
 
 pytestmark = pytest.mark.optimized
-PROGRAMS = (slots.take_chunk, slots.lay, slots.run_stretch, slots.release)
+PROGRAMS = (*(slots.take_chunk, slots.lay, slots.run_stretch, slots.release), prefixes.cut_block, prefixes.put_block)
 
 
 def random_requests(count, seed):
@@ -101,12 +101,16 @@ def test_replies_do_not_depend_on_company(make_model, make_engine, pieces_of, tr
     assert {reason for *_, reason in alone} == {"length", "eos", "stop"}
 
 
-def test_replies_are_what_the_model_says(model, make_engine, pieces_of):
-    """Greedy and sampled ones side by side, against one forward pass over each and the formula of coupled sampling."""
+def test_replies_are_what_the_model_says(model, make_engine):
+    """Greedy and sampled ones side by side, against one forward pass over each and the formula of coupled sampling.
+
+    Their log-probabilities, too.
+    """
     requests = [replace(request, eos_ids=(), stop=(), max_new_tokens=30) for request in random_requests(8, seed=2)]
-    with make_engine(model) as engine:
-        handles = [engine.submit(request) for request in requests]
-        replies = [pieces_of(handle)[0] for handle in handles]
+    with make_engine(model, logprobs=4) as engine:
+        handles = [engine.submit(replace(request, logprobs=3)) for request in requests]
+        pieces = [list(handle) for handle in handles]
+    replies = [[token for piece in reply for token in piece.ids] for reply in pieces]
     for handle in handles:
         statistics = handle.statistics
         assert statistics.new_tokens == 30 == 1 + statistics.rounds + statistics.accepted
@@ -119,6 +123,15 @@ def test_replies_are_what_the_model_says(model, make_engine, pieces_of):
         for position in range(len(request.prompt_ids), len(request.prompt_ids) + 30):
             assert row[position] == expected_token(values[position - 1], row[:position], request.sampling)
     assert len({request.sampling and request.sampling.temperature for request in requests}) == 4
+    for request, values, reply in zip(requests, logits, pieces, strict=True):
+        given = [logprob for piece in reply for logprob in piece.logprobs]
+        log_p = jax.nn.log_softmax(values[len(request.prompt_ids) - 1 :][:30])
+        assert [logprob.token for logprob in given] == [token for piece in reply for token in piece.ids]
+        own = [row[logprob.token] for row, logprob in zip(log_p, given, strict=True)]
+        assert np.allclose([logprob.logprob for logprob in given], own, atol=1e-4)
+        best = np.sort(log_p, axis=1)[:, :-4:-1]
+        assert np.allclose([[value for _, value in logprob.top] for logprob in given], best, atol=1e-4)
+        assert all(logprob.top[0][0] == np.argmax(row) for logprob, row in zip(given, log_p, strict=True))
 
 
 def forward(model, tokens):
@@ -152,17 +165,23 @@ def expected_token(logits, before, sampling):
 
 
 def test_nothing_grows(model, make_engine, pieces_of):
-    """Neither programs nor arrays on the device, over 200 requests."""
-    with make_engine(model, prefix_bytes=50_000) as engine:
+    """Over 200 requests neither arrays on the device nor programs: all were compiled before the first."""
+    with make_engine(model, prefix_bytes=50_000, warm_up=True) as engine:
 
         def serve(seed):
             for found in serve_in_company(engine, random_requests(100, seed), pieces_of):
                 assert len(found) == 1
-            assert engine.drain(10)
-            engine._draining = False
-            return [program._cache_size() for program in PROGRAMS], len(jax.live_arrays())
+            with engine._changed:  # the last stretch has been read
+                assert engine._changed.wait_for(engine._is_idle, 10)
+            return sizes(), len(jax.live_arrays())
 
-        assert serve(3) == serve(4)
+        def sizes():
+            return [program._cache_size() for program in PROGRAMS]
+
+        before = sizes()
+        first = serve(3)
+        assert first == serve(4)
+        assert first[0] == before
 
 
 def test_a_failure_reaches_every_reader(model, make_engine, monkeypatch):
@@ -200,6 +219,7 @@ def test_waiting_draining_and_closing(model, make_engine, pieces_of):
             engine.submit(request)
         assert engine.drain(60)
         replies = [pieces_of(handle) for handle in running]
+        assert list(running[0]) == []  # pieces are given once
         assert {reason for *_, reason in replies} == {"length"}
         assert {len(ids) for ids, *_ in replies} == {90}
     engine = make_engine(model)
@@ -249,6 +269,7 @@ def test_event_loops_are_served_without_threads(model, make_engine, pieces_of):
         ({"eos_ids": tuple(range(9))}, "at most 8"),
         ({"sampling": SamplingConfig(coupled=False)}, "coupled"),
         ({"stop": ("",)}, "must not be empty"),
+        ({"logprobs": 0}, "gives no log-probabilities"),
     ],
 )
 def test_what_cannot_be_served(model, make_engine, changes, message):

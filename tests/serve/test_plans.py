@@ -45,11 +45,11 @@ def test_drafts_in_vain_cost_a_hundredth():
     """And drafting comes back when drafts are right again, or not where the drafter has missed rows everywhere."""
     choice, rng = BestPlan(COSTS, width=6), np.random.default_rng(0)
     run_stretches(choice, 0.0, 200, rng)
-    chosen = run_stretches(choice, 0.0, 2000, rng)
-    lost = sum(COSTS[plan] - 1 for plan in chosen) / len(chosen)
+    chosen = run_stretches(choice, 0.0, 800, rng)
+    lost = sum(COSTS[plan] - 1 for plan in chosen) / sum(COSTS[plan] for plan in chosen)  # of the time
     assert 0 < lost <= 0.01
     assert {choice.next_plan(fresh=False) for _ in range(1000)} == {PLAIN}
-    run_stretches(choice, 0.95, 3000, rng)
+    run_stretches(choice, 0.95, 1500, rng)
     assert choice.plan == Plan("chain", 5)
 
 
@@ -75,7 +75,7 @@ def test_costs_are_measured_once(model, make_engine, pieces_of, monkeypatch, tmp
     """In slots that are free before and after, and kept on disk."""
     monkeypatch.setenv("DVI_JAX_CACHE", str(tmp_path))
     plans = (PLAIN, Plan("chain", 2))
-    empty = empty_slots(model.definition, model.decode_params, Shape(4, 112, 3, True))
+    empty = empty_slots(model.definition, model.decode_params, Shape(4, 128, 3, True))
     choice, empty = choose(model, plans, 3, empty)
     assert choice.costs.keys() == set(plans)
     assert all(seconds > 0 for seconds in choice.costs.values())

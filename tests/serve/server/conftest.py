@@ -25,7 +25,7 @@ class Scripted:
 
     def idle(self) -> None:
         """Wait until nothing runs, waits or is open."""
-        until(lambda: not (self.engine.running or self.engine.waiting or self.live.serving._open))
+        until(lambda: not (self.engine.running or self.engine.waiting or self.live.serving.open_replies))
 
 
 @pytest.fixture(scope="session")
@@ -38,8 +38,8 @@ def module_server(byte_tokenizer) -> Iterator[Scripted]:
     engine = ScriptedEngine(byte_tokenizer)
     with (
         live_server(engine, byte_tokenizer, keepalive_seconds=0.2) as live,
-        httpx.Client(base_url=live.url) as http,
-        openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=20) as client,
+        httpx.Client(base_url=live.url, timeout=60) as http,
+        openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
     ):
         yield Scripted(engine, live, client, http)
 

@@ -37,12 +37,12 @@ def live_server(engine: RequestEngine, tokenizer: Tokenizer | None, **settings: 
     finally:
         engine.close()
         app.state.serving.closing = server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         listener.close()
         assert not thread.is_alive()
 
 
-def until(condition, seconds: float = 10.0) -> None:
+def until(condition, seconds: float = 60.0) -> None:
     """Wait for what must come soon; a test that waits in vain fails."""
     deadline = time.monotonic() + seconds
     while not condition():

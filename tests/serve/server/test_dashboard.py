@@ -14,6 +14,7 @@ from dvi_jax.serve.dashboard import history, page, point
 from dvi_jax.serve.monitor import Sample
 from dvi_jax.serve.requests import EngineStatus
 
+expect.set_options(timeout=60_000)
 CHROMIUM = shutil.which("chromium")
 # Without a screen, and without asking anybody on the network for anything.
 FLAGS = (

@@ -36,7 +36,7 @@ def test_a_closed_loop_with_clients_that_leave(served, monkeypatch, tmp_path):
 
 def test_more_arrivals_than_can_be_served(served, monkeypatch, tmp_path):
     """What the queue does not hold is refused at once; all that is taken is answered."""
-    served.engine.pace = 0.02
+    served.engine.pace = 0.05
     out, before = tmp_path / "load.json", len(served.engine.handles)
     arguments = ["--rate", "2000", "--requests", "60", "--max-tokens", "40", "--temperature", "1"]
     assert command(monkeypatch, load, "--url", served.live.url, "--out", str(out), *arguments) == 0

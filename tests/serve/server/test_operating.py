@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from dvi_jax.errors import UserError
 from dvi_jax.serve.logs import JsonLines
@@ -40,7 +41,10 @@ def engine(byte_tokenizer) -> ScriptedEngine:
 
 
 def test_a_key_is_asked_for(engine, byte_tokenizer):
-    with live_server(engine, byte_tokenizer, api_key="secret") as live, httpx.Client(base_url=live.url) as http:
+    with (
+        live_server(engine, byte_tokenizer, api_key="secret") as live,
+        httpx.Client(base_url=live.url, timeout=60) as http,
+    ):
         for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}):
             answer = http.post("/v1/completions", json=BODY, headers=given)
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
@@ -53,9 +57,9 @@ def test_a_key_is_asked_for(engine, byte_tokenizer):
 
 def sample(text: str, name: str, **labels: str) -> float | None:
     """The value of one series of `/metrics`."""
-    inside = ",".join(f'{key}="{value}"' for key, value in sorted({"model_name": "tiny", **labels}.items()))
-    values = [line.split()[-1] for line in text.splitlines() if line.startswith(f"dvi_{name}{{{inside}}} ")]
-    return float(values[0]) if values else None
+    wanted = (f"dvi_{name}", {"model_name": "tiny", **labels})
+    samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
+    return next((each.value for each in samples if (each.name, each.labels) == wanted), None)
 
 
 def test_metrics_move_by_what_was_served(served):
@@ -140,12 +144,12 @@ def test_who_reads_nothing_loses_the_reply_and_holds_no_slot(engine, byte_tokeni
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(("127.0.0.1", port_of(live.url)))
             client.sendall(HEAD % len(body) + body)
-            until(lambda: live.serving._open == 40)
-            until(lambda: live.serving._open == 0 and not engine.running and not engine.waiting, 20)
+            until(lambda: live.serving.open_replies == 40)
+            until(lambda: live.serving.open_replies == 0 and not engine.running and not engine.waiting)
         until(
             lambda: sample(httpx.get(f"{live.url}/metrics").text, "request_success_total", finished_reason="cancelled")
         )
-        assert httpx.post(f"{live.url}/v1/completions", json=BODY).status_code == 200
+        assert httpx.post(f"{live.url}/v1/completions", json=BODY, timeout=60).status_code == 200
 
 
 def test_a_body_that_does_not_come(engine, byte_tokenizer):
@@ -201,7 +205,10 @@ def test_an_alarm_when_drafts_are_accepted_far_less_than_before(caplog):
 
 
 def test_health_says_what_is_wrong(engine, byte_tokenizer):
-    with live_server(engine, byte_tokenizer, stuck_seconds=0.1) as live, httpx.Client(base_url=live.url) as http:
+    with (
+        live_server(engine, byte_tokenizer, stuck_seconds=0.1) as live,
+        httpx.Client(base_url=live.url, timeout=60) as http,
+    ):
         assert http.get("/health").json() == {"status": "ok"}
         engine.pause()
         with http.stream("POST", "/v1/completions", json=BODY | {"stream": True}):
@@ -214,42 +221,47 @@ def test_health_says_what_is_wrong(engine, byte_tokenizer):
 def test_draining(engine, byte_tokenizer):
     """What runs finishes; what is new is told to come back."""
     engine.pace = 0.05
-    with live_server(engine, byte_tokenizer) as live, httpx.Client(base_url=live.url) as http:
+    with live_server(engine, byte_tokenizer) as live, httpx.Client(base_url=live.url, timeout=60) as http:
         with http.stream("POST", "/v1/completions", json=BODY | {"max_tokens": 40, "stream": True}) as answer:
             lines = answer.iter_lines()
             assert "ol" in next(lines)
+            engine.pause()
             live.server.handle_exit(signal.SIGTERM, None)
-            refused = httpx.post(f"{live.url}/v1/completions", json=BODY)
+            refused = httpx.post(f"{live.url}/v1/completions", json=BODY, timeout=60)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
             assert int(refused.headers["retry-after"]) >= 1
-            assert httpx.get(f"{live.url}/health").status_code == 503
+            assert httpx.get(f"{live.url}/health", timeout=60).status_code == 503
+            engine.go()
             *rest, done = [line for line in lines if line]
         assert done == "data: [DONE]"
         assert sum(len(json.loads(line[6:])["choices"][0]["text"]) for line in rest) == 38
-        live.thread.join(20)
+        live.thread.join(60)
         assert not live.thread.is_alive()
         assert not live.server.interrupted
 
 
 def test_draining_ends_when_patience_does(engine, byte_tokenizer):
-    with live_server(engine, byte_tokenizer, drain_seconds=0.2) as live, httpx.Client(base_url=live.url) as http:
+    with (
+        live_server(engine, byte_tokenizer, drain_seconds=0.2) as live,
+        httpx.Client(base_url=live.url, timeout=60) as http,
+    ):
         engine.pause()
         with http.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as answer:
             live.server.handle_exit(signal.SIGTERM, None)
             last = [line for line in answer.iter_lines() if line][-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "cut_off"
-        live.thread.join(20)
+        live.thread.join(60)
         assert not live.thread.is_alive()
 
 
 def test_a_second_signal_ends_it_at_once(engine, byte_tokenizer):
-    with live_server(engine, byte_tokenizer) as live, httpx.Client(base_url=live.url) as http:
+    with live_server(engine, byte_tokenizer) as live, httpx.Client(base_url=live.url, timeout=60) as http:
         engine.pause()
         with http.stream("POST", "/v1/completions", json=BODY | {"stream": True}):
             live.server.handle_exit(signal.SIGTERM, None)
             assert live.serving.health() == "the server is shutting down"
             live.server.handle_exit(signal.SIGTERM, None)
-            live.thread.join(10)
+            live.thread.join(60)
         assert not live.thread.is_alive()
         assert live.server.interrupted
 

@@ -112,7 +112,7 @@ def test_damaged_and_invented_bodies(served):
     """`python -m experiments.fuzz.bodies` sends as many as one likes."""
     statuses = set()
     for number, case in enumerate(cases(seed=0, first=0, count=400)):
-        answer = served.http.post(case.path, content=case.content, headers=case.headers, timeout=20)
+        answer = served.http.post(case.path, content=case.content, headers=case.headers)
         assert fault(answer) is None, (number, answer.text)
         statuses.add(answer.status_code)
     assert {200, 400, 404, 415} <= statuses
@@ -123,11 +123,10 @@ def test_a_hostile_template_costs_its_own_requests_alone(tokenizer_json):
     """It runs into its limits, which is one line; meanwhile others are answered."""
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     tokenizer = Tokenizer(tokenizer_json, loop)
-    with live_server(ScriptedEngine(tokenizer), tokenizer) as live, httpx.Client(base_url=live.url) as http:
+    with live_server(ScriptedEngine(tokenizer), tokenizer) as live, httpx.Client(base_url=live.url, timeout=60) as http:
         with ThreadPoolExecutor() as pool:
-            hostile = [pool.submit(httpx.post, f"{live.url}/v1/chat/completions", json=CHAT) for _ in range(2)]
+            hostile = [pool.submit(http.post, "/v1/chat/completions", json=CHAT) for _ in range(2)]
             assert http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 2}).status_code == 200
-            assert not hostile[1].done()
             answers = [each.result() for each in hostile]
         for answer in answers:
             assert answer.status_code == 400

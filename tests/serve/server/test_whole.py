@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from dvi_jax.errors import run_cli
+from dvi_jax.serve import __main__ as command_line
 from dvi_jax.serve.__main__ import main
 from tests.compiling import FLAG
 from tests.serve.server.live import live_server, until
@@ -68,7 +70,7 @@ def test_replies_do_not_depend_on_company(real):
         for each in leaving:
             each.result()
     assert together == alone
-    until(lambda: live.serving.engine.status().running == 0 and live.serving._open == 0)
+    until(lambda: live.serving.engine.status().running == 0 and live.serving.open_replies == 0)
 
 
 def test_a_stream_is_the_reply(real):
@@ -87,6 +89,8 @@ def test_what_does_not_fit_is_refused_by_the_numbers(real):
     assert answer.status_code == 400
     assert "90 tokens and 7 new ones were asked for: this server's context is 96" in answer.json()["error"]["message"]
     assert ask(http, {"prompt": "x" * 90, "max_tokens": 6})[1]["total_tokens"] <= 96
+    chat = {"messages": [{"role": "user", "content": "as long as there is room"}], "ignore_eos": True, "temperature": 0}
+    assert http.post("/v1/chat/completions", json=chat).json()["usage"]["total_tokens"] == 96
     assert http.post("/v1/completions", json={"prompt": [5, 258]}).json()["error"]["message"].startswith("prompt ids")
 
 
@@ -124,6 +128,7 @@ def test_the_command(byte_checkpoint):
         (["--drain-seconds", "-1"], "--drain-seconds must be 0 or above, got -1.0"),
         (["--host", "nowhere.invalid"], "cannot listen at nowhere.invalid port 0"),
         (["--plan", "sideways"], "sideways"),
+        (["--logprobs", "21"], "--logprobs must be between 0 and 20, got 21"),
         (["--checkpoint", "nowhere"], "no checkpoint at nowhere"),
     ],
 )
@@ -134,3 +139,14 @@ def test_bad_options_are_one_line(byte_checkpoint, monkeypatch, capsys, changes,
     output = capsys.readouterr()
     assert message in output.err
     assert output.err.count("\n") == 1
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "uvicorn", None)  # as if it were not installed
+        patch.delitem(sys.modules, "dvi_jax.serve.running")
+        importlib.reload(command_line)
+        patch.setattr(sys, "argv", ["command", "--checkpoint", "x"])
+        assert run_cli(command_line.main) == 2
+    importlib.reload(command_line)
+    assert capsys.readouterr().err == "error: the server needs uvicorn: pip install 'dvi_jax[serve]'\n"

@@ -1,0 +1,88 @@
+"""Whether a plan's program gives the bits of plain decoding's, on this device and with this release of jax.
+
+Two programs of one row class (`plan.py`) should. A compiler or a device that orders a sum otherwise would break that
+without a sign, so it is looked at once, on the model itself: keys and values of every layer hold all that the rows
+below them came to, and the tokens what came of the last layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from dvi_jax.config import DecodeConfig
+from dvi_jax.decode.batch import choose_plan, make_knobs, start
+from dvi_jax.decode.plan import PLAIN, Plan
+from dvi_jax.decode.speculative import decode_rounds
+from dvi_jax.decode.state import DecodeState, Knobs
+from dvi_jax.directories import cache_folder
+from dvi_jax.errors import UserError
+from dvi_jax.loading import LoadedModel
+
+ROUNDS = 8  # of the plan that are compared
+PROMPT_TOKENS = 16
+
+
+def check_agreement(model: LoadedModel, settings: DecodeConfig) -> None:
+    """Raise `UserError` where the settings' plan has other bits than plain decoding; what agreed is kept on disk."""
+    plan = choose_plan(model, settings)
+    if plan.kind in ("plain", "early-exit"):
+        return  # plain decoding is the same program
+    kept = _path(model, settings, plan)
+    if kept is not None and kept.exists():
+        return
+    prompt = [token % model.config.vocab_size for token in range(3, 3 + PROMPT_TOKENS)]
+    if len(prompt) + settings.max_new_tokens > model.config.context_length:
+        return  # and decoding will say so
+    require_equal_bits(model, start(model, [prompt], settings, make_knobs(settings, ())), plan)
+    if kept is not None:
+        with contextlib.suppress(OSError):  # then it is looked at again
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.touch()
+
+
+def require_equal_bits(model: LoadedModel, state: DecodeState, plan: Plan) -> None:
+    """Raise `UserError` unless rounds by `plan` and plain ones lead from `state`, just prefilled, to equal bits."""
+    drafted = _decoded(model, state, plan, plan.drafts, ROUNDS)
+    committed = int(jnp.min(drafted.length))
+    plain = _decoded(model, state, PLAIN, 0, committed - int(jnp.min(state.length)))
+    same = jnp.array_equal(drafted.tokens[:, :committed], plain.tokens[:, :committed])
+    caches = ((drafted.shallow, drafted.deep), (plain.shallow, plain.deep))
+    equal = jax.tree.map(lambda a, b: _equal_bits(a[:, :, : committed - 1], b[:, :, : committed - 1]), *caches)
+    if not (same and all(jax.tree.leaves(equal))):
+        device, version = jax.devices()[0].device_kind, jax.__version__
+        raise UserError(
+            f"plan {plan}: with jax {version} on {device} its rounds do not have the bits of plain decoding, so that"
+            " replies could differ; decode with --plan plain, and please report it"
+        )
+
+
+def _decoded(model: LoadedModel, state: DecodeState, plan: Plan, drafts: int, rounds: int) -> DecodeState:
+    """After so many rounds; `state` is left as it is."""
+    copied = jax.tree.map(jnp.copy, state.replace(done=jnp.zeros_like(state.done)))
+    knobs = Knobs.make(drafts, 0.0, (), until=rounds)
+    return decode_rounds(model.definition, model.decode_params, copied, knobs, plan)
+
+
+def _equal_bits(left: jax.Array, right: jax.Array) -> bool:
+    unsigned = jnp.dtype(f"uint{8 * left.dtype.itemsize}")
+    return bool(
+        jnp.array_equal(jax.lax.bitcast_convert_type(left, unsigned), jax.lax.bitcast_convert_type(right, unsigned))
+    )
+
+
+def _path(model: LoadedModel, settings: DecodeConfig, plan: Plan) -> Path | None:
+    """Where it is kept that they agree: named by all that the programs depend on. None for a user without a home."""
+    manifest = model.manifest
+    facts = [
+        *(jax.devices()[0].device_kind, jax.__version__, repr(model.config), manifest.dtype, manifest.exit_layer),
+        *(manifest.drafter, sorted(manifest.drafter_config.items()), str(manifest.lora), settings.width, str(plan)),
+    ]
+    try:
+        return cache_folder() / "agreement" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    except UserError:
+        return None

@@ -1,0 +1,41 @@
+"""How many rounds a stretch has: as few as streaming wants, but enough that starting one costs little beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+SHORT_SECONDS = 0.025  # between the pieces of a reply, while somebody waits for them or for a slot
+FEWEST = 4  # rounds: a stretch of fewer is mostly its own beginning, however long a round takes
+MEMORY = 0.8  # what the seconds of a round, as last seen, still count for after the next stretch
+
+
+class Pace:
+    """Follows how long a round takes from one stretch's end to the next's, the prompts taken in between with it."""
+
+    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic):
+        """`most`: rounds of a stretch."""
+        self._most, self._clock = most, clock
+        self._round_seconds: float | None = None
+        self._ended: float | None = None  # when the last stretch did, None if the device was idle since
+
+    def rounds(self, *, hurry: bool) -> int:
+        """Of the next stretch; all there may be unless in a `hurry`."""
+        if not hurry:
+            return self._most
+        if self._round_seconds is None:
+            return FEWEST
+        return min(max(round(SHORT_SECONDS / self._round_seconds), FEWEST), self._most)
+
+    def landed(self, rounds: int) -> None:
+        """A stretch of so many rounds has ended."""
+        now, before, self._ended = self._clock(), self._ended, self._clock()
+        if before is None or not rounds:
+            return
+        seconds = (now - before) / rounds
+        known = seconds if self._round_seconds is None else self._round_seconds
+        self._round_seconds = MEMORY * known + (1 - MEMORY) * seconds
+
+    def idle(self) -> None:
+        """Nothing is under way."""
+        self._ended = None
