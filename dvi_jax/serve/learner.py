@@ -152,7 +152,11 @@ class Learner:
         """The window of a reply that has ended, of all positions of a slot; cut and kept on the device."""
         if self.status.state != "learning":
             return
-        replay, length = keep(self._state.replay, windows, self._window)
+        try:
+            replay, length = keep(self._state.replay, windows, self._window)
+        except jax.errors.JaxRuntimeError as error:
+            self._stop(one_line(str(error)))
+            return
         self._state = self._state.replace(replay=replay)
         self._arrived.append(length)
         self.status = replace(self.status, windows=self.status.windows + 1)

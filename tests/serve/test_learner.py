@@ -92,7 +92,7 @@ def test_replies_stay_and_drafts_get_better(new_model, make_engine, make_learner
     learner = make_learner()
     digest, rates = learner.status.digest, []
     compiled = [program._cache_size() for program in PROGRAMS[:1] + PROGRAMS[2:]]
-    with make_engine(new_model, learner=learner, warm_up=True) as engine:
+    with make_engine(new_model, learner=learner) as engine:
         while learner.status.updates < 30:
             replies, rate = serve(engine, requests(), pieces_of)
             assert replies == frozen

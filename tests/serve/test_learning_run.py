@@ -14,7 +14,7 @@ from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.errors import UserError, run_cli
 from dvi_jax.learn.metrics import read_records
 from dvi_jax.learn.snapshot import read_arrays
-from dvi_jax.loading import from_checkpoint, load
+from dvi_jax.loading import enable_compilation_cache, from_checkpoint, load
 from dvi_jax.serve.__main__ import main
 from dvi_jax.serve.engine import Engine
 from dvi_jax.serve.learner import LearnSettings
@@ -38,13 +38,14 @@ def open_run(checkpoint: Path, out: Path, **options) -> LearningRun:
 
 def serve_until(run: LearningRun, condition) -> None:
     """Replies, one after the other, until it holds."""
-    with Engine(run.model, **SHAPE, learner=run.learner) as engine:
+    with Engine(run.model, **SHAPE, learner=run.learner, warm_up=True) as engine:
         while not condition():
             list(engine.submit(Request(SECRET, 60, eos_ids=())))
 
 
 def learn_and_die(checkpoint: str, out: str) -> None:
     """What the killed process does: it learns and saves for ever."""
+    enable_compilation_cache()
     with open_run(Path(checkpoint), Path(out)) as run:
         serve_until(run, lambda: False)
 
