@@ -34,7 +34,8 @@ from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.new_drafter import kept_or_new_drafter
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, from_checkpoint
 from dvi_jax.serve.engine import Engine
-from dvi_jax.serve.learner import Learner, LearnSettings
+from dvi_jax.serve.learn_settings import LearnSettings
+from dvi_jax.serve.learner import Learner
 from dvi_jax.serve.requests import Request
 from dvi_jax.trained_parts import with_drafter_from
 from experiments.tiny import write_questions, write_tiny_model

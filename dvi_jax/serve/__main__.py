@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from dvi_jax.command_line import AUTO, add_loading_options, load_model
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, notice, run_cli
 from dvi_jax.serve.engine import Engine
-from dvi_jax.serve.learner import LearnSettings
+from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learning_run import LearningRun, load_to_learn
-from dvi_jax.serve.logs import set_up_logs
+from dvi_jax.serve.logs import say, set_up_logs
 from dvi_jax.serve.settings import ServerSettings
 from dvi_jax.settings import require
 
@@ -89,9 +91,17 @@ def _learn_settings(options: argparse.Namespace) -> LearnSettings | None:
 def _start_learning(options: argparse.Namespace, settings: LearnSettings, stack: ExitStack) -> LearningRun:
     """What the engine's learner belongs to; it ends with the stack."""
     checkpoint, model = load_to_learn(options)
-    learning = LearningRun(checkpoint, model, settings, options.out, context=options.context, resume=options.resume)
+    learning = LearningRun(
+        checkpoint, model, settings, options.out, context=options.context, resume=options.resume, report=_tell
+    )
     stack.callback(_tell_of_drafter, learning)
     return stack.enter_context(learning)
+
+
+def _tell(kind: str, record: dict[str, Any]) -> None:
+    """Records of learning that somebody should see at once, into the log."""
+    if kind not in ("update", "held", "summary"):
+        say(f"learning: {kind}", logging.INFO if kind == "resume" else logging.WARNING, **record)
 
 
 def _tell_of_drafter(learning: LearningRun) -> None:

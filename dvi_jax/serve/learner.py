@@ -13,14 +13,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvi_jax.config import ObjectiveConfig, OptimizerConfig
 from dvi_jax.decode.memory import check_room, tree_bytes
 from dvi_jax.errors import UserError, one_line
 from dvi_jax.learn.fast_update import Batch, LearnerState, fast_update, init_learner, with_trainable
@@ -28,48 +27,21 @@ from dvi_jax.learn.replay import Replay, Windows
 from dvi_jax.learn.rollback import go_on_from
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Params
+from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learning import checksum, compare, copied, keep, moved, newest
 from dvi_jax.serve.requests import EngineStatus, Request
 from dvi_jax.serve.shadow import Shadow, Verdict
 from dvi_jax.serve.share import Share
-from dvi_jax.settings import require, require_count
 
 MOST_FAILING = 3  # non-finite updates in a row before the good drafter takes over
 TRIAL_UPDATES = 64  # after which windows decide on a trial that traffic has not decided
 CAUTION, CAUTIOUS_UPDATES = 0.3, 100  # factor of the rate after a drafter was taken back, and for how long
 SLOW, FADE = 0.1, 300  # rate of a good drafter, as a share of a new one's; updates over which a new one's fades
 POOLED = 4  # updates between two swaps of a drafter that moves slowly
+RETRY_SECONDS = 1.0  # until a snapshot is offered again that was not taken
 LOG_SECONDS = 1.0  # at least, between two updates that are logged: they may be many
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LearnSettings:
-    """How an engine learns.
-
-    The policy term is off: it is right for proposals of the present drafter alone (`fast_update.py`), and a reply's
-    come from whatever was live while it was made.
-    """
-
-    share: float = 0.1  # most of the device's time for learning while requests are there
-    window: int = 512  # positions of a reply that are learned from, its newest
-    fresh_windows: int = 4  # newest windows in an update
-    replayed_windows: int = 4  # earlier windows in an update
-    positions: int = 512  # that pay for logits in an update; and so many new ones are waited for
-    replay_bytes: int = 1 << 30  # of the device's memory, for windows
-    replay_capacity: int = 256  # windows that are kept at most
-    save_seconds: float = 60.0  # between snapshots
-    seed: int = 0  # of the choice of windows
-    objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(kl_min=1.0, pg_max=0.0))
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lora_lr=1.5e-3, head_lr=1.5e-3))
-
-    def __post_init__(self) -> None:
-        require(0 < self.share < 1, "--learn-share", self.share, "above 0 and below 1")
-        for name in ("window", "fresh_windows", "positions", "replay_bytes", "replay_capacity"):
-            require_count(name, getattr(self, name), most=2**40)
-        require_count("replayed_windows", self.replayed_windows, 0)
-        require(self.save_seconds >= 0, "--save-seconds", self.save_seconds, "0 or above")
 
 
 @dataclass(frozen=True)
@@ -111,7 +83,7 @@ class Learner:
         if model.params.lora_d:
             raise UserError(
                 "--learn trains the drafter alone, and this model has a lora_D, whose learning would change replies:"
-                " merge it into the model (python -m conversion.export), or leave out --learn"
+                " merge it into the model (python -m conversion export --merge-lora), or leave out --learn"
             )
         self.settings, self._model, self._clock = settings, model, clock
         self._report, self._save = report, save
@@ -122,7 +94,7 @@ class Learner:
         capacity = self._capacity(fresh)
         replay = Replay.empty(capacity, self._window, model.config.hidden_size, len(model.taps))
         self._state = init_learner(model.params, settings.optimizer, replay, jax.random.key(settings.seed))
-        self._good = self._live = self._point()
+        self._good = self._live = self._given = self._point()  # given: what the engine drafts with
         self._shadow, self._share = Shadow(), Share(settings.share, clock)
         self._arrived: list[jax.Array] = []  # lengths of windows that were not counted yet
         self._new_positions = 0  # of windows since the last update
@@ -178,10 +150,9 @@ class Learner:
         self._judged = sum(status.judged), sum(status.accepted)
         self._shadow.observe(*self._judged)
         if not (self.has_work() and (self._share.allows() or idle)):
-            return None
+            return self._new_params()
         settle()
         began = self._clock()
-        before = self._live
         try:
             self._work()
         except (jax.errors.JaxRuntimeError, UserError) as error:
@@ -189,7 +160,12 @@ class Learner:
         seconds = self._clock() - began
         self._share.spend(seconds, free=idle)
         self.status = replace(self.status, seconds=self.status.seconds + seconds)
-        return None if self._live is before else self.params()
+        return self._new_params()
+
+    def _new_params(self) -> Params | None:
+        """The live drafter's, unless the engine has them."""
+        given, self._given = self._given, self._live
+        return None if given is self._live else self.params()
 
     def params(self) -> Params:
         """The model's arrays with the live drafter."""
@@ -204,7 +180,7 @@ class Learner:
 
     def restore(self, state: LearnerState, progress: dict[str, Any]) -> None:
         """Go on from what `save` was given; before the engine starts."""
-        self._good = self._live = state
+        self._good = self._live = self._given = state
         self._state = self._renewed(state)
         self._good_step = self._decided = self._saved_step = int(state.step)
         self.status = Learned(**progress)
@@ -213,7 +189,10 @@ class Learner:
     def finish(self) -> tuple[LearnerState, dict[str, Any]]:
         """The drafter that has proved good, and the progress; what is on trial is decided by windows. After the end."""
         if self.status.state == "learning" and self._live is not self._good:
-            self._decide(suspected=False)
+            try:
+                self._decide(suspected=False)
+            except jax.errors.JaxRuntimeError as error:
+                self._stop(one_line(str(error)))
         return self._good, self._progress()
 
     def _progress(self) -> dict[str, Any]:
@@ -232,6 +211,8 @@ class Learner:
         elif self._save_is_due():
             if self._save(self._good, self._progress()):
                 self._saved_at, self._saved_step = self._clock(), self._good_step
+            else:
+                self._saved_at = self._clock() - self.settings.save_seconds + RETRY_SECONDS
         else:
             self._update()
 

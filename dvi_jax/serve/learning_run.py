@@ -25,7 +25,8 @@ from dvi_jax.learn.new_drafter import kept_or_new_drafter
 from dvi_jax.learn.run_directory import Report, RunDirectory
 from dvi_jax.learn.run_identity import RunIdentity
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, from_checkpoint, trained_parts
-from dvi_jax.serve.learner import Learner, LearnSettings
+from dvi_jax.serve.learn_settings import LearnSettings
+from dvi_jax.serve.learner import Learner
 from dvi_jax.trained_parts import with_drafter_from, write_drafter
 
 KEPT = 2  # snapshots

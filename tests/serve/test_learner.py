@@ -10,7 +10,8 @@ from dvi_jax.config import OptimizerConfig, SamplingConfig
 from dvi_jax.errors import UserError
 from dvi_jax.learn import fast_update
 from dvi_jax.serve import learning
-from dvi_jax.serve.learner import TRIAL_UPDATES, Learner, LearnSettings
+from dvi_jax.serve.learn_settings import LearnSettings
+from dvi_jax.serve.learner import TRIAL_UPDATES, Learner
 from dvi_jax.serve.requests import EngineStatus, Request
 from tests.serve.server.live import until
 
@@ -160,6 +161,7 @@ def test_windows_decide_what_traffic_does_not(model, make_learner, train_noise, 
         go_bad(learner, params)
         learner._new_positions = 0
         learner._arrived.clear()
+        assert turn() is not None  # live, on trial
         assert turn() is None
         learner.status = replace(learner.status, updates=learner.status.updates + TRIAL_UPDATES)
         assert (turn() is not None) == (kind == "rollback")

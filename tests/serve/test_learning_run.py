@@ -17,7 +17,7 @@ from dvi_jax.learn.snapshot import read_arrays
 from dvi_jax.loading import enable_compilation_cache, from_checkpoint, load
 from dvi_jax.serve.__main__ import main
 from dvi_jax.serve.engine import Engine
-from dvi_jax.serve.learner import LearnSettings
+from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learning_metrics import LearningCollector
 from dvi_jax.serve.learning_run import LearningRun
 from dvi_jax.serve.requests import Request

@@ -1,0 +1,36 @@
+"""How an engine learns from what it serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dvi_jax.config import ObjectiveConfig, OptimizerConfig
+from dvi_jax.settings import require, require_count
+
+
+@dataclass(frozen=True)
+class LearnSettings:
+    """How an engine learns.
+
+    The policy term is off: it is right for proposals of the present drafter alone (`fast_update.py`), and a reply's
+    come from whatever was live while it was made.
+    """
+
+    share: float = 0.1  # most of the device's time for learning while requests are there
+    window: int = 512  # positions of a reply that are learned from, its newest
+    fresh_windows: int = 4  # newest windows in an update
+    replayed_windows: int = 4  # earlier windows in an update
+    positions: int = 512  # that pay for logits in an update; and so many new ones are waited for
+    replay_bytes: int = 1 << 30  # of the device's memory, for windows
+    replay_capacity: int = 256  # windows that are kept at most
+    save_seconds: float = 60.0  # between snapshots
+    seed: int = 0  # of the choice of windows
+    objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(kl_min=1.0, pg_max=0.0))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lora_lr=1.5e-3, head_lr=1.5e-3))
+
+    def __post_init__(self) -> None:
+        require(0 < self.share < 1, "--learn-share", self.share, "above 0 and below 1")
+        for name in ("window", "fresh_windows", "positions", "replay_bytes", "replay_capacity"):
+            require_count(name, getattr(self, name), most=2**40)
+        require_count("replayed_windows", self.replayed_windows, 0)
+        require(self.save_seconds >= 0, "--save-seconds", self.save_seconds, "0 or above")
