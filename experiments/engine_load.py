@@ -46,6 +46,7 @@ from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
 from dvi_jax.presets import SHAPES
 from dvi_jax.serve.engine import Engine
+from dvi_jax.serve.pace import SWITCH_SECONDS
 from dvi_jax.serve.plans import AUTO
 from dvi_jax.serve.reply import Reply
 from dvi_jax.serve.requests import Request
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure every number of slots; lines as they come, a table at the end."""
     options = parse(arguments)
     enable_compilation_cache()
+    sys.setswitchinterval(SWITCH_SECONDS)
     if options.checkpoint:
         model = load(options.checkpoint, drafter_from=options.drafter_from)
     else:

@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 SHORT_SECONDS = 0.025  # between the pieces of a reply, while somebody waits for them or for a slot
 FEWEST = 4  # rounds: a stretch of fewer is mostly its own beginning, however long a round takes
+# For `sys.setswitchinterval`: how long an event loop may keep Python from the engine's thread. The 5 ms that it may
+# otherwise are a few rounds of a small model.
+SWITCH_SECONDS = 0.001
 MEMORY = 0.8  # what the seconds of a round, as last seen, still count for after the next stretch
 
 

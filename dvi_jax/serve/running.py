@@ -6,6 +6,7 @@ import contextlib
 import logging
 import resource
 import socket
+import sys
 import threading
 from types import FrameType
 
@@ -14,6 +15,7 @@ from starlette.applications import Starlette
 
 from dvi_jax.errors import INTERRUPTED_STATUS, UserError
 from dvi_jax.serve.logs import say
+from dvi_jax.serve.pace import SWITCH_SECONDS
 from dvi_jax.serve.serving import Serving
 
 LAST_SECONDS = 5  # that connections have to take what was written, once all replies are made
@@ -79,6 +81,7 @@ def run(app: Starlette, listener: socket.socket) -> int:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    sys.setswitchinterval(SWITCH_SECONDS)
     server = DrainingServer(app)
     try:
         server.run(sockets=[listener])
