@@ -131,7 +131,8 @@ class Learner:
             return
         self._state = self._state.replace(replay=replay)
         self._arrived.append(length)
-        self.status = replace(self.status, windows=self.status.windows + 1)
+        if request.prompt_ids:  # an engine that warms up hands over an empty window
+            self.status = replace(self.status, windows=self.status.windows + 1)
 
     def has_work(self) -> bool:
         """Whether a turn would do anything if the share allowed it."""

@@ -151,7 +151,7 @@ def test_windows_decide_what_traffic_does_not(model, make_learner, train_noise, 
     """After many updates in which no draft was judged: a worse drafter is taken back, an equal one is good."""
     learner = make_learner(model)
     for window in some_windows:
-        learner.take(window, None)
+        learner.take(window, requests()[0])
 
     def turn():
         status = EngineStatus(4, running=0, waiting=0, context=96, plan="plain")
@@ -194,7 +194,7 @@ def test_an_idle_engine_learns_on(model, make_engine, make_learner, pieces_of):
 def test_a_long_reply_is_cut_to_its_newest_positions(make_learner, some_windows):
     """All of a window's rows still belong to the positions that they predict."""
     learner, window = make_learner(), jax.device_get(some_windows[0])
-    learner.take(window.replace(prompt_length=np.array([5]), length=np.array([83])), None)
+    learner.take(window.replace(prompt_length=np.array([5]), length=np.array([83])), requests()[0])
     kept = jax.device_get(learning.newest(learner._state.replay, 2))
     assert (kept.length.tolist(), kept.prompt_length.tolist()) == ([64, 0], [0, 0])
     for short, long in zip(jax.tree.leaves(kept), jax.tree.leaves(window), strict=True):

@@ -84,6 +84,7 @@ def test_a_killed_server_comes_back_with_what_it_learned(byte_checkpoint, tmp_pa
         assert metrics["dvi_live_drafter_info"].labels == {"model_name": "tiny", "digest": digest}
         assert metrics["dvi_learning_updates_total"].value == int(newest.name)
         serve_until(run, lambda: run.learner.status.updates >= int(newest.name) + 2)
+        assert run.section()["learned_positions"] == run.learner.status.learned_positions > 0
     # The end leaves a drafter for other servers, and another start goes on from there.
     assert run.drafter == out / "checkpoint"
     taken = load(byte_checkpoint, drafter_from=out).params.drafter
