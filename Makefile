@@ -10,10 +10,14 @@ PIP := -m pip install --quiet --disable-pip-version-check
 PROGRAMS := .pytest_cache/programs
 PYTEST := $(TEST)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(if $(PROGRAMS),--programs $(PROGRAMS))
 
-.PHONY: demo test test-fast test-newest contract lint format clean
+.PHONY: demo serve-demo test test-fast test-newest contract lint format clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m experiments.demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+# A server that learns from a stream of questions, with its dashboard.
+serve-demo: $(VENV)/.serve
+	$(VENV)/bin/python -m experiments.serve_demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(TEST)/.ready $(NEWEST)/.ready
 	$(PYTEST) $(ARGS)
@@ -43,6 +47,10 @@ format: $(TEST)/.ready
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	@echo "Setting up $(VENV) ..."
 	@$(VENV)/bin/python $(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.demo
+	@$(VENV)/bin/python $(PIP) --editable '.[demo,serve,client]'
 	@touch $@
 
 # torch first and by exact version, so that nothing else chooses another build of it.
