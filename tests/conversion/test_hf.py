@@ -164,7 +164,7 @@ def test_missing_unknown_misshapen_and_non_finite_tensors(helpers, make_hf):
         ({"num_hidden_layers": 1000}, "model.layers.3.input_layernorm.weight is missing"),
         ({"num_hidden_layers": 10**12}, "num_layers must be"),
         ({"num_hidden_layers": "many"}, "num_layers"),
-        ({"rope_theta": 0}, "rope_theta must be a finite number above 0"),
+        ({"rope_theta": 0}, "rope_theta must be above 0, got 0.0"),
         ({"rope_theta": {"base": 1}}, "config.json: rope_theta must be a number, got {'base': 1}"),
         ({"rms_norm_eps": "1e-5"}, "config.json: rms_norm_eps must be a number, got '1e-5'"),
         ({"eos_token_id": "2"}, "config.json: eos_token_id must be a token id, got '2'"),

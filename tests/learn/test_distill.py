@@ -207,7 +207,7 @@ def test_batches_cover_every_row_each_epoch_and_can_skip():
 
 def test_learning_rate_by_hand():
     """It rises over `warmup` updates and falls along half a cosine to a tenth."""
-    config = DistillConfig("", "", (), tokens=100 * 8, batch_rows=1, row_length=8, lr=0.2, warmup=20)
+    config = DistillConfig("c", "o", ("d",), tokens=100 * 8, batch_rows=1, row_length=8, lr=0.2, warmup=20)
     rate = learning_rate(config)
     np.testing.assert_allclose([rate(done) for done in (0, 1, 10, 20)], [0.0, 0.01, 0.1, 0.2], rtol=1e-6)
     last = 0.02 + 0.18 * (1 + np.cos(np.pi * 79 / 80)) / 2
