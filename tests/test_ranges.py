@@ -95,7 +95,7 @@ def test_empty_names_and_nul_in_paths():
     [
         (np.zeros((0, 3), np.int32), "a batch needs at least one prompt"),
         (np.array([[1, 64]]), "prompt ids must be between 0 and 63"),
-        (np.array([[1.5, 2.0]]), "prompt ids must be between 0 and 63"),
+        (np.array([[1.5, 2.0]]), "a prompt is token ids here, got array"),
         ([[2**70]], "prompt ids must be between 0 and 63"),
     ],
 )
