@@ -124,7 +124,9 @@ def test_a_signal_while_loading_or_finishing_ends_at_once(write_config, tmp_path
 
 @pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_to_any_command_is_one_line(number, status):
-    code = f"import os, signal; from dvi_jax.errors import run_cli; raise SystemExit(run_cli({KILLED}))"
+    # Where the tests run in the background, a shell may have had SIGINT ignored.
+    heard = "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; from dvi_jax.errors import run_cli; raise SystemExit(run_cli({KILLED}))"
     command = [sys.executable, "-c", code.replace("NUMBER", number)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (status, "", "stopped\n")
