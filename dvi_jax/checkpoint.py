@@ -32,8 +32,7 @@ from dvi_jax.directories import hash_files, link_files, partial_directory, verif
 from dvi_jax.errors import UserError
 from dvi_jax.model.llama import base_shapes
 from dvi_jax.settings import MOST_MESSAGE, from_dict, require, require_count
-from dvi_jax.text_files import read_json as read_json
-from dvi_jax.text_files import read_text
+from dvi_jax.text_files import read_json, read_text
 
 FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dvi_jax.checkpoint import read_json
 from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
 from dvi_jax.evaluate.plots import category_rows, new_figure
 from dvi_jax.evaluate.summary import FORMAT_VERSION
+from dvi_jax.text_files import read_json
 
 # Results that differ in one of these do not measure the same thing; it is said above the table.
 SAME_EVERYWHERE = ("source", "dtype", "max_new_tokens", "questions_sha256", "questions_chosen", "device")

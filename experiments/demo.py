@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 from conversion.importing import import_model
-from dvi_jax.checkpoint import read_json
 from dvi_jax.config import DecodeConfig, TrainConfig
 from dvi_jax.data import ConversationStream, Message
 from dvi_jax.decode.batch import Generation, choose_plan, make_knobs, read_generations, start
@@ -35,6 +34,7 @@ from dvi_jax.evaluate.curve import plot_learning_curve
 from dvi_jax.evaluate.trace import FASTEST, PLAIN, SPECULATIVE
 from dvi_jax.learn.online import OnlineResult
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
+from dvi_jax.text_files import read_json
 from dvi_jax.train import run
 from experiments.fetch import fetch_conversations, fetch_model
 from experiments.objectives import online_config

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dvi_jax.checkpoint import read_json
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
+from dvi_jax.text_files import read_json
 from experiments import distill_curve, domain_shift, drafters, objectives, sweep
 from experiments.compare import plot_comparison
 

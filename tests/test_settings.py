@@ -9,12 +9,13 @@ from dataclasses import fields
 
 import pytest
 
-from dvi_jax.checkpoint import Manifest, read_checkpoint, read_json
+from dvi_jax.checkpoint import Manifest, read_checkpoint
 from dvi_jax.config import TRAINERS, DistillConfig, LlamaConfig, TrainConfig, load_train_config
 from dvi_jax.errors import UserError
 from dvi_jax.presets import TINY
 from dvi_jax.settings import MOST_YAML, from_dict
 from dvi_jax.settings_list import list_settings
+from dvi_jax.text_files import read_json
 
 LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
 

@@ -30,8 +30,8 @@ PROMPT_TOKENS = 16
 def check_agreement(model: LoadedModel, settings: DecodeConfig) -> None:
     """Raise `UserError` where the settings' plan has other bits than plain decoding; what agreed is kept on disk."""
     plan = choose_plan(model, settings)
-    if plan.kind in ("plain", "early-exit"):
-        return  # plain decoding is the same program
+    if plan.is_plains_program:
+        return
     kept = _path(model, settings, plan)
     if kept is not None and kept.exists():
         return

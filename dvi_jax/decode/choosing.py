@@ -73,14 +73,32 @@ class Acceptance:
         return rates
 
 
-class PlanChooser:
+class Followed:
+    """What the rounds of each plan have accepted, and may be expected to give."""
+
+    def __init__(self) -> None:
+        self.acceptance = Acceptance()  # of chains and blocks
+        self.trees: dict[Plan, Acceptance] = {}
+
+    def of(self, plan: Plan) -> Acceptance:
+        """Where the rounds of a plan are counted."""
+        return self.trees.setdefault(plan, Acceptance()) if plan.kind == "tree" else self.acceptance
+
+    def tokens(self, plan: Plan) -> float:
+        """Tokens that a round by the plan can be expected to give."""
+        prior = None
+        if plan.kind == "tree":
+            prior = [rate + BRANCHES_SAVE * (1 - rate) for rate in self.acceptance.rates()]
+        return self.of(plan).tokens(plan.drafts, prior)
+
+
+class PlanChooser(Followed):
     """Chooses for the generations of one model, one batch size and one way of sampling after the other."""
 
     def __init__(self, model: LoadedModel, costs: Mapping[Option, float]):
         """`costs`: seconds of a round of each option; `measured` finds them."""
+        super().__init__()
         self.model, self.costs = model, dict(costs)
-        self.acceptance = Acceptance()  # of chains and blocks
-        self.trees: dict[Plan, Acceptance] = {}
         self._plain_generations = 0
 
     @classmethod
@@ -99,7 +117,7 @@ class PlanChooser:
                 room = model.config.context_length - len(prompt)
                 own = replace(option.settings(settings), max_new_tokens=min(MEASURED_TOKENS, room))
                 state = start(model, [list(prompt)] * batch, own, make_knobs(own, ()))
-                if option.plan.kind not in ("plain", "early-exit"):
+                if not option.plan.is_plains_program:
                     require_equal_bits(model, state, option.plan)
                 rounds = MEASURED_ROUNDS if jax.default_backend() != "cpu" else ROUNDS
                 known[name] = round_seconds(model, state, option.plan, option.plan.drafts, rounds)[0]
@@ -128,7 +146,7 @@ class PlanChooser:
 
     def note(self, plan: Plan, accept_lengths: Sequence[int], drafted: Sequence[int]) -> None:
         """Take in what the rounds of a generation by `plan` accepted, where `decode` did not run them."""
-        self._acceptance(plan).add(accept_lengths, drafted)
+        self.of(plan).add(accept_lengths, drafted)
 
     def alternatives(self, option: Option) -> list[Option]:
         """What a generation that began with `option` may go on with."""
@@ -146,19 +164,13 @@ class PlanChooser:
                 (state.accept_lengths, state.drafted, state.done, state.rounds)
             )
             for lengths, drafts in zip(accepted[:, read:rounds], drafted[:, read:rounds], strict=True):
-                self._acceptance(option.plan).add(lengths, drafts)
+                self.of(option.plan).add(lengths, drafts)
             if np.all(done):
                 return state
             option, until, read = self.go_on(option), 2 * until + STRETCH, int(rounds)
 
-    def _acceptance(self, plan: Plan) -> Acceptance:
-        return self.trees.setdefault(plan, Acceptance()) if plan.kind == "tree" else self.acceptance
-
     def _worth(self, option: Option) -> float:
-        prior = None
-        if option.plan.kind == "tree":
-            prior = [rate + BRANCHES_SAVE * (1 - rate) for rate in self.acceptance.rates()]
-        return self._acceptance(option.plan).tokens(option.plan.drafts, prior) / self.costs[option]
+        return self.tokens(option.plan) / self.costs[option]
 
 
 def options(model: LoadedModel, settings: DecodeConfig, batch: int) -> list[Option]:

@@ -62,6 +62,11 @@ class Plan:
         levels = self.levels or (2 if self.size <= 8 else 3 if self.size <= 32 else 4)
         return Growth(levels, 4 if self.size <= 16 else 8, 4)
 
+    @property
+    def is_plains_program(self) -> bool:
+        """Whether plain decoding of its row class is the very same program."""
+        return self.kind in ("plain", "early-exit")
+
     def __str__(self) -> str:
         levels = f"x{self.levels}" if self.levels else ""
         return self.kind if self.kind == "plain" else f"{self.kind}:{self.size}{levels}"

@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dvi_jax.checkpoint import Checkpoint, Manifest, read_json
+from dvi_jax.checkpoint import Checkpoint, Manifest
 from dvi_jax.config import DistillConfig, TrainConfig
 from dvi_jax.directories import replace_file
 from dvi_jax.errors import UserError
 from dvi_jax.identity import hash_base, hash_tree
+from dvi_jax.text_files import read_json
 
 RUN = "run.json"
 # How long a run goes on, how fast it learns, what it tells and keeps: another value makes no other run of it.

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dvi_jax.checkpoint import Checkpoint, read_json
+from dvi_jax.checkpoint import Checkpoint
 from dvi_jax.config import DataConfig, DecodeConfig, DistillConfig
 from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import PromptStream
@@ -31,6 +31,7 @@ from dvi_jax.decode.cost import round_seconds
 from dvi_jax.decode.memory import Sizes, available_bytes, measure_memory
 from dvi_jax.decode.plan import PLAIN
 from dvi_jax.decode.prefill import bucket
+from dvi_jax.directories import replace_file
 from dvi_jax.errors import UserError
 from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.distill import distill_step, init_distill, step_memory
@@ -41,6 +42,7 @@ from dvi_jax.learn.recipe import Rates, Recipe, choose_recipe, fit_to_time, repl
 from dvi_jax.learn.replies import Progress, deal_all, make_replies
 from dvi_jax.learn.run_directory import Report, lock
 from dvi_jax.loading import LoadedModel, from_checkpoint
+from dvi_jax.text_files import read_json
 
 RECIPE, REPLIES = "recipe.json", "replies.npz"
 MOST_PROMPTS = 200_000  # of a log; more would be days of replies
@@ -94,9 +96,8 @@ class SelfDistillation:
     def begin(self) -> None:
         """Keep the recipe in the directory: from here on it is what this directory goes on with."""
         self.out.mkdir(parents=True, exist_ok=True)
-        partial = self.out / f".{RECIPE}.{os.getpid()}"
-        partial.write_text(json.dumps(self._document(), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, self.out / RECIPE)
+        document = self._made_for() | {"recipe": self._recipe().to_json()}
+        replace_file(self.out / RECIPE, json.dumps(document, indent=1) + "\n")
 
     def reply(self, report: Callable[[Progress], None]) -> None:
         """Make the replies that are not there yet."""
@@ -137,10 +138,9 @@ class SelfDistillation:
         assert self.recipe is not None, "prepare comes first"
         return self.recipe
 
-    def _document(self) -> dict[str, Any]:
+    def _made_for(self) -> dict[str, Any]:
         manifest = self.checkpoint.manifest
-        made_for = {"base_sha256": manifest.base_sha256, "dtype": manifest.dtype, "data": list(self.data)}
-        return made_for | {"recipe": self._recipe().to_json()}
+        return {"base_sha256": manifest.base_sha256, "dtype": manifest.dtype, "data": list(self.data)}
 
     def _kept_recipe(self) -> Recipe | None:
         """The recipe of the directory; `UserError` if it is another model's or log's, or a folder of something else."""
@@ -152,8 +152,7 @@ class SelfDistillation:
         document = read_json(path)
         if not isinstance(document, dict) or "recipe" not in document:
             raise UserError(f"{path} is damaged: it holds no recipe")
-        manifest = self.checkpoint.manifest
-        given = {"base_sha256": manifest.base_sha256, "dtype": manifest.dtype, "data": list(self.data)}
+        given = self._made_for()
         for name, what in (("base_sha256", "another model"), ("dtype", "another dtype"), ("data", "other data")):
             if document.get(name) != given[name]:
                 raise UserError(f"{self.out} was begun with {what}: name the same, or choose another --out")

@@ -28,11 +28,11 @@ import numpy as np
 from jax.tree_util import KeyPath
 
 from dvi_jax.archives import DAMAGED_NPZ, Header, read_npz
-from dvi_jax.checkpoint import read_json
 from dvi_jax.directories import PARTIAL, DamageError, hash_files, partial_directory, remove_partial, verify_files
 from dvi_jax.errors import UserError, one_line
 from dvi_jax.learn.distill import DistillState
 from dvi_jax.learn.fast_update import LearnerState
+from dvi_jax.text_files import read_json
 
 State = TypeVar("State", LearnerState, DistillState)
 

@@ -19,11 +19,10 @@ import numpy as np
 
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.choosing import (
-    BRANCHES_SAVE,
     MOST_LOSS,
     MOST_ROUND_ROWS,
     RETRY,
-    Acceptance,
+    Followed,
     costs_path,
     options,
     read_costs,
@@ -69,7 +68,7 @@ class OnePlan:
         """Changes nothing."""
 
 
-class BestPlan:
+class BestPlan(Followed):
     """The plan that is worth most: the tokens that its rounds can be expected to give, over what a round costs.
 
     Where that is plain decoding, drafting is tried again now and then, with sequences whose every row the drafter has
@@ -78,9 +77,8 @@ class BestPlan:
 
     def __init__(self, costs: Mapping[Plan, float], width: int):
         """`costs`: seconds of a round of each plan, plain decoding among them."""
+        super().__init__()
         self.costs, self.width, self.plans = dict(costs), width, tuple(costs)
-        self.acceptance = Acceptance()  # of chains and blocks
-        self.trees: dict[Plan, Acceptance] = {}
         self._plain_stretches = 0  # since drafting was tried
         self.plan = self._best()
 
@@ -100,21 +98,15 @@ class BestPlan:
 
     def add(self, plan: Plan, accept_lengths: np.ndarray, drafted: np.ndarray) -> None:
         """Follow how often drafts are right."""
-        acceptance = self._acceptance(plan)
+        acceptance = self.of(plan)
         for lengths, drafts in zip(accept_lengths, drafted, strict=True):
             acceptance.add(lengths[lengths > 0], drafts[lengths > 0])
 
     def _best(self) -> Plan:
         return max(self.plans, key=self._worth)
 
-    def _acceptance(self, plan: Plan) -> Acceptance:
-        return self.trees.setdefault(plan, Acceptance()) if plan.kind == "tree" else self.acceptance
-
     def _worth(self, plan: Plan) -> float:
-        prior = None
-        if plan.kind == "tree":
-            prior = [rate + BRANCHES_SAVE * (1 - rate) for rate in self.acceptance.rates()]
-        return self._acceptance(plan).tokens(plan.drafts, prior) / self.costs[plan]
+        return self.tokens(plan) / self.costs[plan]
 
 
 def plans_of(model: LoadedModel, name: str, slots: int) -> tuple[tuple[Plan, ...], int]:

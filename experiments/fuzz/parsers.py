@@ -108,10 +108,11 @@ def train_config() -> Parser:
 
 def checkpoint() -> Parser:
     """A checkpoint directory's own files: config.json and MANIFEST.json."""
-    from dvi_jax.checkpoint import read_checkpoint, read_json, read_manifest
+    from dvi_jax.checkpoint import read_checkpoint, read_manifest
     from dvi_jax.config import LlamaConfig
     from dvi_jax.errors import UserError
     from dvi_jax.model.llama import base_shapes
+    from dvi_jax.text_files import read_json
 
     def run(folder: Path) -> None:
         base_shapes(LlamaConfig.from_json(read_json(folder / "config.json")))
