@@ -31,6 +31,7 @@ def notice(kind: str, record: dict[str, Any]) -> str | None:
         "damaged_snapshot": "{reason}; going on from the snapshot of update {snapshot}",
         "failed_save": "warning: the snapshot of update {snapshot} could not be saved ({reason}), {count} so far;"
         " earlier ones stay, learning goes on",
+        "no_events": "warning: no TensorBoard events from update {step} on ({reason}); metrics.jsonl has all",
         "rollback": "update {step}: {reason}, rolled back to {back_to} (rollback {rollbacks})",
         "traffic_changed": "update {step}: the accept rate fell to {accept_rate:.1%}, but the best snapshot's drafter"
         " has {good_accept_rate:.1%} on the same prompts: the traffic changed",
@@ -129,6 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", metavar="FILE.yaml", help="settings; or the name of one that is shipped, as demo")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeat")
     parser.add_argument("--list-settings", action="store_true", help="name, default and meaning of every setting")
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="also write TensorBoard events (--set tensorboard=true)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest snapshot in the run's `out`")
     add_debug(parser)
     options = parser.parse_args(arguments)
@@ -137,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.config is None:
         raise UserError("--config is needed: a file of settings, or the name of a shipped one (see --list-settings)")
-    config = load_train_config(options.config, options.set)
+    config = load_train_config(options.config, options.set + ["tensorboard=true"] * options.tensorboard)
     enable_compilation_cache()
     console = unfailing_console()
     if isinstance(config, DistillConfig):

@@ -51,8 +51,15 @@ def train_offline(
 
     SIGTERM and SIGINT end it with `stopping.Stopped`, a `SystemExit`: after the running update, with a snapshot.
     """
-    kept = {"keep": config.keep_checkpoints, "keep_best": 0}
-    with StopSignals() as signals, RunDirectory(config.out, **kept, resume=resume, report=report) as directory:
+    directory = RunDirectory(
+        config.out,
+        keep=config.keep_checkpoints,
+        keep_best=0,
+        resume=resume,
+        report=report,
+        tensorboard=config.tensorboard,
+    )
+    with StopSignals() as signals, directory:
         checkpoint = matching_or_new_drafter(
             open_checkpoint(config.checkpoint),
             config.drafter,
