@@ -13,6 +13,7 @@ from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.data.conversations import Message
 from dvi_jax.decode.batch import Generation, check_prompts, generate_batch
 from dvi_jax.decode.choosing import PlanChooser
+from dvi_jax.decode.plan import Plan, drafts_of
 from dvi_jax.decode.stream import Stream
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
@@ -43,16 +44,29 @@ def generate_text(
     """Continue each prompt: a string is a user message, a list of messages a conversation, a list of ints token ids.
 
     `settings` are the fields of `DecodeConfig` (`max_new_tokens=64`, `plan="tree:16"`) and `SamplingConfig`
-    (`temperature=0.8`, `seed=1`); decoding is greedy unless a temperature is given. `plain` drafts nothing, and so does
-    an untrained drafter unless `plan` or `draft_steps` are given. Sequence b of several takes `seed + b`.
+    (`temperature=0.8`, `seed=1`); decoding is greedy unless a temperature is given. `plain` drafts nothing; otherwise
+    it drafts as `plan` and `draft_steps` say, or as `usual_drafting`. Sequence b of several takes `seed + b`.
     Raises `UserError` for an unknown setting, naming the nearest one, and for a prompt that cannot be.
     """
     decode, sampling = _settings(settings)
-    if not (model.drafter_is_trained or plain or {"plan", "draft_steps"} & settings.keys()):
-        decode = dataclasses.replace(decode, plan="plain", draft_steps=0)
+    if not plain and not {"plan", "draft_steps"} & settings.keys():
+        decode = usual_drafting(model, decode)
     ids = [prompt_ids(model, prompt) for prompt in _as_list(prompts)]
     generations, texts, _ = decode_texts(model, ids, decode, plain=plain, eos_ids=eos_ids, sampling=sampling, stop=stop)
     return [Completion(text, generation) for text, generation in zip(texts, generations, strict=True)]
+
+
+def usual_drafting(model: LoadedModel, settings: DecodeConfig) -> DecodeConfig:
+    """`settings`, drafting as the drafter did in training; an untrained one drafts nothing, as it slows decoding down.
+
+    Where its training recorded nothing, the number of drafts is that of `settings`.
+    """
+    if not model.drafter_is_trained:
+        return dataclasses.replace(settings, plan="plain", draft_steps=0)
+    plan, draft_steps = model.manifest.plan, model.manifest.draft_steps or settings.draft_steps
+    if plan:
+        return dataclasses.replace(settings, plan=plan, draft_steps=drafts_of(Plan.parse(plan)))
+    return dataclasses.replace(settings, plan=None, draft_steps=draft_steps)
 
 
 def decode_texts(

@@ -27,6 +27,7 @@ from dvi_jax.evaluate.spec_bench import Question, answer_line, read_questions, s
 from dvi_jax.evaluate.summary import measure, summarise
 from dvi_jax.evaluate.trace import LinesFile, trace_line
 from dvi_jax.loading import LoadedModel
+from dvi_jax.texts import usual_drafting
 
 MAX_NEW_TOKENS = 128
 PLAIN_EVERY = 10  # questions between two lines where the output is not a terminal
@@ -47,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists; choose another --out or remove it first")
     model = load_model(options)
+    if options.plan is None and options.draft_steps is None and model.drafter_is_trained:
+        settings = usual_drafting(model, settings)
     if options.adaptive:
         settings = with_measured_cost(model, first_prompt(PairedDecoder(model, settings), questions), settings)
     chooser = None

@@ -122,6 +122,10 @@ class OfflineRun(Run[DistillState, list[float]]):
         rows = {"tokens": self.data.tokens, "mask": self.data.mask, "held out": self.held_out.tokens}
         return identify(self.config, self.checkpoint, self.model.manifest, {"data": hash_tree(rows)})
 
+    def drafting(self) -> tuple[str, int]:
+        block = self.model.max_drafts if self.model.drafts_blocks else None
+        return "", block or self.config.unroll_steps
+
     def learned(self) -> dict[str, Any]:
         return self.state.trainable
 

@@ -155,6 +155,9 @@ class OnlineRun(Run[LearnerState, Acceptance]):
         shares = self.model.manifest.held_out_fraction, self.config.data.held_out_fraction
         return replace(super().manifest(), held_out_fraction=min(filter(None, shares), default=0.0))
 
+    def drafting(self) -> tuple[str, int]:
+        return self.config.decode.plan or "", self.config.decode.draft_steps
+
     def learned(self) -> dict[str, Any]:
         slow = self.state.slow
         return self.state.trainable if slow is None else self.state.trainable | {"lora_d": slow.lora_d}

@@ -75,7 +75,8 @@ def test_what_a_run_leaves(write_config, tmp_path):
     train = [record for record in records if record["kind"] == "train"]
     assert [record["prompts"] for record in train] == list(range(2, 41, 2))
     assert {path.name for path in (out / "snapshots").iterdir()} == {"30", "40"}  # the newest two, and the best
-    assert load(out / "checkpoint").manifest.training_step == 40
+    manifest = load(out / "checkpoint").manifest
+    assert (manifest.training_step, manifest.draft_steps) == (40, 2)  # and how it drafted while it learned
     waited = [record["save_seconds"] for record in train]
     assert [index for index, seconds in enumerate(waited) if seconds] == [5, 10, 15]  # after rollouts 5, 10, 15
     assert records[-1]["save_seconds"] == sum(waited)
