@@ -20,10 +20,10 @@ from dvi_jax.decode.choosing import PlanChooser
 from dvi_jax.decode.cost import with_measured_cost
 from dvi_jax.decode.plan import row_class
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
-from dvi_jax.evaluate.plots import new_figure
 from dvi_jax.evaluate.report import render_report
 from dvi_jax.evaluate.runner import Answered, PairedDecoder, first_prompt, run_questions
 from dvi_jax.evaluate.spec_bench import Question, answer_line, read_questions, sha256_of
+from dvi_jax.evaluate.style import new_figure
 from dvi_jax.evaluate.summary import measure, summarise
 from dvi_jax.evaluate.trace import LinesFile, trace_line
 from dvi_jax.loading import LoadedModel
