@@ -7,7 +7,7 @@ import difflib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.data.conversations import Message
@@ -69,35 +69,31 @@ def usual_drafting(model: LoadedModel, settings: DecodeConfig) -> DecodeConfig:
     return dataclasses.replace(settings, plan=None, draft_steps=draft_steps)
 
 
+class Decoding(TypedDict, total=False):
+    """What `generate_batch` and `Stream` both take, as they say."""
+
+    plain: bool
+    eos_ids: tuple[int, ...] | None
+    sampling: SamplingConfig | Sequence[SamplingConfig] | None
+
+
 def decode_texts(
     model: LoadedModel,
     prompts: Sequence[Sequence[int]],
     settings: DecodeConfig,
     *,
-    plain: bool = False,
-    eos_ids: tuple[int, ...] | None = None,
-    sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
     stop: Sequence[str] = (),
     chooser: PlanChooser | None = None,
-    longest_prompt: int = 0,
+    **decoding: Unpack[Decoding],
 ) -> tuple[list[Generation], list[str], float]:
     """The continuations of token ids as one batch, their texts, and the seconds of decoding; stop strings end them."""
     if not stop:
-        generations, seconds = generate_batch(
-            model,
-            prompts,
-            settings,
-            plain=plain,
-            eos_ids=eos_ids,
-            sampling=sampling,
-            chooser=chooser,
-            longest_prompt=longest_prompt,
-        )
+        generations, seconds = generate_batch(model, prompts, settings, chooser=chooser, **decoding)
         tokenizer = model.tokenizer
         return generations, [tokenizer.decode(g.new_ids) if tokenizer else "" for g in generations], seconds
     if chooser is not None:
         settings = chooser.begin().settings(settings)
-    stream = Stream(model, prompts, settings, plain=plain, eos_ids=eos_ids, sampling=sampling, stop=stop)
+    stream = Stream(model, prompts, settings, stop=stop, **decoding)
     texts, began = [""] * len(prompts), time.perf_counter()
     for pieces in stream:
         for piece in pieces:
