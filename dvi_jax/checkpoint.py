@@ -27,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dvi_jax.archives import MOST_INFLATED, SMALL
-from dvi_jax.config import LlamaConfig
+from dvi_jax.config import MOST_DRAFTS, LlamaConfig
 from dvi_jax.directories import hash_files, link_files, partial_directory, verify_files
 from dvi_jax.errors import UserError
 from dvi_jax.model.llama import base_shapes
@@ -51,7 +51,8 @@ class Manifest:
 
     `base_sha256` is `identity.hash_base` of the base weights; checkpoints from before there was one have none.
     `run_digest` is that of the run that trained it (`learn/run_identity.py`), and `held_out_fraction` the share of
-    questions that no run has trained its drafter on; where nothing was trained or recorded, "" and 0.
+    questions that no run has trained its drafter on; `plan` and `draft_steps` are how it drafted in training. Where
+    nothing was trained or recorded, "" and 0.
     """
 
     source: str
@@ -66,6 +67,8 @@ class Manifest:
     base_sha256: str = ""
     run_digest: str = ""
     held_out_fraction: float = 0.0
+    plan: str = ""
+    draft_steps: int = 0
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -86,6 +89,7 @@ class Manifest:
             )
         require_count(f"{MANIFEST}: exit_layer", self.exit_layer, 0)
         require_count(f"{MANIFEST}: training_step", self.training_step, 0)
+        require_count(f"{MANIFEST}: draft_steps", self.draft_steps, 0, MOST_DRAFTS)
         share = self.held_out_fraction
         require(0 <= share < 1, f"{MANIFEST}: held_out_fraction", share, "at least 0 and below 1")
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dvi_jax.checkpoint import DTYPES
 from dvi_jax.compiling import tell_when_compiling
-from dvi_jax.config import MOST_DRAFTS, DecodeConfig, SamplingConfig
+from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.decode.memory import GIB
-from dvi_jax.decode.plan import Plan
+from dvi_jax.decode.plan import Plan, drafts_of
 from dvi_jax.errors import UserError, add_debug, notice
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
+from dvi_jax.texts import usual_drafting
 
 AUTO = "auto"  # the plan is chosen while decoding
 AUTO_DRAFTS = 6  # most drafts that it chooses from
@@ -45,12 +44,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--draft-steps",
         type=int,
         metavar="S",
-        help=f"most drafts of a round (default: {defaults.draft_steps}, with --plan auto {AUTO_DRAFTS})",
+        help=f"most drafts of a round (default: as in training, or {defaults.draft_steps}; --plan auto: {AUTO_DRAFTS})",
     )
     parser.add_argument(
         "--plan",
         metavar="PLAN",
-        help="how rounds draft: auto, plain, chain:N, block:N, tree:ROWS[xLEVELS] or early-exit:N (default: by device)",
+        help="how rounds draft: auto, plain, chain:N, block:N, tree:ROWS[xLEVELS] or early-exit:N"
+        " (default: as in training, else by device)",
     )
     parser.add_argument(
         "--threshold", type=float, default=defaults.threshold, metavar="TAU", help="stop after a less probable draft"
@@ -75,24 +75,20 @@ def decode_settings(options: argparse.Namespace) -> DecodeConfig:
     )
 
 
-def drafts_of(plan: Plan) -> int:
-    """The `draft_steps` of a generation that follows a plan on this device."""
-    if plan.kind == "tree" and jax.default_backend() == "cpu":
-        return min(plan.rows - 1, MOST_DRAFTS)  # there a tree has no more rows than a chain would have
-    return plan.drafts
-
-
 def settings_for(model: LoadedModel, options: argparse.Namespace) -> DecodeConfig:
-    """`decode_settings`; an untrained drafter drafts only where the options say so, as it slows decoding down."""
+    """`decode_settings`, where they say how to draft; else as `usual_drafting`, told of where it is none."""
     settings = decode_settings(options)
-    told = options.plan is not None or options.draft_steps is not None or options.adaptive
-    if model.drafter_is_trained or told:
+    if options.plan is not None or options.draft_steps is not None:
         return settings
-    notice(
-        f"the drafter ({model.manifest.drafter}) is untrained: decoding plainly. dvi distill trains one;"
-        " --plan or --draft-steps drafts all the same"
-    )
-    return replace(settings, plan="plain", draft_steps=0)
+    if options.adaptive and not model.drafter_is_trained:
+        return settings
+    settings = usual_drafting(model, settings)
+    if not settings.draft_steps:
+        notice(
+            f"the drafter ({model.manifest.drafter}) is untrained: decoding plainly. dvi distill trains one;"
+            " --plan or --draft-steps drafts all the same"
+        )
+    return settings
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -211,6 +211,7 @@ class TrainConfig:
     keep_checkpoints: int = 2  # newest snapshots that are kept
     keep_best: int = 1  # snapshots kept by held-out accept rate, of those taken right after an evaluation
     max_minutes: float = 0.0  # of learning; 0: no limit
+    tensorboard: bool = False  # also write the metrics as TensorBoard events, into `out`
     data: DataConfig = field(default_factory=DataConfig)  # the prompts
     decode: DecodeConfig = field(default_factory=DecodeConfig)  # how rollouts draft
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # the fast update's terms
@@ -299,6 +300,7 @@ class DistillConfig:
     log_every: int = 20  # updates between metrics records
     save_every: int = 500  # updates between snapshots
     keep_checkpoints: int = 2  # newest snapshots that are kept
+    tensorboard: bool = False  # also write the metrics as TensorBoard events, into `out`
     rollback: RollbackConfig = field(default_factory=RollbackConfig)  # when to go back
 
     def __post_init__(self) -> None:

@@ -28,10 +28,13 @@ from dvi_jax.learn.recipe import Recipe, parameters
 from dvi_jax.learn.replies import Progress
 from dvi_jax.learn.self_distill import Estimate, SelfDistillation
 from dvi_jax.loading import LoadedModel, enable_compilation_cache
-from dvi_jax.train import notice, say
+from dvi_jax.train import GoingOn, notice, say
 
 MINUTES = 15.0
 COMPARED_PROMPTS, COMPARED_TOKENS = 8, 64
+BY_THE_SAME = GoingOn(
+    "the same command goes on", "the same command goes on", "the same command goes on from the replies"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -126,7 +129,7 @@ def train(work: SelfDistillation, console: Console) -> LoadedModel:
     task = bar.add_task("training", total=config.steps, note="compiling")
 
     def show(kind: str, record: dict[str, Any]) -> None:
-        line = notice(kind, record)
+        line = notice(kind, record, BY_THE_SAME)
         if line:
             say(console, line)
             return

@@ -35,7 +35,7 @@ from dvi_jax.evaluate.trace import FASTEST, PLAIN, SPECULATIVE
 from dvi_jax.learn.online import OnlineResult
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
 from dvi_jax.text_files import read_json
-from dvi_jax.train import run
+from dvi_jax.train import GoingOn, run
 from experiments.fetch import fetch_conversations, fetch_model
 from experiments.objectives import online_config
 
@@ -44,6 +44,7 @@ KEPT = Path(__file__).parent / "results" / "drafters" / "smollm2-135m-instruct"
 KEPT_SETTINGS = DecodeConfig(draft_steps=3, threshold=0.4, max_new_tokens=64)
 KEPT_PROMPTS = 6
 EXAMPLE = "What is the capital of France?"
+ANEW = GoingOn("--minutes gives it more", "the next demo begins anew", "the next demo begins anew")
 DIFFERENT = 1  # exit status when an output differs from plain decoding
 
 
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"training online for at most {config.max_minutes:g} minutes, exit layer {config.exit_layer or 'as trained'},"
         f" {config.rollout_batch} prompts a rollout, {config.updates_per_rollout} updates each",
     )
-    result = run(config, resume=False, console=console)
+    result = run(config, resume=False, console=console, going_on=ANEW)
     say(console, f"stream: {result.stream['conversations']}")
     count = len(result.held_out)
     say(console, f"decoding the {count} held-out prompts again one by one, plainly and speculatively")

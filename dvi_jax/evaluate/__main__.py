@@ -20,13 +20,14 @@ from dvi_jax.decode.choosing import PlanChooser
 from dvi_jax.decode.cost import with_measured_cost
 from dvi_jax.decode.plan import row_class
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
-from dvi_jax.evaluate.plots import new_figure
 from dvi_jax.evaluate.report import render_report
 from dvi_jax.evaluate.runner import Answered, PairedDecoder, first_prompt, run_questions
 from dvi_jax.evaluate.spec_bench import Question, answer_line, read_questions, sha256_of
+from dvi_jax.evaluate.style import new_figure
 from dvi_jax.evaluate.summary import measure, summarise
 from dvi_jax.evaluate.trace import LinesFile, trace_line
 from dvi_jax.loading import LoadedModel
+from dvi_jax.texts import usual_drafting
 
 MAX_NEW_TOKENS = 128
 PLAIN_EVERY = 10  # questions between two lines where the output is not a terminal
@@ -47,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists; choose another --out or remove it first")
     model = load_model(options)
+    if options.plan is None and options.draft_steps is None and model.drafter_is_trained:
+        settings = usual_drafting(model, settings)
     if options.adaptive:
         settings = with_measured_cost(model, first_prompt(PairedDecoder(model, settings), questions), settings)
     chooser = None

@@ -51,8 +51,15 @@ def train_offline(
 
     SIGTERM and SIGINT end it with `stopping.Stopped`, a `SystemExit`: after the running update, with a snapshot.
     """
-    kept = {"keep": config.keep_checkpoints, "keep_best": 0}
-    with StopSignals() as signals, RunDirectory(config.out, **kept, resume=resume, report=report) as directory:
+    directory = RunDirectory(
+        config.out,
+        keep=config.keep_checkpoints,
+        keep_best=0,
+        resume=resume,
+        report=report,
+        tensorboard=config.tensorboard,
+    )
+    with StopSignals() as signals, directory:
         checkpoint = matching_or_new_drafter(
             open_checkpoint(config.checkpoint),
             config.drafter,
@@ -114,6 +121,10 @@ class OfflineRun(Run[DistillState, list[float]]):
     def identity(self) -> RunIdentity:
         rows = {"tokens": self.data.tokens, "mask": self.data.mask, "held out": self.held_out.tokens}
         return identify(self.config, self.checkpoint, self.model.manifest, {"data": hash_tree(rows)})
+
+    def drafting(self) -> tuple[str, int]:
+        block = self.model.max_drafts if self.model.drafts_blocks else None
+        return "", block or self.config.unroll_steps
 
     def learned(self) -> dict[str, Any]:
         return self.state.trainable

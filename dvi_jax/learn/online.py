@@ -73,8 +73,15 @@ def train_online(
 
     SIGTERM and SIGINT end it with `stopping.Stopped`, a `SystemExit`: after the running update, with a snapshot.
     """
-    kept = {"keep": config.keep_checkpoints, "keep_best": config.keep_best}
-    with StopSignals() as signals, RunDirectory(config.out, **kept, resume=resume, report=report) as directory:
+    directory = RunDirectory(
+        config.out,
+        keep=config.keep_checkpoints,
+        keep_best=config.keep_best,
+        resume=resume,
+        report=report,
+        tensorboard=config.tensorboard,
+    )
+    with StopSignals() as signals, directory:
         checkpoint = open_checkpoint(config.checkpoint)
         checkpoint = kept_or_new_drafter(checkpoint, config.drafter, config.drafter_options, config.exit_layer)
         run = OnlineRun(config, with_new_lora_d(checkpoint, config), directory)
@@ -147,6 +154,9 @@ class OnlineRun(Run[LearnerState, Acceptance]):
         """With the smallest share of questions that was kept apart since its drafter was new."""
         shares = self.model.manifest.held_out_fraction, self.config.data.held_out_fraction
         return replace(super().manifest(), held_out_fraction=min(filter(None, shares), default=0.0))
+
+    def drafting(self) -> tuple[str, int]:
+        return self.config.decode.plan or "", self.config.decode.draft_steps
 
     def learned(self) -> dict[str, Any]:
         slow = self.state.slow

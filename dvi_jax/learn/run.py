@@ -72,6 +72,10 @@ class Run(ABC, Generic[State, Measured]):
     def learned(self) -> dict[str, Any]:
         """The parts of `Params` that the state moves."""
 
+    @abstractmethod
+    def drafting(self) -> tuple[str, int]:
+        """The plan by which the drafter drafts while it learns ("": as suits the device), and the drafts of a round."""
+
     def verifier(self) -> str:
         """The name of the verifier that output is lossless relative to."""
         return self.checkpoint.manifest.verifier
@@ -141,11 +145,14 @@ class Run(ABC, Generic[State, Measured]):
 
     def manifest(self) -> Manifest:
         """That of a checkpoint of the present state."""
+        plan, draft_steps = self.drafting()
         return replace(
             self.model.manifest,
             training_step=self.step,
             verifier=self.verifier(),
             run_digest=self.directory.identity.digest,
+            plan=plan,
+            draft_steps=draft_steps,
         )
 
     def _is_checkpoint(self, path: Path) -> bool:

@@ -25,7 +25,7 @@ RUN = "run.json"
 MAY_CHANGE = {
     *("prompts", "max_minutes", "tokens"),
     *("optimizer.lora_lr", "optimizer.head_lr", "slow.lr", "lr"),
-    *("eval_every", "save_every", "log_every", "keep_checkpoints", "keep_best"),
+    *("eval_every", "save_every", "log_every", "keep_checkpoints", "keep_best", "tensorboard"),
     *("rollback.after", "rollback.collapse", "rollback.settle", "rollback.at_most"),
 }
 # Where things are, and what a checkpoint may say in their place: `identify` names what these come to.

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from dvi_jax.checkpoint import read_checkpoint, rewrite_checkpoint
 from dvi_jax.errors import run_cli
 from dvi_jax.evaluate import __main__ as command
 from dvi_jax.evaluate.runner import EARLIER_TURN, TOO_LONG, PairedDecoder
 from dvi_jax.evaluate.trace import PLAIN
+from dvi_jax.loading import load
 
 
 def lines(path: Path) -> list[dict]:
@@ -26,6 +28,38 @@ def evaluation(checkpoint, questions_file, tmp_path_factory) -> Path:
     arguments = ["--checkpoint", checkpoint, "--questions", questions_file, "--out", out, "--max-new-tokens", 20]
     assert command.main([str(argument) for argument in arguments]) == 0
     return out
+
+
+def test_drafts_as_in_training_unless_told(checkpoint, questions_file, tmp_path, monkeypatch):
+    """What training recorded in the manifest; the fixture's drafter passes for a trained one."""
+    found = read_checkpoint(checkpoint)
+    trained = tmp_path / "trained"
+    rewrite_checkpoint(found, trained, manifest=replace(found.manifest, draft_steps=2))
+    monkeypatch.setattr(command, "load_model", lambda options: replace(load(trained), drafter_is_trained=True))
+    seen = []
+
+    class Enough(Exception):  # noqa: N818
+        pass
+
+    def look(decoder, *_):
+        seen.append(decoder.settings.draft_steps)
+        raise Enough
+
+    monkeypatch.setattr(command, "evaluate", look)
+    for told in ([], ["--draft-steps", "1"]):
+        with pytest.raises(Enough):
+            command.main(
+                [
+                    "--checkpoint",
+                    str(trained),
+                    "--questions",
+                    str(questions_file),
+                    "--out",
+                    str(tmp_path / "out"),
+                    *told,
+                ]
+            )
+    assert seen == [2, 1]
 
 
 def test_every_file_is_there(evaluation):
