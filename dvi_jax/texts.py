@@ -65,7 +65,6 @@ def decode_texts(
     sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
     stop: Sequence[str] = (),
     chooser: PlanChooser | None = None,
-    longest_prompt: int = 0,
 ) -> tuple[list[Generation], list[str], float]:
     """The continuations of token ids as one batch, their texts, and the seconds of decoding; stop strings end them."""
     if not stop:
@@ -77,7 +76,6 @@ def decode_texts(
             eos_ids=eos_ids,
             sampling=sampling,
             chooser=chooser,
-            longest_prompt=longest_prompt,
         )
         tokenizer = model.tokenizer
         return generations, [tokenizer.decode(g.new_ids) if tokenizer else "" for g in generations], seconds
