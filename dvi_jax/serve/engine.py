@@ -23,6 +23,7 @@ from dvi_jax.errors import UserError
 from dvi_jax.learn.replay import Windows
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Params
+from dvi_jax.serve.agreement import check_plans
 from dvi_jax.serve.intake import Intake
 from dvi_jax.serve.memory import check_engine_memory, engine_memory
 from dvi_jax.serve.plans import choose, plans_of
@@ -90,7 +91,8 @@ class Engine:
         there are none, which needs less memory. `on_window` gets the learning signals of every reply
         that may be learned from, on the device, as one window of as many positions as a slot has; it is called by the
         engine's thread and must be quick. A `learner` gets them in its place, and turns between stretches. Raises
-        `UserError` for sizes that cannot be, or that memory does not hold.
+        `UserError` for sizes that cannot be, or that memory does not hold, and for a plan that on this device has other
+        bits than plain decoding (`agreement.py`).
         """
         sizes = {"slots": slots, "context": context, "max_waiting": max_waiting, "together": together}
         for name, value in sizes.items():
@@ -108,7 +110,7 @@ class Engine:
         check_engine_memory(self.memory)
         empty = empty_slots(model.definition, model.decode_params, shape)
         intake = Intake(model, rows=together, room=room, chunk=chunk, prefix_bytes=prefix_bytes, record=record)
-        choice, empty = choose(model, plans, width, empty)
+        choice, empty = choose(model, plans, width, check_plans(model, plans, empty, intake))
         self._scheduler = Scheduler(model, empty, intake, choice, on_window=on_window, most_logprobs=logprobs)
         if warm_up:
             self._scheduler.warm_up()

@@ -28,7 +28,7 @@ class Intake:
         """
         assert rows == 1 or not prefix_bytes
         self._definition, params = model.definition, model.decode_params
-        self.rows, self._chunk, self._prefixes = rows, chunk, Prefixes(chunk, prefix_bytes)
+        self.rows, self.chunk, self._prefixes = rows, chunk, Prefixes(chunk, prefix_bytes)
         self._axes = position_axes(self._definition, params, record=record)
         self._filled = empty_prompts(self._definition, params, rows=rows, room=room, record=record)
         self._replies: list[Reply | None] = [None] * rows  # whose prompt a row holds
@@ -44,14 +44,22 @@ class Intake:
     @property
     def is_ready(self) -> bool:
         """Whether all that is here is taken in; not, if nothing is."""
-        return bool(self.replies) and self._taken * self._chunk >= int(self._lengths.max())
+        return bool(self.replies) and self._taken * self.chunk >= int(self._lengths.max())
 
     def warm_up(self, params: Params) -> Filled:
         """Compile every program, by taking in a chunk of nothing."""
-        self._filled = self._step(params, restart(self._filled), np.zeros((self.rows, self._chunk), np.int32))
+        self.fill(params, [0])
         if self._prefixes.budget:
-            block = cut_block(self._filled, self._axes, self._chunk)
+            block = cut_block(self._filled, self._axes, self.chunk)
             self._filled = put_block(restart(self._filled), block, self._axes)
+        return self._filled
+
+    def fill(self, params: Params, prompt: Sequence[int]) -> Filled:
+        """Every row with the same prompt, of a chunk at most, that belongs to no reply."""
+        tokens = np.zeros((self.rows, self.chunk), np.int32)
+        tokens[:, : len(prompt)] = prompt
+        self._lengths[:] = len(prompt)
+        self._filled = self._step(params, restart(self._filled), tokens)
         return self._filled
 
     def begin(self, replies: Sequence[Reply]) -> None:
@@ -67,18 +75,18 @@ class Intake:
             for block in known:
                 self._filled = put_block(self._filled, block, self._axes)
             self._taken = len(known)
-            reply.statistics.cached_tokens = len(known) * self._chunk
+            reply.statistics.cached_tokens = len(known) * self.chunk
 
     def step(self, params: Params) -> None:
         """One more chunk of each."""
-        tokens, begin = np.zeros((self.rows, self._chunk), np.int32), self._taken * self._chunk
+        tokens, begin = np.zeros((self.rows, self.chunk), np.int32), self._taken * self.chunk
         for row, reply in zip(tokens, self._replies, strict=True):
             if reply is not None:
-                piece = reply.request.prompt_ids[begin : begin + self._chunk]
+                piece = reply.request.prompt_ids[begin : begin + self.chunk]
                 row[: len(piece)] = piece
         self._filled = self._step(params, self._filled, tokens)
         if self._taken < len(self._names):
-            self._prefixes.keep(self._names[self._taken], cut_block(self._filled, self._axes, self._chunk))
+            self._prefixes.keep(self._names[self._taken], cut_block(self._filled, self._axes, self.chunk))
         self._taken += 1
 
     def _step(self, params: Params, filled: Filled, tokens: np.ndarray) -> Filled:
