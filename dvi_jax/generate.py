@@ -52,6 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError("--input and --output go together: prompts from one file, replies into another")
     if options.input is not None and (options.json or options.stream):
         raise UserError("with --input the replies go to --output: leave out --json and --stream")
+    if options.input is not None and (options.rejection or options.adaptive or options.threshold):
+        raise UserError(
+            "with --input drafts follow --plan and samples their seeds:"
+            " leave out --rejection, --adaptive and --threshold"
+        )
     decode_settings(options)  # what is wrong with them is said before anything is loaded
     sampling = sampling_settings(options)
     model = load_model(options)
@@ -112,12 +117,16 @@ def answer_one(model: LoadedModel, options: argparse.Namespace, sampling: Sampli
 def answer_all(model: LoadedModel, options: argparse.Namespace, sampling: SamplingConfig | None) -> int:
     """Answer the prompts of a file that have no reply yet; status 1 if some could not be answered."""
     lines = read_lines(options.input, model, options.max_new_tokens)
-    settings = _settings(options, model)
-    longest = max((line.ids for line in lines), key=len)
-    chooser = None
-    if options.plan == AUTO and not options.plain and longest:
-        chooser = PlanChooser.measured(model, settings, longest, options.batch)
-    decoding = Decoding(settings, options.plain, _eos_ids(options, model), sampling, tuple(options.stop), options.batch)
+    plan = AUTO if options.plan == AUTO else str(choose_plan(model, _settings(options, model)))
+    decoding = Decoding(
+        plan=plan,
+        plain=options.plain,
+        max_new_tokens=options.max_new_tokens,
+        eos_ids=_eos_ids(options, model),
+        sampling=sampling,
+        stop=tuple(options.stop),
+        slots=options.batch,
+    )
     console = Console(stderr=True)
     bar = progress_bar("prompts", console)
     task = bar.add_task("prompts", total=len(lines), note="")
@@ -127,7 +136,6 @@ def answer_all(model: LoadedModel, options: argparse.Namespace, sampling: Sampli
             lines,
             Path(options.output),
             decoding,
-            chooser=chooser,
             report=lambda done, of: bar.update(task, completed=done),
         )
     print(f"{options.output}: {len(lines)} replies" + (f", {failed} of them errors" if failed else ""))
@@ -189,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("--input", metavar="FILE.jsonl", help="many: a text, messages or {prompt|messages: ..} a line")
     parser.add_argument("--output", metavar="FILE.jsonl", help="with --input: a reply a line; goes on where it stopped")
     parser.add_argument(
-        "--batch", type=at_least_one, default=BATCH, metavar="N", help="with --input: prompts decoded at once"
+        "--batch", type=at_least_one, default=BATCH, metavar="N", help="with --input: slots, prompts decoded at once"
     )
     parser.add_argument(
         "--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="longest reply, in tokens"

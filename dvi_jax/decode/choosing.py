@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from dvi_jax.loading import LoadedModel
 STRETCH = 64  # rounds until the first choice; twice as many until the next, and so on
 MEMORY = 0.995  # what a round still counts for after the next
 PRIOR_RATE, PRIOR_WEIGHT = 0.45, 2.0  # of the first draft, a weak drafter's, and the drafts that it counts for
-RETRY = 8  # generations that draft nothing until one tries again, at least
+RETRY = 8  # generations or stretches that draft nothing until one tries again, at least
 MOST_LOSS = 0.01  # share of the time that trying again may cost where it is in vain
 MEASURED_TOKENS = 128  # room of a measured generation
 MEASURED_ROUNDS = 16  # of the shorter one on an accelerator, where rounds are short
@@ -73,12 +74,16 @@ class Acceptance:
         return rates
 
 
+Choice = TypeVar("Choice", Plan, Option)
+
+
 class Followed:
-    """What the rounds of each plan have accepted, and may be expected to give."""
+    """What the rounds of each plan have accepted, what they may be expected to give, and which is chosen for that."""
 
     def __init__(self) -> None:
         self.acceptance = Acceptance()  # of chains and blocks
         self.trees: dict[Plan, Acceptance] = {}
+        self._plain = 0  # choices of plain decoding, one after the other
 
     def of(self, plan: Plan) -> Acceptance:
         """Where the rounds of a plan are counted."""
@@ -91,6 +96,23 @@ class Followed:
             prior = [rate + BRANCHES_SAVE * (1 - rate) for rate in self.acceptance.rates()]
         return self.of(plan).tokens(plan.drafts, prior)
 
+    def choose(self, worth: Mapping[Choice, float], drafting: Collection[Choice], *, may_try: bool = True) -> Choice:
+        """Which of `worth`, in tokens a second: the best.
+
+        Where that drafts nothing, the best of `drafting` is tried now and then, if it may, so rarely that it costs a
+        hundredth at most where it is in vain.
+        """
+        best = max(worth, key=worth.__getitem__)
+        self._plain = 0 if best in drafting else self._plain + 1
+        if best in drafting or not may_try:
+            return best
+        other = max(drafting, key=worth.__getitem__, default=best)
+        loss = worth[best] / worth[other] - 1  # of a try, in its own time
+        if self._plain < max(RETRY, loss / MOST_LOSS):
+            return best
+        self._plain = 0
+        return other
+
 
 class PlanChooser(Followed):
     """Chooses for the generations of one model, one batch size and one way of sampling after the other."""
@@ -99,7 +121,6 @@ class PlanChooser(Followed):
         """`costs`: seconds of a round of each option; `measured` finds them."""
         super().__init__()
         self.model, self.costs = model, dict(costs)
-        self._plain_generations = 0
 
     @classmethod
     def measured(cls, model: LoadedModel, settings: DecodeConfig, prompt: Sequence[int], batch: int = 1) -> PlanChooser:
@@ -127,16 +148,8 @@ class PlanChooser(Followed):
 
     def begin(self) -> Option:
         """The option of the next generation."""
-        best = max(self.costs, key=self._worth)
-        if best.plan.drafts:
-            return best
-        self._plain_generations += 1
-        drafting = max((option for option in self.costs if option.plan.drafts), key=self._worth, default=best)
-        loss = self._worth(best) / self._worth(drafting) - 1  # of a generation, in its own time
-        if self._plain_generations < max(RETRY, loss / MOST_LOSS):
-            return best
-        self._plain_generations = 0
-        return drafting
+        worth = {option: self._worth(option) for option in self.costs}
+        return self.choose(worth, [option for option in worth if option.plan.drafts])
 
     def go_on(self, option: Option) -> Option:
         """The option of the next stretch, of equal bits."""

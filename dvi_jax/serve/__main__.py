@@ -113,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     defaults = ServerSettings(model_name="model")
     parser = ArgumentParser(prog="python -m dvi_jax.serve", description="Serve a model behind OpenAI's HTTP API.")
     add_loading_options(parser)
-    parser.add_argument("--plan", default=AUTO, metavar="PLAN", help="how rounds draft (default: auto, by load)")
+    parser.add_argument(
+        "--plan", default=AUTO, metavar="PLAN", help="how rounds draft (default: auto, by slots and acceptance)"
+    )
     parser.add_argument("--slots", type=at_least_one, default=8, metavar="N", help="replies that run at once")
     parser.add_argument(
         "--context", type=at_least_one, default=2048, metavar="N", help="tokens of a request, reply included"

@@ -23,6 +23,7 @@ from dvi_jax.errors import UserError
 from dvi_jax.learn.replay import Windows
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Params
+from dvi_jax.serve.agreement import check_plans
 from dvi_jax.serve.intake import Intake
 from dvi_jax.serve.memory import check_engine_memory, engine_memory
 from dvi_jax.serve.plans import choose, plans_of
@@ -57,8 +58,9 @@ class Learns(Protocol):
 class Engine:
     """Serves requests with a model; `requests.RequestEngine` says what each method promises.
 
-    A reply is a function of its request, of the model and of `slots`, `context`, `chunk` and the plan's width, whatever
-    else is served. Where a round's row class is `any` (`decode/plan.py`), slots and width do not matter either.
+    A reply is a function of its request, of the model and of `slots`, `context`, `chunk`, `together` and the plan's
+    width, whatever else is served. Where a round's row class is `any` (`decode/plan.py`), slots and width do not matter
+    either.
     """
 
     def __init__(
@@ -71,6 +73,8 @@ class Engine:
         max_waiting: int = 256,
         prefix_bytes: int = 2**30,
         chunk: int | None = None,
+        together: int = 1,
+        width: int = 1,
         warm_up: bool = False,
         logprobs: int = 0,
         on_window: OnWindow | None = None,
@@ -80,28 +84,33 @@ class Engine:
 
         `context`: tokens of a prompt and its reply together, at most the model's. `plan`: as in `DecodeConfig`, or
         `auto`. `max_waiting`: requests that may wait for a slot. `prefix_bytes`: memory for beginnings that prompts
-        share. `chunk`: tokens of a prompt that go through at once. `warm_up`: compile every program now, so
+        share. `chunk`: tokens of a prompt that go through at once. `together`: prompts that are taken in side by side,
+        which share no beginnings if they are several. `width`: of every plan at least, where bits depend on it, for the
+        replies of an engine whose plan is as wide. `warm_up`: compile every program now, so
         that no request waits for one. `logprobs`: alternatives that a request may want the log-probabilities of; 0:
         there are none, which needs less memory. `on_window` gets the learning signals of every reply
         that may be learned from, on the device, as one window of as many positions as a slot has; it is called by the
         engine's thread and must be quick. A `learner` gets them in its place, and turns between stretches. Raises
-        `UserError` for sizes that cannot be, or that memory does not hold.
+        `UserError` for sizes that cannot be, or that memory does not hold, and for a plan that on this device has other
+        bits than plain decoding (`agreement.py`).
         """
-        for name, value in (("slots", slots), ("context", context), ("max_waiting", max_waiting)):
+        sizes = {"slots": slots, "context": context, "max_waiting": max_waiting, "together": together}
+        for name, value in sizes.items():
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         self.model, self.slots, self.max_waiting, self.logprobs = model, slots, max_waiting, logprobs
         self.context = min(context, model.config.context_length)
         self._learner, on_window = learner, on_window if learner is None else learner.take
-        record, (plans, width) = on_window is not None or logprobs > 0, plans_of(model, plan, slots)
+        record, (plans, least) = on_window is not None or logprobs > 0, plans_of(model, plan, slots)
+        width, prefix_bytes = max(width, least), prefix_bytes if together == 1 else 0
         chunk = min(chunk or (CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK), self.context)
         room = _rounded_up(max(_rounded_up(self.context, chunk), self.context + width), POSITIONS)
         shape = Shape(slots, room, width, record)
-        self.memory = engine_memory(model, shape, prefix_bytes)
+        self.memory = engine_memory(model, shape, prefix_bytes, together)
         check_engine_memory(self.memory)
         empty = empty_slots(model.definition, model.decode_params, shape)
-        intake = Intake(model, room=room, chunk=chunk, prefix_bytes=prefix_bytes, record=record)
-        choice, empty = choose(model, plans, width, empty)
+        intake = Intake(model, rows=together, room=room, chunk=chunk, prefix_bytes=prefix_bytes, record=record)
+        choice, empty = choose(model, plans, width, check_plans(model, plans, empty, intake))
         self._scheduler = Scheduler(model, empty, intake, choice, on_window=on_window, most_logprobs=logprobs)
         if warm_up:
             self._scheduler.warm_up()

@@ -19,9 +19,7 @@ import numpy as np
 
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.choosing import (
-    MOST_LOSS,
     MOST_ROUND_ROWS,
-    RETRY,
     Followed,
     costs_path,
     options,
@@ -71,29 +69,20 @@ class OnePlan:
 class BestPlan(Followed):
     """The plan that is worth most: the tokens that its rounds can be expected to give, over what a round costs.
 
-    Where that is plain decoding, drafting is tried again now and then, with sequences whose every row the drafter has
-    seen, so rarely that it costs a hundredth at most where it is in vain.
+    Where that is plain decoding, drafting is tried again now and then (`Followed.choose`), with sequences whose every
+    row the drafter has seen.
     """
 
     def __init__(self, costs: Mapping[Plan, float], width: int):
         """`costs`: seconds of a round of each plan, plain decoding among them."""
         super().__init__()
         self.costs, self.width, self.plans = dict(costs), width, tuple(costs)
-        self._plain_stretches = 0  # since drafting was tried
-        self.plan = self._best()
+        self.plan = max(self.plans, key=self._worth)
 
     def next_plan(self, *, fresh: bool) -> Plan:
         """The best, or one that is worth another try."""
-        self.plan = self._best()
-        if self.plan.drafts:
-            self._plain_stretches = 0
-            return self.plan
-        self._plain_stretches += 1
-        drafting = max((plan for plan in self.plans if plan.drafts), key=self._worth, default=None)
-        if drafting is not None and fresh:
-            loss = self._worth(self.plan) / self._worth(drafting) - 1  # of a stretch, in its own time
-            if self._plain_stretches > max(RETRY, loss / MOST_LOSS):
-                self._plain_stretches, self.plan = 0, drafting
+        worth = {plan: self._worth(plan) for plan in self.plans}
+        self.plan = self.choose(worth, [plan for plan in self.plans if plan.drafts], may_try=fresh)
         return self.plan
 
     def add(self, plan: Plan, accept_lengths: np.ndarray, drafted: np.ndarray) -> None:
@@ -101,9 +90,6 @@ class BestPlan(Followed):
         acceptance = self.of(plan)
         for lengths, drafts in zip(accept_lengths, drafted, strict=True):
             acceptance.add(lengths[lengths > 0], drafts[lengths > 0])
-
-    def _best(self) -> Plan:
-        return max(self.plans, key=self._worth)
 
     def _worth(self, plan: Plan) -> float:
         return self.tokens(plan) / self.costs[plan]

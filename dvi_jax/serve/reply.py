@@ -30,6 +30,8 @@ class Reply:
         self.cancelled = False
         self.committed = len(request.prompt_ids)  # tokens known to be on the device, prompt included
         self.is_fresh = True  # the drafter has seen every row of it
+        self.accept_lengths: list[int] = []  # tokens committed in each round, also those behind a stop string
+        self.drafted: list[int] = []  # tokens drafted in each
         self._text, self._wake = text, wake
         self._pieces: deque[ReplyPiece] = deque()
         self._failure: str | None = None
@@ -110,6 +112,8 @@ class Reply:
     def count(self, accept_lengths: np.ndarray, drafted: np.ndarray) -> None:
         """Rounds in which so many tokens each were committed and drafted; none once the sequence is done."""
         rounds, statistics = int((accept_lengths > 0).sum()), self.statistics
+        self.accept_lengths += accept_lengths[:rounds].tolist()
+        self.drafted += drafted[:rounds].tolist()
         statistics.rounds += rounds
         statistics.drafted += int(drafted[:rounds].sum())
         statistics.accepted += int(accept_lengths.sum()) - rounds

@@ -1,15 +1,16 @@
 """The device's side of an engine: sequences in a fixed number of slots, and the programs that change them.
 
-A prompt is taken in by itself (`take_chunk`, batch 1, chunks of one length), laid into a slot (`lay`), and decoded with
+Prompts are taken in (`take_chunk`, so many together, chunks of one length), laid into slots (`lay`), and decoded with
 whatever is in the other slots (`run_stretch`). Every program has one shape whatever the requests are, and no row of a
 pass depends on the rows beside it: a reply depends on its request and on the engine's shape, and on nothing else.
 
-Letters: B slots, S positions in the caches, C tokens of a chunk, W most tokens that a round commits, E room for
-end-of-sequence ids, V vocabulary.
+Letters: B slots, P prompts that are taken in together, S positions in the caches, C tokens of a chunk, W most tokens
+that a round commits, E room for end-of-sequence ids, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -40,15 +41,15 @@ class Slots(NamedTuple):
 class Terms(NamedTuple):
     """How prompts are to be continued: arrays of one row each, of a single row from `of`."""
 
-    length: np.ndarray  # int32 [B], tokens of the prompt
-    limit: np.ndarray  # int32 [B], prompt and reply
-    eos_ids: np.ndarray  # int32 [B, E], NO_TOKEN where unused
-    seed: np.ndarray  # uint32 [B]
-    temperature: np.ndarray  # float32 [B], 0 is greedy
-    top_k: np.ndarray  # int32 [B], V for all
-    top_p: np.ndarray  # float32 [B]
-    min_p: np.ndarray  # float32 [B]
-    penalty: np.ndarray  # float32 [B], repetition penalty
+    length: np.ndarray  # int32 [P], tokens of the prompt
+    limit: np.ndarray  # int32 [P], prompt and reply
+    eos_ids: np.ndarray  # int32 [P, E], NO_TOKEN where unused
+    seed: np.ndarray  # uint32 [P]
+    temperature: np.ndarray  # float32 [P], 0 is greedy
+    top_k: np.ndarray  # int32 [P], V for all
+    top_p: np.ndarray  # float32 [P]
+    min_p: np.ndarray  # float32 [P]
+    penalty: np.ndarray  # float32 [P], repetition penalty
 
     @classmethod
     def of(
@@ -68,8 +69,13 @@ class Terms(NamedTuple):
             np.array([sampling.repetition_penalty], np.float32),
         )
 
+    @classmethod
+    def joined(cls, rows: Sequence[Terms]) -> Terms:
+        """Of several prompts."""
+        return cls(*map(np.concatenate, zip(*rows, strict=True)))
+
     def sampling(self, tokens: jax.Array, vocab_size: int) -> Sampling:
-        """The same for `decode/sampling.py`, behind the prompts in tokens int32 [B, S]."""
+        """The same for `decode/sampling.py`, behind the prompts in tokens int32 [P, S]."""
         batch, positions = tokens.shape
         prompts = jnp.where(jnp.arange(positions) < self.length[:, None], tokens, vocab_size)
         return Sampling(
@@ -124,7 +130,7 @@ def abstract_slots(definition: Definition, params: Params, shape: Shape) -> Slot
     def make(params: Params) -> Slots:
         model = join(definition, params)
         one = Terms.of(1, 1, (), SamplingConfig(), model.llama.config.vocab_size)
-        terms = Terms(*(np.repeat(array, shape.slots, axis=0) for array in one))
+        terms = Terms.joined([one] * shape.slots)
         return _begin(model, Filled.empty(model, shape.slots, shape.room, keep=shape.record), terms, shape.width)[0]
 
     return jax.eval_shape(make, params)
@@ -141,40 +147,44 @@ def empty_slots(definition: Definition, params: Params, shape: Shape) -> Slots:
     return slots._replace(decode=state)
 
 
-@partial(jax.jit, static_argnames=("definition", "room", "record"))
-def empty_prompt(definition: Definition, params: Params, *, room: int, record: bool) -> Filled:
-    """Where prompts are taken in."""
-    return Filled.empty(join(definition, params), 1, room, keep=record)
+@partial(jax.jit, static_argnames=("definition", "rows", "room", "record"))
+def empty_prompts(definition: Definition, params: Params, *, rows: int, room: int, record: bool) -> Filled:
+    """Where so many prompts together are taken in."""
+    return Filled.empty(join(definition, params), rows, room, keep=record)
 
 
 @partial(jax.jit, donate_argnames="filled")
 def restart(filled: Filled) -> Filled:
-    """For another prompt. What the last one left lies behind whatever is filled, and is masked."""
+    """For other prompts. What the last ones left lies behind whatever is filled, and is masked."""
     return filled._replace(position=jnp.int32(0), frontier=jax.tree.map(jnp.zeros_like, filled.frontier))
 
 
 @partial(jax.jit, static_argnames="definition", donate_argnames="filled")
 def take_chunk(definition: Definition, params: Params, filled: Filled, tokens: jax.Array, length: jax.Array) -> Filled:
-    """The next chunk of a prompt of `length` int32 [1] tokens: int32 [1, C], zeros behind the prompt's end."""
+    """The next chunk of prompts of `length` int32 [P] tokens: int32 [P, C], zeros behind a prompt's end."""
     return fill_chunk(join(definition, params), filled, tokens, length, fresh=False)
 
 
 @partial(jax.jit, static_argnames=("definition",), donate_argnames="slots")
 def lay(
-    definition: Definition, params: Params, slots: Slots, filled: Filled, slot: jax.Array, terms: Terms
+    definition: Definition, params: Params, slots: Slots, filled: Filled, places: jax.Array, terms: Terms
 ) -> tuple[Slots, jax.Array]:
-    """A prompt that is all taken in, with its first new token, into a slot.
+    """Prompts that are all taken in, with their first new tokens, into slots `places` int32 [P]; B is none.
 
-    -> slots, and int32 [2]: that token, and whether the reply ends with it.
+    -> slots, and int32 [P, 2]: that token, and whether the reply ends with it.
     """
     width = slots.decode.committed.hidden.shape[1]
-    row, first_token = _begin(join(definition, params), filled, terms, width)
+    rows, first_token = _begin(join(definition, params), filled, terms, width)
 
     def put(buffer: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(buffer, new, slot, axis=0) if buffer.ndim else buffer
+        if not buffer.ndim:
+            return buffer
+        if len(places) == 1:  # one slice update is cheaper than a scatter
+            return jax.lax.dynamic_update_slice_in_dim(buffer, new, places[0], axis=0)
+        return buffer.at[places].set(new, mode="drop")
 
-    ends = row.decode.done[0].astype(jnp.int32)
-    return jax.tree.map(put, slots, row), jnp.stack([first_token[0], ends])
+    ends = rows.decode.done.astype(jnp.int32)
+    return jax.tree.map(put, slots, rows), jnp.stack([first_token, ends], axis=1)
 
 
 @partial(jax.jit, donate_argnames="slots")

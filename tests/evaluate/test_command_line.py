@@ -16,6 +16,8 @@ from dvi_jax.evaluate.runner import EARLIER_TURN, TOO_LONG, PairedDecoder
 from dvi_jax.evaluate.trace import PLAIN
 from dvi_jax.loading import load
 
+SAME = ("question_id", "turn", "mode", "prompt_tokens", "drafted", "accept_lengths", "new_ids", "finish_reason")
+
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -125,6 +127,21 @@ def test_metrics_have_a_line_per_question_and_the_summary(evaluation):
     summary = json.loads((evaluation / "summary.json").read_text())
     assert metrics[-1]["tokens_per_round"] == summary["overall"]["tokens_per_round"]
     assert metrics[3]["skipped"] == [{"turn": 0, "reason": TOO_LONG}]
+
+
+def test_many_at_a_time_are_the_same_generations(evaluation, checkpoint, questions_file, tmp_path):
+    """Round by round, in every mode; and the same turns are left out."""
+    arguments = ["--checkpoint", checkpoint, "--questions", questions_file, "--max-new-tokens", 20, "--batch", 2]
+    assert command.main([str(argument) for argument in [*arguments, "--out", tmp_path / "out"]]) == 0
+    of_one, of_many = (
+        [{name: value for name, value in trace.items() if name in SAME} for trace in lines(out / "traces.jsonl")]
+        for out in (evaluation, tmp_path / "out")
+    )
+    assert of_one == of_many
+    one, many = (json.loads((out / "summary.json").read_text()) for out in (evaluation, tmp_path / "out"))
+    assert one["skipped"] == many["skipped"]
+    assert (many["settings"]["batch"], many["settings"]["row_class"]) == (2, "2x4")
+    assert all(trace["seconds"] > 0 for trace in lines(tmp_path / "out" / "traces.jsonl"))
 
 
 def test_limit_takes_the_first_questions(checkpoint, questions_file, tmp_path, capsys):
