@@ -34,14 +34,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     importer = commands.add_parser("import", help="Hugging Face directory or GGUF file -> checkpoint")
     importer.add_argument("--adapter", type=Path, metavar="DIR", help="Kangaroo adapter to draft with")
-    importer.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the stored weights")
-    importer.add_argument("--exit-layer", type=int, metavar="K", help="layers that draft (default 2)")
+    importer.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="dtype of the stored weights"
+    )
+    importer.add_argument("--exit-layer", type=int, metavar="K", help="layers that draft (default: 2)")
     exporter = commands.add_parser("export", help="checkpoint -> orbax export or Hugging Face directory")
     exporter.add_argument("--to", required=True, choices=("orbax", "hf", "drafter"), help="form of the export")
     exporter.add_argument("--merge-lora", action="store_true", help="fold lora_D into the base weights first")
-    for command in (importer, exporter):
-        command.add_argument("--from", dest="source", type=Path, required=True, help="what to read")
-        command.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
+    model, trained = "a Hugging Face directory or a GGUF file", "a checkpoint, or a run's directory"
+    for command, source in ((importer, model), (exporter, trained)):
+        command.add_argument("--from", dest="source", metavar="SOURCE", type=Path, required=True, help=source)
+        command.add_argument(
+            "--out", metavar="DIR", type=Path, required=True, help="directory to write; must not exist"
+        )
         add_debug(command)
     return parser
 

@@ -28,11 +28,13 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
         metavar="CKPT",
         help="a checkpoint; or a Hugging Face directory, a GGUF file or a cached org/name, which is imported once",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of such an import (default: float32 on CPUs, else bfloat16)")
-    parser.add_argument("--drafter-from", metavar="DIR", help="use the trained drafter of another directory")
-    parser.add_argument("--any-drafter", action="store_true", help="even one that was made for other weights")
-    parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="the only token ids to draft")
-    parser.add_argument("--exit-layer", type=int, metavar="K", help="split elsewhere (untrained drafter only)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of such an import (default: float32 on CPUs, else bfloat16)"
+    )
+    parser.add_argument("--drafter-from", metavar="DIR", help="draft with the trained drafter of another directory")
+    parser.add_argument("--any-drafter", action="store_true", help="accept one that was made for other weights")
+    parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="list of the only token ids to draft")
+    parser.add_argument("--exit-layer", type=int, metavar="K", help="layers below the split (untrained drafter only)")
     add_debug(parser)
 
 
@@ -53,10 +55,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         " (default: as in training, else by device)",
     )
     parser.add_argument(
-        "--threshold", type=float, default=defaults.threshold, metavar="TAU", help="stop after a less probable draft"
+        "--threshold",
+        type=float,
+        default=defaults.threshold,
+        metavar="TAU",
+        help="stop drafting after a draft less probable than this",
     )
-    parser.add_argument("--adaptive", action="store_true", help="measure what a draft costs; draft only while it pays")
-    parser.add_argument("--memory-limit", type=float, metavar="GIB", help="refuse to take more than this")
+    parser.add_argument(
+        "--adaptive", action="store_true", help="measure what a draft costs, and draft only while it pays"
+    )
+    parser.add_argument("--memory-limit", type=float, metavar="GIB", help="refuse to use more memory than this")
 
 
 def decode_settings(options: argparse.Namespace) -> DecodeConfig:
@@ -96,21 +104,31 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     defaults = SamplingConfig()
     group = parser.add_argument_group("sampling (greedy unless a temperature is given)")
     group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy, 1 the model's own distribution")
-    group.add_argument("--top-k", type=int, default=defaults.top_k, metavar="K", help="only the K best; 0 for all")
     group.add_argument(
-        "--top-p", type=float, default=defaults.top_p, metavar="P", help="only the best that have this probability"
+        "--top-k", type=int, default=defaults.top_k, metavar="K", help="only the K best tokens; 0 for all"
     )
     group.add_argument(
-        "--min-p", type=float, default=defaults.min_p, metavar="P", help="only those this share as probable as the best"
+        "--top-p",
+        type=float,
+        default=defaults.top_p,
+        metavar="P",
+        help="only the best tokens that together have this probability",
+    )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        default=defaults.min_p,
+        metavar="P",
+        help="only tokens at least this share as probable as the best",
     )
     group.add_argument(
         "--repetition-penalty",
         type=float,
         default=defaults.repetition_penalty,
         metavar="R",
-        help="divides the logits of tokens that are there already",
+        help="divide the logits of tokens that are there already",
     )
-    group.add_argument("--seed", type=int, default=defaults.seed, metavar="N", help="of the noise")
+    group.add_argument("--seed", type=int, default=defaults.seed, metavar="N", help="seed of the noise")
     group.add_argument(
         "--rejection", action="store_true", help="accept by min(1, p/q): more drafts accepted, ids depend on the drafts"
     )

@@ -193,10 +193,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", required=True, nargs="+", metavar="FILE", help="conversations; their questions are used"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="where all is kept; later --drafter-from DIR")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32 on CPUs, else bfloat16)")
-    parser.add_argument("--minutes", type=float, default=MINUTES, metavar="M", help="about how long it may take")
-    parser.add_argument("--passes", type=int, default=8, metavar="N", help="over the replies in training")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="directory for everything; --drafter-from takes it later"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: float32 on CPUs, else bfloat16)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, metavar="M", help="minutes that it may take, roughly")
+    parser.add_argument("--passes", type=int, default=8, metavar="N", help="passes over the replies in training")
     parser.add_argument("--estimate", action="store_true", help="say what it would take, and stop")
     add_debug(parser)
     return parser

@@ -194,23 +194,29 @@ def _parser() -> argparse.ArgumentParser:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="a user message, put through the chat template")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids, used as they are")
-    prompt.add_argument("--input", metavar="FILE.jsonl", help="many: a text, messages or {prompt|messages: ..} a line")
-    parser.add_argument("--output", metavar="FILE.jsonl", help="with --input: a reply a line; goes on where it stopped")
+    prompt.add_argument(
+        "--input", metavar="FILE.jsonl", help="many prompts: a text, messages or {prompt|messages: ..} a line"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE.jsonl", help="with --input: gets a reply a line; goes on where it stopped"
+    )
     parser.add_argument(
         "--batch", type=at_least_one, default=BATCH, metavar="N", help="with --input: slots, prompts decoded at once"
     )
     parser.add_argument(
         "--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="longest reply, in tokens"
     )
-    parser.add_argument("--drafter", metavar="NAME", help="refuse a checkpoint with another drafter")
-    parser.add_argument("--eos-id", type=int, action="append", metavar="N", help="end of sequence; -1 for none; repeat")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeat")
+    parser.add_argument("--drafter", metavar="NAME", help="refuse a checkpoint whose drafter is of another kind")
+    parser.add_argument(
+        "--eos-id", type=int, action="append", metavar="N", help="id that ends a sequence, -1 for none; may be repeated"
+    )
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
     parser.add_argument("--stream", action="store_true", help="print the text as it comes")
     parser.add_argument(
         "--every", type=at_least_one, default=EVERY, metavar="N", help="with --stream: rounds between two pieces"
     )
     add_sampling_options(parser)
-    parser.add_argument("--plain", action="store_true", help="draft nothing, in passes of the same bits")
+    parser.add_argument("--plain", action="store_true", help="draft nothing, in passes that give the same bits")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -137,8 +137,12 @@ def show_settings() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, train, and say what came of it."""
     parser = ArgumentParser(prog="python -m dvi_jax.train", description="Train a drafter, online or on given text.")
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings; or the name of one that is shipped, as demo")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeat")
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="file of settings, or the name of a shipped one, such as demo"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; may be repeated"
+    )
     parser.add_argument("--list-settings", action="store_true", help="name, default and meaning of every setting")
     parser.add_argument(
         "--tensorboard", action="store_true", help="also write TensorBoard events (--set tensorboard=true)"

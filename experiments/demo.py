@@ -260,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="DIR_OR_GGUF_OR_CKPT", help="Llama to use (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--data", metavar="FILE", help="conversations to learn from (default: ShareGPT)")
     parser.add_argument("--out", default="demo", metavar="DIR", help="folder of models and runs")
-    parser.add_argument("--minutes", type=float, metavar="M", help="longest time to train (default as in demo.yaml)")
+    parser.add_argument("--minutes", type=float, metavar="M", help="longest time to train (default: as in demo.yaml)")
     add_debug(parser)
     return parser
 

@@ -191,7 +191,7 @@ def main() -> None:
     one.add_argument(
         "--questions", metavar="FILE", help="check a file of questions such as Spec-Bench's, and keep it beside them"
     )
-    parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder to keep the files in")
+    parser.add_argument("--cache", metavar="DIR", type=Path, default=cache_folder(), help="folder to keep the files in")
     add_debug(parser)
     options = parser.parse_args()
     if options.model is not None:

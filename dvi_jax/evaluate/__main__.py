@@ -205,9 +205,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m dvi_jax.evaluate", description="Measure a drafter on Spec-Bench questions: speed and equality."
     )
     add_model_options(parser)
-    parser.add_argument("--questions", required=True, metavar="FILE.jsonl", help="question_id, category, turns a line")
+    parser.add_argument(
+        "--questions", required=True, metavar="FILE.jsonl", help="an object with question_id, category and turns a line"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder for report, answers and traces")
-    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="of an answer at most")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="longest answer, in tokens"
+    )
     parser.add_argument(
         "--batch", type=at_least_one, metavar="N", help="so many prompts at a time: speeds are those of a sequence then"
     )
