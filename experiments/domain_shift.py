@@ -3,14 +3,15 @@
     python -m experiments.domain_shift --config experiments/configs/domain_shift.yaml --per-domain 512 --out DIR
 
 The config's files are the domains, in order; each must give `--per-domain` prompts to learn from. All runs decode the
-same prompts with the same starting drafter; every prompt is met once, before anything was learned from it. The frozen
-run makes no update. For the cost, a third kind of run makes the same updates at a learning rate too small to move a
-weight, so that its rollouts are the frozen run's: the difference in tokens per second is what updates cost. Writes
-DIR/domain_shift.json after every run, and DIR/domain_shift.png.
+same prompts with the same starting drafter, the checkpoint's or that of `--drafter-from`; every prompt is met once,
+before anything was learned from it. The frozen run makes no update. For the cost, a third kind of run makes the same
+updates at a learning rate too small to move a weight, so that its rollouts are the frozen run's: the difference in
+tokens per second is what updates cost. Writes DIR/domain_shift.json after every run, and DIR/domain_shift.png.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dvi_jax.checkpoint import rewrite_checkpoint
 from dvi_jax.config import TrainConfig
 from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import PromptStream
@@ -31,6 +33,7 @@ from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.metrics import MetricsLog
 from dvi_jax.learn.online import train_online
 from dvi_jax.loading import enable_compilation_cache
+from dvi_jax.trained_parts import with_drafter_from
 from experiments.measure import environment, write_result
 from experiments.objectives import online_config, recorded, spread
 
@@ -56,10 +59,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cost-prompts", type=at_least_one, default=512, help="prompts of the run that measures the cost"
     )
+    parser.add_argument("--drafter-from", metavar="DIR", help="a directory whose trained drafter to begin with")
     parser.add_argument("--out", required=True, type=Path)
     options = parser.parse_args(arguments)
     enable_compilation_cache()
     config = online_config(options.config, options.set)
+    if options.drafter_from is None:
+        return compare_runs(config, options)
+    with tempfile.TemporaryDirectory() as scratch:
+        warm = Path(scratch) / Path(options.drafter_from).name
+        rewrite_checkpoint(with_drafter_from(open_checkpoint(config.checkpoint), options.drafter_from), warm)
+        return compare_runs(replace(config, checkpoint=str(warm)), options)
+
+
+def compare_runs(config: TrainConfig, options: argparse.Namespace) -> int:
+    """All runs from the checkpoint's drafter."""
     domains = [Path(file).stem for file in config.data.files]
     check_stream(config, options.per_domain)
     options.out.mkdir(parents=True, exist_ok=True)

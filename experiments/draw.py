@@ -2,8 +2,8 @@
 
     python -m experiments.draw experiments/results/sweep_smollm2_h100.json ...
 
-What a file is, is read off what it holds: results of sweep, objectives, domain_shift, distill_curve, drafters, speed
-and soak, and the summary.json of an evaluation.
+What a file is, is read off what it holds: results of sweep, objectives, domain_shift, distill_curve, drafters, losses,
+curves, speed and soak, and the summary.json of an evaluation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.text_files import read_json
-from experiments import distill_curve, domain_shift, drafters, objectives, soak, speed_plots, sweep
+from experiments import curves, distill_curve, domain_shift, drafters, losses, objectives, soak, speed_plots, sweep
 from experiments.compare import plot_comparison
 
 
@@ -44,6 +44,10 @@ def draw(result: Any, path: Path) -> list[Path]:
         speed_plots.draw(result, picture)
     elif "samples" in keys:
         soak.draw([soak.Sample(**sample) for sample in result["samples"]], result["warm_up_minutes"], picture)
+    elif "losses" in keys:
+        losses.draw(result["losses"], picture)
+    elif "curves" in keys:
+        curves.draw(result["curves"], picture)
     elif {"frozen", "online"} <= keys:
         domain_shift.draw(result["frozen"], result["online"], result["domains"], result["per_domain"], picture)
     elif "rows" in keys and all("threshold" in row for row in result["rows"]):

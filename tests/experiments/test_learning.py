@@ -16,10 +16,14 @@ from dvi_jax.config import ObjectiveConfig, load_train_config
 from dvi_jax.data.prompts import HELD_OUT_SALT, is_held_out
 from dvi_jax.decode.batch import Generation
 from dvi_jax.errors import UserError
+from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.fast_update import _fast_update
+from dvi_jax.learn.new_drafter import with_new_drafter
 from dvi_jax.learn.packing import Packed
 from dvi_jax.learn.schedule import kl_to_rl
+from dvi_jax.loading import from_checkpoint, trained_parts
 from dvi_jax.presets import TINY
+from dvi_jax.trained_parts import write_drafter
 from experiments import distill_curve, domain_shift, drafters, draw, objectives, sweep
 
 
@@ -119,14 +123,16 @@ def write_domains(folder: Path, *names: str, topics: tuple[str, ...]) -> dict:
     return {"files": files, "max_prompt_tokens": 48, "held_out_fraction": 0.1, "held_out_prompts": 4}
 
 
-def test_domain_shift(write_config, tmp_path, capsys):
-    """The run for the cost decodes exactly as the frozen one does; the picture is drawn again from the result.
+def test_domain_shift(byte_checkpoint, write_config, tmp_path, capsys):
+    """From a kept drafter. The run for the cost decodes exactly as the frozen one does; the picture is drawn again.
 
     An update follows every other rollout.
     """
+    new = with_new_drafter(open_checkpoint(byte_checkpoint), "exit_head", {"rank": 4, "alpha": 4}, 1)
+    write_drafter(tmp_path / "kept", replace(new, **trained_parts(from_checkpoint(new).params)))
     data = write_domains(tmp_path, "chat", "code", topics=("chat", "code"))
     config, out = write_config(prompts=16, update_every=2, data=data), tmp_path / "out"
-    sizes = ["--per-domain", "8", "--seeds", "1", "--cost-prompts", "12"]
+    sizes = ["--per-domain", "8", "--seeds", "1", "--cost-prompts", "12", "--drafter-from", str(tmp_path / "kept")]
     assert domain_shift.main(["--config", str(config), "--out", str(out), *sizes]) == 0
     result = json.loads((out / "domain_shift.json").read_text(encoding="utf-8"))
     assert result["cost"]["same_acceptance"]
@@ -140,6 +146,7 @@ def test_domain_shift(write_config, tmp_path, capsys):
     assert set(result["summary"]) == {"chat", "code"}
     assert "learning costs" in capsys.readouterr().out
     assert result["settings"]["data"]["files"] == ["chat.jsonl", "code.jsonl"]
+    assert result["settings"]["checkpoint"] == "kept"
     assert str(tmp_path) not in json.dumps(result)
     (out / "domain_shift.png").unlink()
     assert draw.main([str(out / "domain_shift.json")]) == 0
