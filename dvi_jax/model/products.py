@@ -11,9 +11,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from dvi_jax.model.quantised import Matrix, Quantised
 
-def linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+
+def linear(x: jax.Array, weight: Matrix, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """x [..., in] times weight [out, in] -> [..., out]; accumulated in float32, given in `out_dtype` or x's dtype."""
+    scales = None
+    if isinstance(weight, Quantised):
+        # One scale a channel can wait for the sum; those of groups can't.
+        if weight.is_grouped:
+            weight = weight.dequantised(x.dtype)
+        else:
+            weight, scales = weight.values.astype(x.dtype), weight.scales
     result = jax.lax.dot_general(
         x,
         weight,
@@ -21,6 +30,8 @@ def linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) 
         precision=precision(x),
         preferred_element_type=jnp.float32,
     )
+    if scales is not None:
+        result = result * scales
     return result.astype(out_dtype or x.dtype)
 
 
