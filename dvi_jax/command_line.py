@@ -16,6 +16,7 @@ from dvi_jax.decode.memory import GIB
 from dvi_jax.decode.plan import Plan
 from dvi_jax.errors import UserError, add_debug, notice
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
+from dvi_jax.quantisation import WEIGHTS
 
 AUTO = "auto"  # the plan is chosen while decoding
 AUTO_DRAFTS = 6  # most drafts that it chooses from
@@ -30,6 +31,7 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint; or a Hugging Face directory, a GGUF file or a cached org/name, which is imported once",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of such an import (default: float32 on CPUs, else bfloat16)")
+    parser.add_argument("--weights", choices=WEIGHTS, help="what its matrices are kept in (default: the dtype)")
     parser.add_argument("--drafter-from", metavar="DIR", help="use the trained drafter of another directory")
     parser.add_argument("--any-drafter", action="store_true", help="even one that was made for other weights")
     parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="the only token ids to draft")
@@ -150,6 +152,7 @@ def load_model(options: argparse.Namespace) -> LoadedModel:
     return load(
         options.checkpoint,
         dtype=options.dtype,
+        weights=options.weights,
         any_drafter=options.any_drafter,
         exit_layer=options.exit_layer,
         drafter_from=options.drafter_from,

@@ -73,8 +73,9 @@ def part_count(shape: tuple[int, ...], group: int = STEP) -> int:
 
 def sum_parts(weight: Matrix) -> int:
     """`part_count` of a weight, quantised or not."""
-    grouped = isinstance(weight, Quantised) and weight.is_grouped
-    return part_count(weight.shape, weight.group) if grouped else part_count(weight.shape)
+    if isinstance(weight, Quantised) and weight.is_grouped:
+        return part_count(weight.shape, weight.group)
+    return part_count(weight.shape)
 
 
 @partial(jax.jit, static_argnames=("parts", "out_dtype", "interpret"))  # traced and lowered once for all layers
@@ -242,7 +243,7 @@ def _sums(x: Ref, weight: list[Ref], offsets: tuple[int, ...], place: _Place, bl
 
 
 def _group_sums(x: Ref, weight: list[Ref], group: jax.Array, place: _Place, by: int) -> jax.Array:
-    """float32 [block rows, block columns]: the terms of one group, scaled; `by` is the offset into the weight's rows."""
+    """float32 [block rows, block columns]: the terms of one group, scaled; `by`: offset into the weight's rows."""
     values, scales, *minima = weight
     size = x.shape[1] // scales.shape[1]
     columns, inside = place.columns.T + by, place.inside.T

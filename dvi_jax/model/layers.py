@@ -51,7 +51,7 @@ class Block(nnx.Module):
     """One Llama decoder layer: RMSNorm, attention, residual, RMSNorm, SwiGLU, residual."""
 
     def __init__(self, weights: dict[str, Any], heads: attention.Heads, eps: float):
-        """`weights`: one for each name below, as `base_shapes` has them; matrices may be quantised. `heads`: (N, K, H)."""
+        """`weights`: one for each name below, as a base tree has them, arrays or quantised; `heads`: (N, K, H)."""
         self.attn_norm = Base(weights["attn_norm"])
         self.qkv = frozen(weights["qkv"])
         self.out = frozen(weights["out"])
