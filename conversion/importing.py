@@ -8,6 +8,7 @@ from conversion import kangaroo
 from dvi_jax.checkpoint import Manifest
 from dvi_jax.importing.checkpoint import write_import
 from dvi_jax.importing.source import open_source
+from dvi_jax.quantisation import Quantisation
 from dvi_jax.trained_parts import TrainedParts
 
 
@@ -18,6 +19,7 @@ def import_model(
     adapter: Path | None = None,
     dtype: str = "float32",
     exit_layer: int | None = None,
+    quantisation: Quantisation | None = None,
 ) -> Manifest:
     """Write the checkpoint directory `out` from `source`, with the Kangaroo adapter of `adapter` if given.
 
@@ -32,4 +34,6 @@ def import_model(
             source="", source_sha256="", dtype=dtype, exit_layer=0, drafter="kangaroo", drafter_config=options
         )
         trained = TrainedParts(manifest, drafter, None, None)
-    return write_import(source, out, model, trained=trained, dtype=dtype, exit_layer=exit_layer)
+    return write_import(
+        source, out, model, trained=trained, dtype=dtype, exit_layer=exit_layer, quantisation=quantisation
+    )

@@ -31,6 +31,7 @@ from dvi_jax.config import MOST_DRAFTS, LlamaConfig
 from dvi_jax.directories import hash_files, link_files, partial_directory, verify_files
 from dvi_jax.errors import UserError
 from dvi_jax.model.llama import base_shapes
+from dvi_jax.quantisation import Quantisation, with_wholes
 from dvi_jax.settings import MOST_MESSAGE, from_dict, require, require_count
 from dvi_jax.text_files import read_json, read_text
 
@@ -69,6 +70,7 @@ class Manifest:
     held_out_fraction: float = 0.0
     plan: str = ""
     draft_steps: int = 0
+    quantisation: Quantisation | None = None  # None: every weight is of `dtype`
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -169,11 +171,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path} is no checkpoint: {MANIFEST} is missing (see: dvi import --help)")
     config = LlamaConfig.from_json(read_json(path / "config.json"), str(path / "config.json"))
     manifest = read_manifest(path)
+    shapes = base_shapes(config)
+    if manifest.quantisation is not None and manifest.quantisation.head:
+        shapes["head"] = shapes["embed"]
     return Checkpoint(
         path,
         config,
         manifest,
-        load_tree(path / "base", base_shapes(config)),
+        load_tree(path / "base", shapes),
         load_tree(path / "drafter") if (path / "drafter").exists() else None,
         load_tree(path / "lora") if (path / "lora").exists() else None,
         _read_optional(path / "tokenizer.json"),
@@ -306,7 +311,7 @@ def load_tree(path: Path, shapes: dict[str, Any] | None = None) -> dict[str, Any
                 raise ValueError("what it says of its arrays is damaged")
             structure = metadata.tree
             if shapes is not None:
-                check_shapes(structure, shapes, str(path))
+                check_shapes(with_wholes(structure, shapes, str(path)), shapes, str(path))
             _check_size(structure, size, path)
             as_numpy = _map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
             return checkpointer.restore(path.absolute(), restore_args=as_numpy)

@@ -14,6 +14,7 @@ from dvi_jax.decode.memory import GIB
 from dvi_jax.decode.plan import Plan, drafts_of
 from dvi_jax.errors import UserError, add_debug, notice
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
+from dvi_jax.quantisation import WEIGHTS
 from dvi_jax.texts import usual_drafting
 
 AUTO = "auto"  # the plan is chosen while decoding
@@ -31,6 +32,7 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="dtype of such an import (default: float32 on CPUs, else bfloat16)"
     )
+    parser.add_argument("--weights", choices=WEIGHTS, help="format of its matrices (default: the dtype)")
     parser.add_argument("--drafter-from", metavar="DIR", help="draft with the trained drafter of another directory")
     parser.add_argument("--any-drafter", action="store_true", help="accept one that was made for other weights")
     parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="list of the only token ids to draft")
@@ -164,6 +166,7 @@ def load_model(options: argparse.Namespace) -> LoadedModel:
     return load(
         options.checkpoint,
         dtype=options.dtype,
+        weights=options.weights,
         any_drafter=options.any_drafter,
         exit_layer=options.exit_layer,
         drafter_from=options.drafter_from,

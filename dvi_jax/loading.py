@@ -57,14 +57,17 @@ class LoadedModel:
 
     @cached_property
     def decode_params(self) -> Params:
-        """`params` for decoding: all in the weights' dtype, so that a draft does not convert its drafter first."""
+        """`params` for decoding: all in the weights' dtype, so that a draft does not convert its drafter first.
+
+        The base is as the checkpoint keeps it.
+        """
         dtype = jnp.dtype(self.manifest.dtype)
-        leaves, tree = jax.tree.flatten(self.params)
+        leaves, tree = jax.tree.flatten(self.params._replace(base={}))
         others = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != dtype]
         # One call for all of them, after every update; the arrays that are right already are not touched.
         for i, leaf in zip(others, _cast([leaves[i] for i in others], dtype), strict=True):
             leaves[i] = leaf
-        return jax.tree.unflatten(tree, leaves)
+        return jax.tree.unflatten(tree, leaves)._replace(base=self.params.base)
 
     def need_tokenizer(self, otherwise: str) -> Tokenizer:
         """The tokenizer; `UserError` that says `otherwise` where the checkpoint has none."""
@@ -81,13 +84,14 @@ def load(
     path: str | Path,
     *,
     dtype: str | None = None,
+    weights: str | None = None,
     exit_layer: int | None = None,
     drafter_from: str | Path | None = None,
     any_drafter: bool = False,
     draft_vocabulary: str | Path | None = None,
     seed: int = 0,
 ) -> LoadedModel:
-    """Load a checkpoint, or what `importing.cache.open_checkpoint` makes one of, as `dtype` then.
+    """Load a checkpoint, or what `importing.cache.open_checkpoint` makes one of, as `dtype` with `weights` then.
 
     `exit_layer` overrides the manifest's while the drafter is untrained. `seed` initialises what the checkpoint does
     not hold. `drafter_from`: a directory whose trained drafter to use, made for these weights unless `any_drafter`.
@@ -97,7 +101,7 @@ def load(
     """
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # jax declares its flags at run time
         enable_compilation_cache()
-    checkpoint = open_checkpoint(path, dtype)
+    checkpoint = open_checkpoint(path, dtype, weights)
     if drafter_from is not None:
         checkpoint = with_drafter_from(checkpoint, drafter_from, any_model=any_drafter)
     model = from_checkpoint(checkpoint, exit_layer=exit_layer, seed=seed)

@@ -87,7 +87,9 @@ def _panels(curves: Curves) -> Figure:
     panels[1].set_ylabel("held-out rows: first draft right (%)")
     for axes in panels:
         axes.set_xscale("log")
+        axes.set_xticks([point["tokens"] / 1e6 for point in next(iter(curves.values()))])
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("tokens of training (millions)")
         axes.grid()
     figure.legend(loc="outside lower center", ncols=len(curves), frameon=False)

@@ -80,17 +80,16 @@ def _panels(losses: dict[str, list[dict[str, Any]]]) -> Figure:
     figure = new_figure(9, 0.9 + 0.45 * len(losses))
     panels = figure.subplots(1, 2, sharey=True)
     places = range(len(losses))
-    for axes, label, values in (
-        (panels[0], "held-out rows: first draft right (%)", lambda run: 100 * run["agreement"][0]),
-        (panels[1], "tokens per round", lambda run: run["tokens_per_round"]),
+    for axes, label, least, values in (
+        (panels[0], "held-out rows: first draft right (%)", 0, lambda run: 100 * run["agreement"][0]),
+        (panels[1], "tokens per round", 1, lambda run: run["tokens_per_round"]),
     ):
         seeds = [[values(run) for run in runs] for runs in losses.values()]
         means = [statistics.mean(found) for found in seeds]
         axes.barh(places, means, color=BLUE, alpha=0.35)
         for place, found in zip(places, seeds, strict=True):
             axes.plot(found, [place] * len(found), "o", color=BLUE, markersize=4)
-        low, high = min(map(min, seeds)), max(map(max, seeds))
-        axes.set_xlim(low - max(high - low, 0.01), high + 0.2 * max(high - low, 0.01))
+        axes.set_xlim(least, least + 1.05 * (max(map(max, seeds)) - least))  # what a drafter that is never right has
         axes.set_xlabel(label)
     panels[0].set_yticks(places, list(losses))
     panels[0].invert_yaxis()

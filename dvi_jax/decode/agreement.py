@@ -71,6 +71,7 @@ def agreed_path(model: LoadedModel, *shape: object) -> Path | None:
     manifest = model.manifest
     facts = [
         *(jax.devices()[0].device_kind, jax.__version__, repr(model.config), manifest.dtype, manifest.exit_layer),
+        *([] if manifest.quantisation is None else [repr(manifest.quantisation)]),
         *(manifest.drafter, sorted(manifest.drafter_config.items()), str(manifest.lora), *shape),
     ]
     try:

@@ -63,9 +63,14 @@ class Estimate:
 class SelfDistillation:
     """One directory's work: `prepare`, then `reply`, then `train`; each goes on where an earlier one stopped."""
 
-    def __init__(self, model: str, data: Sequence[str], out: str | Path, *, dtype: str | None = None):
-        """`model` and `dtype` as of `open_checkpoint`; `data`: conversation files. Raises `UserError` for bad ones."""
-        self.checkpoint: Checkpoint = open_checkpoint(model, dtype)
+    def __init__(
+        self, model: str, data: Sequence[str], out: str | Path, *, dtype: str | None = None, weights: str | None = None
+    ):
+        """`model`, `dtype` and `weights` as of `open_checkpoint`; `data`: conversation files.
+
+        Raises `UserError` for bad ones.
+        """
+        self.checkpoint: Checkpoint = open_checkpoint(model, dtype, weights)
         self.tokenizer = Tokenizer.from_checkpoint(self.checkpoint)
         self.data, self.out = tuple(data), Path(out)
         self._stream()

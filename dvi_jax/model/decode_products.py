@@ -8,6 +8,9 @@ time, in tiles of 16 rows that the tensor cores treat alike. Sizes of blocks, wa
 A product of a few rows has too few results to occupy a GPU, so its sum is split into parts that are worked on side by
 side. They stay apart for the kernel that comes next, which adds them on its way: attention, or sum and norm.
 
+Weights in fewer bits (`quantised.py`) are read as they are and converted in registers; integers and eight-bit floats
+are exact in bfloat16. A channel's scale multiplies its finished sum, a group's the sum of the group's terms.
+
 Letters: P parts, R rows, K terms of a sum.
 """
 
@@ -22,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from dvi_jax.model.products import has_gpu_kernels, linear, total
+from dvi_jax.model.quantised import OFFSET, Matrix, Quantised
 
 ROW_TILE = 16  # rows of the smallest matrix product in Triton
 MOST_BLOCK_ROWS = 64  # rows of one program; more are further programs, which read the weight again
@@ -58,42 +62,51 @@ def padded_rows(rows: int) -> int:
     return pl.cdiv(rows, MOST_BLOCK_ROWS) * MOST_BLOCK_ROWS
 
 
-def part_count(shape: tuple[int, ...]) -> int:
-    """Into how many parts to split the sums of a product with a weight of `shape` (out, in)."""
+def part_count(shape: tuple[int, ...], group: int = STEP) -> int:
+    """Into how many parts to split the sums of a product with a weight of `shape` (out, in), in groups of `group`."""
     out, width = shape
     programs = pl.cdiv(out, WIDE if out >= WIDE_FROM else NARROW)
-    counts = [n for n in range(1, MOST_PARTS + 1) if width % (n * STEP) == 0 and width // n >= 3 * STEP]
+    least = max(group, STEP)
+    counts = [n for n in range(1, MOST_PARTS + 1) if width % (n * least) == 0 and width // n >= 3 * STEP]
     return next((n for n in counts if programs * n >= ENOUGH), max(counts, default=1))
+
+
+def sum_parts(weight: Matrix) -> int:
+    """`part_count` of a weight, quantised or not."""
+    if isinstance(weight, Quantised) and weight.is_grouped:
+        return part_count(weight.shape, weight.group)
+    return part_count(weight.shape)
 
 
 @partial(jax.jit, static_argnames=("parts", "out_dtype", "interpret"))  # traced and lowered once for all layers
 def product(
-    x: jax.Array, weight: jax.Array, *, parts: int = 1, out_dtype: jnp.dtype | None = None, interpret: bool = False
+    x: jax.Array, weight: Matrix, *, parts: int = 1, out_dtype: jnp.dtype | None = None, interpret: bool = False
 ) -> jax.Array:
     """x [R, in] times weight [out, in] -> [P, R, out]: float32 sums, in `out_dtype` or x's where P is 1.
 
     R as `padded_rows` has it. `interpret` runs the kernel on any device, for tests. It has no derivative.
     """
     dtype = jnp.float32 if parts > 1 else jnp.dtype(out_dtype or x.dtype)
-    return _run(_kernel, x, weight, blocks_for(weight.shape, parts, len(x)), dtype, interpret)
+    blocks = _fitted(blocks_for(weight.shape, parts, len(x)), weight)
+    return _run(_kernel, x, weight, blocks, dtype, interpret)
 
 
 @partial(jax.jit, static_argnames=("interpret",))
-def gated_product(x: jax.Array, weight: jax.Array, *, interpret: bool = False) -> jax.Array:
+def gated_product(x: jax.Array, weight: Matrix, *, interpret: bool = False) -> jax.Array:
     """SwiGLU: silu(x gate) * (x up) for x [R, in] and weight [2F, in], gate's rows before up's -> [R, F].
 
     Both products are rounded to x's dtype, as is silu's result; R, `interpret` and derivative as for `product`.
     """
-    blocks = gated_blocks_for((weight.shape[0] // 2, weight.shape[1]), len(x))
+    blocks = _fitted(gated_blocks_for((weight.shape[0] // 2, weight.shape[1]), len(x)), weight)
     return _run(_gated_kernel, x, weight, blocks, x.dtype, interpret)[0]
 
 
-def round_linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+def round_linear(x: jax.Array, weight: Matrix, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """`products.linear` of a round's rows x [B, T, in], by the kernels where they take them: [B, T, out]."""
     batch, rows, _ = x.shape
     if not is_supported(batch * rows, x.dtype):
         return linear(x, weight, out_dtype)
-    parts = product(laid_flat(x), weight, parts=part_count(weight.shape), out_dtype=out_dtype)
+    parts = product(laid_flat(x), weight, parts=sum_parts(weight), out_dtype=out_dtype)
     result = total(parts, out_dtype or x.dtype)
     return result[: batch * rows].reshape(batch, rows, -1)
 
@@ -133,10 +146,20 @@ def gated_blocks_for(shape: tuple[int, ...], rows: int) -> Blocks:
     return blocks_for(shape, 1, rows)._replace(columns=NARROW)
 
 
-def _run(kernel: Any, x: jax.Array, weight: jax.Array, blocks: Blocks, dtype: jnp.dtype, interpret: bool) -> jax.Array:
+def _fitted(blocks: Blocks, weight: Matrix) -> Blocks:
+    """`blocks` whose steps are whole groups of a quantised weight."""
+    if not isinstance(weight, Quantised) or not weight.is_grouped:
+        return blocks
+    groups = weight.shape[1] // blocks.parts // weight.group
+    most = max(blocks.step // weight.group, 1)
+    return blocks._replace(step=weight.group * next(n for n in range(most, 0, -1) if groups % n == 0))
+
+
+def _run(kernel: Any, x: jax.Array, weight: Matrix, blocks: Blocks, dtype: jnp.dtype, interpret: bool) -> jax.Array:
     """`kernel` over blocks of rows, columns and parts. [P, R, columns of all blocks that the result has]."""
     rows, out = len(x), weight.shape[0] // (2 if kernel is _gated_kernel else 1)
     block_rows = min(rows, MOST_BLOCK_ROWS)
+    arrays = [part for part in weight if part is not None] if isinstance(weight, Quantised) else [weight]
     return pl.pallas_call(
         partial(kernel, blocks=blocks, block_rows=block_rows),
         # Blocks of rows first: programs that read the same weights run together.
@@ -145,18 +168,20 @@ def _run(kernel: Any, x: jax.Array, weight: jax.Array, blocks: Blocks, dtype: jn
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name="product" if kernel is _kernel else "gated_product",
-    )(x, weight)
+    )(x, *arrays)
 
 
-def _kernel(x: Ref, weight: Ref, out: Ref, *, blocks: Blocks, block_rows: int) -> None:
-    """One block of results: all their sums over one part of the terms."""
+def _kernel(x: Ref, *refs: Ref, blocks: Blocks, block_rows: int) -> None:
+    """One block of results: all their sums over one part of the terms. `refs`: the weight's arrays, the output."""
+    *weight, out = refs
     place = _Place.here(out, blocks, block_rows)
     (sums,) = _sums(x, weight, (0,), place, blocks)
     plt.store(out.at[place.part, place.rows, place.columns.T], sums.astype(out.dtype), mask=place.inside.T)
 
 
-def _gated_kernel(x: Ref, weight: Ref, out: Ref, *, blocks: Blocks, block_rows: int) -> None:
+def _gated_kernel(x: Ref, *refs: Ref, blocks: Blocks, block_rows: int) -> None:
     """One block of gate's and of up's results, rounded where products and silu by themselves would be."""
+    *weight, out = refs
     place = _Place.here(out, blocks, block_rows)
     gate, up = (
         sums.astype(out.dtype).astype(jnp.float32) for sums in _sums(x, weight, (0, out.shape[2]), place, blocks)
@@ -180,18 +205,73 @@ class _Place(NamedTuple):
         return cls(rows, columns, columns < out.shape[2], pl.program_id(2))
 
 
-def _sums(x: Ref, weight: Ref, offsets: tuple[int, ...], place: _Place, blocks: Blocks) -> tuple[jax.Array, ...]:
+def _sums(x: Ref, weight: list[Ref], offsets: tuple[int, ...], place: _Place, blocks: Blocks) -> tuple[jax.Array, ...]:
     """float32 [block rows, block columns] for each offset into the weight's rows, step by step over one part."""
+    values, *scales = weight
     length = x.shape[1] // blocks.parts
     whole = length % blocks.step == 0
+    zero = 0.0 if jnp.issubdtype(values.dtype, jnp.floating) else 0
 
     def step(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         term = index * blocks.step + jnp.arange(blocks.step)[None, :]
         at, there = place.part * length + term, term < length
         left = plt.load(x.at[place.rows, at]) if whole else plt.load(x.at[place.rows, at], mask=there, other=0.0)
         mask = place.inside if whole else place.inside & there
-        rights = [plt.load(weight.at[place.columns + by, at], mask=mask, other=0.0) for by in offsets]
-        return tuple(total + plt.dot(left, right.T) for total, right in zip(sums, rights, strict=True))
+        rights = [plt.load(values.at[place.columns + by, at], mask=mask, other=zero) for by in offsets]
+        return tuple(
+            total + plt.dot(left, right.astype(left.dtype).T) for total, right in zip(sums, rights, strict=True)
+        )
 
+    def step_of_groups(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        group = x.shape[1] // scales[0].shape[1]
+        first = (place.part * length + index * blocks.step) // group
+        for number in range(blocks.step // group):
+            added = [_group_sums(x, weight, first + number, place, by) for by in offsets]
+            sums = tuple(total + more for total, more in zip(sums, added, strict=True))
+        return sums
+
+    grouped = bool(scales) and len(scales[0].shape) == 2
     zeros = jnp.zeros((place.rows.shape[0], blocks.columns), jnp.float32)
-    return jax.lax.fori_loop(0, pl.cdiv(length, blocks.step), step, (zeros,) * len(offsets))
+    steps = pl.cdiv(length, blocks.step)
+    sums = jax.lax.fori_loop(0, steps, step_of_groups if grouped else step, (zeros,) * len(offsets))
+    if not scales or grouped:
+        return sums
+    return tuple(
+        total * plt.load(scales[0].at[place.columns.T + by], mask=place.inside.T, other=0.0)
+        for total, by in zip(sums, offsets, strict=True)
+    )
+
+
+def _group_sums(x: Ref, weight: list[Ref], group: jax.Array, place: _Place, by: int) -> jax.Array:
+    """float32 [block rows, block columns]: the terms of one group, scaled; `by`: offset into the weight's rows."""
+    values, scales, *minima = weight
+    size = x.shape[1] // scales.shape[1]
+    columns, inside = place.columns.T + by, place.inside.T
+
+    def of_group(ref: Ref) -> jax.Array:
+        return plt.load(ref.at[columns, group], mask=inside, other=0.0).astype(jnp.float32)
+
+    if values.dtype != jnp.uint8:
+        term = group * size + jnp.arange(size)
+        left = plt.load(x.at[place.rows, term[None, :]])
+        right = plt.load(values.at[columns, term[:, None]], mask=inside, other=0)
+        return plt.dot(left, right.astype(left.dtype)) * of_group(scales)
+    # A byte's low four bits are a term of the group's first half, its high ones one of the second.
+    half = size // 2
+    byte = jnp.arange(half)
+    lefts = [plt.load(x.at[place.rows, group * size + start + byte[None, :]]) for start in (0, half)]
+    packed = plt.load(values.at[columns, group * half + byte[:, None]], mask=inside, other=0)
+    offset = 0 if minima else OFFSET
+    rights = [_as_bfloat16(packed & 15, offset), _as_bfloat16(packed >> 4, offset)]
+    total = plt.dot(lefts[0], rights[0]) + plt.dot(lefts[1], rights[1])
+    total *= of_group(scales)
+    if minima:  # of every term the same: the minimum times the terms of x, added up as they are above
+        ones = jnp.ones(rights[0].shape, rights[0].dtype)
+        total += (plt.dot(lefts[0], ones) + plt.dot(lefts[1], ones)) * of_group(minima[0])
+    return total
+
+
+def _as_bfloat16(integers: jax.Array, offset: int) -> jax.Array:
+    """uint8 integers below 128, less `offset`: set into the mantissa of 128, whose last bit counts one."""
+    bits = integers.astype(jnp.uint16) | 0x4300
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16) - jnp.bfloat16(128 + offset)

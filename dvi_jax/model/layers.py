@@ -15,8 +15,9 @@ from flax import nnx
 
 from dvi_jax.model import attention
 from dvi_jax.model.attention import AnyCache, LayerCache
-from dvi_jax.model.decode_products import gated_product, part_count, product
+from dvi_jax.model.decode_products import gated_product, product, sum_parts
 from dvi_jax.model.products import linear, total
+from dvi_jax.model.quantised import frozen
 from dvi_jax.model.residual import Residual
 from dvi_jax.model.variables import Base, DeepLoRA
 
@@ -49,14 +50,14 @@ class LoRA(nnx.Module):
 class Block(nnx.Module):
     """One Llama decoder layer: RMSNorm, attention, residual, RMSNorm, SwiGLU, residual."""
 
-    def __init__(self, weights: dict[str, jax.Array], heads: attention.Heads, eps: float):
-        """`weights`: one array for each name below, as `base_shapes` has them; `heads`: (N, K, H)."""
+    def __init__(self, weights: dict[str, Any], heads: attention.Heads, eps: float):
+        """`weights`: one for each name below, as a base tree has them, arrays or quantised; `heads`: (N, K, H)."""
         self.attn_norm = Base(weights["attn_norm"])
-        self.qkv = Base(weights["qkv"])
-        self.out = Base(weights["out"])
+        self.qkv = frozen(weights["qkv"])
+        self.out = frozen(weights["out"])
         self.mlp_norm = Base(weights["mlp_norm"])
-        self.gate_up = Base(weights["gate_up"])
-        self.down = Base(weights["down"])
+        self.gate_up = frozen(weights["gate_up"])
+        self.down = frozen(weights["down"])
         self.is_biased = "qkv_bias" in weights
         if self.is_biased:
             self.qkv_bias = Base(weights["qkv_bias"])
@@ -108,7 +109,7 @@ class Block(nnx.Module):
         weight = getattr(self, name)[...]
         dtype = jnp.float32 if wide else x.dtype
         if kernels:
-            parts = product(x, weight, parts=part_count(weight.shape), out_dtype=dtype)
+            parts = product(x, weight, parts=sum_parts(weight), out_dtype=dtype)
         else:
             parts = linear(x, weight, dtype)[None]
         adapter = self.lora.get(name)

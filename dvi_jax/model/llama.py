@@ -20,6 +20,7 @@ from dvi_jax.model.attention import AnyCache, Caches
 from dvi_jax.model.features import check_taps
 from dvi_jax.model.layers import Block
 from dvi_jax.model.products import linear
+from dvi_jax.model.quantised import Matrix, frozen
 from dvi_jax.model.residual import Residual
 from dvi_jax.model.variables import Base
 
@@ -95,8 +96,9 @@ class Llama(nnx.Module):
             [Block(base["layers"][str(i)], heads, config.rms_norm_eps) for i in range(config.num_layers)]
         )
         self.norm = Base(base["norm"])
-        if not config.tie_word_embeddings:
-            self.head = Base(base["head"])
+        self.is_tied = "head" not in base
+        if not self.is_tied:
+            self.head = frozen(base["head"])
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -108,9 +110,9 @@ class Llama(nnx.Module):
         """How many of the taps lie below the exit; `shallow` gives those, `deep` the others."""
         return sum(tap < self.exit_layer for tap in self.taps)
 
-    def head_weight(self) -> jax.Array:
-        """The LM head [V, D] (the embedding where tied)."""
-        return (self.embed if self.config.tie_word_embeddings else self.head)[...]
+    def head_weight(self) -> Matrix:
+        """The LM head [V, D]: the embedding where it is tied and nobody quantised it apart."""
+        return (self.embed if self.is_tied else self.head)[...]
 
     def shallow(
         self,

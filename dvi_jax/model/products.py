@@ -11,17 +11,31 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from dvi_jax.model.quantised import Matrix, Quantised
 
-def linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+
+def linear(x: jax.Array, weight: Matrix, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """x [..., in] times weight [out, in] -> [..., out]; accumulated in float32, given in `out_dtype` or x's dtype."""
+    operand, scales = _operand(weight, x.dtype)
     result = jax.lax.dot_general(
         x,
-        weight,
+        operand,
         (((x.ndim - 1,), (1,)), ((), ())),
         precision=precision(x),
         preferred_element_type=jnp.float32,
     )
+    if scales is not None:
+        result = result * scales
     return result.astype(out_dtype or x.dtype)
+
+
+def _operand(weight: Matrix, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
+    """What is multiplied with rows of `dtype`, and what the sums are still to be multiplied with: float32 [out]."""
+    if not isinstance(weight, Quantised):
+        return weight, None
+    if weight.is_grouped:
+        return weight.dequantised(dtype), None
+    return weight.values.astype(dtype), weight.scales
 
 
 def total(parts: jax.Array, dtype: jnp.dtype, bias: jax.Array | None = None) -> jax.Array:

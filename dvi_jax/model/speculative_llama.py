@@ -16,6 +16,7 @@ from flax import nnx
 from dvi_jax.errors import UserError
 from dvi_jax.model.drafters import Drafter, StepDrafter
 from dvi_jax.model.llama import Llama
+from dvi_jax.model.quantised import Matrix, Quantised
 from dvi_jax.model.variables import Base, DeepLoRA, DrafterParam, ShallowLoRA
 
 Tree = dict[Any, Any]
@@ -51,9 +52,12 @@ class SpeculativeLlama(nnx.Module):
         if not len(chosen) or chosen[0] < 0 or chosen[-1] >= size:
             raise UserError(f"a draft vocabulary holds token ids between 0 and {size - 1}, at least one")
         self.draft_vocabulary["ids"] = Base(chosen)
-        self.draft_vocabulary["head"] = Base(self.llama.head_weight()[chosen])
+        head = self.llama.head_weight()
+        # Few rows: in the model's dtype, whatever the whole head is kept in.
+        rows = head.rows(chosen).dequantised(self.llama.dtype) if isinstance(head, Quantised) else head[chosen]
+        self.draft_vocabulary["head"] = Base(rows)
 
-    def draft_head(self) -> jax.Array:
+    def draft_head(self) -> Matrix:
         """The rows of the LM head that drafts are chosen from: [Vd, D], all of it unless restricted."""
         return self.draft_vocabulary["head"][...] if self.draft_vocabulary else self.llama.head_weight()
 

@@ -12,6 +12,7 @@ from flax import nnx
 from dvi_jax.model.drafters.base import Committed, Origin, StepDrafter
 from dvi_jax.model.features import Features
 from dvi_jax.model.layers import LoRA
+from dvi_jax.model.quantised import Matrix
 from dvi_jax.model.residual import rms_norm
 from dvi_jax.model.variables import DrafterParam, ShallowLoRA
 from dvi_jax.settings import require
@@ -60,7 +61,7 @@ class ExitHead(StepDrafter):
     def unroll(self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int) -> list[jax.Array]:
         return [self._translate(hidden)]
 
-    def logits(self, draft_hidden: jax.Array, head: jax.Array) -> jax.Array:
+    def logits(self, draft_hidden: jax.Array, head: Matrix) -> jax.Array:
         return super().logits(draft_hidden, head) * self.scale[...]
 
     def _translate(self, hidden: jax.Array) -> jax.Array:
