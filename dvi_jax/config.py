@@ -7,6 +7,7 @@ that name the key.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from dvi_jax.tools import shipped
 
 MOST_DRAFTS = 16  # of a round that may all be right
 MOST_RANK = 4096  # of a LoRA
+MOST_DEVICES = 2**16  # of a mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,29 @@ class DecodeConfig:
     def width(self) -> int:
         """Tokens of a sequence that a round commits at most, and rows that a chain verifies."""
         return self.draft_steps + 1
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices work together (`dvi_jax/mesh.py`)."""
+
+    data: int = 1  # parts of a batch, or of an update's rows
+    model: int = 1  # parts of the model's heads, feed-forward and vocabulary
+
+    def __post_init__(self) -> None:
+        for name in ("data", "model"):
+            require(0 < getattr(self, name) <= MOST_DEVICES, f"mesh.{name}", getattr(self, name), "1 or more")
+
+    def __str__(self) -> str:
+        return f"data={self.data},model={self.model}"
+
+    @classmethod
+    def parse(cls, text: str) -> MeshConfig:
+        """The mesh that `str` gives as `text`, or a part of it; `UserError` where there is none such."""
+        sizes = dict(re.findall(r"(data|model)=([1-9]\d{0,5})", text, re.ASCII))
+        if set(text.split(",")) != {f"{axis}={size}" for axis, size in sizes.items()}:
+            raise UserError(f"mesh {text!r}: it must look like data=1,model=2")
+        return cls(**{axis: int(size) for axis, size in sizes.items()})
 
 
 @dataclass(frozen=True)

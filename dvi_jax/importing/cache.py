@@ -33,14 +33,14 @@ _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 _HASHED_WHOLE = 1 << 20  # bytes up to which a file is told by its content
 
 
-def open_checkpoint(source: str | Path, dtype: str | None = None) -> Checkpoint:
-    """The checkpoint that `source` is or becomes.
+def open_checkpoint(source: str | Path, dtype: str | None = None, *, lazy: bool = False) -> Checkpoint:
+    """The checkpoint that `source` is or becomes; `lazy` as for `read_checkpoint`.
 
     `source`: a checkpoint directory, a Hugging Face directory, a GGUF file, or the name of a repository in the local
     Hugging Face cache (`org/name`). `dtype` ("float32", "bfloat16") is that of an import; the default is bfloat16 on
     accelerators, float32 on CPUs. Raises `UserError` for anything else, and for a checkpoint of another dtype.
     """
-    checkpoint = read_checkpoint(checkpoint_directory(source, dtype))
+    checkpoint = read_checkpoint(checkpoint_directory(source, dtype), lazy=lazy)
     if dtype not in (None, checkpoint.manifest.dtype):
         raise UserError(f"{source} holds {checkpoint.manifest.dtype} weights; give its source to get {dtype}")
     return checkpoint
