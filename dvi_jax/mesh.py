@@ -191,24 +191,24 @@ def collect(mesh: Mesh | None, config: LlamaConfig, tree: Any, *above: str) -> A
 def to_host(tree: Any) -> Any:
     """Arrays as numpy, whole, also where other processes have parts of them (then all processes must ask)."""
 
-    def one(array: Any) -> Any:
+    def whole(array: Any) -> Any:
         if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
             sharding: Any = array.sharding
             array = jax.jit(lambda x: x, out_shardings=NamedSharding(sharding.mesh, WHOLE))(array)
-        return jax.device_get(array)
+        return array
 
-    return jax.tree.map(one, tree)
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def bytes_of(mesh: Mesh | None, tree: Any, specs: Any = None) -> int:
     """Bytes on each device of arrays, or of shapes of arrays, that lie as `specs` says (a prefix of the tree).
 
-    Without `specs`, as the arrays themselves say.
+    Without `specs` they are parts of a `Params`.
     """
     leaves = jax.tree.leaves(tree)
     if mesh is None:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    each = [leaf.sharding.spec for leaf in leaves] if specs is None else _spread_out(specs, tree)
+    each = _spread_out(specs_of(tree) if specs is None else specs, tree)
     return sum(
         leaf.size * leaf.dtype.itemsize // math.prod(mesh.shape[axis] for axis in spec if axis is not None)
         for leaf, spec in zip(leaves, each, strict=True)

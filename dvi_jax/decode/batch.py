@@ -20,6 +20,7 @@ from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
+from dvi_jax.mesh import check_batch, to_host
 
 MOST_EOS_IDS = 8  # more would be another compiled program
 
@@ -139,6 +140,7 @@ def start(
     """Check the prompts, pad them and prefill, all but a shared `prefix`. `longest_prompt` fixes the cache length."""
     check_prompts(model, prompts, settings.max_new_tokens)
     check_rows(model, choose_plan(model, settings), len(prompts))
+    check_batch(model.definition.mesh, len(prompts), "a batch")
     tokens, lengths = pad_prompts(prompts, prefix)
     longest = max(longest_prompt, *map(len, prompts))
     return prefill(
@@ -205,7 +207,7 @@ def check_rows(model: LoadedModel, plan: Plan, batch: int) -> None:
 
 def read_generations(state: DecodeState, prompt_lengths: Sequence[int], eos_ids: tuple[int, ...]) -> list[Generation]:
     """Copy a finished batch to the host, once."""
-    tokens, lengths, accept, drafted = jax.device_get((state.tokens, state.length, state.accept_lengths, state.drafted))
+    tokens, lengths, accept, drafted = to_host((state.tokens, state.length, state.accept_lengths, state.drafted))
     generations = []
     for b, prompt_length in enumerate(prompt_lengths):
         ids = tokens[b, : lengths[b]].tolist()
