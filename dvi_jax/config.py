@@ -70,6 +70,15 @@ class MeshConfig:
     def __str__(self) -> str:
         return f"data={self.data},model={self.model}"
 
+    @property
+    def is_several(self) -> bool:
+        """Whether there is more than one device."""
+        return self.data * self.model > 1
+
+    def require_rows(self, name: str, rows: int) -> None:
+        """Raise `UserError` unless the rows of the setting `name` divide among the devices along `data`."""
+        require(rows % self.data == 0, name, rows, f"a multiple of mesh.data={self.data}")
+
     @classmethod
     def parse(cls, text: str) -> MeshConfig:
         """The mesh that `str` gives as `text`, or a part of it; `UserError` where there is none such."""
@@ -241,6 +250,7 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # the fast update's terms
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # the fast update's step
     slow: SlowConfig = field(default_factory=SlowConfig)  # the slow update
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # the devices
     rollback: RollbackConfig = field(default_factory=RollbackConfig)  # when to go back
 
     def __post_init__(self) -> None:
@@ -258,6 +268,7 @@ class TrainConfig:
         for name in ("updates_per_rollout", "replayed_windows", "keep_best"):
             require_count(name, getattr(self, name), 0)
         _require_seed_and_paths(self.seed, self.checkpoint, self.out)
+        self.mesh.require_rows("rollout_batch", self.rollout_batch)
         require(
             0 <= self.fresh_windows <= self.rollout_batch,
             "fresh_windows",
@@ -319,6 +330,7 @@ class DistillConfig:
     warmup: int = 100  # updates over which the rate rises; then it falls to a tenth (cosine)
     weight_decay: float = 0.0  # of AdamW
     clip_norm: float = 1.0  # most global norm of a gradient
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # the devices
     seed: int = 0  # of new weights and of the order of rows
     eval_rows: int = 64  # last rows of the data, which are held out
     log_every: int = 20  # updates between metrics records
@@ -339,6 +351,7 @@ class DistillConfig:
         require_count("unroll_steps", self.unroll_steps, 1, MOST_DRAFTS)
         for name in ("row_length", "batch_rows", "eval_rows", "log_every", "save_every", "keep_checkpoints"):
             require_count(name, getattr(self, name))
+        self.mesh.require_rows("batch_rows", self.batch_rows)
         require(self.tokens >= 1, "tokens", self.tokens, "at least 1")
         require(self.steps <= INT32, "tokens", self.tokens, f"at most {INT32} updates of batch_rows * row_length")
         _require_seed_and_paths(self.seed, self.checkpoint, self.out, *self.data)

@@ -19,11 +19,12 @@ def hash_base(base: dict[str, Any]) -> str:
     that repeats the embedding counts as tied to it.
     """
     digest = hashlib.sha256()
-    for name, array in _leaves(base):
-        if name == "head" and _equal(array, base["embed"]):
+    for name, leaf in _leaves(base):
+        array = np.asarray(leaf)  # one that is still on the disk is read here
+        if name == "head" and _equal(array, np.asarray(base["embed"])):
             continue
         digest.update(f"{name} {list(array.shape)}\n".encode())
-        flat = np.asarray(array).reshape(-1)
+        flat = array.reshape(-1)
         for start in range(0, flat.size, _CHUNK):
             digest.update(flat[start : start + _CHUNK].astype(ml_dtypes.bfloat16).view("<u2").data)
     return digest.hexdigest()

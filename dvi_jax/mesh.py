@@ -140,6 +140,20 @@ def place_tree(mesh: Mesh | None, config: LlamaConfig, tree: Any, *above: str) -
     return jax.tree.map_with_path(lambda path, leaf: place(mesh, config, (*above, *_names(path)), leaf), tree)
 
 
+def copied(mesh: Mesh | None, tree: Any) -> Any:
+    """Arrays on all devices of the mesh, as what learning moves lies there."""
+    if mesh is None:
+        return tree
+    sharding = NamedSharding(mesh, WHOLE)
+
+    def one(leaf: Any) -> jax.Array:
+        if jax.process_count() == 1 or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.device_put(leaf, sharding)
+        return jax.make_array_from_callback(leaf.shape, sharding, to_host(leaf).__getitem__)
+
+    return jax.tree.map(one, tree)
+
+
 def spread(mesh: Mesh | None, tree: Any) -> Any:
     """Arrays that were made in the shapes they have on the mesh, such as new LoRA sets, on its devices."""
     if mesh is None:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
+from dvi_jax.decode.kernel_loading import load_kernels
 from dvi_jax.decode.plan import PLAIN, Option, Plan, check_plan, plan_for, rows_alike
 from dvi_jax.decode.prefill import bucket, cache_slots, prefill
 from dvi_jax.decode.prefix import Prefix, pad_prompts
@@ -143,7 +144,7 @@ def start(
     check_batch(model.definition.mesh, len(prompts), "a batch")
     tokens, lengths = pad_prompts(prompts, prefix)
     longest = max(longest_prompt, *map(len, prompts))
-    return prefill(
+    state = prefill(
         model.definition,
         model.decode_params,
         tokens,
@@ -156,6 +157,8 @@ def start(
         sampling=sampling,
         prefix=prefix and prefix.filled,
     )
+    load_kernels(model, state, knobs, choose_plan(model, settings), PLAIN)
+    return state
 
 
 def slots_for(longest_prompt: int, settings: DecodeConfig) -> int:

@@ -171,6 +171,13 @@ class Llama(nnx.Module):
         """Logits over the whole vocabulary, from those of this device's part of it."""
         return logits if self.shards == 1 else exchange.whole(logits)
 
+    def own_ids(self) -> jax.Array | None:
+        """int32 [V/n], the tokens of this device's part of the vocabulary; None for all."""
+        if self.shards == 1:
+            return None
+        rows = len(self.head_weight())
+        return exchange.first_id(rows) + jnp.arange(rows, dtype=jnp.int32)
+
     def init_caches(self, batch: int, slots: int) -> tuple[Caches, Caches]:
         """Empty caches for `shallow` and for `deep`, `slots` positions each."""
         below = self.exit_layer

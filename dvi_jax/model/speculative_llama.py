@@ -71,12 +71,11 @@ class SpeculativeLlama(nnx.Module):
 
     def draft_ids(self) -> jax.Array | None:
         """int32 [Vd], the token of each row of `draft_head`; None where it is the whole head."""
-        if self.draft_vocabulary:
-            return self.draft_vocabulary["ids"][...]
-        if self.llama.shards == 1:
-            return None
-        rows = len(self.draft_head())
-        return exchange.first_id(rows) + jnp.arange(rows, dtype=jnp.int32)
+        return self.draft_vocabulary["ids"][...] if self.draft_vocabulary else self.llama.own_ids()
+
+    def all_draft_logits(self, logits: jax.Array) -> jax.Array:
+        """Logits [..., Vd] of all rows of the draft head, from those of this device's."""
+        return logits if self.draft_shards == 1 else exchange.whole(logits)
 
     def over_vocabulary(self, logits: jax.Array) -> jax.Array:
         """Logits [B, Vd] of `draft_head`'s rows -> [B, V], minus infinity where nothing is drafted."""
