@@ -7,7 +7,6 @@ that name the key.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from dvi_jax.architecture import LlamaConfig as LlamaConfig
 from dvi_jax.architecture import RopeScaling as RopeScaling
 from dvi_jax.errors import UserError
+from dvi_jax.mesh_config import MeshConfig as MeshConfig
 from dvi_jax.settings import (
     FLOAT32,
     INT32,
@@ -31,7 +31,6 @@ from dvi_jax.tools import shipped
 
 MOST_DRAFTS = 16  # of a round that may all be right
 MOST_RANK = 4096  # of a LoRA
-MOST_DEVICES = 2**16  # of a mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,38 +53,6 @@ class DecodeConfig:
     def width(self) -> int:
         """Tokens of a sequence that a round commits at most, and rows that a chain verifies."""
         return self.draft_steps + 1
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """How many devices work together (`dvi_jax/mesh.py`)."""
-
-    data: int = 1  # parts of a batch, or of an update's rows
-    model: int = 1  # parts of the model's heads, feed-forward and vocabulary
-
-    def __post_init__(self) -> None:
-        for name in ("data", "model"):
-            require(0 < getattr(self, name) <= MOST_DEVICES, f"mesh.{name}", getattr(self, name), "1 or more")
-
-    def __str__(self) -> str:
-        return f"data={self.data},model={self.model}"
-
-    @property
-    def is_several(self) -> bool:
-        """Whether there is more than one device."""
-        return self.data * self.model > 1
-
-    def require_rows(self, name: str, rows: int) -> None:
-        """Raise `UserError` unless the rows of the setting `name` divide among the devices along `data`."""
-        require(rows % self.data == 0, name, rows, f"a multiple of mesh.data={self.data}")
-
-    @classmethod
-    def parse(cls, text: str) -> MeshConfig:
-        """The mesh that `str` gives as `text`, or a part of it; `UserError` where there is none such."""
-        sizes = dict(re.findall(r"(data|model)=([1-9]\d{0,5})", text, re.ASCII))
-        if set(text.split(",")) != {f"{axis}={size}" for axis, size in sizes.items()}:
-            raise UserError(f"mesh {text!r}: it must look like data=1,model=2")
-        return cls(**{axis: int(size) for axis, size in sizes.items()})
 
 
 @dataclass(frozen=True)

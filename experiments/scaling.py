@@ -2,8 +2,8 @@
 
     python -m experiments.scaling --shape 7b --mesh model=1 model=2 --what plain chain:3 --out scaling.json
 
-Random weights, made on the devices that keep them. A number is the median of five runs after a first one. The floor of a
-pass is what a device must do at the least: read its part of weights and caches, at the rate at which a large array is
+Random weights, made on the devices that keep them. A number is the median of five runs after a first one. The floor of
+a pass is what a device must do at the least: read its part of weights and caches, at the rate at which a large array is
 copied in the same process, and exchange the parts of its sums, at the time of a bare exchange.
 """
 

@@ -12,7 +12,7 @@ from functools import partial
 import jax
 
 from dvi_jax.decode.plan import Plan
-from dvi_jax.decode.speculative import decode_round
+from dvi_jax.decode.speculative import sharded_round
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import shards
@@ -40,5 +40,5 @@ def round_alone(
 ) -> list[jax.Array]:
     """A number of each array that a round makes when every device takes its own part for the whole: of no meaning."""
     with exchange.each_alone():
-        made = decode_round.__wrapped__(definition, params, state, knobs, plan)
+        made = sharded_round(definition, params, state, knobs, plan)
     return [leaf.ravel()[0] for leaf in jax.tree.leaves(made)]

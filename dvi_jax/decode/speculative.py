@@ -56,6 +56,13 @@ def decode_round(
     definition: Definition, params: Params, state: DecodeState, knobs: Knobs, plan: Plan | None = None
 ) -> DecodeState:
     """One round alone, for callers that look at every round."""
+    return sharded_round(definition, params, state, knobs, plan)
+
+
+def sharded_round(
+    definition: Definition, params: Params, state: DecodeState, knobs: Knobs, plan: Plan | None
+) -> DecodeState:
+    """`speculative_round` on the devices that the model lies on."""
 
     def decode(params: Params, state: DecodeState, knobs: Knobs) -> DecodeState:
         return speculative_round(join(definition, params), state, knobs, plan)
