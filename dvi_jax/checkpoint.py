@@ -33,6 +33,7 @@ from dvi_jax.errors import UserError
 from dvi_jax.model.llama import base_shapes
 from dvi_jax.quantisation import Quantisation, with_wholes
 from dvi_jax.settings import MOST_MESSAGE, from_dict, require, require_count
+from dvi_jax.stored_array import read_stored, stored_tree
 from dvi_jax.text_files import read_json, read_text
 
 FORMAT_VERSION = 1
@@ -98,7 +99,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory; every array is numpy."""
+    """A checkpoint in memory; every array is numpy, those of a lazily read base are still on the disk."""
 
     path: Path
     config: LlamaConfig
@@ -155,12 +156,12 @@ def write_checkpoint(
         is_shared = base_from is not None and link_files(base_from / "base", partial / "base")
         for name, tree in (("base", None if is_shared else base), ("drafter", drafter), ("lora", lora)):
             if tree:
-                save_tree(partial / name, tree)
+                save_tree(partial / name, read_stored(tree))
         write_manifest(partial, manifest)
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint directory.
+def read_checkpoint(path: str | Path, *, lazy: bool = False) -> Checkpoint:
+    """Read a checkpoint directory, the base weights only as somebody asks for them where it is to be `lazy`.
 
     A missing or damaged file, an unknown key or a wrong shape raises `UserError` naming the first.
     """
@@ -178,7 +179,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         path,
         config,
         manifest,
-        load_tree(path / "base", shapes),
+        load_tree(path / "base", shapes, lazy=lazy),
         load_tree(path / "drafter") if (path / "drafter").exists() else None,
         load_tree(path / "lora") if (path / "lora").exists() else None,
         _read_optional(path / "tokenizer.json"),
@@ -295,8 +296,8 @@ def _require_space(directory: Path, nbytes: int) -> None:
         raise OSError(errno.ENOSPC, reason)
 
 
-def load_tree(path: Path, shapes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Read what `save_tree` wrote, as numpy, whatever devices it was written from.
+def load_tree(path: Path, shapes: dict[str, Any] | None = None, *, lazy: bool = False) -> dict[str, Any]:
+    """Read what `save_tree` wrote, as numpy, whatever devices it was written from; `lazy`: as `StoredArray`s.
 
     The shapes that it says it has are compared with `shapes`, if given, and with the bytes on the disk before any array
     is read. Anything else than such a directory is a `UserError`.
@@ -313,6 +314,8 @@ def load_tree(path: Path, shapes: dict[str, Any] | None = None) -> dict[str, Any
             if shapes is not None:
                 check_shapes(with_wholes(structure, shapes, str(path)), shapes, str(path))
             _check_size(structure, size, path)
+            if lazy:
+                return stored_tree(path, structure)
             as_numpy = _map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
             return checkpointer.restore(path.absolute(), restore_args=as_numpy)
     except UNREADABLE as error:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dvi_jax.checkpoint import DTYPES
 from dvi_jax.compiling import tell_when_compiling
-from dvi_jax.config import DecodeConfig, SamplingConfig
+from dvi_jax.config import DecodeConfig, MeshConfig, SamplingConfig
 from dvi_jax.decode.memory import GIB
 from dvi_jax.decode.plan import Plan, drafts_of
 from dvi_jax.errors import UserError, add_debug, notice
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
+from dvi_jax.mesh import make_mesh
 from dvi_jax.quantisation import WEIGHTS
 from dvi_jax.texts import usual_drafting
 
@@ -66,7 +68,23 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adaptive", action="store_true", help="measure what a draft costs, and draft only while it pays"
     )
-    parser.add_argument("--memory-limit", type=float, metavar="GIB", help="refuse to use more memory than this")
+    parser.add_argument(
+        "--memory-limit", type=float, metavar="GIB", help="refuse to use more memory than this, of a device"
+    )
+    add_mesh_option(parser)
+
+
+def add_mesh_option(parser: argparse.ArgumentParser) -> None:
+    """Add --mesh."""
+    parser.add_argument(
+        "--mesh", metavar="data=N,model=M", help="devices: N parts of a batch times M parts of the model (default: 1)"
+    )
+
+
+def mesh_of(options: argparse.Namespace) -> Mesh | None:
+    """The devices of --mesh; None for one."""
+    text = getattr(options, "mesh", None)  # not every command takes several
+    return None if text is None else make_mesh(MeshConfig.parse(text))
 
 
 def decode_settings(options: argparse.Namespace) -> DecodeConfig:
@@ -171,6 +189,7 @@ def load_model(options: argparse.Namespace) -> LoadedModel:
         exit_layer=options.exit_layer,
         drafter_from=options.drafter_from,
         draft_vocabulary=options.draft_vocabulary,
+        mesh=mesh_of(options),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from dvi_jax.architecture import LlamaConfig as LlamaConfig
 from dvi_jax.architecture import RopeScaling as RopeScaling
 from dvi_jax.errors import UserError
+from dvi_jax.mesh_config import MeshConfig as MeshConfig
 from dvi_jax.settings import (
     FLOAT32,
     INT32,
@@ -217,6 +218,7 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # the fast update's terms
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # the fast update's step
     slow: SlowConfig = field(default_factory=SlowConfig)  # the slow update
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # the devices
     rollback: RollbackConfig = field(default_factory=RollbackConfig)  # when to go back
 
     def __post_init__(self) -> None:
@@ -234,6 +236,7 @@ class TrainConfig:
         for name in ("updates_per_rollout", "replayed_windows", "keep_best"):
             require_count(name, getattr(self, name), 0)
         _require_seed_and_paths(self.seed, self.checkpoint, self.out)
+        self.mesh.require_rows("rollout_batch", self.rollout_batch)
         require(
             0 <= self.fresh_windows <= self.rollout_batch,
             "fresh_windows",
@@ -295,6 +298,7 @@ class DistillConfig:
     warmup: int = 100  # updates over which the rate rises; then it falls to a tenth (cosine)
     weight_decay: float = 0.0  # of AdamW
     clip_norm: float = 1.0  # most global norm of a gradient
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # the devices
     seed: int = 0  # of new weights and of the order of rows
     eval_rows: int = 64  # last rows of the data, which are held out
     log_every: int = 20  # updates between metrics records
@@ -316,6 +320,7 @@ class DistillConfig:
         require_count("unroll_steps", self.unroll_steps, 1, MOST_DRAFTS)
         for name in ("row_length", "batch_rows", "eval_rows", "log_every", "save_every", "keep_checkpoints"):
             require_count(name, getattr(self, name))
+        self.mesh.require_rows("batch_rows", self.batch_rows)
         require(self.tokens >= 1, "tokens", self.tokens, "at least 1")
         require(self.steps <= INT32, "tokens", self.tokens, f"at most {INT32} updates of batch_rows * row_length")
         _require_seed_and_paths(self.seed, self.checkpoint, self.out, *self.data)

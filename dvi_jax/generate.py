@@ -37,6 +37,7 @@ from dvi_jax.decode.stream import EVERY, Stream
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
 from dvi_jax.generate_file import Decoding, answer_file, read_lines
 from dvi_jax.loading import LoadedModel
+from dvi_jax.processes import add_process_options, check_alike, one_of_several
 from dvi_jax.texts import decode_texts, prompt_ids
 
 UNANSWERED = 1  # exit status when a prompt of a file could not be answered
@@ -57,12 +58,14 @@ def main(arguments: list[str] | None = None) -> int:
             "with --input drafts follow --plan and samples their seeds:"
             " leave out --rejection, --adaptive and --threshold"
         )
-    decode_settings(options)  # what is wrong with them is said before anything is loaded
     sampling = sampling_settings(options)
-    model = load_model(options)
-    if options.drafter not in (None, model.manifest.drafter):
-        raise UserError(f"--drafter {options.drafter}: this checkpoint's drafter is {model.manifest.drafter}")
-    return (answer_one if options.input is None else answer_all)(model, options, sampling)
+    with one_of_several(options):
+        decode_settings(options)  # what is wrong with them is said before anything is loaded
+        check_alike(options, measured=options.plan == AUTO or options.adaptive)
+        model = load_model(options)
+        if options.drafter not in (None, model.manifest.drafter):
+            raise UserError(f"--drafter {options.drafter}: this checkpoint's drafter is {model.manifest.drafter}")
+        return (answer_one if options.input is None else answer_all)(model, options, sampling)
 
 
 def answer_one(model: LoadedModel, options: argparse.Namespace, sampling: SamplingConfig | None) -> int:
@@ -216,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
         "--every", type=at_least_one, default=EVERY, metavar="N", help="with --stream: rounds between two pieces"
     )
     add_sampling_options(parser)
+    add_process_options(parser)
     parser.add_argument("--plain", action="store_true", help="draft nothing, in passes that give the same bits")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

@@ -33,12 +33,13 @@ class BaseHash:
             for start in range(0, array.shape[0], rows):
                 self.add_values(array.rows(slice(start, start + rows)).dequantised(np.float32))
             return
+        array = np.asarray(array)  # one that is still on the disk is read here
         if name == "embed":
             self._embed = array
         if name == "head" and self._embed is not None and _equal(array, self._embed):
             return
         self.begin(name, array.shape)
-        flat = np.asarray(array).reshape(-1)
+        flat = array.reshape(-1)
         for start in range(0, flat.size, _CHUNK):
             self.add_values(flat[start : start + _CHUNK])
 

@@ -34,8 +34,10 @@ _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 _HASHED_WHOLE = 1 << 20  # bytes up to which a file is told by its content
 
 
-def open_checkpoint(source: str | Path, dtype: str | None = None, weights: str | None = None) -> Checkpoint:
-    """The checkpoint that `source` is or becomes.
+def open_checkpoint(
+    source: str | Path, dtype: str | None = None, weights: str | None = None, *, lazy: bool = False
+) -> Checkpoint:
+    """The checkpoint that `source` is or becomes; `lazy` as for `read_checkpoint`.
 
     `source`: a checkpoint directory, a Hugging Face directory, a GGUF file, or the name of a repository in the local
     Hugging Face cache (`org/name`). `dtype` ("float32", "bfloat16") is that of an import; the default is bfloat16 on
@@ -43,7 +45,7 @@ def open_checkpoint(source: str | Path, dtype: str | None = None, weights: str |
     dtype). Raises `UserError` for anything else, and for a checkpoint of other weights.
     """
     dtype, quantisation = chosen_storage(weights, dtype)
-    checkpoint = read_checkpoint(_directory(source, dtype, quantisation))
+    checkpoint = read_checkpoint(_directory(source, dtype, quantisation), lazy=lazy)
     if dtype not in (None, checkpoint.manifest.dtype):
         raise UserError(f"{source} holds {checkpoint.manifest.dtype} weights; give its source to get {dtype}")
     kept = checkpoint.manifest.quantisation

@@ -71,11 +71,10 @@ def part_count(shape: tuple[int, ...], group: int = STEP) -> int:
     return next((n for n in counts if programs * n >= ENOUGH), max(counts, default=1))
 
 
-def sum_parts(weight: Matrix) -> int:
-    """`part_count` of a weight, quantised or not."""
-    if isinstance(weight, Quantised) and weight.is_grouped:
-        return part_count(weight.shape, weight.group)
-    return part_count(weight.shape)
+def sum_parts(weight: Matrix, whole: tuple[int, int] | None = None) -> int:
+    """`part_count` of a weight, quantised or not; with `whole`, of a weight of that shape which is kept as this one."""
+    group = weight.group if isinstance(weight, Quantised) and weight.is_grouped else STEP
+    return part_count(whole or weight.shape, group)
 
 
 @partial(jax.jit, static_argnames=("parts", "out_dtype", "interpret"))  # traced and lowered once for all layers

@@ -261,7 +261,7 @@ def columns_of(state: DecodeState) -> int:
 def _begin(model: SpeculativeLlama, filled: Filled, terms: Terms, width: int) -> tuple[Slots, jax.Array]:
     """Sequences before their first round, and their first tokens int32 [B]."""
     sampling = terms.sampling(filled.tokens, model.llama.config.vocab_size)
-    first_token = choose_first(model.llama.logits(filled.features.final), sampling, jnp.asarray(terms.length))
+    first_token = choose_first(model, filled, sampling, jnp.asarray(terms.length))
     length, limit = jnp.asarray(terms.length), jnp.asarray(terms.limit)
     state = begin(filled, first_token, length, limit, jnp.asarray(terms.eos_ids), width, sampling)
     counts = jnp.zeros((len(length), MOST_ROUNDS), jnp.int32)  # of one stretch alone
