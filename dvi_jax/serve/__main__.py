@@ -24,7 +24,7 @@ try:
     from dvi_jax.serve.learning_metrics import LearningCollector
     from dvi_jax.serve.running import address, bind, run
 except ModuleNotFoundError as error:
-    MISSING: str | None = f"the server needs {error.name}: pip install 'dvi_jax[serve]'"
+    MISSING: str | None = f"the server needs {error.name}: pip install 'dvi-jax[serve]'"
 else:
     MISSING = None
 

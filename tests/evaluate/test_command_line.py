@@ -200,4 +200,4 @@ def test_without_matplotlib_the_command_says_so_at_once(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     arguments = ["--checkpoint", "nowhere", "--questions", "none", "--out", "out"]
     assert run_cli(lambda: command.main(arguments)) == 2
-    assert "pip install 'dvi_jax[plots]'" in capsys.readouterr().err
+    assert "pip install 'dvi-jax[plots]'" in capsys.readouterr().err
