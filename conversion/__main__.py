@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     exporter = commands.add_parser("export", help="checkpoint -> orbax export or Hugging Face directory")
     exporter.add_argument("--to", required=True, choices=("orbax", "hf", "drafter"), help="form of the export")
     exporter.add_argument("--merge-lora", action="store_true", help="fold lora_D into the base weights first")
-    model, trained = "a Hugging Face directory or a GGUF file", "a checkpoint, or a run's directory"
+    model, trained = "a Hugging Face directory or a GGUF file", "a checkpoint"
     for command, source in ((importer, model), (exporter, trained)):
         command.add_argument("--from", dest="source", metavar="SOURCE", type=Path, required=True, help=source)
         command.add_argument(

@@ -133,8 +133,8 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """AdamW with clipping by global norm.
 
-    The default rates suit a distilled drafter, which higher ones make worse (experiments/README.md); one that starts
-    from nothing takes ten times as much.
+    The default rates suit a distilled drafter, which higher ones make worse (experiments/results/README.md);
+    one that starts from nothing takes ten times as much.
     """
 
     lora_lr: float = 1.5e-4  # learning rate of lora_S
@@ -346,7 +346,7 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
     Its key `trainer` (online by default, or distill) says which settings the rest holds. `path` may be the name of a
     config that comes with the package, such as `demo`.
     """
-    found = Path(path) if _exists(path) else shipped("configs", str(path)) or Path(path)
+    found = Path(path) if _is_file(path) else shipped("configs", str(path)) or Path(path)
     data = read_yaml(found)
     for override in overrides:
         key, separator, value = override.partition("=")
@@ -359,9 +359,10 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
     return from_dict(TRAINERS[trainer], data, str(path), places)
 
 
-def _exists(path: str | Path) -> bool:
+def _is_file(path: str | Path) -> bool:
+    """A folder, such as the one that the demo makes, does not hide the config of its name."""
     try:
-        return Path(path).exists()
+        return Path(path).is_file()
     except ValueError:  # a NUL in the path
         return False
 

@@ -52,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo; exit status 1 if a speculative output differs from its plain one."""
     began = time.perf_counter()
     options = _parser().parse_args(arguments)
+    if options.minutes is not None and options.minutes <= 0:
+        raise UserError(f"--minutes must be above 0, got {options.minutes:g}")
     enable_compilation_cache()
     console, out = Console(), Path(options.out)
     source = Path(options.model) if options.model else fetch_model()

@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.limit < 1:
         raise UserError(f"--limit must be at least 1, got {options.limit}")
     if importlib.util.find_spec("torch") is None:
-        raise UserError('parity needs torch: pip install "dvi-jax[ref]"')
+        raise UserError("parity needs torch: pip install 'dvi-jax[ref]'")
     from kangaroo_ref.upstream import read_checkout
 
     if options.kangaroo_dir is not None:

@@ -28,7 +28,7 @@ from dvi_jax.learn.snapshot import Snapshot, Snapshots, State
 from dvi_jax.learn.stopping import Stopped
 from dvi_jax.learn.tensorboard import Events
 
-CHECKPOINT, SNAPSHOTS, METRICS, PICTURE = "checkpoint", "snapshots", "metrics.jsonl", "curve.png"
+CHECKPOINT, SNAPSHOTS, METRICS, PICTURE, LOCK = "checkpoint", "snapshots", "metrics.jsonl", "curve.png", "LOCK"
 Report = Callable[[str, dict[str, Any]], None]  # (kind of record, record)
 
 
@@ -49,8 +49,10 @@ class RunDirectory:
         self._changes: list[dict[str, Any]] = []  # of settings, since the run that is resumed
 
     def __enter__(self) -> RunDirectory:
+        new = [path for path in (self.path, *self.path.parents) if not path.exists()]
         with ExitStack() as stack:
             stack.enter_context(lock(self.path))
+            stack.push(lambda kind, error, trace: self._forget(new) if error and new else None)
             (check_resumable if self.resume else refuse_earlier_run)(self.path)
             remove_partial(self.path, CHECKPOINT)
             self.metrics = stack.enter_context(closing(MetricsLog(self.path / METRICS)))
@@ -66,6 +68,17 @@ class RunDirectory:
         if isinstance(error, Stopped):
             self._tell_of_stop(error.number)
         self._stack.__exit__(kind, error, trace)
+
+    def _forget(self, new: list[Path]) -> None:
+        """Remove the directories that this run made, innermost first, if it ended before there was anything to keep."""
+        if (self.path / RUN).exists():
+            return
+        with suppress(OSError):  # somebody put something there
+            for name in (METRICS, LOCK):
+                (self.path / name).unlink(missing_ok=True)
+            for path in (self.path / SNAPSHOTS, *new):
+                if path.exists():
+                    path.rmdir()
 
     def identify(self, identity: RunIdentity) -> None:
         """Say what the run is, before `restore`; `UserError` if the one that it resumes was another.
@@ -184,7 +197,7 @@ def lock(out: Path) -> TextIO:
 
     `UserError` naming the owner if there is one.
     """
-    path = out / "LOCK"
+    path = out / LOCK
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
