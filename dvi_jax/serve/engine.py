@@ -9,7 +9,6 @@ import atexit
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -48,10 +47,10 @@ class Learns(Protocol):
     def has_work(self) -> bool:
         """Whether a turn may do anything; quick."""
 
-    def turn(self, status: EngineStatus, *, idle: bool, settle: Callable[[], None]) -> Params | None:
+    def turn(self, status: EngineStatus, *, idle: bool) -> Params | None:
         """Between two stretches: a piece of work, and other weights to draft with (`Engine.swap`), if there are any.
 
-        `idle`: no request is there. `settle` returns once the device has done what was started.
+        `idle`: no request is there.
         """
 
 
@@ -231,7 +230,7 @@ class Engine:
     def _learn(self, learner: Learns) -> None:
         """The learner's turn."""
         idle = not (self._waiting or self._scheduler.is_busy)
-        params = learner.turn(self._scheduler.status, idle=idle, settle=self._scheduler.settle)
+        params = learner.turn(self._scheduler.status, idle=idle)
         if params is not None:
             self.swap(params)
 
