@@ -113,7 +113,7 @@ def plans_of(model: LoadedModel, name: str, slots: int) -> tuple[tuple[Plan, ...
     return (plan,), plan.drafts + 1 if alike else plan.rows
 
 
-def choose(model: LoadedModel, plans: tuple[Plan, ...], width: int, slots: Slots) -> tuple[PlanChoice, Slots]:
+def choose(model: LoadedModel, plans: Sequence[Plan], width: int, slots: Slots) -> tuple[PlanChoice, Slots]:
     """A choice among `plans`, whose costs are read from disk, or measured in `slots`, all free, and kept there.
 
     The slots come back free.
