@@ -38,6 +38,7 @@ from dvi_jax.loading import LoadedModel, enable_compilation_cache, from_checkpoi
 from dvi_jax.serve.engine import Engine
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learner import Learner
+from dvi_jax.serve.pace import SWITCH_SECONDS
 from dvi_jax.serve.requests import Request
 from dvi_jax.trained_parts import with_drafter_from
 from experiments.tiny import write_questions, write_tiny_model
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve the stream twice; 1 if a reply differs."""
     options = _parser().parse_args(arguments)
     enable_compilation_cache()
+    sys.setswitchinterval(SWITCH_SECONDS)
     with tempfile.TemporaryDirectory() as folder, open(options.out, "w", encoding="utf-8") as file:
         model, requests = _prepare(options, Path(folder))
         _write(

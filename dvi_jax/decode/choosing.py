@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -40,7 +40,10 @@ MEASURED_ROUNDS = 16  # of the shorter one on an accelerator, where rounds are s
 DRAFTS = (1, 2, 3, 5, 8)  # numbers of drafts to choose from
 TREES = (8, 16, 32)  # rows of trees to choose from, where a row's bits do not depend on how many there are
 MOST_ROUND_ROWS = 64  # of a batch: a round's products read the weights once for so many
+UNUSED_MEMORY = 0.97  # what a tree's rounds still count for after others were followed: drafters change
 BRANCHES_SAVE = 0.4  # of the drafts that a chain has wrong, a tree is taken to have so many right until it is known
+
+Counts = Sequence[int] | np.ndarray  # one for each round
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Acceptance:
     judged: np.ndarray = field(default_factory=lambda: np.zeros(MOST_DRAFTS))
     right: np.ndarray = field(default_factory=lambda: np.zeros(MOST_DRAFTS))
 
-    def add(self, accept_lengths: Sequence[int], drafted: Sequence[int]) -> None:
+    def add(self, accept_lengths: Counts, drafted: Counts) -> None:
         """Rounds in order; those that drafted nothing say nothing."""
         accepted, drafts, place = np.asarray(accept_lengths), np.asarray(drafted), np.arange(MOST_DRAFTS)
         accepted, drafts = accepted[drafts > 0, None], drafts[drafts > 0, None]
@@ -88,6 +91,18 @@ class Followed:
     def of(self, plan: Plan) -> Acceptance:
         """Where the rounds of a plan are counted."""
         return self.trees.setdefault(plan, Acceptance()) if plan.kind == "tree" else self.acceptance
+
+    def follow(self, plan: Plan, accept_lengths: Iterable[Counts], drafted: Iterable[Counts]) -> None:
+        """Take in what rounds by `plan` accepted, those of one sequence after the other.
+
+        What is known of trees that were not used fades, until they are taken to be worth what chains say they are.
+        """
+        acceptance = self.of(plan)
+        for lengths, drafts in zip(accept_lengths, drafted, strict=True):
+            acceptance.add(lengths, drafts)
+        for tree, other in self.trees.items():
+            if tree != plan:
+                other.judged, other.right = UNUSED_MEMORY * other.judged, UNUSED_MEMORY * other.right
 
     def tokens(self, plan: Plan) -> float:
         """Tokens that a round by the plan can be expected to give."""
@@ -159,7 +174,7 @@ class PlanChooser(Followed):
 
     def note(self, plan: Plan, accept_lengths: Sequence[int], drafted: Sequence[int]) -> None:
         """Take in what the rounds of a generation by `plan` accepted, where `decode` did not run them."""
-        self.of(plan).add(accept_lengths, drafted)
+        self.follow(plan, [accept_lengths], [drafted])
 
     def alternatives(self, option: Option) -> list[Option]:
         """What a generation that began with `option` may go on with."""
@@ -176,8 +191,7 @@ class PlanChooser(Followed):
             accepted, drafted, done, rounds = jax.device_get(
                 (state.accept_lengths, state.drafted, state.done, state.rounds)
             )
-            for lengths, drafts in zip(accepted[:, read:rounds], drafted[:, read:rounds], strict=True):
-                self.of(option.plan).add(lengths, drafts)
+            self.follow(option.plan, accepted[:, read:rounds], drafted[:, read:rounds])
             if np.all(done):
                 return state
             option, until, read = self.go_on(option), 2 * until + STRETCH, int(rounds)

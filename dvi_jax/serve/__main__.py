@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
             slots=options.slots,
             context=options.context,
             plan=options.plan,
+            together=options.together,
             max_waiting=settings.max_queued,
             logprobs=options.logprobs,
             warm_up=True,
@@ -119,6 +120,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slots", type=at_least_one, default=8, metavar="N", help="replies that run at once")
     parser.add_argument(
         "--context", type=at_least_one, default=2048, metavar="N", help="tokens of a request, reply included"
+    )
+    parser.add_argument(
+        "--together",
+        type=at_least_one,
+        default=1,
+        metavar="N",
+        help="prompts taken in side by side; above 1 no beginnings are shared",
     )
     parser.add_argument(
         "--logprobs",

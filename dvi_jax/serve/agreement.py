@@ -53,9 +53,10 @@ def _run(model: LoadedModel, slots: Slots, intake: Intake, plan: Plan) -> tuple[
     filled, greedy = intake.fill(params, prompt), SamplingConfig(temperature=0.0)
     width = slots.decode.committed.hidden.shape[1]
     terms = Terms.of(len(prompt), room - width - len(prompt), (), greedy, vocab_size)
+    rows = Terms.joined([terms] * intake.rows).packed()
     for begin in range(0, batch, intake.rows):
         places = np.arange(begin, begin + intake.rows, dtype=np.int32)  # those beyond the last are none
-        slots, _ = lay(definition, params, slots, filled, places, Terms.joined([terms] * intake.rows))
+        slots, _ = lay(definition, params, slots, filled, places, rows, sampled=False)
     slots, packed = run_stretch(definition, params, slots, np.int32(MOST_ROUNDS), plan, sampled=False)
     checksums = _checksums(slots, np.int32(len(prompt)), MOST_ROUNDS * width)
     found = Outcome.read(packed).length - len(prompt), np.asarray(checksums)

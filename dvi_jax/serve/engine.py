@@ -9,7 +9,7 @@ import atexit
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -18,6 +18,7 @@ from typing import Protocol
 import jax
 
 from dvi_jax.decode.batch import MOST_EOS_IDS, check_prompts
+from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.stream import StreamedText, stop_ids
 from dvi_jax.errors import UserError
 from dvi_jax.learn.replay import Windows
@@ -48,10 +49,10 @@ class Learns(Protocol):
     def has_work(self) -> bool:
         """Whether a turn may do anything; quick."""
 
-    def turn(self, status: EngineStatus, *, idle: bool, settle: Callable[[], None]) -> Params | None:
+    def turn(self, status: EngineStatus, *, idle: bool) -> Params | None:
         """Between two stretches: a piece of work, and other weights to draft with (`Engine.swap`), if there are any.
 
-        `idle`: no request is there. `settle` returns once the device has done what was started.
+        `idle`: no request is there.
         """
 
 
@@ -108,10 +109,8 @@ class Engine:
         shape = Shape(slots, room, width, record)
         self.memory = engine_memory(model, shape, prefix_bytes, together)
         check_engine_memory(self.memory)
-        empty = empty_slots(model.definition, model.decode_params, shape)
         intake = Intake(model, rows=together, room=room, chunk=chunk, prefix_bytes=prefix_bytes, record=record)
-        choice, empty = choose(model, plans, width, check_plans(model, plans, empty, intake))
-        self._scheduler = Scheduler(model, empty, intake, choice, on_window=on_window, most_logprobs=logprobs)
+        self._scheduler = _scheduler(model, shape, intake, plans, on_window, logprobs)
         if warm_up:
             self._scheduler.warm_up()
         # What several threads touch, under the lock of `_changed`.
@@ -231,7 +230,7 @@ class Engine:
     def _learn(self, learner: Learns) -> None:
         """The learner's turn."""
         idle = not (self._waiting or self._scheduler.is_busy)
-        params = learner.turn(self._scheduler.status, idle=idle, settle=self._scheduler.settle)
+        params = learner.turn(self._scheduler.status, idle=idle)
         if params is not None:
             self.swap(params)
 
@@ -284,6 +283,15 @@ class Engine:
             else:
                 reply.fail(self._failure)
         return True
+
+
+def _scheduler(
+    model: LoadedModel, shape: Shape, intake: Intake, plans: Sequence[Plan], on_window: OnWindow | None, logprobs: int
+) -> Scheduler:
+    """All slots free, and plans that were compared with plain decoding, and timed, in them."""
+    empty = empty_slots(model.definition, model.decode_params, shape)
+    choice, empty = choose(model, plans, shape.width, check_plans(model, plans, empty, intake))
+    return Scheduler(model, empty, intake, choice, on_window=on_window, most_logprobs=logprobs)
 
 
 def _rounded_up(size: int, step: int) -> int:

@@ -15,7 +15,7 @@ from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Params
 from dvi_jax.serve.prefixes import Prefixes, cut_block, position_axes, put_block
 from dvi_jax.serve.reply import Reply
-from dvi_jax.serve.slots import empty_prompts, restart, take_chunk
+from dvi_jax.serve.slots import empty_prompts, take_chunk
 
 
 class Intake:
@@ -51,7 +51,7 @@ class Intake:
         self.fill(params, [0])
         if self._prefixes.budget:
             block = cut_block(self._filled, self._axes, self.chunk)
-            self._filled = put_block(restart(self._filled), block, self._axes)
+            self._filled = put_block(self._filled, block, self._axes, np.int32(0))
         return self._filled
 
     def fill(self, params: Params, prompt: Sequence[int]) -> Filled:
@@ -59,21 +59,21 @@ class Intake:
         tokens = np.zeros((self.rows, self.chunk), np.int32)
         tokens[:, : len(prompt)] = prompt
         self._lengths[:] = len(prompt)
-        self._filled = self._step(params, restart(self._filled), tokens)
+        self._take(params, tokens, 0)
         return self._filled
 
     def begin(self, replies: Sequence[Reply]) -> None:
         """The next prompts, as many as there are rows at most, with what is kept of their beginning."""
         self._replies = [*replies, *[None] * (self.rows - len(replies))]
-        self._filled, self._taken, self._names = restart(self._filled), 0, []
+        self._taken, self._names = 0, []
         self._lengths[:] = 1
         self._lengths[: len(replies)] = [len(reply.request.prompt_ids) for reply in replies]
         if self._prefixes.budget:
             (reply,) = replies
             self._names = self._prefixes.names(reply.request.prompt_ids)
             known = self._prefixes.find(self._names)
-            for block in known:
-                self._filled = put_block(self._filled, block, self._axes)
+            for number, block in enumerate(known):
+                self._filled = put_block(self._filled, block, self._axes, np.int32(number * self.chunk))
             self._taken = len(known)
             reply.statistics.cached_tokens = len(known) * self.chunk
 
@@ -84,13 +84,14 @@ class Intake:
             if reply is not None:
                 piece = reply.request.prompt_ids[begin : begin + self.chunk]
                 row[: len(piece)] = piece
-        self._filled = self._step(params, self._filled, tokens)
+        self._take(params, tokens, begin)
         if self._taken < len(self._names):
             self._prefixes.keep(self._names[self._taken], cut_block(self._filled, self._axes, self.chunk))
         self._taken += 1
 
-    def _step(self, params: Params, filled: Filled, tokens: np.ndarray) -> Filled:
-        return take_chunk(self._definition, params, filled, tokens, self._lengths.copy())
+    def _take(self, params: Params, tokens: np.ndarray, position: int) -> None:
+        lengths = self._lengths.copy()  # the device reads it when it comes to it
+        self._filled = take_chunk(self._definition, params, self._filled, tokens, lengths, np.int32(position))
 
     def hand_over(self, most: int) -> tuple[dict[int, Reply], Filled]:
         """So many of the replies whose prompts are taken in, by row, and these prompts; good until others begin."""

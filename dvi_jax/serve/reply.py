@@ -1,6 +1,7 @@
 """One request under way, on the host: what its reader sees of it, and how the engine fills it.
 
-A reply is written by the engine's thread and read by one reader, in a thread or in an event loop.
+A reply is written by the engine's thread and read by one reader, in a thread or in an event loop. Text is made where it
+is read, which costs the engine nothing; only with stop strings must the engine know it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -83,11 +85,14 @@ class Reply:
     def _next(self) -> ReplyPiece | None:
         """The oldest piece that was not taken yet; `UserError` after the last if the engine failed."""
         with self._changed:
-            if self._pieces:
-                return self._pieces.popleft()
-            if self._failure is not None:
-                raise UserError(self._failure)
-            return None
+            if not self._pieces:
+                if self._failure is not None:
+                    raise UserError(self._failure)
+                return None
+            piece = self._pieces.popleft()
+        if self._text is not None and not self.request.stop and piece.ids:
+            return replace(piece, text=self._text.add(piece.ids, last=piece.finish_reason is not None)[1])
+        return piece
 
     # What the engine calls.
 
@@ -97,7 +102,7 @@ class Reply:
         reason, text = None, ""
         if done:
             reason = "eos" if ids[-1] in self.eos_ids else "length"
-        if self._text is not None:
+        if self._text is not None and self.request.stop:
             count, text = self._text.add(ids, last=done)
             ids = ids[:count]
             if self._text.stopped:

@@ -1,15 +1,15 @@
 """What an engine's thread does in a turn: which request goes into which slot, and when rounds run.
 
-A turn takes in a chunk or so of a prompt, lays a finished one into a free slot, starts a stretch of rounds, and reads
-what the stretch before did: the device is always one stretch ahead of what is read. Which reply a stretch's tokens
-belong to is written down when it starts, so a slot that has changed hands since confuses nobody.
+A turn takes in a chunk or so of prompts, lays finished ones into free slots, runs a stretch of rounds and reads what it
+did. Nothing is gained by starting a stretch before the last one is read: on a GPU starting it returns when it is over,
+as XLA reads a loop's condition on the host, and a slot whose reply has ended would be idle for all of it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -43,16 +43,6 @@ OnWindow = Callable[[Windows, Request], None]
 _Laid = tuple[list[tuple[int, int, Reply]], jax.Array]  # row of what `lay` gave, slot and reply of each; what it gave
 
 
-@dataclass(frozen=True)
-class _Flight:
-    """A stretch that was started, and what must be known to read it."""
-
-    packed: jax.Array  # of `run_stretch`
-    replies: tuple[Reply | None, ...]  # what each slot holds
-    plan: Plan
-    fresh: tuple[int, ...]  # slots whose rows the drafter has all seen
-
-
 class Scheduler:
     """Slots, what is in them, and the prompt on its way into one. For one thread; `status` may be read by any."""
 
@@ -76,7 +66,6 @@ class Scheduler:
         count = len(slots.eos_ids)
         self._replies: list[Reply | None] = [None] * count
         self._ended = np.zeros(count, bool)  # slots whose sequence must go no further, though the device would
-        self._flight: _Flight | None = None
         self._pace = Pace(MOST_ROUNDS)
         self._slot_seconds = 1.0  # of a request, lately
         self.status = EngineStatus(count, running=0, waiting=0, context=0, plan=str(choice.plan))
@@ -88,8 +77,8 @@ class Scheduler:
 
     @property
     def is_busy(self) -> bool:
-        """Whether there is anything to do, or to read."""
-        return self._flight is not None or any(True for _ in self.replies())
+        """Whether there is anything to do."""
+        return any(True for _ in self.replies())
 
     def replies(self) -> Iterator[Reply]:
         """All under way."""
@@ -105,7 +94,8 @@ class Scheduler:
             self._on_window(take_window(self._slots, nothing, nothing, nothing), Request((), 0))
         done = Terms.joined([Terms.of(1, 1, (), GREEDY, vocab_size)] * self._intake.rows)  # with their first tokens
         places = np.arange(self._intake.rows, dtype=np.int32)
-        self._slots, _ = lay(definition, self.params, self._slots, filled, places, done)
+        for sampled in (False, True):
+            self._slots, _ = lay(definition, self.params, self._slots, filled, places, done.packed(), sampled=sampled)
         self._slots = release(self._slots, self._ended.copy())
         for plan in self._choice.plans:
             for sampled in (False, True):
@@ -114,26 +104,20 @@ class Scheduler:
                 )
                 packed.block_until_ready()
 
-    def settle(self) -> None:
-        """Return once the device has done the stretch that was started."""
-        if self._flight is not None:
-            self._flight.packed.block_until_ready()
-
     def turn(self, next_reply: Callable[[], Reply | None], waiting: int) -> None:
         """One turn; `next_reply` gives the next one of those that wait, about so many, if one does."""
         self._drop_cancelled()
         firsts = self._take_in(next_reply, waiting)
-        following = self._start_stretch(somebody_waits=waiting > 0)
-        if self._flight is not None:
-            self._land(self._flight)
-        for laid, first in firsts:  # these were there before the stretch began
+        stretch = self._start_stretch(somebody_waits=waiting > 0)
+        for laid, first in firsts:
             found = np.asarray(first).tolist()
             for row, slot, reply in laid:
                 token, ends = found[row]
                 self._give(slot, reply, [token], done=bool(ends))
-        self._flight = following
-        if following is None:
+        if stretch is None:
             self._pace.idle()
+        else:
+            self._land(*stretch)
         self.status = replace(
             self.status,
             running=sum(reply is not None for reply in self._replies),
@@ -198,11 +182,19 @@ class Scheduler:
                 prompt_tokens=self.status.prompt_tokens + length,
                 cached_tokens=self.status.cached_tokens + reply.statistics.cached_tokens,
             )
-        self._slots, first = lay(self._model.definition, self.params, self._slots, filled, places, Terms.joined(terms))
+        self._slots, first = lay(
+            self._model.definition,
+            self.params,
+            self._slots,
+            filled,
+            places,
+            Terms.joined(terms).packed(),
+            sampled=any(_is_sampled(reply.request.sampling) for _, _, reply in laid),
+        )
         return laid, first
 
-    def _start_stretch(self, *, somebody_waits: bool) -> _Flight | None:
-        """Start rounds of what is in the slots; None where that is nothing.
+    def _start_stretch(self, *, somebody_waits: bool) -> tuple[jax.Array, Plan] | None:
+        """Start rounds of what is in the slots: what they give, packed, and how they draft; None without any.
 
         Few rounds while somebody waits for a slot, or for the beginning of a reply.
         """
@@ -216,29 +208,23 @@ class Scheduler:
         self._slots, packed = run_stretch(
             self._model.definition, self.params, self._slots, np.int32(rounds), plan, sampled=sampled
         )
-        for reply in running:
-            reply.is_fresh &= plan.drafts > 0
-        fresh = tuple(slot for slot, reply in enumerate(self._replies) if reply is not None and reply.is_fresh)
-        return _Flight(packed, tuple(self._replies), plan, fresh)
+        return packed, plan
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, packed: jax.Array, plan: Plan) -> None:
         """Read a stretch: give its tokens, count, and free the slots of the replies that ended."""
-        outcome = Outcome.read(flight.packed)
+        outcome = Outcome.read(packed)
         self._pace.landed(outcome.accept_lengths.shape[1])
-        live = [
-            (slot, reply)
-            for slot, reply in enumerate(flight.replies)
-            if reply is not None and reply.finish_reason is None
-        ]
+        live = [(slot, reply) for slot, reply in enumerate(self._replies) if reply is not None]
         for slot, reply in live:
+            reply.is_fresh &= plan.drafts > 0
             reply.count(outcome.accept_lengths[slot], outcome.drafted[slot])
             start = outcome.start[slot]
             ids = outcome.tokens[slot, reply.committed - start : outcome.length[slot] - start].tolist()
             self._give(slot, reply, ids, done=bool(outcome.done[slot]))
         rows = [slot for slot, _ in live]
-        fresh = [slot for slot in rows if slot in flight.fresh]
-        if flight.plan.drafts:
-            self._choice.add(flight.plan, outcome.accept_lengths[fresh], outcome.drafted[fresh])
+        fresh = [slot for slot, reply in live if reply.is_fresh]
+        if plan.drafts:
+            self._choice.add(plan, outcome.accept_lengths[fresh], outcome.drafted[fresh])
         self.status = counted(self.status, outcome.accept_lengths[rows], outcome.drafted[rows], self._choice.width - 1)
 
     def _give(self, slot: int, reply: Reply, ids: list[int], *, done: bool) -> None:
@@ -252,7 +238,7 @@ class Scheduler:
             self._ended[slot] = reply.finish_reason == "stop"
 
     def _logprobs(self, slot: int, reply: Reply, ids: list[int]) -> tuple[TokenLogprob, ...] | None:
-        """Of new tokens, if they are asked for. They are computed behind the stretch under way, which is waited for."""
+        """Of new tokens, if they are asked for."""
         wanted, state = reply.request.logprobs, self._slots.decode
         if wanted is None:
             return None

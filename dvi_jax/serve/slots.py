@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,17 +39,17 @@ class Slots(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """How prompts are to be continued: arrays of one row each, of a single row from `of`."""
+    """How prompts are to be continued: arrays of one row each, NumPy's on the host, of a single row from `of`."""
 
-    length: np.ndarray  # int32 [P], tokens of the prompt
-    limit: np.ndarray  # int32 [P], prompt and reply
-    eos_ids: np.ndarray  # int32 [P, E], NO_TOKEN where unused
-    seed: np.ndarray  # uint32 [P]
-    temperature: np.ndarray  # float32 [P], 0 is greedy
-    top_k: np.ndarray  # int32 [P], V for all
-    top_p: np.ndarray  # float32 [P]
-    min_p: np.ndarray  # float32 [P]
-    penalty: np.ndarray  # float32 [P], repetition penalty
+    length: Any  # int32 [P], tokens of the prompt
+    limit: Any  # int32 [P], prompt and reply
+    eos_ids: Any  # int32 [P, E], NO_TOKEN where unused
+    seed: Any  # uint32 [P]
+    temperature: Any  # float32 [P], 0 is greedy
+    top_k: Any  # int32 [P], V for all
+    top_p: Any  # float32 [P]
+    min_p: Any  # float32 [P]
+    penalty: Any  # float32 [P], repetition penalty
 
     @classmethod
     def of(
@@ -73,6 +73,31 @@ class Terms(NamedTuple):
     def joined(cls, rows: Sequence[Terms]) -> Terms:
         """Of several prompts."""
         return cls(*map(np.concatenate, zip(*rows, strict=True)))
+
+    def packed(self) -> np.ndarray:
+        """All in one array int32 [P, 8 + E], which costs one copy to the device."""
+        return np.column_stack([field.view(np.int32) for field in self])
+
+    @classmethod
+    def unpacked(cls, packed: jax.Array) -> Terms:
+        """From `packed`, on the device."""
+        columns = jnp.split(packed, [1, 2, 2 + MOST_EOS_IDS, *range(3 + MOST_EOS_IDS, packed.shape[1])], axis=1)
+        length, limit, eos_ids, seed, temperature, top_k, top_p, min_p, penalty = columns
+
+        def of(column: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+            return jax.lax.bitcast_convert_type(column[:, 0], dtype)
+
+        return cls(
+            length=of(length, jnp.int32),
+            limit=of(limit, jnp.int32),
+            eos_ids=eos_ids,
+            seed=of(seed, jnp.uint32),
+            temperature=of(temperature, jnp.float32),
+            top_k=of(top_k, jnp.int32),
+            top_p=of(top_p, jnp.float32),
+            min_p=of(min_p, jnp.float32),
+            penalty=of(penalty, jnp.float32),
+        )
 
     def sampling(self, tokens: jax.Array, vocab_size: int) -> Sampling:
         """The same for `decode/sampling.py`, behind the prompts in tokens int32 [P, S]."""
@@ -131,7 +156,8 @@ def abstract_slots(definition: Definition, params: Params, shape: Shape) -> Slot
         model = join(definition, params)
         one = Terms.of(1, 1, (), SamplingConfig(), model.llama.config.vocab_size)
         terms = Terms.joined([one] * shape.slots)
-        return _begin(model, Filled.empty(model, shape.slots, shape.room, keep=shape.record), terms, shape.width)[0]
+        filled = Filled.empty(model, shape.slots, shape.room, keep=shape.record)
+        return _begin(model, filled, terms, shape.width, sampled=True)[0]
 
     return jax.eval_shape(make, params)
 
@@ -153,28 +179,38 @@ def empty_prompts(definition: Definition, params: Params, *, rows: int, room: in
     return Filled.empty(join(definition, params), rows, room, keep=record)
 
 
-@partial(jax.jit, donate_argnames="filled")
-def restart(filled: Filled) -> Filled:
-    """For other prompts. What the last ones left lies behind whatever is filled, and is masked."""
-    return filled._replace(position=jnp.int32(0), frontier=jax.tree.map(jnp.zeros_like, filled.frontier))
-
-
 @partial(jax.jit, static_argnames="definition", donate_argnames="filled")
-def take_chunk(definition: Definition, params: Params, filled: Filled, tokens: jax.Array, length: jax.Array) -> Filled:
-    """The next chunk of prompts of `length` int32 [P] tokens: int32 [P, C], zeros behind a prompt's end."""
+def take_chunk(
+    definition: Definition, params: Params, filled: Filled, tokens: jax.Array, length: jax.Array, position: jax.Array
+) -> Filled:
+    """The next chunk of prompts of `length` int32 [P] tokens: int32 [P, C], zeros behind a prompt's end.
+
+    `position`: tokens taken in before; at 0 other prompts begin. What the last ones left lies behind them, masked.
+    """
+    frontier = jax.tree.map(lambda x: jnp.where(position > 0, x, jnp.zeros_like(x)), filled.frontier)
+    filled = filled._replace(position=position, frontier=frontier)
     return fill_chunk(join(definition, params), filled, tokens, length, fresh=False)
 
 
-@partial(jax.jit, static_argnames=("definition",), donate_argnames="slots")
+@partial(jax.jit, static_argnames=("definition", "sampled"), donate_argnames="slots")
 def lay(
-    definition: Definition, params: Params, slots: Slots, filled: Filled, places: jax.Array, terms: Terms
+    definition: Definition,
+    params: Params,
+    slots: Slots,
+    filled: Filled,
+    places: jax.Array,
+    terms: jax.Array,
+    *,
+    sampled: bool,
 ) -> tuple[Slots, jax.Array]:
     """Prompts that are all taken in, with their first new tokens, into slots `places` int32 [P]; B is none.
+
+    `terms`: as `Terms.packed`. `sampled`: as of `run_stretch`.
 
     -> slots, and int32 [P, 2]: that token, and whether the reply ends with it.
     """
     width = slots.decode.committed.hidden.shape[1]
-    rows, first_token = _begin(join(definition, params), filled, terms, width)
+    rows, first_token = _begin(join(definition, params), filled, Terms.unpacked(terms), width, sampled=sampled)
 
     def put(buffer: jax.Array, new: jax.Array) -> jax.Array:
         if not buffer.ndim:
@@ -258,10 +294,12 @@ def columns_of(state: DecodeState) -> int:
     return min(MOST_ROUNDS * state.committed.hidden.shape[1], state.tokens.shape[1])
 
 
-def _begin(model: SpeculativeLlama, filled: Filled, terms: Terms, width: int) -> tuple[Slots, jax.Array]:
-    """Sequences before their first round, and their first tokens int32 [B]."""
+def _begin(
+    model: SpeculativeLlama, filled: Filled, terms: Terms, width: int, *, sampled: bool
+) -> tuple[Slots, jax.Array]:
+    """Sequences before their first round, and their first tokens int32 [P]."""
     sampling = terms.sampling(filled.tokens, model.llama.config.vocab_size)
-    first_token = choose_first(model, filled, sampling, jnp.asarray(terms.length))
+    first_token = choose_first(model, filled, sampling if sampled else None, jnp.asarray(terms.length))
     length, limit = jnp.asarray(terms.length), jnp.asarray(terms.limit)
     state = begin(filled, first_token, length, limit, jnp.asarray(terms.eos_ids), width, sampling)
     counts = jnp.zeros((len(length), MOST_ROUNDS), jnp.int32)  # of one stretch alone
