@@ -27,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dvi_jax.archives import MOST_INFLATED, SMALL
-from dvi_jax.config import LlamaConfig
+from dvi_jax.config import MOST_DRAFTS, LlamaConfig
 from dvi_jax.directories import hash_files, link_files, partial_directory, verify_files
 from dvi_jax.errors import UserError
 from dvi_jax.model.llama import base_shapes
@@ -50,6 +50,7 @@ class Manifest:
     """What the arrays are and where they came from. `verifier` names the model that "lossless" is relative to.
 
     `base_sha256` is `identity.hash_base` of the base weights; checkpoints from before there was one have none.
+    `calibration`: temperatures of the drafts of a round (`learn/calibration.py`), none where nothing was fitted.
     `run_digest` is that of the run that trained it (`learn/run_identity.py`), and `held_out_fraction` the share of
     questions that no run has trained its drafter on; where nothing was trained or recorded, "" and 0.
     """
@@ -66,6 +67,7 @@ class Manifest:
     base_sha256: str = ""
     run_digest: str = ""
     held_out_fraction: float = 0.0
+    calibration: tuple[float, ...] = ()
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -88,6 +90,8 @@ class Manifest:
         require_count(f"{MANIFEST}: training_step", self.training_step, 0)
         share = self.held_out_fraction
         require(0 <= share < 1, f"{MANIFEST}: held_out_fraction", share, "at least 0 and below 1")
+        fits = len(self.calibration) <= MOST_DRAFTS and all(0.01 <= t <= 100 for t in self.calibration)
+        require(fits, f"{MANIFEST}: calibration", self.calibration, f"at most {MOST_DRAFTS} numbers from 0.01 to 100")
 
 
 @dataclass(frozen=True)

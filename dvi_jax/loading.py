@@ -148,6 +148,8 @@ def build_model(config: LlamaConfig, manifest: Manifest, base: dict[str, Any], *
     model = SpeculativeLlama(Llama(config, base, manifest.exit_layer, taps=drafter.taps), drafter)
     if manifest.lora:
         inject_dual_lora(model, key=lora_key, **manifest.lora)
+    if manifest.calibration:
+        model.calibrate(manifest.calibration)
     return model
 
 

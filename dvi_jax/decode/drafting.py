@@ -113,6 +113,7 @@ def _choose(
     """From draft logits [B, Vd]: the token int32 [B], its probability, and `log_q` with its row filled."""
     if state.sampling is None:
         token = model.draft_token(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        logits = model.calibrated(logits, index)
         # The top token's softmax probability; exp(max - logsumexp) would lose an ulp of the largest logit.
         return token, 1.0 / jnp.sum(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), axis=-1), None
     token, log_q = draw_draft(model.over_vocabulary(logits), state.sampling, state.length + index, draft.tokens)

@@ -92,7 +92,7 @@ def chunk_tokens(batch: int, dtype: jnp.dtype) -> int:
     return chunk
 
 
-@partial(jax.jit, static_argnames=("definition", "slots", "width", "record"))
+@partial(jax.jit, static_argnames=("definition", "slots", "width", "record", "branches"))
 def prefill(
     definition: Definition,
     params: Params,
@@ -104,13 +104,15 @@ def prefill(
     slots: int,
     width: int,
     record: bool = False,
+    branches: int = 0,
     sampling: Sampling | None = None,
     prefix: Filled | None = None,
 ) -> DecodeState:
     """Prompts int32 [B, T], right-padded to a bucket, of `lengths` [B] -> state with the first new token committed.
 
-    `limit` [B]: prompt plus new tokens; `slots` >= max(limit) + width. `record` keeps learning signals. With a `prefix`
-    of P tokens (`prefix.py`), `prompts` holds what follows it, `lengths` counts it, and `slots` >= P + T.
+    `limit` [B]: prompt plus new tokens; `slots` >= max(limit) + width. `record` keeps learning signals, of drafts
+    not taken too where `branches`, the most of a position, is above 0. With a `prefix` of P tokens (`prefix.py`),
+    `prompts` holds what follows it, `lengths` counts it, and `slots` >= P + T.
     """
     model = join(definition, params)
     filled = Filled.empty(model, prompts.shape[0], slots, keep=record)
@@ -118,7 +120,7 @@ def prefill(
         filled = lay(filled, prefix)
     filled = fill(model, filled, prompts, lengths, fresh=prefix is None)
     first_token = choose_first(model.llama.logits(filled.features.final), sampling, lengths)
-    return begin(filled, first_token, lengths, limit, eos_ids, width, sampling)
+    return begin(filled, first_token, lengths, limit, eos_ids, width, sampling, branches)
 
 
 def choose_first(logits: jax.Array, sampling: Sampling | None, lengths: jax.Array) -> jax.Array:
@@ -213,10 +215,11 @@ def begin(
     eos_ids: jax.Array,
     width: int,
     sampling: Sampling | None,
+    branches: int = 0,
 ) -> DecodeState:
     """The state before the first round, the prompts' last rows standing for the round before it.
 
-    `eos_ids`: int32 [E], or [B, E] where each sequence has its own.
+    `eos_ids`: int32 [E], or [B, E] where each sequence has its own. `branches`: of a position, to be kept.
     """
     batch, slots = filled.tokens.shape
 
@@ -238,15 +241,15 @@ def begin(
         rounds=jnp.int32(0),
         accept_lengths=counts,
         drafted=counts,
-        signals=None if filled.kept is None else _prompt_signals(filled.kept),
+        signals=None if filled.kept is None else _prompt_signals(filled.kept, branches),
         sampling=sampling and sampling.with_committed(first_token[:, None], one),
     )
 
 
-def _prompt_signals(features: Features) -> Signals:
+def _prompt_signals(features: Features, branches: int) -> Signals:
     """The verifier's features over the prompt, [B, S, ...]: the row at p - 1 predicts position p."""
 
     def later(x: jax.Array) -> jax.Array:
         return jnp.zeros_like(x).at[:, 1:].set(x[:, :-1])
 
-    return Signals.without_judgement(jax.tree.map(later, features))
+    return Signals.without_judgement(jax.tree.map(later, features), branches)

@@ -164,6 +164,7 @@ def _draw(
     """The best children of each node of the frontier by draft logits [B, F, Vd]."""
     sampling = state.sampling
     if sampling is None:
+        logits = model.calibrated(logits, level)
         best, index = top(logits, children)
         worth = best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         return _Drawn(model.draft_token(index), worth, worth, None)

@@ -18,6 +18,7 @@ from typing import Protocol
 import jax
 
 from dvi_jax.decode.batch import MOST_EOS_IDS, check_prompts
+from dvi_jax.decode.branches import most_branches
 from dvi_jax.decode.stream import StreamedText, stop_ids
 from dvi_jax.errors import UserError
 from dvi_jax.learn.replay import Windows
@@ -40,6 +41,10 @@ log = logging.getLogger(__name__)
 
 class Learns(Protocol):
     """What learns from an engine's replies. The engine's thread alone calls it."""
+
+    @property
+    def branches(self) -> int:
+        """How many drafts that were not taken it wants with a reply's window, at most."""
 
     def take(self, windows: Windows, request: Request) -> None:
         """The learning signals of a reply that has ended, as `Engine`'s `on_window` gets them; quick."""
@@ -96,13 +101,17 @@ class Engine:
         record, (plans, width) = on_window is not None or logprobs > 0, plans_of(model, plan, slots)
         chunk = min(chunk or (CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK), self.context)
         room = _rounded_up(max(_rounded_up(self.context, chunk), self.context + width), POSITIONS)
-        shape = Shape(slots, room, width, record)
+        branches = 0 if learner is None else learner.branches
+        of_position = min(branches, max(map(most_branches, plans)))
+        shape = Shape(slots, room, width, record, of_position)
         self.memory = engine_memory(model, shape, prefix_bytes)
         check_engine_memory(self.memory)
         empty = empty_slots(model.definition, model.decode_params, shape)
         intake = Intake(model, room=room, chunk=chunk, prefix_bytes=prefix_bytes, record=record)
         choice, empty = choose(model, plans, width, empty)
-        self._scheduler = Scheduler(model, empty, intake, choice, on_window=on_window, most_logprobs=logprobs)
+        self._scheduler = Scheduler(
+            model, empty, intake, choice, on_window=on_window, most_logprobs=logprobs, branches=branches
+        )
         if warm_up:
             self._scheduler.warm_up()
         # What several threads touch, under the lock of `_changed`.
