@@ -52,6 +52,7 @@ class Manifest:
     """What the arrays are and where they came from. `verifier` names the model that "lossless" is relative to.
 
     `base_sha256` is `identity.hash_base` of the base weights; checkpoints from before there was one have none.
+    `calibration`: temperatures of the drafts of a round (`learn/calibration.py`), none where nothing was fitted.
     `run_digest` is that of the run that trained it (`learn/run_identity.py`), and `held_out_fraction` the share of
     questions that no run has trained its drafter on; `plan` and `draft_steps` are how it drafted in training. Where
     nothing was trained or recorded, "" and 0.
@@ -69,6 +70,7 @@ class Manifest:
     base_sha256: str = ""
     run_digest: str = ""
     held_out_fraction: float = 0.0
+    calibration: tuple[float, ...] = ()
     plan: str = ""
     draft_steps: int = 0
     quantisation: Quantisation | None = None  # None: every weight is of `dtype`
@@ -86,15 +88,16 @@ class Manifest:
             if isinstance(value, (int, float)):
                 require(0 <= value <= MOST_OPTION, f"{MANIFEST}: {name}", value, f"between 0 and {MOST_OPTION}")
         for name, value in self.lora.items():
-            kinds = (int,) if name.startswith("rank") else (int, float, type(None))
-            require(
-                type(value) in kinds, f"{MANIFEST}: {name}", value, "a whole number" if len(kinds) == 1 else "a number"
-            )
+            whole = name.startswith("rank")
+            fits = type(value) is int or (not whole and (value is None or type(value) is float))
+            require(fits, f"{MANIFEST}: {name}", value, "a whole number" if whole else "a number")
         require_count(f"{MANIFEST}: exit_layer", self.exit_layer, 0)
         require_count(f"{MANIFEST}: training_step", self.training_step, 0)
         require_count(f"{MANIFEST}: draft_steps", self.draft_steps, 0, MOST_DRAFTS)
         share = self.held_out_fraction
         require(0 <= share < 1, f"{MANIFEST}: held_out_fraction", share, "at least 0 and below 1")
+        fits = len(self.calibration) <= MOST_DRAFTS and all(0.01 <= t <= 100 for t in self.calibration)
+        require(fits, f"{MANIFEST}: calibration", self.calibration, f"at most {MOST_DRAFTS} numbers from 0.01 to 100")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from dvi_jax.tools import shipped
 
 MOST_DRAFTS = 16  # of a round that may all be right
 MOST_RANK = 4096  # of a LoRA
+MOST_BRANCHES = 1024  # of a window that is learned from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Weights of the fast update's four terms and the KL -> RL schedule (DVI, arXiv 2510.05421)."""
+    """Weights of the fast update's terms and the KL -> RL schedule (DVI, arXiv 2510.05421)."""
 
     schedule: str = "linear"  # linear, or exponential: exp(-(step - warmup) / ramp) mixes the two ends
     warmup: int = 100  # updates with KL weight `kl_max` and policy weight 0
@@ -108,6 +109,7 @@ class ObjectiveConfig:
     kl_min: float = 0.05  # KL weight at last
     pg_max: float = 1.0  # policy weight at last
     ce_weight: float = 0.1  # of the cross-entropy with the verifier's token, where the draft was accepted
+    tv_weight: float = 0.0  # of the total variation of verifier and draft, where KL is learned
     entropy_weight: float = 0.0  # of the drafter's entropy, which is rewarded
     kl_temperature: float = 1.0  # softens both distributions of the KL term
     baseline_momentum: float = 0.95  # of the moving average of the reward
@@ -121,7 +123,7 @@ class ObjectiveConfig:
         )
         require_count("objective.warmup", self.warmup, 0)
         require_count("objective.ramp", self.ramp, 0)
-        for name in ("kl_max", "kl_min", "pg_max", "ce_weight", "entropy_weight"):
+        for name in ("kl_max", "kl_min", "pg_max", "ce_weight", "tv_weight", "entropy_weight"):
             require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "0 or above")
         require(0 <= self.baseline_momentum < 1, "objective.baseline_momentum", self.baseline_momentum, "in [0, 1)")
         require_count("objective.unroll_steps", self.unroll_steps, 1, MOST_DRAFTS)
@@ -207,6 +209,7 @@ class TrainConfig:
     replayed_windows: int = 8  # windows of earlier rollouts in an update
     positions_per_update: int = 512  # positions of these windows that pay for logits
     replay_capacity: int = 256  # windows that are kept
+    branches: int = 0  # of a window: drafts that were verified and not taken, which are learned from too; 0: none
     eval_every: int = 50  # rollouts between evaluations
     save_every: int = 50  # rollouts between snapshots
     keep_checkpoints: int = 2  # newest snapshots that are kept
@@ -235,6 +238,7 @@ class TrainConfig:
             require_count(name, getattr(self, name))
         for name in ("updates_per_rollout", "replayed_windows", "keep_best"):
             require_count(name, getattr(self, name), 0)
+        require_count("branches", self.branches, 0, MOST_BRANCHES)
         _require_seed_and_paths(self.seed, self.checkpoint, self.out)
         self.mesh.require_rows("rollout_batch", self.rollout_batch)
         require(

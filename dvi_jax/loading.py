@@ -164,6 +164,8 @@ def build_model(
     model = SpeculativeLlama(llama, drafter)
     if manifest.lora:
         inject_dual_lora(model, key=lora_key, **manifest.lora)
+    if manifest.calibration:
+        model.calibrate(manifest.calibration)
     return model
 
 

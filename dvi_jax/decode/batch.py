@@ -136,9 +136,13 @@ def start(
     sampling: Sampling | None = None,
     prefix: Prefix | None = None,
     record: bool = False,
+    branches: int = 0,
     longest_prompt: int = 0,
 ) -> DecodeState:
-    """Check the prompts, pad them and prefill, all but a shared `prefix`. `longest_prompt` fixes the cache length."""
+    """Check the prompts, pad them and prefill, all but a shared `prefix`. `longest_prompt` fixes the cache length.
+
+    `record` keeps learning signals, and `branches` drafts not taken of a position (`branches.py`).
+    """
     check_prompts(model, prompts, settings.max_new_tokens)
     check_rows(model, choose_plan(model, settings), len(prompts))
     check_batch(model.definition.mesh, len(prompts), "a batch")
@@ -154,6 +158,7 @@ def start(
         slots=slots_for(longest, settings),
         width=settings.width,
         record=record,
+        branches=branches,
         sampling=sampling,
         prefix=prefix and prefix.filled,
     )

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dvi_jax.decode.branches import NO_BRANCH, Branches
 from dvi_jax.decode.state import NO_TOKEN, DecodeState, Signals
 from dvi_jax.model.drafters import Committed
 from dvi_jax.model.features import Features
@@ -74,13 +75,31 @@ def commit(
     )
 
 
-def record(signals: Signals, state: DecodeState, proposals: jax.Array, features: Features, verdict: Verdict) -> Signals:
-    """Write the round's signals at the positions its rows predict; later rounds overwrite what was not committed."""
+def record(
+    signals: Signals,
+    state: DecodeState,
+    proposals: jax.Array,
+    features: Features,
+    verdict: Verdict,
+    branches: Branches | None,
+) -> Signals:
+    """Write the round's signals at the positions its rows predict; later rounds overwrite what was not committed.
+
+    `branches` [B, W, K]: of those behind row i, which predict the position after the one that row i predicts.
+    """
     judged = verdict.judged & ~state.done[:, None]
     reward = jnp.where(judged, verdict.correct, -1).astype(jnp.int8)
     step = jnp.broadcast_to(jnp.arange(reward.shape[1], dtype=jnp.int8), reward.shape)
     new = Signals(jnp.where(judged, proposals, NO_TOKEN), reward, step, features)
-    return jax.tree.map(lambda buffer, rows: _write(buffer, rows, state.length), signals, new)
+    kept, signals = signals.branches, signals.replace(branches=None)
+    signals = jax.tree.map(lambda buffer, rows: _write(buffer, rows, state.length), signals, new)
+    if kept is None or branches is None:
+        return signals
+    tokens = jnp.where(state.done[:, None, None], NO_BRANCH, branches.tokens)
+    branches = branches.replace(tokens=tokens)
+    # The next round writes from the first position on that this one said nothing certain of.
+    kept = jax.tree.map(lambda buffer, rows: _write(buffer, rows, state.length + 1), kept, branches)
+    return signals.replace(branches=kept)
 
 
 def _write(buffer: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:

@@ -100,7 +100,7 @@ def chunk_tokens(batch: int, dtype: jnp.dtype) -> int:
     return chunk
 
 
-@partial(jax.jit, static_argnames=("definition", "slots", "width", "record"))
+@partial(jax.jit, static_argnames=("definition", "slots", "width", "record", "branches"))
 def prefill(
     definition: Definition,
     params: Params,
@@ -112,13 +112,15 @@ def prefill(
     slots: int,
     width: int,
     record: bool = False,
+    branches: int = 0,
     sampling: Sampling | None = None,
     prefix: Filled | None = None,
 ) -> DecodeState:
     """Prompts int32 [B, T], right-padded to a bucket, of `lengths` [B] -> state with the first new token committed.
 
-    `limit` [B]: prompt plus new tokens; `slots` >= max(limit) + width. `record` keeps learning signals. With a `prefix`
-    of P tokens (`prefix.py`), `prompts` holds what follows it, `lengths` counts it, and `slots` >= P + T.
+    `limit` [B]: prompt plus new tokens; `slots` >= max(limit) + width. `record` keeps learning signals, of drafts
+    not taken too where `branches`, the most of a position, is above 0. With a `prefix` of P tokens (`prefix.py`),
+    `prompts` holds what follows it, `lengths` counts it, and `slots` >= P + T.
     """
 
     def whole(
@@ -136,7 +138,7 @@ def prefill(
             filled = lay(filled, prefix)
         filled = fill(model, filled, prompts, lengths, fresh=prefix is None)
         first_token = choose_first(model, filled, sampling, lengths)
-        return begin(filled, first_token, lengths, limit, eos_ids, width, sampling)
+        return begin(filled, first_token, lengths, limit, eos_ids, width, sampling, branches)
 
     of_eos = ROWS if eos_ids.ndim == 2 else WHOLE
     specs = ROWS, ROWS, ROWS, of_eos, ROWS, None if prefix is None else PREFIX_SPECS
@@ -239,10 +241,11 @@ def begin(
     eos_ids: jax.Array,
     width: int,
     sampling: Sampling | None,
+    branches: int = 0,
 ) -> DecodeState:
     """The state before the first round, the prompts' last rows standing for the round before it.
 
-    `eos_ids`: int32 [E], or [B, E] where each sequence has its own.
+    `eos_ids`: int32 [E], or [B, E] where each sequence has its own. `branches`: of a position, to be kept.
     """
     batch, slots = filled.tokens.shape
 
@@ -264,15 +267,15 @@ def begin(
         rounds=jnp.int32(0),
         accept_lengths=counts,
         drafted=counts,
-        signals=None if filled.kept is None else _prompt_signals(filled.kept),
+        signals=None if filled.kept is None else _prompt_signals(filled.kept, branches),
         sampling=sampling and sampling.with_committed(first_token[:, None], one),
     )
 
 
-def _prompt_signals(features: Features) -> Signals:
+def _prompt_signals(features: Features, branches: int) -> Signals:
     """The verifier's features over the prompt, [B, S, ...]: the row at p - 1 predicts position p."""
 
     def later(x: jax.Array) -> jax.Array:
         return jnp.zeros_like(x).at[:, 1:].set(x[:, :-1])
 
-    return Signals.without_judgement(jax.tree.map(later, features))
+    return Signals.without_judgement(jax.tree.map(later, features), branches)

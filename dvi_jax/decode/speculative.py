@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from dvi_jax.decode import drafting, vocabulary
 from dvi_jax.decode.block_drafting import propose_block
+from dvi_jax.decode.branches import of_chain
 from dvi_jax.decode.commit import accept, commit, record
 from dvi_jax.decode.drafting import Draft
 from dvi_jax.decode.plan import Plan, plan_for, rows_alike
@@ -94,7 +95,11 @@ def speculative_round(
     following = jnp.pad(draft.tokens[:, 1:], ((0, 0), (0, 1)), constant_values=NO_TOKEN)
     verdict = accept(verified, following, draft.count, knobs.eos_ids)
     # Commit. The accepted drafts and one token of the verifier's own; its last token is pending in the next round.
-    signals = None if state.signals is None else record(state.signals, state, following, features, verdict)
+    signals = state.signals
+    if signals is not None:
+        most = signals.most_branches
+        branches = of_chain(verdict, following, hidden, features.final, most) if most else None
+        signals = record(signals, state, following, features, verdict, branches)
     return commit(state, draft.count, verified, hidden, features, verdict, signals)
 
 

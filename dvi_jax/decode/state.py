@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dvi_jax.decode.branches import Branches
 from dvi_jax.decode.sampling import Sampling
 from dvi_jax.mesh import CACHES, ROWS, WHOLE
 from dvi_jax.model.attention import Caches
@@ -64,16 +65,23 @@ class Signals(struct.PyTreeNode):
     reward: jax.Array  # int8 [B, S]
     step: jax.Array  # int8 [B, S]
     features: Features  # [B, S, ...], the verifier's of the row that predicts this position
+    branches: Branches | None = None  # drafts not taken; None where nobody learns from them
+
+    @property
+    def most_branches(self) -> int:
+        """K, how many of a position are kept."""
+        return 0 if self.branches is None else self.branches.tokens.shape[2]
 
     @classmethod
-    def without_judgement(cls, features: Features) -> Signals:
-        """Features [B, S, ...] known, nothing proposed anywhere."""
-        batch, slots = features.final.shape[:2]
+    def without_judgement(cls, features: Features, branches: int = 0) -> Signals:
+        """Features [B, S, ...] known, nothing proposed anywhere; room for so many branches of a position."""
+        batch, slots, width = features.final.shape
         return cls(
             proposal=jnp.full((batch, slots), NO_TOKEN, jnp.int32),
             reward=jnp.full((batch, slots), -1, jnp.int8),
             step=jnp.zeros((batch, slots), jnp.int8),
             features=features,
+            branches=Branches.empty(batch, slots, branches, width, features.final.dtype) if branches else None,
         )
 
 

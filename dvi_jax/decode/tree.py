@@ -165,7 +165,7 @@ def _draw(
     """The best children of each node of the frontier by draft logits [B, F, Vd]."""
     sampling = state.sampling
     if sampling is None:
-        best, index, total = best_few(logits, children, model.draft_shards)
+        best, index, total = best_few(model.calibrated(logits, level), children, model.draft_shards)
         worth = best - total
         return _Drawn(model.draft_token(index), worth, worth, None)
     log_q = verifier_log_probs(model.over_vocabulary(logits), sampling, frontier.tokens)

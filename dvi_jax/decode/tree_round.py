@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dvi_jax.decode import vocabulary
+from dvi_jax.decode.branches import of_tree
 from dvi_jax.decode.commit import Verdict, accept, commit, record
 from dvi_jax.decode.plan import Plan, rows_alike
 from dvi_jax.decode.sampling import draw, reject, verifier_log_probs
@@ -43,10 +44,12 @@ def tree_round(model: SpeculativeLlama, state: DecodeState, knobs: Knobs, plan: 
     below = len(state.shallow)
     caches = keep_path(rows.caches, path, state.length - 1)
     kept = passes.kept(tree, path).replace(shallow=caches[:below], deep=caches[below:])
-    signals = None
-    if state.signals is not None:
+    signals = state.signals
+    if signals is not None:
         first = along_rows(tree.children(1)[..., 0], path)
-        signals = record(state.signals, state, first, features, _of_first_children(verdict, first, verified))
+        most = signals.most_branches
+        branches = of_tree(tree, path, verdict, rows.hidden, rows.features.final, most) if most else None
+        signals = record(signals, state, first, features, _of_first_children(verdict, first, verified), branches)
     return commit(kept, tree.reached, verified, hidden, features, verdict, signals)
 
 

@@ -131,7 +131,7 @@ def distill_metrics(
     def metrics(params: Params, tokens: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
         model = join(definition, params)
         verified = verify_text(model, tokens, mask)
-        drafts = unrolled_drafts(model, verified, config)
+        drafts = unrolled_drafts(model, verified, config.unroll_steps)
 
         def add(sums: Sums, rows: Rows, drafts: jax.Array, _: jax.Array) -> Sums:
             return jax.tree.map(jnp.add, sums, draft_sums(model, rows, drafts, config))
@@ -174,7 +174,7 @@ def _gradient(
     learned = over_rows(definition, verified.learned)
 
     def drafts_of(trainable: Trainable) -> jax.Array:
-        return unrolled_drafts(join(definition, with_trainable(params, trainable)), verified, config)
+        return unrolled_drafts(join(definition, with_trainable(params, trainable)), verified, config.unroll_steps)
 
     drafts, pull_back = jax.vjp(drafts_of, trainable)
     weights = _draft_weights(config, drafts.shape[1]) / jnp.maximum(learned, 1)
@@ -234,13 +234,13 @@ def verify_text(model: SpeculativeLlama, tokens: jax.Array, mask: jax.Array) -> 
     return jax.lax.stop_gradient(Verified(tokens, hidden, features, order, jnp.sum(learned, dtype=jnp.int32)))
 
 
-def unrolled_drafts(model: SpeculativeLlama, verified: Verified, config: DistillConfig) -> jax.Array:
+def unrolled_drafts(model: SpeculativeLlama, verified: Verified, steps: int) -> jax.Array:
     """Draft hidden states [M, J, D] everywhere, from the exit hidden states that the drafter would see in decoding."""
     positions = jnp.broadcast_to(jnp.arange(verified.tokens.shape[1]), verified.tokens.shape)
     hidden = verified.hidden
     if model.separate_trunk:
         hidden, _, _ = model.llama.shallow(verified.tokens, None, positions, adapted=True)
-    drafts = model.drafter.unroll(hidden, verified.features, positions, config.unroll_steps)
+    drafts = model.drafter.unroll(hidden, verified.features, positions, steps)
     return jnp.stack(drafts, axis=2).reshape(-1, len(drafts), hidden.shape[-1])
 
 

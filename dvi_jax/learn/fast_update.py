@@ -1,6 +1,7 @@
 """The fast update: one gradient step of the drafter and lora_S on windows of rollouts.
 
     L = w_kl KL(p_verify || p_draft) + w_pg L_pg + w_ce CE(verifier's token, only where accepted) - w_ent H(p_draft)
+        + w_tv TV(p_verify, p_draft)
 
 (DVI, section "Improve"). The base model and lora_D are not arguments of the gradient: they cannot move. Letters: N
 windows, T window length, M positions used, J drafts unrolled, D hidden, V vocabulary.
@@ -19,6 +20,7 @@ import optax
 from flax import struct
 
 from dvi_jax.config import ObjectiveConfig, OptimizerConfig
+from dvi_jax.decode.branches import NO_BRANCH
 from dvi_jax.learn import objectives
 from dvi_jax.learn.optimizer import guarded
 from dvi_jax.learn.replay import Replay, Windows, sample
@@ -26,6 +28,8 @@ from dvi_jax.learn.schedule import kl_to_rl
 from dvi_jax.learn.shared_gradient import over_devices
 from dvi_jax.learn.slow_update import SlowState
 from dvi_jax.mesh import WHOLE
+from dvi_jax.model.drafters import BranchRows
+from dvi_jax.model.features import Features
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, Tree, join
 
 Trainable = dict[str, Tree]
@@ -62,6 +66,7 @@ class Positions(NamedTuple):
     step: jax.Array  # int8 [M], which draft of its round the proposal was
     valid: jax.Array  # float32 [M]
     on_policy: jax.Array  # float32 [M], judged in the rollout of the drafter as it now is
+    in_text: jax.Array | float = 1.0  # float32 [M], of the text, not a draft that was not taken
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -209,30 +214,36 @@ def choose_windows(
 def fast_loss(
     picked: Positions, baseline: jax.Array, weights: tuple[jax.Array, jax.Array], config: ObjectiveConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The weighted sum of the four terms, and each term by name (no entropy where it has no weight).
+    """The weighted sum of the terms, and each by name (no entropy or total variation where it has no weight).
 
-    KL is a mean over the unrolled drafts, draft j weighted `unroll_decay`^j; the other terms take the draft that acted.
+    KL and total variation are means over the unrolled drafts, draft j weighted `unroll_decay`^j; the other terms take
+    the draft that acted.
     """
     verifier = jax.lax.stop_gradient(picked.verifier_logits)
     top = jnp.argmax(verifier, axis=-1)
     drafts = [_draft_rows(logits, verifier, top, picked.proposal, config) for logits in picked.draft_logits]
     rows = jax.tree.map(lambda *of_drafts: jnp.stack(of_drafts), *drafts)  # [J, M] each
     decay = config.unroll_decay ** jnp.arange(len(drafts))
-    kl = jnp.sum(decay[:, None] * rows.pop("kl"), axis=0) / jnp.sum(decay)
+    over_drafts = {
+        name: jnp.sum(decay[:, None] * rows.pop(name), axis=0) / jnp.sum(decay) for name in ("kl", "tv") if name in rows
+    }
     step = jnp.clip(picked.step, 0, len(drafts) - 1).astype(jnp.int32)
     acted = {name: jnp.take_along_axis(values, step[None], axis=0)[0] for name, values in rows.items()}
     reward = picked.reward.astype(jnp.float32)
     terms = {
-        "kl": objectives.masked_mean(kl, picked.valid) * config.kl_temperature**2,
+        "kl": objectives.masked_mean(over_drafts["kl"], picked.valid) * config.kl_temperature**2,
         "pg": objectives.policy_gradient(acted["proposal"], reward, baseline, picked.on_policy),
         "ce": -objectives.masked_mean(acted["top"], picked.valid * (picked.reward == 1)),
     }
     loss = weights[0] * terms["kl"] + weights[1] * terms["pg"] + config.ce_weight * terms["ce"]
+    if config.tv_weight:
+        terms["tv"] = objectives.masked_mean(over_drafts["tv"], picked.valid)
+        loss += config.tv_weight * terms["tv"]
     if config.entropy_weight:
         terms["entropy"] = objectives.masked_mean(acted["entropy"], picked.valid)
         loss -= config.entropy_weight * terms["entropy"]
     first = jnp.argmax(picked.draft_logits[0], axis=-1)
-    agreement = objectives.masked_mean((first == top).astype(jnp.float32), picked.valid)
+    agreement = objectives.masked_mean((first == top).astype(jnp.float32), picked.valid * picked.in_text)
     return loss, terms | {"loss": loss, "agreement": agreement, "positions": jnp.sum(picked.valid)}
 
 
@@ -248,6 +259,8 @@ def _draft_rows(
         "top": objectives.token_log_prob(logits, top),
         "proposal": objectives.token_log_prob(logits, proposal),
     }
+    if config.tv_weight:
+        rows["tv"] = objectives.tv_rows(verifier, logits)
     return rows | {"entropy": objectives.entropy_rows(logits)} if config.entropy_weight else rows
 
 
@@ -259,16 +272,21 @@ def evaluate_positions(
     objective: ObjectiveConfig,
     count: int,
 ) -> Positions:
-    """Re-run the shallow layers and the drafter over whole windows, then the head at `count` random valid positions.
+    """Re-run the shallow layers and the drafter over whole windows, then the head at `count` random valid rows.
 
-    Only those positions pay for logits over the vocabulary; if fewer are valid, the rest is masked.
+    Those are positions of the text and, where windows have any, drafts that were not taken: what the verifier made of
+    them is a target like any other. Only these rows pay for logits; if fewer are valid, the rest is masked.
     """
     llama, tokens = model.llama, windows.tokens
     rows = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _, _ = llama.shallow(tokens, None, rows, adapted=model.separate_trunk)
     # What predicts position p was computed at row p - 1.
     features = jax.tree.map(lambda x: x[:, 1:].astype(llama.dtype), windows.features)
-    drafts = model.drafter.unroll(hidden[:, :-1], features, rows[:, :-1], objective.unroll_steps)
+    text = hidden[:, :-1], features, rows[:, :-1], objective.unroll_steps
+    if windows.branches is None:
+        drafts, aside = model.drafter.unroll(*text), None
+    else:
+        drafts, aside = _with_branches(model, text, windows)
 
     target = rows[:, 1:]
     valid = target < windows.length[:, None]
@@ -276,23 +294,69 @@ def evaluate_positions(
         valid &= target > windows.prompt_length[:, None]
     proposal, reward = windows.proposal[:, 1:], windows.reward[:, 1:]
     judged = valid & (reward >= 0) & on_policy[:, None]
-    priority = jax.random.uniform(key, valid.shape) + valid
-    chosen = jax.lax.top_k(priority.ravel(), count)[1]
+    every = Candidates(drafts, tokens[:, :-1], features.final, valid)
+    candidates = jax.tree.map(_flat, every) if aside is None else jax.tree.map(_joined, every, aside)
+    # Positions of the text come first. The others have neither proposal nor reward.
+    beside = len(candidates.valid) - valid.size
+    priority = jax.random.uniform(key, candidates.valid.shape) + candidates.valid
+    chosen = jax.lax.top_k(priority, count)[1]
 
-    def pick(values: jax.Array) -> jax.Array:
-        return values.reshape(-1, *values.shape[2:])[chosen]
+    def pick(values: jax.Array, otherwise: int) -> jax.Array:
+        return jnp.pad(values.ravel(), (0, beside), constant_values=otherwise)[chosen]
+
+    previous = candidates.previous[chosen]
 
     def draft_logits(draft: jax.Array) -> jax.Array:
-        draft_hidden = pick(draft)
+        draft_hidden = draft[chosen]
         logits = model.drafter.logits(draft_hidden, llama.head_weight())
-        return llama.all_logits(model.drafter.corrected(logits, draft_hidden, pick(tokens[:, :-1]), llama.own_ids()))
+        return llama.all_logits(model.drafter.corrected(logits, draft_hidden, previous, llama.own_ids()))
 
     return Positions(
-        draft_logits=[draft_logits(draft) for draft in drafts],
-        verifier_logits=llama.all_logits(llama.logits(pick(features.final))),
-        proposal=pick(proposal),
-        reward=pick(jnp.where(valid, reward, -1)),
-        step=pick(windows.step[:, 1:]),
-        valid=pick(valid).astype(jnp.float32),
-        on_policy=pick(judged).astype(jnp.float32),
+        draft_logits=[draft_logits(draft) for draft in candidates.drafts],
+        verifier_logits=llama.all_logits(llama.logits(candidates.final[chosen])),
+        proposal=pick(proposal, -1),
+        reward=pick(jnp.where(valid, reward, -1), -1),
+        step=pick(windows.step[:, 1:], 0),
+        valid=candidates.valid[chosen].astype(jnp.float32),
+        on_policy=pick(judged, 0).astype(jnp.float32),
+        in_text=(chosen < valid.size).astype(jnp.float32),
     )
+
+
+class Candidates(NamedTuple):
+    """Rows that may be learned from, [N, Q, ...] or flat."""
+
+    drafts: list[jax.Array]  # J draft hidden states [N, Q, D]
+    previous: jax.Array  # int32 [N, Q], the token that the drafts follow
+    final: jax.Array  # [N, Q, D], the verifier's final hidden state behind it
+    valid: jax.Array  # bool [N, Q]
+
+
+def _with_branches(
+    model: SpeculativeLlama, text: tuple[jax.Array, Features, jax.Array, int], windows: Windows
+) -> tuple[list[jax.Array], Candidates | None]:
+    """The drafts in the text, and the rows of the drafts that were not taken; None if nothing is drafted behind such.
+
+    A branch is nobody's first draft: what would be draft 1 behind it stands for draft 0 too.
+    """
+    branches, dtype = windows.branches, model.llama.dtype
+    assert branches is not None
+    last = windows.tokens.shape[1] - 2
+    rows = BranchRows(branches.hidden.astype(dtype), jnp.clip(branches.position, 0, last))
+    drafts, behind = model.drafter.unroll_branches(*text, rows)
+    if not behind:
+        return drafts, None
+    aligned = [behind[min(max(j - 1, 0), len(behind) - 1)] for j in range(len(drafts))]
+    # A branch needs the text before it, of which a window that was cut may have lost the beginning.
+    known = (branches.token != NO_BRANCH) & (branches.position >= len(drafts))
+    valid = known & (branches.position < windows.length[:, None]) & (branches.position <= last)
+    return drafts, Candidates(aligned, branches.token, branches.final.astype(dtype), valid)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _joined(text: jax.Array, aside: jax.Array) -> jax.Array:
+    """Both flat, the text's rows first."""
+    return jnp.concatenate([_flat(text), _flat(aside)])

@@ -60,5 +60,7 @@ def with_new_drafter(checkpoint: Checkpoint, kind: str, options: dict[str, Any],
     elif exit_layer is None:
         exit_layer = manifest.exit_layer or min(USUAL_EXIT_LAYER, checkpoint.config.num_layers - 1)
     inherited = manifest.drafter_config if manifest.drafter == kind else {}
-    manifest = replace(manifest, drafter=kind, drafter_config=inherited | options, exit_layer=exit_layer)
+    manifest = replace(
+        manifest, drafter=kind, drafter_config=inherited | options, exit_layer=exit_layer, calibration=()
+    )
     return replace(checkpoint, manifest=manifest)

@@ -31,8 +31,8 @@ def total_variation(verifier: jax.Array, draft: jax.Array, mask: jax.Array) -> j
 
     The gradient reaches the draft logits alone.
     """
-    p = jax.nn.softmax(jax.lax.stop_gradient(verifier).astype(jnp.float32))
-    return masked_mean(0.5 * jnp.sum(jnp.abs(p - jax.nn.softmax(draft.astype(jnp.float32))), axis=-1), mask)
+    verifier = jax.lax.stop_gradient(verifier).astype(jnp.float32)
+    return masked_mean(tv_rows(verifier, draft.astype(jnp.float32)), mask)
 
 
 def kl_from(logits: jax.Array, reference: jax.Array, mask: jax.Array) -> jax.Array:
@@ -62,6 +62,11 @@ def kl_rows(reference: jax.Array, logits: jax.Array) -> jax.Array:
     """KL(p_reference || p) in nats: the cross-entropy of the two less the reference's entropy."""
     p = jax.nn.softmax(reference)
     return _cross_entropy_rows(p, logits) - _cross_entropy_rows(p, reference)
+
+
+def tv_rows(reference: jax.Array, logits: jax.Array) -> jax.Array:
+    """Total variation of softmax(reference) and softmax(logits)."""
+    return 0.5 * jnp.sum(jnp.abs(jax.nn.softmax(reference) - jax.nn.softmax(logits)), axis=-1)
 
 
 def entropy_rows(logits: jax.Array) -> jax.Array:

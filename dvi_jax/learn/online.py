@@ -29,7 +29,7 @@ from dvi_jax.errors import UserError
 from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.fast_update import Batch, LearnerState, fast_update, init_learner, with_trainable
 from dvi_jax.learn.new_drafter import kept_or_new_drafter
-from dvi_jax.learn.replay import Replay, Windows, push
+from dvi_jax.learn.replay import Replay, Windows, check_branches, push, window_bytes
 from dvi_jax.learn.rollout import rollout, window_length
 from dvi_jax.learn.run import Run
 from dvi_jax.learn.run_directory import Report, RunDirectory
@@ -137,15 +137,17 @@ class OnlineRun(Run[LearnerState, Acceptance]):
             raise UserError("slow.every needs a verifier with a lora_D: set slow.rank_d")
         check_learning(model, slowly=config.slow.every > 0)
         choose_plan(model, config.decode)
-        # Windows of the replay and of a rollout: features, and ten bytes beside them.
-        window = self.window * (2 * model.config.hidden_size * (1 + len(model.taps)) + 10)
+        if config.branches:
+            check_branches(model)
+        window = window_bytes(self.window, model.config.hidden_size, len(model.taps), config.branches)
         kept = f"replay_capacity {config.replay_capacity} and rollout_batch {config.rollout_batch}"
         check_room((config.replay_capacity + config.rollout_batch) * window, kept)
 
     def initial_state(self, params: Params) -> LearnerState:
         config = self.config
         taps = len(self.model.taps)
-        replay = Replay.empty(config.replay_capacity, self.window, self.model.config.hidden_size, taps)
+        width = self.model.config.hidden_size
+        replay = Replay.empty(config.replay_capacity, self.window, width, taps, config.branches)
         learner = init_learner(params, config.optimizer, replay, jax.random.key(config.seed))
         return learner.replace(slow=init_slow(params, config.slow)) if config.slow.every else learner
 
@@ -286,7 +288,9 @@ class OnlineRun(Run[LearnerState, Acceptance]):
 
     def _roll_out(self, model: LoadedModel, batch: list[Prompt]) -> tuple[Windows, list[Generation]]:
         prompts = [list(prompt.ids) for prompt in batch]
-        return rollout(model, prompts, self.config.decode, longest_prompt=self.config.data.max_prompt_tokens)
+        config = self.config
+        longest = config.data.max_prompt_tokens
+        return rollout(model, prompts, config.decode, longest_prompt=longest, branches=config.branches)
 
     def _take_save_seconds(self) -> float:
         """Seconds that learning stood still for saves since the last call."""

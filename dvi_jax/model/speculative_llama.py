@@ -44,6 +44,19 @@ class SpeculativeLlama(nnx.Module):
         self.separate_trunk = separate_trunk
         # "ids" int32 [Vd] and "head" [Vd, D] once `restrict_drafts` was called.
         self.draft_vocabulary: nnx.Dict[Base] = nnx.Dict()
+        # "inverse" float32 [J], one over each draft's temperature, once `calibrate` was called.
+        self.calibration: nnx.Dict[Base] = nnx.Dict()
+
+    def calibrate(self, temperatures: Sequence[float]) -> None:
+        """Temperatures of the drafts of a round; the last serves those after it. They move confidences, no choice."""
+        self.calibration["inverse"] = Base(1 / jnp.array(temperatures, jnp.float32))
+
+    def calibrated(self, logits: jax.Array, draft: jax.Array | int) -> jax.Array:
+        """Draft logits [..., Vd] of draft number `draft` (from 0) of a round, whose softmax says how sure it is."""
+        if not self.calibration:
+            return logits
+        inverse = self.calibration["inverse"][...]
+        return logits * inverse[jnp.minimum(draft, len(inverse) - 1)].astype(logits.dtype)
 
     def restrict_drafts(self, ids: Sequence[int]) -> None:
         """Draft only these tokens, so that a draft reads a small part of the LM head; verification sees them all.

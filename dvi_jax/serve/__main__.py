@@ -86,7 +86,7 @@ def _learn_settings(options: argparse.Namespace) -> LearnSettings | None:
         return None
     if options.out is None:
         raise UserError("--learn needs --out DIR, where what was learned is kept")
-    return LearnSettings(share=options.learn_share, save_seconds=options.save_seconds)
+    return LearnSettings(share=options.learn_share, branches=options.learn_branches, save_seconds=options.save_seconds)
 
 
 def _start_learning(options: argparse.Namespace, settings: LearnSettings, stack: ExitStack) -> LearningRun:
@@ -163,6 +163,13 @@ def _parser() -> argparse.ArgumentParser:
         default=LearnSettings.share,
         metavar="X",
         help="most of the device's time for learning while there are requests (default: %(default)s)",
+    )
+    group.add_argument(
+        "--learn-branches",
+        type=int,
+        default=LearnSettings.branches,
+        metavar="N",
+        help="learn from so many drafts of a reply that were not taken, too (default: %(default)s)",
     )
     group.add_argument(
         "--save-seconds",

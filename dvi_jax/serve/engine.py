@@ -18,6 +18,7 @@ from typing import Protocol
 import jax
 
 from dvi_jax.decode.batch import MOST_EOS_IDS, check_prompts
+from dvi_jax.decode.branches import most_branches
 from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.stream import StreamedText, stop_ids
 from dvi_jax.errors import UserError
@@ -42,6 +43,10 @@ log = logging.getLogger(__name__)
 
 class Learns(Protocol):
     """What learns from an engine's replies. The engine's thread alone calls it."""
+
+    @property
+    def branches(self) -> int:
+        """How many drafts that were not taken it wants with a reply's window, at most."""
 
     def take(self, windows: Windows, request: Request) -> None:
         """The learning signals of a reply that has ended, as `Engine`'s `on_window` gets them; quick."""
@@ -106,11 +111,14 @@ class Engine:
         width, prefix_bytes = max(width, least), prefix_bytes if together == 1 else 0
         chunk = min(chunk or (CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK), self.context)
         room = _rounded_up(max(_rounded_up(self.context, chunk), self.context + width), POSITIONS)
-        shape = Shape(slots, room, width, record)
+        branches = 0 if learner is None else learner.branches
+        shape = Shape(slots, room, width, record, min(branches, max(map(most_branches, plans))))
         self.memory = engine_memory(model, shape, prefix_bytes, together)
         check_engine_memory(self.memory)
         intake = Intake(model, rows=together, room=room, chunk=chunk, prefix_bytes=prefix_bytes, record=record)
-        self._scheduler = _scheduler(model, shape, intake, plans, on_window, logprobs)
+        self._scheduler = _scheduler(
+            model, shape, intake, plans, on_window=on_window, most_logprobs=logprobs, branches=branches
+        )
         if warm_up:
             self._scheduler.warm_up()
         # What several threads touch, under the lock of `_changed`.
@@ -286,12 +294,19 @@ class Engine:
 
 
 def _scheduler(
-    model: LoadedModel, shape: Shape, intake: Intake, plans: Sequence[Plan], on_window: OnWindow | None, logprobs: int
+    model: LoadedModel,
+    shape: Shape,
+    intake: Intake,
+    plans: Sequence[Plan],
+    *,
+    on_window: OnWindow | None,
+    most_logprobs: int,
+    branches: int,
 ) -> Scheduler:
     """All slots free, and plans that were compared with plain decoding, and timed, in them."""
     empty = empty_slots(model.definition, model.decode_params, shape)
     choice, empty = choose(model, plans, shape.width, check_plans(model, plans, empty, intake))
-    return Scheduler(model, empty, intake, choice, on_window=on_window, most_logprobs=logprobs)
+    return Scheduler(model, empty, intake, choice, on_window=on_window, most_logprobs=most_logprobs, branches=branches)
 
 
 def _rounded_up(size: int, step: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dvi_jax.config import ObjectiveConfig, OptimizerConfig
+from dvi_jax.config import MOST_BRANCHES, ObjectiveConfig, OptimizerConfig
 from dvi_jax.settings import require, require_count
 
 
@@ -21,6 +21,7 @@ class LearnSettings:
     fresh_windows: int = 4  # newest windows in an update
     replayed_windows: int = 4  # earlier windows in an update
     positions: int = 512  # that pay for logits in an update; and so many new ones are waited for
+    branches: int = 0  # of a window: drafts that were verified and not taken, which are learned from too; 0: none
     replay_bytes: int = 1 << 30  # of the device's memory, for windows
     replay_capacity: int = 256  # windows that are kept at most
     save_seconds: float = 60.0  # between snapshots
@@ -33,4 +34,5 @@ class LearnSettings:
         for name in ("window", "fresh_windows", "positions", "replay_bytes", "replay_capacity"):
             require_count(name, getattr(self, name), most=2**40)
         require_count("replayed_windows", self.replayed_windows, 0)
+        require_count("--learn-branches", self.branches, 0, MOST_BRANCHES)
         require(self.save_seconds >= 0, "--save-seconds", self.save_seconds, "0 or above")

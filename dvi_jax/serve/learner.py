@@ -23,7 +23,7 @@ import numpy as np
 from dvi_jax.decode.memory import check_room, tree_bytes
 from dvi_jax.errors import UserError, one_line
 from dvi_jax.learn.fast_update import Batch, LearnerState, fast_update, init_learner, with_trainable
-from dvi_jax.learn.replay import Replay, Windows
+from dvi_jax.learn.replay import Replay, Windows, check_branches, window_bytes
 from dvi_jax.learn.rollback import go_on_from
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Params
@@ -85,6 +85,8 @@ class Learner:
                 "--learn trains the drafter alone, and this model has a lora_D, whose learning would change replies:"
                 " merge it into the model (python -m conversion export --merge-lora), or leave out --learn"
             )
+        if settings.branches:
+            check_branches(model)
         self.settings, self._model, self._clock = settings, model, clock
         self._report, self._save = report, save
         self._window = min(settings.window, context)
@@ -92,7 +94,8 @@ class Learner:
         self._positions = min(settings.positions, fresh * (self._window - 1))
         self._size = Batch(0, kept, self._positions)
         capacity = self._capacity(fresh)
-        replay = Replay.empty(capacity, self._window, model.config.hidden_size, len(model.taps))
+        width, taps = model.config.hidden_size, len(model.taps)
+        replay = Replay.empty(capacity, self._window, width, taps, settings.branches)
         self._state = init_learner(model.params, settings.optimizer, replay, jax.random.key(settings.seed))
         self._good = self._live = self._given = self._point()  # given: what the engine drafts with
         self._shadow, self._share = Shadow(), Share(settings.share, clock)
@@ -111,7 +114,7 @@ class Learner:
     def _capacity(self, fresh: int) -> int:
         """Windows that fit; `UserError` where the least that makes sense does not."""
         settings, config = self.settings, self._model.config
-        window = self._window * (2 * config.hidden_size * (1 + len(self._model.taps)) + 10)
+        window = window_bytes(self._window, config.hidden_size, len(self._model.taps), settings.branches)
         capacity = max(fresh, min(settings.replay_capacity, settings.replay_bytes // window))
         moving = tree_bytes(self._model.params.drafter) + tree_bytes(self._model.params.lora_s)
         # Weights of three drafters (good, live, candidate) with two moments each, and gradients.
@@ -119,6 +122,11 @@ class Learner:
         return capacity
 
     # What the engine's thread calls.
+
+    @property
+    def branches(self) -> int:
+        """How many drafts that were not taken it wants with a reply's window, at most."""
+        return self.settings.branches
 
     def take(self, windows: Windows, request: Request) -> None:
         """The window of a reply that has ended, of all positions of a slot; cut and kept on the device."""

@@ -31,9 +31,12 @@ def keep(replay: Replay, windows: Windows, window: int) -> tuple[Replay, jax.Arr
     def newest_part(leaf: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(leaf, cut, window, axis=1) if leaf.ndim > 1 else leaf
 
-    windows = jax.tree.map(newest_part, windows)
+    branches = windows.branches
+    windows = jax.tree.map(newest_part, windows.replace(branches=None))
     windows = windows.replace(
-        prompt_length=jnp.maximum(windows.prompt_length - cut, 0), length=jnp.minimum(windows.length, window)
+        prompt_length=jnp.maximum(windows.prompt_length - cut, 0),
+        length=jnp.minimum(windows.length, window),
+        branches=branches and branches.replace(position=branches.position - cut),
     )
     replay = push(replay, windows)
     return replay, replay.windows.length[replay.cursor - 1]
@@ -76,6 +79,7 @@ def compare(
         drafts = jnp.stack([jnp.argmax(logits, axis=-1) == top for logits in picked.draft_logits])
         return jnp.mean(drafts.astype(jnp.float32), axis=0), picked.valid
 
+    windows = windows.replace(branches=None)  # as in decoding, where nothing behind a wrong draft counts
     (of_good, valid), (of_live, _) = right(good), right(live)
     difference = of_good - of_live
     spread = masked_mean(jnp.square(difference - masked_mean(difference, valid)), valid)

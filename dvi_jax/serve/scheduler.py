@@ -55,14 +55,16 @@ class Scheduler:
         *,
         on_window: OnWindow | None,
         most_logprobs: int,
+        branches: int,
     ):
         """Where slots keep learning signals, `on_window` gets those of replies that have ended.
 
+        `branches`: drafts not taken that it gets of each, at most.
         `most_logprobs`: alternatives that a request may want the log-probabilities of.
         """
         self.params = model.decode_params  # what the next stretch decodes with
         self._model, self._slots, self._intake, self._choice = model, slots, intake, choice
-        self._on_window, self._most_logprobs = on_window, most_logprobs
+        self._on_window, self._most_logprobs, self._branches = on_window, most_logprobs, branches
         count = len(slots.eos_ids)
         self._replies: list[Reply | None] = [None] * count
         self._ended = np.zeros(count, bool)  # slots whose sequence must go no further, though the device would
@@ -91,7 +93,8 @@ class Scheduler:
         filled = self._intake.warm_up(self.params)
         if self._on_window is not None:  # an empty window, which nothing can be learned from
             nothing = np.int32(0)
-            self._on_window(take_window(self._slots, nothing, nothing, nothing), Request((), 0))
+            window = take_window(self._slots, nothing, nothing, nothing, branches=self._branches)
+            self._on_window(window, Request((), 0))
         done = Terms.joined([Terms.of(1, 1, (), GREEDY, vocab_size)] * self._intake.rows)  # with their first tokens
         places = np.arange(self._intake.rows, dtype=np.int32)
         for sampled in (False, True):
@@ -261,7 +264,8 @@ class Scheduler:
             return
         prompt = len(reply.request.prompt_ids)
         length = prompt + reply.statistics.new_tokens
-        window = take_window(self._slots, np.int32(slot), np.int32(prompt), np.int32(length))
+        where = np.int32(slot), np.int32(prompt), np.int32(length)
+        window = take_window(self._slots, *where, branches=self._branches)
         self._on_window(window, reply.request)
 
     def _free(self, slot: int) -> None:

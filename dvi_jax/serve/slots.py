@@ -147,6 +147,7 @@ class Shape(NamedTuple):
     room: int  # S
     width: int  # W
     record: bool  # whether slots keep learning signals
+    branches: int = 0  # drafts not taken of a position that slots keep beside them, at most
 
 
 def abstract_slots(definition: Definition, params: Params, shape: Shape) -> Slots:
@@ -157,7 +158,7 @@ def abstract_slots(definition: Definition, params: Params, shape: Shape) -> Slot
         one = Terms.of(1, 1, (), SamplingConfig(), model.llama.config.vocab_size)
         terms = Terms.joined([one] * shape.slots)
         filled = Filled.empty(model, shape.slots, shape.room, keep=shape.record)
-        return _begin(model, filled, terms, shape.width, sampled=True)[0]
+        return _begin(model, filled, terms, shape.width, shape.branches, sampled=True)[0]
 
     return jax.eval_shape(make, params)
 
@@ -210,7 +211,10 @@ def lay(
     -> slots, and int32 [P, 2]: that token, and whether the reply ends with it.
     """
     width = slots.decode.committed.hidden.shape[1]
-    rows, first_token = _begin(join(definition, params), filled, Terms.unpacked(terms), width, sampled=sampled)
+    signals = slots.decode.signals
+    branches = 0 if signals is None else signals.most_branches
+    model = join(definition, params)
+    rows, first_token = _begin(model, filled, Terms.unpacked(terms), width, branches, sampled=sampled)
 
     def put(buffer: jax.Array, new: jax.Array) -> jax.Array:
         if not buffer.ndim:
@@ -246,16 +250,21 @@ def run_stretch(
     return slots._replace(decode=state.replace(sampling=state.sampling if sampled else sampling)), packed
 
 
-@jax.jit
-def take_window(slots: Slots, slot: jax.Array, prompt_length: jax.Array, length: jax.Array) -> Windows:
-    """One window of S positions: the first `length` tokens of a slot's sequence, with their learning signals."""
+@partial(jax.jit, static_argnames="branches")
+def take_window(
+    slots: Slots, slot: jax.Array, prompt_length: jax.Array, length: jax.Array, *, branches: int = 0
+) -> Windows:
+    """One window of S positions: the first `length` tokens of a slot's sequence, with their learning signals.
+
+    And with so many drafts that were not taken, of a slot that keeps any.
+    """
 
     def of(tree: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(tree, slot, 1)
 
     state = slots.decode
     row = state.replace(tokens=of(state.tokens), length=length[None], signals=jax.tree.map(of, state.signals))
-    return read_windows(row, prompt_length[None], window=state.tokens.shape[1])
+    return read_windows(row, prompt_length[None], window=state.tokens.shape[1], branches=branches)
 
 
 def _pack(state: DecodeState, began: jax.Array) -> jax.Array:
@@ -295,13 +304,13 @@ def columns_of(state: DecodeState) -> int:
 
 
 def _begin(
-    model: SpeculativeLlama, filled: Filled, terms: Terms, width: int, *, sampled: bool
+    model: SpeculativeLlama, filled: Filled, terms: Terms, width: int, branches: int, *, sampled: bool
 ) -> tuple[Slots, jax.Array]:
     """Sequences before their first round, and their first tokens int32 [P]."""
     sampling = terms.sampling(filled.tokens, model.llama.config.vocab_size)
     first_token = choose_first(model, filled, sampling if sampled else None, jnp.asarray(terms.length))
     length, limit = jnp.asarray(terms.length), jnp.asarray(terms.limit)
-    state = begin(filled, first_token, length, limit, jnp.asarray(terms.eos_ids), width, sampling)
+    state = begin(filled, first_token, length, limit, jnp.asarray(terms.eos_ids), width, sampling, branches)
     counts = jnp.zeros((len(length), MOST_ROUNDS), jnp.int32)  # of one stretch alone
     return Slots(state.replace(accept_lengths=counts, drafted=counts), jnp.asarray(terms.eos_ids)), first_token
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import yaml
 from dvi_jax.errors import ArgumentParser, UserError
 from dvi_jax.learn.offline import train_offline
 from dvi_jax.learn.packing import Packed
-from experiments import curves, draw, losses
+from experiments import curves, drafters_page, draw, losses
 from experiments.side_by_side import _update, add_arguments, open_bench
 
 
@@ -95,3 +96,9 @@ def test_what_is_no_comparison(arguments, tmp_path):
     with pytest.raises(UserError, match="has 6 questions of at most 128 tokens"):
         losses.main([*arguments, *out, "--prompts", "7"])
     assert not (tmp_path / "never.json").exists()
+
+
+def test_the_comparison_page_is_that_of_the_kept_results():
+    kept = Path(drafters_page.__file__).with_name("drafters.md").read_text(encoding="utf-8")
+    assert drafters_page.page() == kept
+    assert "| SmolLM2-135M-Instruct | Spec-Bench, 240 | fused | `tree:16` | 3.01 |" in kept

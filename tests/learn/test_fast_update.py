@@ -189,7 +189,8 @@ def test_warm_up_by_hand():
 @pytest.mark.parametrize(("drafts", "temperature", "entropy_weight"), [(3, 1.0, 0.0), (3, 2.0, 0.3), (1, 1.0, 0.3)])
 def test_loss_and_gradient_are_those_of_the_formula(drafts, temperature, entropy_weight):
     """The module's formula from the probabilities themselves, each term on the draft and the positions it is for."""
-    config = ObjectiveConfig(kl_temperature=temperature, entropy_weight=entropy_weight, ce_weight=0.7, unroll_decay=0.5)
+    weights = {"entropy_weight": entropy_weight, "tv_weight": entropy_weight / 2}
+    config = ObjectiveConfig(kl_temperature=temperature, ce_weight=0.7, unroll_decay=0.5, **weights)
     rng, count, vocab = np.random.default_rng(0), 24, 9
     logits = jnp.asarray(3 * rng.normal(size=(drafts, count, vocab)), jnp.float32)
     teacher = jnp.asarray(3 * rng.normal(size=(count, vocab)), jnp.float32)
@@ -209,6 +210,9 @@ def test_loss_and_gradient_are_those_of_the_formula(drafts, temperature, entropy
         p, rows = jax.nn.softmax(teacher / temperature), np.arange(count)
         kl = jnp.sum(p * jnp.log(p / jax.nn.softmax(logits / temperature)), axis=-1)[:, valid == 1].mean(axis=1)
         decay = np.array([1, 0.5, 0.25])[:drafts]
+        # What they have in common is what total variation leaves.
+        common = jnp.minimum(jax.nn.softmax(teacher), jax.nn.softmax(logits)).sum(axis=-1)
+        total_variation = 1 - common[:, valid == 1].mean(axis=1)
         q = jax.nn.softmax(logits[np.minimum(step, drafts - 1), rows])
         policy = ((reward - 0.4) * jnp.log(q[rows, proposal]))[reward >= 0]
         accepted = (reward == 1) & (valid == 1)
@@ -216,10 +220,11 @@ def test_loss_and_gradient_are_those_of_the_formula(drafts, temperature, entropy
             "kl": temperature**2 * (decay * kl).sum() / decay.sum(),
             "pg": -policy.mean(),
             "ce": -jnp.log(q[rows, teacher.argmax(-1)])[accepted].mean(),
+            "tv": (decay * total_variation).sum() / decay.sum(),
             "entropy": -jnp.sum(q * jnp.log(q), axis=-1)[valid == 1].mean(),
         }
-        loss = 0.6 * terms["kl"] + 0.3 * terms["pg"] + 0.7 * terms["ce"] - entropy_weight * terms["entropy"]
-        return loss, terms
+        loss = 0.6 * terms["kl"] + 0.3 * terms["pg"] + 0.7 * terms["ce"]
+        return loss + entropy_weight * (terms["tv"] / 2 - terms["entropy"]), terms
 
     def loss(logits):
         return fast_loss(picked._replace(draft_logits=list(logits)), jnp.float32(0.4), (0.6, 0.3), config)
@@ -227,7 +232,7 @@ def test_loss_and_gradient_are_those_of_the_formula(drafts, temperature, entropy
     (expected, expected_terms), expected_grad = jax.jit(jax.value_and_grad(formula, has_aux=True))(logits)
     (value, terms), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(logits)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    assert expected_terms.keys() - terms.keys() == ({"entropy"} if not entropy_weight else set())
+    assert expected_terms.keys() - terms.keys() == ({"entropy", "tv"} if not entropy_weight else set())
     for name in expected_terms.keys() & terms.keys():
         np.testing.assert_allclose(terms[name], expected_terms[name], rtol=1e-5)
     assert np.abs(expected_grad).max(axis=(1, 2)).min() > 1e-3  # every draft has one

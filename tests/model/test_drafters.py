@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dvi_jax.errors import UserError
-from dvi_jax.model.drafters import DRAFTERS, BlockDrafter, Committed, Origin, build_drafter, unrolled
+from dvi_jax.model.drafters import DRAFTERS, BlockDrafter, BranchRows, Committed, Origin, build_drafter, unrolled
 from dvi_jax.model.features import Features
 from dvi_jax.presets import TINY
 
@@ -58,11 +58,11 @@ def prefilled(drafter):
 
 
 @jax.jit
-def draft_round(drafter, state, committed, position):
-    """The drafts of one round at `position`: list of [B, D], and the state."""
+def draft_round(drafter, state, committed, position, other=HIDDEN, wrong=-1):
+    """The drafts of one round at `position`: list of [B, D], and the state. At `wrong` it sees the token of `other`."""
 
     def hidden(at):
-        return jax.lax.dynamic_slice_in_dim(HIDDEN, at, 1, axis=1)
+        return jax.lax.dynamic_slice_in_dim(jnp.where(at == wrong, other, HIDDEN), at, 1, axis=1)
 
     if isinstance(drafter, BlockDrafter):
         block, state = drafter.propose(state, committed, hidden(position), drafter.max_drafts)
@@ -93,6 +93,27 @@ def test_unroll_equals_decoding(kind, accepted):
                 expected = unrolled[min(step, len(unrolled) - 1)][:, position + step]
                 np.testing.assert_allclose(draft, expected, atol=2e-5)
         committed = committed_rows(drafter, 5, accepted)
+
+
+@pytest.mark.parametrize("kind", sorted(DRAFTERS))
+def test_behind_a_draft_that_was_not_taken(kind):
+    """A round at 5 whose draft 0 or 1 is not the text's token: what decoding drafts next is what is learned."""
+    drafter = trained(kind)
+    other = -HIDDEN[:, ::-1]  # exit hidden states of the tokens drafted in the text's place
+
+    @jax.jit
+    def learned(drafter, position):
+        rows = jax.lax.dynamic_slice_in_dim(other, position, 1, axis=1)
+        branches = BranchRows(rows, jnp.full((BATCH, 1), position))
+        return drafter.unroll_branches(HIDDEN, seen(drafter), POSITIONS, STEPS, branches)
+
+    for wrong in range(2):
+        drafts, behind = jax.device_get(learned(drafter, 6 + wrong))
+        for ours, text in zip(drafts, unroll(drafter, HIDDEN, FINAL), strict=True):
+            np.testing.assert_allclose(ours, text, atol=2e-5)
+        found, _ = draft_round(drafter, prefilled(drafter), committed_rows(drafter, 4, 1), 5, other, 6 + wrong)
+        expected = behind[min(wrong, len(behind) - 1)][:, 0]
+        np.testing.assert_allclose(found[1 + wrong], expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", sorted(DRAFTERS))

@@ -90,7 +90,7 @@ def test_replies_stay_and_drafts_get_better(new_model, make_engine, make_learner
     with make_engine(new_model) as engine:
         (frozen, before), again = (serve(engine, requests(), pieces_of) for _ in range(2))
     assert again == (frozen, before)
-    learner = make_learner()
+    learner = make_learner(settings=replace(SETTINGS, branches=8))
     digest, rates = learner.status.digest, []
     compiled = [program._cache_size() for program in PROGRAMS[:1] + PROGRAMS[2:]]
     with make_engine(new_model, learner=learner) as engine:

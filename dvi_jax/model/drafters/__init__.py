@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dvi_jax.errors import UserError
-from dvi_jax.model.drafters.base import BlockDrafter, Committed, Drafter, Origin, StepDrafter
+from dvi_jax.model.drafters.base import BlockDrafter, BranchRows, Committed, Drafter, Origin, StepDrafter
 from dvi_jax.model.drafters.block import ContextBlock
 from dvi_jax.model.drafters.exit_head import ExitHead
 from dvi_jax.model.drafters.fused import Fused
@@ -16,6 +16,7 @@ from dvi_jax.settings import from_dict
 __all__ = [
     "DRAFTERS",
     "BlockDrafter",
+    "BranchRows",
     "Committed",
     "ContextBlock",
     "Drafter",

@@ -9,7 +9,7 @@ Letters as in `layers.py`; W rows of a round, A tapped layers, Vd tokens that ma
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,13 @@ class Committed(struct.PyTreeNode):
     def last_final(self) -> jax.Array:
         """The verifier's final hidden state of the last committed row: [B, 1, D]."""
         return jnp.take_along_axis(self.features.final, (self.count - 1)[:, None, None], axis=1)
+
+
+class BranchRows(NamedTuple):
+    """For learning: X rows of drafts that were not taken, each one token off the text beside which it stands."""
+
+    hidden: jax.Array  # [B, X, D], exit hidden state of the draft
+    positions: jax.Array  # int32 [B, X], of the draft; it follows the text before that position
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,16 @@ class Drafter(nnx.Module):
         """
         raise NotImplementedError
 
+    def unroll_branches(
+        self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int, branches: BranchRows
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """What `unroll` gives, and the drafts that would have come behind `branches`: [B, X, D] each.
+
+        Those are of draft 1 of a round (its second), 2 and so on, had the branch been draft 0, 1 and so on; a single
+        one where all drafts are made alike, none where a round has but one.
+        """
+        raise NotImplementedError
+
     def logits(self, draft_hidden: jax.Array, head: Matrix) -> jax.Array:
         """Draft hidden [..., D] through the frozen LM head [Vd, D] -> float32 logits [..., Vd]."""
         with jax.named_scope("draft_head"):
@@ -139,3 +156,10 @@ class BlockDrafter(Drafter):
         -> draft hidden [B, drafts, D], and the state, which has taken in the rows that the last round committed.
         """
         raise NotImplementedError
+
+    def unroll_branches(
+        self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int, branches: BranchRows
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        # Later drafts of a block do not see the ones before them: behind a branch they are what they are in the text.
+        drafts = self.unroll(hidden, features, positions, steps)
+        return drafts, [jnp.take_along_axis(x, branches.positions[..., None], axis=1) for x in drafts[1:]]

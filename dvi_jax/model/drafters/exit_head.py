@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dvi_jax.model.drafters.base import Committed, Origin, StepDrafter
+from dvi_jax.model.drafters.base import BranchRows, Committed, Origin, StepDrafter
 from dvi_jax.model.features import Features
 from dvi_jax.model.layers import LoRA
 from dvi_jax.model.quantised import Matrix
@@ -60,6 +60,11 @@ class ExitHead(StepDrafter):
 
     def unroll(self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int) -> list[jax.Array]:
         return [self._translate(hidden)]
+
+    def unroll_branches(
+        self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int, branches: BranchRows
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        return [self._translate(hidden)], [self._translate(branches.hidden)]
 
     def logits(self, draft_hidden: jax.Array, head: Matrix) -> jax.Array:
         return super().logits(draft_hidden, head) * self.scale[...]

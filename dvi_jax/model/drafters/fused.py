@@ -9,7 +9,6 @@ joined with the final hidden state where `taps` name some: EAGLE-3, arXiv 2503.0
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -19,10 +18,10 @@ from dvi_jax.model import attention
 from dvi_jax.model.attention import LayerCache
 from dvi_jax.model.decode_products import round_linear
 from dvi_jax.model.drafters import layer
-from dvi_jax.model.drafters.base import Committed, Origin, StepDrafter
+from dvi_jax.model.drafters.base import BranchRows, Committed, Origin, StepDrafter
 from dvi_jax.model.drafters.inner import joined
 from dvi_jax.model.drafters.layer import DraftLayer, Geometry, LayerWeights, Product, random_matrix
-from dvi_jax.model.drafters.unrolled import later
+from dvi_jax.model.drafters.unrolled import attend_text, later, rows_at
 from dvi_jax.model.features import Features, check_taps
 from dvi_jax.model.products import linear
 from dvi_jax.model.residual import rms_norm
@@ -84,18 +83,48 @@ class Fused(StepDrafter, DraftLayer):
         return self._run(state, hidden, draft_hidden, positions)
 
     def unroll(self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int) -> list[jax.Array]:
+        return self._unroll(hidden, features, positions, steps, None)[0]
+
+    def unroll_branches(
+        self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int, branches: BranchRows
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        return self._unroll(hidden, features, positions, steps, branches)
+
+    def _unroll(
+        self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int, branches: BranchRows | None
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """The drafts at every position of the text, and those behind `branches`."""
         drafts: list[jax.Array] = []
+        behind: list[jax.Array] = []
         cached: list[tuple[jax.Array, jax.Array]] = []
         context = self._seen(features)  # of the position before: the verifier's, then the drafter's own
         weights, geometry = self._weights(hidden), Geometry.of(self.architecture)
-        for _ in range(steps):
+        distance = positions[:, :, None] - positions[:, None, :]
+
+        def finished(x: jax.Array, mixed: jax.Array) -> jax.Array:
+            x = layer.after_attention(x, mixed, weights, geometry.eps)
+            return rms_norm(x, self.norm[...], geometry.eps)
+
+        for step in range(steps):
+            # The row at t sees the rows up to t - step as the first draft cached them, with verifier features, and row
+            # t - step + i as draft i cached it: that is how decoding will see them.
+            if branches is not None and step:
+                at = branches.positions
+                before = jnp.take_along_axis(context, jnp.maximum(at - 1, 0)[..., None], axis=1)
+                x = linear(*self._fusion(branches.hidden, before))
+                query, *pair = self._heads(x, at)
+                places = [at - step + i for i in range(len(cached))]
+                own = [(rows_at(k, p), rows_at(v, p)) for p, (k, v) in zip(places[1:], cached[1:], strict=True)]
+                seen = at[..., None] - positions[:, None, :] >= step
+                mixed = attend_text(query, *cached[0], seen, [*own, (pair[0], pair[1])])
+                behind.append(finished(x, mixed))
             x = linear(*self._fusion(hidden, later(context, 1)))
-            query, key, value = self._heads(x, positions)
-            cached.append((key, value))
-            x = layer.after_attention(x, _attend_unrolled(query, cached, positions), weights, geometry.eps)
-            context = rms_norm(x, self.norm[...], geometry.eps)
+            query, *pair = self._heads(x, positions)
+            cached.append((pair[0], pair[1]))
+            own = [(later(k, step - i, axis=2), later(v, step - i, axis=2)) for i, (k, v) in enumerate(cached) if i]
+            context = finished(x, attend_text(query, *cached[0], distance >= step, own))
             drafts.append(context)
-        return drafts
+        return drafts, behind
 
     def _run(
         self, cache: LayerCache, hidden: jax.Array, context: jax.Array, positions: jax.Array
@@ -130,25 +159,3 @@ class Fused(StepDrafter, DraftLayer):
 
     def _weights(self, like: jax.Array) -> LayerWeights:
         return LayerWeights.of(self, like.dtype)
-
-
-def _attend_unrolled(query: jax.Array, cached: list[tuple[jax.Array, jax.Array]], positions: jax.Array) -> jax.Array:
-    """Attention of draft step j = len(cached) - 1 as decoding will see it. query [B, T, N, H]; key, value [B, K, T, H].
-
-    The row at t sees the rows up to t - j as the first draft cached them (with verifier features), and row t - j + i as
-    step i cached it.
-    """
-    step = len(cached) - 1
-    batch, tokens, heads, size = query.shape
-    grouped = query.reshape(batch, tokens, cached[0][0].shape[1], -1, size)  # [B, T, K, G, H]
-    distance = positions[:, :, None] - positions[:, None, :]
-    scores = attention.wide_einsum("btkgh,bksh->bkgts", grouped, cached[0][0])
-    scores = jnp.where((distance >= step)[:, None, None], scores, -jnp.inf)
-    own = [(later(k, step - i, axis=2), later(v, step - i, axis=2)) for i, (k, v) in enumerate(cached) if i]
-    recent = [attention.wide_einsum("btkgh,bkth->bkgt", grouped, k) for k, _ in own]
-    scores = jnp.concatenate([scores, *(r[..., None] for r in recent)], axis=-1) / math.sqrt(size)
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    mixed = attention.wide_einsum("bkgts,bksh->btkgh", weights[..., :tokens], cached[0][1])
-    for i, (_, value) in enumerate(own):
-        mixed += attention.wide_einsum("bkgt,bkth->btkgh", weights[..., tokens + i], value)
-    return mixed.astype(query.dtype).reshape(batch, tokens, heads * size)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from dvi_jax.model import attention
 from dvi_jax.model.attention import LayerCache
-from dvi_jax.model.drafters.base import Committed, Origin, StepDrafter
+from dvi_jax.model.drafters.base import BranchRows, Committed, Origin, StepDrafter
+from dvi_jax.model.drafters.unrolled import attend_text
 from dvi_jax.model.features import Features
 from dvi_jax.model.products import linear
 from dvi_jax.model.residual import rms_norm
@@ -83,6 +84,15 @@ class Kangaroo(StepDrafter):
         qkv, heads, rope = self._qkv(hidden, positions)
         mixed, _ = attention.attend_fresh(qkv[None], heads, rope, None, positions)
         return [self._finish(hidden, mixed)]
+
+    def unroll_branches(
+        self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int, branches: BranchRows
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        _, key, value = attention.split_heads(*self._qkv(hidden, positions))
+        query, *own = attention.split_heads(*self._qkv(branches.hidden, branches.positions))
+        seen = positions[:, None] < branches.positions[..., None]
+        mixed = attend_text(query, key, value, seen, [(own[0], own[1])])
+        return self.unroll(hidden, features, positions, steps), [self._finish(branches.hidden, mixed)]
 
     def _run(self, cache: LayerCache, hidden: jax.Array, positions: jax.Array) -> tuple[jax.Array, LayerCache]:
         qkv, heads, rope = self._qkv(hidden, positions)

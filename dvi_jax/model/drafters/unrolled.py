@@ -21,6 +21,37 @@ def later(x: jax.Array, by: int, axis: int = 1) -> jax.Array:
     return jax.lax.slice_in_dim(moved, 0, x.shape[axis], axis=axis)
 
 
+def attend_text(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    seen: jax.Array,
+    own: list[tuple[jax.Array, jax.Array]],
+) -> jax.Array:
+    """Rows that see positions of the text, and rows that each has for itself: [B, Q, N*H].
+
+    query [B, Q, N, H]; key, value [B, K, T, H] of the text, of which `seen` bool [B, Q, T] says what a row sees; `own`:
+    pairs [B, K, Q, H], of which row q sees the q-th.
+    """
+    batch, rows, heads, size = query.shape
+    grouped = query.reshape(batch, rows, key.shape[1], -1, size)  # [B, Q, K, G, H]
+    scores = wide_einsum("btkgh,bksh->bkgts", grouped, key)
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    recent = [wide_einsum("btkgh,bkth->bkgt", grouped, k) for k, _ in own]
+    scores = jnp.concatenate([scores, *(r[..., None] for r in recent)], axis=-1) / math.sqrt(size)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    tokens = key.shape[2]
+    mixed = wide_einsum("bkgts,bksh->btkgh", weights[..., :tokens], value)
+    for i, (_, own_value) in enumerate(own):
+        mixed += wide_einsum("bkgt,bkth->btkgh", weights[..., tokens + i], own_value)
+    return mixed.astype(query.dtype).reshape(batch, rows, heads * size)
+
+
+def rows_at(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """x [B, K, T, H] at int32 `positions` [B, Q], those before the first taken for the first: [B, K, Q, H]."""
+    return jnp.take_along_axis(x, jnp.maximum(positions, 0)[:, None, :, None], axis=2)
+
+
 def attend_blocks(
     query: jax.Array, key: jax.Array, value: jax.Array, own_key: jax.Array, own_value: jax.Array
 ) -> jax.Array:

@@ -1,0 +1,141 @@
+"""How far a drafter's confidence is the share of its drafts that are right, before and after temperatures are fitted.
+
+    python -m experiments.calibration --checkpoint CKPT --drafter-from DIR --fit heldout.jsonl \\
+        --questions question.jsonl --write CALIBRATED --out FILE.json
+
+The model replies to prompts of held-out conversations (`--fit`), to which the temperatures of the drafts of a round are
+fitted (`dvi_jax/learn/calibration.py`), and to questions that nothing was fitted to, on which the expected calibration
+error is measured: draft by draft, each where those before it were right. `--write` keeps the drafter with its
+temperatures, for `--drafter-from`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dvi_jax.config import DecodeConfig
+from dvi_jax.data.conversations import Message
+from dvi_jax.data.tokenizer import Tokenizer
+from dvi_jax.decode.batch import generate_batch
+from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
+from dvi_jax.evaluate.spec_bench import read_questions
+from dvi_jax.importing.cache import open_checkpoint
+from dvi_jax.learn.calibration import Judged, expected_calibration_error, fit_temperatures, judge
+from dvi_jax.learn.packing import Packed
+from dvi_jax.loading import LoadedModel, enable_compilation_cache, from_checkpoint
+from dvi_jax.trained_parts import with_drafter_from, write_drafter
+from experiments.measure import environment, settings_of, write_result
+from experiments.sweep import every_prompt
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reply, fit, measure, print a table."""
+    options = parse(arguments)
+    enable_compilation_cache()
+    checkpoint = open_checkpoint(options.checkpoint)
+    if options.drafter_from:
+        checkpoint = with_drafter_from(checkpoint, options.drafter_from)
+    if checkpoint.drafter is None:
+        raise UserError(f"{options.checkpoint} has no trained drafter: name one by --drafter-from")
+    # Temperatures that the drafter has already play no part here: its logits are asked.
+    model = from_checkpoint(checkpoint)
+    tokenizer = model.need_tokenizer(f"{options.checkpoint} has no tokenizer")
+    held_out = list(every_prompt(options.fit, tokenizer, options.prompts, options.longest_prompt).values())
+    unseen = questions(options, tokenizer)
+    temperatures = fit_temperatures(model, replies(model, held_out, options), options.draft_steps, options.batch)
+    both = np.stack([np.ones(len(temperatures)), np.array(temperatures)], axis=1)
+    judged = judge(model, replies(model, unseen, options), options.draft_steps, both, options.batch)
+    rows = [row_of(one, temperature) for one, temperature in zip(judged, temperatures, strict=True)]
+    every = Judged(*(np.concatenate(parts) for parts in zip(*judged, strict=True)))
+    total = row_of(every)
+    result = {"environment": environment(), "settings": settings_of(options), "drafts": rows, "all": total}
+    show([*rows, total])
+    if options.write:
+        manifest = replace(checkpoint.manifest, calibration=temperatures)
+        write_drafter(options.write, replace(checkpoint, manifest=manifest))
+    if options.out:
+        write_result(options.out, result)
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(prog="python -m experiments.calibration", description=__doc__)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--drafter-from", metavar="DIR")
+    parser.add_argument("--fit", required=True, help="held-out conversations, whose last questions are replied to")
+    parser.add_argument("--questions", required=True, help="Spec-Bench questions, whose first turns are replied to")
+    parser.add_argument("--prompts", type=at_least_one, default=64, help="of each file, spread over it")
+    parser.add_argument("--longest-prompt", type=at_least_one, default=128, help="longer prompts are left out")
+    parser.add_argument("--new-tokens", type=at_least_one, default=128)
+    parser.add_argument("--batch", type=at_least_one, default=16)
+    parser.add_argument("--draft-steps", type=at_least_one, default=4, help="a block drafter has as many as its block")
+    parser.add_argument("--write", type=Path, metavar="DIR", help="the drafter with its temperatures")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    return parser.parse_args(arguments)
+
+
+def questions(options: argparse.Namespace, tokenizer: Tokenizer) -> list[list[int]]:
+    """First turns of at most so many tokens, spread over the file's categories."""
+    asked = [tokenizer.chat([Message("user", question.turns[0])]) for question in read_questions(options.questions)]
+    short = [prompt for prompt in asked if len(prompt) <= options.longest_prompt]
+    if not short:
+        raise UserError(f"{options.questions} has no question of at most {options.longest_prompt} tokens")
+    return short[:: -(-len(short) // options.prompts)]
+
+
+def replies(model: LoadedModel, prompts: list[list[int]], options: argparse.Namespace) -> Packed:
+    """The model's greedy replies, a row each, whose tokens are marked."""
+    settings = DecodeConfig(draft_steps=0, max_new_tokens=options.new_tokens)
+    tokens = np.zeros((len(prompts), options.longest_prompt + options.new_tokens), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for begin in range(0, len(prompts), options.batch):
+        batch = prompts[begin : begin + options.batch]
+        # The last batch is filled up, so that all have one shape.
+        filled = batch + batch[:1] * (options.batch - len(batch))
+        found, _ = generate_batch(model, filled, settings, plain=True, longest_prompt=options.longest_prompt)
+        for row, (prompt, reply) in enumerate(zip(batch, found, strict=False), begin):
+            length = len(reply.output_ids)
+            tokens[row, :length], mask[row, len(prompt) : length] = reply.output_ids, True
+    return Packed(tokens, mask)
+
+
+def row_of(judged: Judged, temperature: float | None = None) -> dict[str, Any]:
+    """What is told of the drafts of one number: before and after, column by column of their confidences."""
+    before, after = judged.confidence.T
+    return {
+        "temperature": temperature,
+        "judged": len(judged.right),
+        "right": float(np.mean(judged.right)),
+        "confidence": [float(np.mean(before)), float(np.mean(after))],
+        "error": [expected_calibration_error(column, judged.right) for column in (before, after)],
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A line for each draft of a round, and one for all."""
+    table = Table()
+    for column in ("draft", "temperature", "judged", "right", "confidence", "calibrated", "error", "calibrated"):
+        table.add_column(column, justify="right")
+    for number, row in enumerate(rows, 1):
+        temperature = row["temperature"]
+        table.add_row(
+            "all" if temperature is None else str(number),
+            "-" if temperature is None else f"{temperature:.2f}",
+            str(row["judged"]),
+            *(f"{share:.3f}" for share in (row["right"], *row["confidence"], *row["error"])),
+        )
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
