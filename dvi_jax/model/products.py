@@ -46,7 +46,8 @@ def _by_blocks(x: jax.Array, weight: Quantised) -> jax.Array:
 
     def sums(block: Quantised) -> jax.Array:
         if block.is_packed:
-            return sum(_sums(left, right) for left, right in zip(lefts, block.planes(x.dtype), strict=True))
+            first, *others = (_sums(*pair) for pair in zip(lefts, block.planes(x.dtype), strict=True))
+            return sum(others, first)
         if block.is_grouped:
             return _sums(x, block.dequantised(x.dtype))
         return _sums(x, block.values.astype(x.dtype)) * block.scales  # one scale a channel can wait for the sum

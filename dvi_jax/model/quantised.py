@@ -6,8 +6,8 @@ output channels first, so that it can be cut, taken and joined along them as the
 
 Four-bit integers are offset by 8 where there are no minima. Where a channel's groups are a multiple of four, they lie
 in words of 16 bits: word j of four groups has term j of each, the first group's in its lowest bits, so that what one
-load brings serves four products, each with a scale of its own. Else they lie two to a byte: byte j of a group has term j
-of its first half in the low bits and that of the second half in the high ones.
+load brings serves four products, each with a scale of its own. Else they lie two to a byte: byte j of a group has term
+j of its first half in the low bits and that of the second half in the high ones.
 
 Letters: O output channels, I inputs, G groups of a channel, P integers of a byte or word.
 """
