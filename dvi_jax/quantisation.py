@@ -31,6 +31,7 @@ class Quantisation:
     weights: str  # one of FORMATS: int8 and float8 with a scale for each output channel, int4 for each group
     group: int = 64  # inputs that share a scale of int4, fewer where rows aren't whole groups; others ignore it
     head: bool = False  # the LM head too; where it is tied, as a matrix beside the embedding
+    calibration_tokens: int = 0  # of the text that int4 was rounded by (`importing/gptq.py`), 0 for rounding to nearest
     source_sha256: str = ""  # `identity.hash_base` of the weights that were rounded
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ _LARGEST_INT8 = 127
 _LARGEST_FLOAT8 = float(ml_dtypes.finfo(FLOAT8).max)
 _LARGEST_INT4 = 7
 # What the range of four bits may be made smaller by, so that most of a group is rounded more finely.
-_SHRINKINGS = np.linspace(1.0, 0.7, 13, dtype=np.float32)
+SHRINKINGS = np.linspace(1.0, 0.7, 13, dtype=np.float32)
 
 
 def rounded(rows: np.ndarray, how: Quantisation) -> Quantised:
@@ -41,7 +41,7 @@ def group_scales(grouped: np.ndarray) -> np.ndarray:
     """float16 scales [n, G] of groups [n, G, size]: of several ranges for each, that of the least squared error."""
     largest = np.abs(grouped).max(axis=2)
     best, least = np.zeros_like(largest), np.full_like(largest, np.inf)
-    for shrinking in _SHRINKINGS:
+    for shrinking in SHRINKINGS:
         scales = _scales(largest * shrinking, _LARGEST_INT4).astype(np.float16).astype(np.float32)
         integers = np.clip(np.rint(grouped / scales[..., None]), -OFFSET, _LARGEST_INT4)
         error = np.square(integers * scales[..., None] - grouped).sum(axis=2)
