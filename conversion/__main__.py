@@ -25,6 +25,7 @@ def main() -> int:
             dtype=dtype or "float32",
             exit_layer=args.exit_layer,
             quantisation=quantisation,
+            calibration=args.calibration,
         )
         kept = f" with matrices in {quantisation.weights}" if quantisation else ""
         missing = "" if (args.out / "tokenizer.json").exists() else "; no tokenizer in the source: only token ids work"
@@ -46,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     importer.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: float32)")
     importer.add_argument("--weights", choices=WEIGHTS, help="format of its matrices (default: the dtype)")
     importer.add_argument("--group", type=int, default=64, choices=GROUPS, help="inputs that share a scale of int4")
+    importer.add_argument(
+        "--calibration", nargs="+", default=[], metavar="FILE", help="conversations to round int4 by (GPTQ)"
+    )
     importer.add_argument("--quantise-head", action="store_true", help="keep the LM head in as few bits too")
     importer.add_argument("--exit-layer", type=int, metavar="K", help="layers that draft (default: 2)")
     exporter = commands.add_parser("export", help="checkpoint -> orbax export or Hugging Face directory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from conversion import kangaroo
@@ -20,6 +21,7 @@ def import_model(
     dtype: str = "float32",
     exit_layer: int | None = None,
     quantisation: Quantisation | None = None,
+    calibration: Sequence[str] = (),
 ) -> Manifest:
     """Write the checkpoint directory `out` from `source`, with the Kangaroo adapter of `adapter` if given.
 
@@ -35,5 +37,12 @@ def import_model(
         )
         trained = TrainedParts(manifest, drafter, None, None)
     return write_import(
-        source, out, model, trained=trained, dtype=dtype, exit_layer=exit_layer, quantisation=quantisation
+        source,
+        out,
+        model,
+        trained=trained,
+        dtype=dtype,
+        exit_layer=exit_layer,
+        quantisation=quantisation,
+        calibration=calibration,
     )

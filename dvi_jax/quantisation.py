@@ -21,7 +21,7 @@ WEIGHTS = (BFLOAT16, *FORMATS)
 GROUPS = (128, 64, 32)  # inputs that may share a scale of int4, the largest first
 MATRICES = ("qkv", "out", "gate_up", "down")  # of a layer; norms, biases and the embedding stay as they are
 PARTS = {"values", "scales", "minima"}
-_VALUES = {"int8", "float8_e4m3fn", "uint8"}  # uint8: two four-bit integers
+_VALUES = {"int8": 1, "float8_e4m3fn": 1, "uint8": 2, "uint16": 4}  # types, and integers of an element
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class Quantisation:
     weights: str  # one of FORMATS: int8 and float8 with a scale for each output channel, int4 for each group
     group: int = 64  # inputs that share a scale of int4, fewer where rows aren't whole groups; others ignore it
     head: bool = False  # the LM head too; where it is tied, as a matrix beside the embedding
+    calibration_tokens: int = 0  # of the text that int4 was rounded by (`importing/gptq.py`), 0 for rounding to nearest
     source_sha256: str = ""  # `identity.hash_base` of the weights that were rounded
 
     def __post_init__(self) -> None:
@@ -88,12 +89,13 @@ def _whole_shape(parts: Mapping[str, Any], where: str) -> tuple[int, int]:
         raise UserError(
             f"{where}: values of {dtype} {list(values.shape)} with scales {list(scales.shape)} are no matrix"
         )
-    packed = dtype == "uint8"
-    out, width = values.shape[0], values.shape[1] * (2 if packed else 1)
+    packed = _VALUES[dtype] > 1
+    out, width = values.shape[0], values.shape[1] * _VALUES[dtype]
     grouped = len(scales.shape) == 2
     fits = scales.shape[0] == out and (grouped or not packed) and (minima is None or packed)
     if grouped:
         fits = fits and scales.shape[1] > 0 and width % scales.shape[1] == 0 and width // scales.shape[1] in GROUPS
+        fits = fits and (dtype != "uint16" or scales.shape[1] % 4 == 0)
     if not fits or (minima is not None and tuple(minima.shape) != tuple(scales.shape)):
         raise UserError(f"{where}: values {list(values.shape)} and scales {list(scales.shape)} do not fit each other")
     for part in (scales, *([] if minima is None else [minima])):

@@ -54,7 +54,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     paths = {"checkpoint", "data", "drafter_from"}
     values = {name: value for name, value in vars(options).items() if name != "out" and not callable(value)}
     return {
-        name: Path(value).name if isinstance(value, Path) or (name in paths and value) else value
+        name: Path(value).name if isinstance(value, Path) or (name in paths and isinstance(value, str)) else value
         for name, value in values.items()
     }
 

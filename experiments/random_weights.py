@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dvi_jax.config import LlamaConfig
 from dvi_jax.importing.rounding import group_of
 from dvi_jax.model.llama import base_shapes
-from dvi_jax.model.quantised import Quantised
+from dvi_jax.model.quantised import PACKING, Quantised
 from dvi_jax.quantisation import Quantisation
 
 _STD = 0.02  # of the weights
@@ -51,7 +51,8 @@ def random_matrix(shape: tuple[int, int], key: jax.Array, how: Quantisation) -> 
     group = group_of(width, how.group) if how.weights == "int4" else None
     if group is not None:
         scales = jnp.full((out, width // group), _STD / _INTEGERS["int4"], jnp.float16)
-        return Quantised(jax.random.bits(key, (out, width // 2), jnp.uint8), scales)
+        packed = jnp.uint8 if width // group % PACKING["uint16"] else jnp.uint16
+        return Quantised(jax.random.bits(key, (out, width // PACKING[jnp.dtype(packed).name]), packed), scales)
     if how.weights == "float8":
         values = (_INTEGERS["float8"] * jax.random.normal(key, shape, jnp.bfloat16)).astype(jnp.float8_e4m3fn)
         return Quantised(values, jnp.full((out,), _STD / _INTEGERS["float8"], jnp.float32))

@@ -110,12 +110,12 @@ def _form(matrix: Quantised) -> str:
 
 
 def _keeps(source: TensorSource, slots: list[Slot], how: Quantisation) -> bool:
-    """Whether a file has all rows of a matrix in one form of its own, and in no more bits than are asked for."""
+    """Whether a file has all rows of a matrix in one form of its own, of as many bits as are asked for."""
     if not isinstance(source, QuantisedSource) or how.weights == "float8":
         return False
     forms = {source.kept_form(slot.name) for slot in slots}
     form = forms.pop()
-    return not forms and form is not None and form[1] <= _BITS[how.weights]
+    return not forms and form is not None and form[1] == _BITS[how.weights]
 
 
 def _kept(source: QuantisedSource, slots: list[Slot]) -> Quantised:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from dvi_jax.model.quantised import OFFSET, Quantised
+from dvi_jax.model.quantised import OFFSET, PACKING, Quantised
 from dvi_jax.quantisation import GROUPS, Quantisation
 
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -13,7 +13,7 @@ _LARGEST_INT8 = 127
 _LARGEST_FLOAT8 = float(ml_dtypes.finfo(FLOAT8).max)
 _LARGEST_INT4 = 7
 # What the range of four bits may be made smaller by, so that most of a group is rounded more finely.
-_SHRINKINGS = np.linspace(1.0, 0.7, 13, dtype=np.float32)
+SHRINKINGS = np.linspace(1.0, 0.7, 13, dtype=np.float32)
 
 
 def rounded(rows: np.ndarray, how: Quantisation) -> Quantised:
@@ -29,7 +29,7 @@ def rounded(rows: np.ndarray, how: Quantisation) -> Quantised:
     grouped = rows.reshape(len(rows), -1, group)
     scales = group_scales(grouped)
     integers = np.clip(np.rint(grouped / scales[..., None].astype(np.float32)), -OFFSET, _LARGEST_INT4)
-    return Quantised(packed(integers.astype(np.int8)), scales)
+    return Quantised(packed((integers + OFFSET).astype(np.uint8)), scales)
 
 
 def group_of(width: int, most: int) -> int | None:
@@ -41,7 +41,7 @@ def group_scales(grouped: np.ndarray) -> np.ndarray:
     """float16 scales [n, G] of groups [n, G, size]: of several ranges for each, that of the least squared error."""
     largest = np.abs(grouped).max(axis=2)
     best, least = np.zeros_like(largest), np.full_like(largest, np.inf)
-    for shrinking in _SHRINKINGS:
+    for shrinking in SHRINKINGS:
         scales = _scales(largest * shrinking, _LARGEST_INT4).astype(np.float16).astype(np.float32)
         integers = np.clip(np.rint(grouped / scales[..., None]), -OFFSET, _LARGEST_INT4)
         error = np.square(integers * scales[..., None] - grouped).sum(axis=2)
@@ -50,10 +50,16 @@ def group_scales(grouped: np.ndarray) -> np.ndarray:
 
 
 def packed(integers: np.ndarray) -> np.ndarray:
-    """int8 [n, G, size] between -8 and 7 -> uint8 [n, G * size / 2], as `Quantised` has them."""
+    """uint8 [n, G, size] from 0 to 15 -> words uint16 [n, G * size / 4], or bytes, as `Quantised` has them."""
     count, groups, size = integers.shape
-    halves = (integers + OFFSET).astype(np.uint8).reshape(count, groups, 2, size // 2)
-    return (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(count, groups * size // 2)
+    if groups % PACKING["uint16"]:
+        planes = integers.reshape(count, groups, 2, size // 2)
+    else:
+        planes = integers.reshape(count, groups // 4, 4, size).astype(np.uint16)
+    result = planes[:, :, 0].copy()
+    for plane in range(1, planes.shape[2]):
+        result |= planes[:, :, plane] << 4 * plane
+    return result.reshape(count, -1)
 
 
 def _scales(largest: np.ndarray, most: float) -> np.ndarray:

@@ -9,7 +9,8 @@ A product of a few rows has too few results to occupy a GPU, so its sum is split
 side. They stay apart for the kernel that comes next, which adds them on its way: attention, or sum and norm.
 
 Weights in fewer bits (`quantised.py`) are read as they are and converted in registers; integers and eight-bit floats
-are exact in bfloat16. A channel's scale multiplies its finished sum, a group's the sum of the group's terms.
+are exact in bfloat16. A channel's scale multiplies its finished sum, a group's the sum of the group's terms. Four bits
+set into the mantissa of 128 are a bfloat16 at once, and the 128 is taken off behind the sum.
 
 Letters: P parts, R rows, K terms of a sum.
 """
@@ -25,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from dvi_jax.model.products import has_gpu_kernels, linear, total
-from dvi_jax.model.quantised import OFFSET, Matrix, Quantised
+from dvi_jax.model.quantised import OFFSET, PACKING, Matrix, Quantised
 
 ROW_TILE = 16  # rows of the smallest matrix product in Triton
 MOST_BLOCK_ROWS = 64  # rows of one program; more are further programs, which read the weight again
@@ -86,7 +87,7 @@ def product(
     R as `padded_rows` has it. `interpret` runs the kernel on any device, for tests. It has no derivative.
     """
     dtype = jnp.float32 if parts > 1 else jnp.dtype(out_dtype or x.dtype)
-    blocks = _fitted(blocks_for(weight.shape, parts, len(x)), weight)
+    blocks = _fitted(blocks_for(weight.shape, parts, len(x)), weight, len(x))
     return _run(_kernel, x, weight, blocks, dtype, interpret)
 
 
@@ -96,7 +97,7 @@ def gated_product(x: jax.Array, weight: Matrix, *, interpret: bool = False) -> j
 
     Both products are rounded to x's dtype, as is silu's result; R, `interpret` and derivative as for `product`.
     """
-    blocks = _fitted(gated_blocks_for((weight.shape[0] // 2, weight.shape[1]), len(x)), weight)
+    blocks = _fitted(gated_blocks_for((weight.shape[0] // 2, weight.shape[1]), len(x)), weight, len(x))
     return _run(_gated_kernel, x, weight, blocks, x.dtype, interpret)[0]
 
 
@@ -145,10 +146,19 @@ def gated_blocks_for(shape: tuple[int, ...], rows: int) -> Blocks:
     return blocks_for(shape, 1, rows)._replace(columns=NARROW)
 
 
-def _fitted(blocks: Blocks, weight: Matrix) -> Blocks:
-    """`blocks` whose steps are whole groups of a quantised weight."""
-    if not isinstance(weight, Quantised) or not weight.is_grouped:
+def _fitted(blocks: Blocks, weight: Matrix, rows: int) -> Blocks:
+    """`blocks` as a quantised weight wants them, measured on an H100; its steps are whole groups."""
+    if not isinstance(weight, Quantised):
         return blocks
+    # Of 64 rows four warps would make another instruction, which adds up in another order; two do not.
+    many = rows >= MOST_BLOCK_ROWS
+    blocks = blocks._replace(columns=NARROW, warps=2 if many else 4)
+    if not weight.is_grouped:
+        length = weight.shape[1] // blocks.parts
+        step = next(n for n in (4 * STEP, 2 * STEP, STEP) if length % n == 0 or n == STEP)
+        return blocks._replace(step=STEP if many else step, stages=3 if step == 4 * STEP else 5)
+    if weight.packing == PACKING["uint16"]:
+        return blocks._replace(step=4 * weight.group, stages=3)
     groups = weight.shape[1] // blocks.parts // weight.group
     most = max(blocks.step // weight.group, 1)
     return blocks._replace(step=weight.group * next(n for n in range(most, 0, -1) if groups % n == 0))
@@ -229,6 +239,8 @@ def _sums(x: Ref, weight: list[Ref], offsets: tuple[int, ...], place: _Place, bl
             sums = tuple(total + more for total, more in zip(sums, added, strict=True))
         return sums
 
+    if values.dtype == jnp.uint16:
+        return _word_sums(x, weight, offsets, place, blocks)
     grouped = bool(scales) and len(scales[0].shape) == 2
     zeros = jnp.zeros((place.rows.shape[0], blocks.columns), jnp.float32)
     steps = pl.cdiv(length, blocks.step)
@@ -270,7 +282,59 @@ def _group_sums(x: Ref, weight: list[Ref], group: jax.Array, place: _Place, by: 
     return total
 
 
+def _word_sums(
+    x: Ref, weight: list[Ref], offsets: tuple[int, ...], place: _Place, blocks: Blocks
+) -> tuple[jax.Array, ...]:
+    """`_sums` of four-bit integers in words: a step is the words of four groups, with a product for each of them."""
+    values, scales, *_ = weight
+    group, blocks_of_four = x.shape[1] // scales.shape[1], scales.shape[1] // 4
+    steps = pl.cdiv(blocks_of_four, blocks.parts)
+    columns, inside, word = place.columns.T, place.inside.T, jnp.arange(group)
+
+    def scales_of(number: jax.Array) -> list[list[list[jax.Array]]]:
+        """For each offset, of scales and of minima: [1, block columns] for each group of the four."""
+        at = jnp.minimum(number, blocks_of_four - 1) * 4
+        return [
+            [[plt.load(ref.at[columns + by, at + i], mask=inside, other=0.0) for i in range(4)] for ref in weight[1:]]
+            for by in offsets
+        ]
+
+    def step(index: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        sums, scaling = carry
+        number = place.part * steps + index
+        following = scales_of(number + 1)  # asked for a step before they are needed
+        there = (number < blocks_of_four) & (word >= 0)  # the last part may have fewer
+        packed = [
+            plt.load(values.at[columns + by, number * group + word[:, None]], mask=inside & there[:, None], other=0)
+            for by in offsets
+        ]
+        for i in range(4):
+            left = plt.load(x.at[place.rows, (number * 4 + i) * group + word[None, :]], mask=there[None, :], other=0.0)
+            terms = plt.dot(left, jnp.ones((group, blocks.columns), left.dtype))  # of x, the same in every column
+            sums = tuple(
+                total + _scaled(plt.dot(left, _above_128((words >> 4 * i) & 15)), terms, [part[i] for part in parts])
+                for total, words, parts in zip(sums, packed, scaling, strict=True)
+            )
+        return sums, following
+
+    zeros = jnp.zeros((place.rows.shape[0], blocks.columns), jnp.float32)
+    start = (zeros,) * len(offsets), scales_of(place.part * steps)
+    return jax.lax.fori_loop(0, steps, step, start)[0]
+
+
+def _scaled(product: jax.Array, terms: jax.Array, scaling: list[jax.Array]) -> jax.Array:
+    """A group's product with 128 and more in place of its integers, put right: `terms` is that with ones."""
+    scale, *minimum = (part.astype(jnp.float32) for part in scaling)
+    if minimum:
+        return (product - 128 * terms) * scale + terms * minimum[0]
+    return (product - (128 + OFFSET) * terms) * scale
+
+
+def _above_128(integers: jax.Array) -> jax.Array:
+    """bfloat16 128 + n for uint16 n below 128: set into the mantissa of 128, whose last bit counts one."""
+    return jax.lax.bitcast_convert_type(integers | 0x4300, jnp.bfloat16)
+
+
 def _as_bfloat16(integers: jax.Array, offset: int) -> jax.Array:
-    """uint8 integers below 128, less `offset`: set into the mantissa of 128, whose last bit counts one."""
-    bits = integers.astype(jnp.uint16) | 0x4300
-    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16) - jnp.bfloat16(128 + offset)
+    """uint8 integers below 128, less `offset`."""
+    return _above_128(integers.astype(jnp.uint16)) - jnp.bfloat16(128 + offset)

@@ -85,6 +85,7 @@ PAIRS = (
     Case(plan="chain", drafter="kangaroo", sampling="rejection"),
     Case(plan="chain", drafter="tapped_step", dtype="bfloat16", prefix=True),
     Case(plan="tree", dtype="bfloat16", trunk="separate"),
+    Case(plan="tree", dtype="bfloat16", weights="int4"),
     Case(plan="tree", drafter="medusa", sampling="coupled"),
     Case(plan="tree", drafter="kangaroo", sampling="rejection"),
     Case(plan="tree", drafter="tapped_block", dtype="bfloat16", prefix=True),

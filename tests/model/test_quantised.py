@@ -12,8 +12,8 @@ from dvi_jax.model.products import linear
 from dvi_jax.model.quantised import Quantised
 from dvi_jax.quantisation import Quantisation
 
-FORMS = ("int8", "float8", "int4", "int4 with minima", "int8 in groups")
-ROWS, OUT, WIDTH, GROUP = 32, 40, 384, 64
+FORMS = ("int8", "float8", "int4", "int4 in bytes", "int4 with minima", "int8 in groups")
+ROWS, OUT, WIDTH, GROUP = 32, 40, 768, 64
 
 
 def matrix(form, out=OUT):
@@ -22,7 +22,9 @@ def matrix(form, out=OUT):
     scales = rng.uniform(0.5, 2, (out, WIDTH // GROUP)).astype(np.float16) / 64
     if form.startswith("int4"):
         minima = (-8 * scales).astype(np.float16) if "minima" in form else None
-        return Quantised(rng.integers(0, 256, (out, WIDTH // 2), np.uint8), scales, minima)
+        if "bytes" in form:
+            return Quantised(rng.integers(0, 256, (out, WIDTH // 2), np.uint8), scales)
+        return Quantised(rng.integers(0, 65536, (out, WIDTH // 4), np.uint16), scales, minima)
     integers = rng.integers(-127, 128, (out, WIDTH), np.int8)
     if form == "int8 in groups":
         return Quantised(integers, scales)
@@ -37,11 +39,13 @@ def stands_for(quantised):
     for row in range(out):
         for column in range(width):
             group, place = divmod(column, quantised.group)
-            if quantised.is_packed:
+            if quantised.values.dtype == np.uint16:
+                word = int(quantised.values[row, group // 4 * quantised.group + place])
+                integer = (word >> 4 * (group % 4) & 15) - (8 if quantised.minima is None else 0)
+            elif quantised.values.dtype == np.uint8:
                 half = quantised.group // 2
                 byte = int(quantised.values[row, group * half + place % half])
-                integer = byte >> 4 if place >= half else byte & 15
-                integer -= 8 if quantised.minima is None else 0
+                integer = (byte >> 4 if place >= half else byte & 15) - 8
             else:
                 integer = float(quantised.values[row, column])
             at = (row, group) if quantised.is_grouped else row
@@ -68,8 +72,10 @@ def test_kernels_are_the_formula_and_rows_do_not_meet(form, rows):
     np.testing.assert_array_equal(on_device(quantised).dequantised(jnp.float32), whole.astype(np.float32))
     weight, parts = on_device(quantised), 2
     found = product(rows, weight, parts=parts, out_dtype=jnp.float32, interpret=True)
-    halves = zip(np.split(np.asarray(rows, np.float64), parts, 1), np.split(whole, parts, 1), strict=True)
-    expected = np.stack([left @ right.T for left, right in halves])
+    # Words of four groups are not divided: of three times 256 terms the first part has two.
+    middle = 512 if quantised.values.dtype == np.uint16 else WIDTH // 2
+    halves = (np.s_[:, :middle], np.s_[:, middle:])
+    expected = np.stack([np.asarray(rows, np.float64)[half] @ whole[half].T for half in halves])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     # Other rows change, and none of this one's bits; nor do they for another number of rows.
     other = product(rows.at[3].multiply(-2), weight, parts=parts, out_dtype=jnp.float32, interpret=True)
@@ -111,6 +117,8 @@ def test_parts_are_whole_groups():
     assert part_count((4096, 11008)) == part_count((4096, 11008), 128) == 2
     assert part_count((1024, 11008), 64) == 4
     assert part_count((1024, 11008), 128) == 2  # 43 groups of 128 are no two parts
+    weight = Quantised(np.zeros((1024, 2752), np.uint16), np.zeros((1024, 172), np.float16))
+    assert sum_parts(weight) == 4
     weight = Quantised(np.zeros((1024, 5504), np.uint8), np.zeros((1024, 86), np.float16))
     assert sum_parts(weight) == 2
     assert {blocks_for(weight.shape, 2, count).parts for count in (16, 64, 256)} == {2}
