@@ -177,5 +177,7 @@ def test_a_log_without_questions_is_said_before_anything_is_measured(byte_checkp
     log.write_text('{"messages": [{"role": "user", "content": "%s"}]}\n' % ("long " * 10_000), encoding="utf-8")
     monkeypatch.setattr(self_distill.SelfDistillation, "_measure", None)
     work = self_distill.SelfDistillation(str(byte_checkpoint), [str(log)], tmp_path / "out")
-    with pytest.raises(UserError, match=r"log\.jsonl: no question of at most \d+ tokens to reply to"):
+    with pytest.raises(
+        UserError, match=r"no prompt of at most \d+ tokens in 1 conversations read \(prompt too long: 1\)"
+    ):
         work.prepare(1.0)

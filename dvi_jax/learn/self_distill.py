@@ -83,10 +83,7 @@ class SelfDistillation:
         config, dtype = self.checkpoint.config, self.checkpoint.manifest.dtype
         recipe = choose_recipe(config, dtype, free, accelerator=accelerator)
         recipe = recipe if passes is None else replace(recipe, passes=passes)
-        if next(self.prompts(recipe, 1), None) is None:  # before minutes of measuring
-            raise UserError(
-                f"{', '.join(self.data)}: no question of at most {max(recipe.replies.lengths)} tokens to reply to"
-            )
+        next(self.prompts(recipe, 1), None)  # raises for a log that holds none, before minutes of measuring
         rates = self._measure(recipe)
         self.recipe, lengths = fit_to_time(recipe, rates, map(len, self.prompts(recipe, MOST_PROMPTS)), 60 * minutes)
         estimate = self._estimate(rates, lengths, free)
