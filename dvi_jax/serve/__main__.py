@@ -151,6 +151,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="how long running replies may take after SIGTERM",
     )
+    _add_learning_options(parser)
+    return parser
+
+
+def _add_learning_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("learning while serving (docs/serving.md)")
     group.add_argument(
         "--learn", action="store_true", help="train the drafter on replies, except those with store: false"
@@ -179,7 +184,6 @@ def _parser() -> argparse.ArgumentParser:
         help="between two snapshots (default: %(default)s)",
     )
     group.add_argument("--drafter", metavar="KIND", help="begin with an untrained drafter of this kind")
-    return parser
 
 
 if __name__ == "__main__":

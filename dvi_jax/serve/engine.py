@@ -92,18 +92,16 @@ class Engine:
         `auto`. `max_waiting`: requests that may wait for a slot. `prefix_bytes`: memory for beginnings that prompts
         share. `chunk`: tokens of a prompt that go through at once. `together`: prompts that are taken in side by side,
         which share no beginnings if they are several. `width`: of every plan at least, where bits depend on it, for the
-        replies of an engine whose plan is as wide. `warm_up`: compile every program now, so
-        that no request waits for one. `logprobs`: alternatives that a request may want the log-probabilities of; 0:
-        there are none, which needs less memory. `on_window` gets the learning signals of every reply
-        that may be learned from, on the device, as one window of as many positions as a slot has; it is called by the
-        engine's thread and must be quick. A `learner` gets them in its place, and turns between stretches. Raises
-        `UserError` for sizes that cannot be, or that memory does not hold, and for a plan that on this device has other
-        bits than plain decoding (`agreement.py`).
+        replies of an engine whose plan is as wide. `warm_up`: compile every program now, so that no request waits for
+        one. `logprobs`: alternatives that a request may want the log-probabilities of; 0: none, which needs less
+        memory. `on_window` gets the learning signals of every reply that may be learned from, on the device, as one
+        window of as many positions as a slot has; the engine's thread calls it, so it must be quick. A `learner` gets
+        them in its place, and turns between stretches. Raises `UserError` for sizes that cannot be, or that memory does
+        not hold, and for a plan that on this device has other bits than plain decoding (`agreement.py`).
         """
         sizes = {"slots": slots, "context": context, "max_waiting": max_waiting, "together": together}
-        for name, value in sizes.items():
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
+        if too_few := [name for name, value in sizes.items() if value < 1]:
+            raise UserError(f"{too_few[0]} must be at least 1, got {sizes[too_few[0]]}")
         self.model, self.slots, self.max_waiting, self.logprobs = model, slots, max_waiting, logprobs
         self.context = min(context, model.config.context_length)
         self._learner, on_window = learner, on_window if learner is None else learner.take
