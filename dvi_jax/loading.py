@@ -18,7 +18,7 @@ from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.directories import cache_folder
 from dvi_jax.errors import UserError
 from dvi_jax.importing.cache import open_checkpoint
-from dvi_jax.mesh import collect, place_tree, shard_config, shards, spread, stored_shapes
+from dvi_jax.mesh import check_blocks, collect, place_tree, shard_config, shards, spread, stored_shapes
 from dvi_jax.model.drafters import BlockDrafter, Origin, build_drafter
 from dvi_jax.model.llama import Llama
 from dvi_jax.model.lora import inject_dual_lora
@@ -139,6 +139,7 @@ def from_checkpoint(
                 f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens,"
                 f" the model's embedding only {config.vocab_size}"
             )
+    check_blocks(mesh, checkpoint.base)
     model = build_model(config, manifest, place_tree(mesh, config, checkpoint.base, "llama"), seed=seed, mesh=mesh)
     if checkpoint.draft_vocabulary is not None:
         model.restrict_drafts([*checkpoint.draft_vocabulary, *config.eos_token_ids])

@@ -16,7 +16,7 @@ Letters: n devices along `model`, N query heads, K KV heads, H head size, D hidd
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from dvi_jax.config import LlamaConfig, MeshConfig
 from dvi_jax.errors import UserError
+from dvi_jax.model.quantised import Quantised
 from dvi_jax.quantisation import PARTS
 
 DATA, MODEL = "data", "model"
@@ -88,6 +89,20 @@ def shard_config(config: LlamaConfig, mesh: Mesh | None) -> LlamaConfig:
         num_kv_heads=math.lcm(config.num_kv_heads, n) // n,  # divides N/n, since both K and n divide N
         intermediate_size=config.intermediate_size // n,
     )
+
+
+def check_blocks(mesh: Mesh | None, base: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a matrix in fewer bits whose inputs are not whole blocks on each device."""
+    n = shards(mesh)
+    for layer in base["layers"].values():
+        for name, parts in layer.items():
+            if isinstance(parts, Mapping) and WEIGHTS[name] == BY_INPUT:
+                (_, width), block = Quantised.of(parts).shape, Quantised.of(parts).block
+                if width % (n * block):
+                    raise UserError(
+                        f"mesh model={n}: the {width} inputs of {name} are kept in blocks of {block},"
+                        f" which do not divide by {n}: import with a smaller --group, or as int8"
+                    )
 
 
 def row_order(name: str, config: LlamaConfig, n: int) -> np.ndarray | None:

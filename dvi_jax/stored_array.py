@@ -16,7 +16,7 @@ class StoredArray:
         """`path`: of an orbax checkpoint; `names`: the keys that lead to the array there."""
         self.path, self.names = path, names
         self.shape, self.dtype = shape, dtype
-        self.size = int(np.prod(shape))
+        self.ndim, self.size = len(shape), int(np.prod(shape))
         self.nbytes = self.size * dtype.itemsize
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

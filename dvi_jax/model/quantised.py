@@ -61,6 +61,13 @@ class Quantised(NamedTuple):
         """Inputs that share a scale: all of a channel where it isn't grouped."""
         return self.shape[1] // self.scales.shape[1] if self.is_grouped else self.shape[1]
 
+    @property
+    def block(self) -> int:
+        """Inputs that lie together: `values` may be cut along the inputs between blocks alone."""
+        if self.is_packed:
+            return self._block * self.packing
+        return self.group if self.is_grouped else 1
+
     @classmethod
     def of(cls, parts: Mapping[str, Any]) -> Quantised:
         """From its fields by name, as a base tree has them."""
