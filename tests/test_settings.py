@@ -186,3 +186,8 @@ def test_a_folder_does_not_hide_the_shipped_config_of_its_name(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     assert load_train_config("demo", ["out=mine"]).out == "mine"
+
+
+def test_a_name_that_is_not_shipped_tells_those_that_are():
+    complaint = complaint_of(load_train_config, "dmeo")
+    assert re.fullmatch(r"there is no config dmeo: give a file, or one of ablation_\w+, .*\bdemo\b.*", complaint)
