@@ -1,12 +1,14 @@
-"""A server that learns, and an engine, put to the test on a tiny model: company, kills, and many requests.
+"""A server that learns, and an engine, put to the test on a tiny model: company, hostility, kills, many requests.
 
     python -m experiments.serve_trials company --requests 500      # over HTTP, clients leaving in mid-reply
+    python -m experiments.serve_trials hostile                     # idle connections, a large body, endless templates
     python -m experiments.serve_trials kills --kills 20            # SIGKILL at random moments, under load
     python -m experiments.serve_trials many --requests 20000       # through one engine
 
-Exit status 1 where a promise is broken: a reply that is not the same alone; a killed server that does not come back,
-or not with the drafter of its newest snapshot; memory, arrays or compiled programs that grow. `many` counts arrays and
-programs after a tenth of the requests and at the end; for memory every run says how much it grew.
+Exit status 1 where a promise is broken: a reply that is not the same alone; a request that is neither served nor
+refused; a killed server that does not come back, or not with the drafter of its newest snapshot; memory, arrays or
+compiled programs that grow. `many` counts arrays and programs after a tenth of the requests and at the end; for memory
+every run says how much it grew.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import itertools
 import os
 import random
 import re
+import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +29,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +50,12 @@ from experiments.measure import environment, write_result
 from experiments.tiny import WORDS, write_tiny_model
 
 BROKEN = 1  # exit status
-SLOTS, CONTEXT = 4, 120
+SLOTS, CONTEXT = 4, 192
+IDLE, CHATS = 1000, 100  # connections, and requests by a template that does not end
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 LISTENING = re.compile(r"dashboard: (http://\S+)/dashboard")
 STARTING_SECONDS, ANSWER_SECONDS = 600, 60
+PAUSE = 0.2  # seconds of a client that got no reply
 MOST_GROWTH = 64  # MiB of a server over as many requests again; less is how an allocator works
 
 
@@ -56,8 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     enable_compilation_cache()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_tiny_model(folder / "model", context=CONTEXT)
-        trial = {"company": company, "kills": kills, "many": many}[options.trial]
+        template = ENDLESS if options.trial == "hostile" else None
+        write_tiny_model(folder / "model", context=CONTEXT, chat_template=template)
+        trial = {"company": company, "hostile": hostile, "kills": kills, "many": many}[options.trial]
         result = trial(folder, options)
     for name, value in result.items():
         print(f"{name:24} {value}")
@@ -142,6 +152,38 @@ def company(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return found | {"broken": bool(found["different"] or lost or is_left or grew or not learning["updates"])}
 
 
+def hostile(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """1,000 connections that say nothing, 10 MB, and 100 chats by an endless template, beside ordinary requests."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the server inherits it
+    with Server(folder) as server, ExitStack() as stack:
+        url = httpx.URL(server.wait())
+        for _ in range(IDLE):
+            stack.enter_context(socket.create_connection((url.host, url.port)))
+        client = stack.enter_context(httpx.Client(base_url=url, timeout=STARTING_SECONDS))
+        pool = stack.enter_context(ThreadPoolExecutor(CHATS))
+        chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        chats = [pool.submit(client.post, "/v1/chat/completions", json=chat) for _ in range(CHATS)]
+        ordinary, seconds = Counter[int](), []
+        while not (all(one.done() for one in chats) and ordinary):
+            began = time.perf_counter()
+            answer = client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 4})
+            ordinary[answer.status_code] += 1
+            seconds.append(time.perf_counter() - began)
+        large = client.post("/v1/completions", json={"prompt": "x" * 10_000_000}).status_code
+        refused = Counter(one.result().status_code for one in chats)
+        engine = server.status()["engine"]
+    found = {
+        "chats": dict(refused),
+        "ordinary": dict(ordinary),
+        "longest_seconds": max(seconds),
+        "large": large,
+        "running": engine["running"],
+    }
+    fine = refused.keys() <= {400, 503} and ordinary.keys() == {200} and large == 413 and not engine["running"]
+    return found | {"broken": not fine}
+
+
 def kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Lives of a server, each ended by SIGKILL between its start and a few seconds after it listens."""
     rng, clients = random.Random(options.seed), Clients()
@@ -150,33 +192,42 @@ def kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     for number in range(options.kills + 1):
         expected = newest_snapshot(folder / "run")
         with Server(folder) as server:
-            began, last = time.perf_counter(), number == options.kills
-            # Some are killed before they listen.
-            alive = starting + rng.uniform(-0.3 * starting, options.life)
-            if last or alive > starting:
-                clients.url = server.wait()
-                starting = time.perf_counter() - began
-                learning = server.status()["learning"]
-                lives.append({"expected": expected, "first_updates": learning["updates"], "digest": learning["digest"]})
-                time.sleep(max(alive - starting, 0.5))
-            else:
-                time.sleep(alive)
+            began = time.perf_counter()
+            more = rng.uniform(-0.3 * starting, options.life)  # seconds that it listens; some are killed before
+            if 0 < number < options.kills and more < 0:
+                time.sleep(starting + more)
+                continue
+            clients.url = server.wait()
+            starting = time.perf_counter() - began
+            learning = server.status()["learning"]
+            lives.append({"expected": expected, "first_updates": learning["updates"], "digest": learning["digest"]})
+            while number == 0 and not newest_snapshot(folder / "run"):  # else there is nothing to lose
+                if server.process.poll() is not None or time.perf_counter() - began > STARTING_SECONDS:
+                    raise UserError("the server keeps no snapshot")
+                time.sleep(0.1)
+            time.sleep(max(more, 0.5))
             clients.url = None
     clients.stop()
+    return judge(lives, clients, options.kills)
+
+
+def judge(lives: Sequence[dict[str, Any]], clients: Clients, kills: int) -> dict[str, Any]:
+    """What came of the lives that listened: updates that their snapshot had, those they began with, their drafter."""
     # It may have learned more before its status was asked for, but not less.
     lost = sum(life["first_updates"] < life["expected"] for life in lives)
-    found = {
-        "kills": options.kills,
+    drafters = len({life["digest"] for life in lives})
+    moved = lives[-1]["expected"] > 0 and drafters > 1
+    return {
+        "kills": kills,
         "listening": len(lives),
         "snapshots": [life["expected"] for life in lives],
         "lost": lost,
-        "drafters": len({life["digest"] for life in lives}),
+        "drafters": drafters,
         "replies": clients.finished,
         "errors": clients.errors,
         "different": clients.different,
+        "broken": bool(lost or clients.different or not clients.finished or not moved),
     }
-    moved = lives[-1]["expected"] > 0 and len({life["digest"] for life in lives}) > 1
-    return found | {"broken": bool(lost or clients.different or not clients.finished or not moved)}
 
 
 class Clients:
@@ -187,7 +238,7 @@ class Clients:
         self.finished = self.errors = self.different = 0
         self._replies: dict[str, str] = {}
         self._lock, self._stopping = threading.Lock(), False
-        self._threads = [threading.Thread(target=self._ask, args=(seed,)) for seed in range(count)]
+        self._threads = [threading.Thread(target=self._ask, args=(seed,), daemon=True) for seed in range(count)]
         for thread in self._threads:
             thread.start()
 
@@ -198,21 +249,21 @@ class Clients:
             thread.join()
 
     def _ask(self, seed: int) -> None:
-        rng = random.Random(seed)
+        rng, client = random.Random(seed), httpx.Client(timeout=ANSWER_SECONDS)
         while not self._stopping:
             url, question = self.url, f"{rng.choice(WORDS)} {rng.choice(WORDS)}"
             if url is None:
-                time.sleep(0.05)
+                time.sleep(PAUSE)
                 continue
             body = {"prompt": question, "max_tokens": 60, "temperature": 0.8, "seed": 7, "ignore_eos": True}
             try:
-                answer = httpx.post(f"{url}/v1/completions", json=body, timeout=ANSWER_SECONDS)
+                answer = client.post(f"{url}/v1/completions", json=body)
                 answer.raise_for_status()
                 text = answer.json()["choices"][0]["text"]
             except httpx.HTTPError:  # it was killed: ask again
                 with self._lock:
                     self.errors += 1
-                time.sleep(0.05)
+                time.sleep(PAUSE)
                 continue
             with self._lock:
                 self.finished += 1
@@ -266,7 +317,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("trial", choices=["company", "kills", "many"])
+    parser.add_argument("trial", choices=["company", "hostile", "kills", "many"])
     parser.add_argument("--requests", type=at_least_one, default=500, metavar="N", help="of company and many")
     parser.add_argument("--kills", type=at_least_one, default=20, metavar="N")
     parser.add_argument("--life", type=float, default=5.0, metavar="S", help="longest time a server listens")

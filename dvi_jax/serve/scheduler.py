@@ -110,13 +110,12 @@ class Scheduler:
     def turn(self, next_reply: Callable[[], Reply | None], waiting: int) -> None:
         """One turn; `next_reply` gives the next one of those that wait, about so many, if one does."""
         self._drop_cancelled()
-        firsts = self._take_in(next_reply, waiting)
-        stretch = self._start_stretch(somebody_waits=waiting > 0)
-        for laid, first in firsts:
+        for laid, first in self._take_in(next_reply, waiting):
             found = np.asarray(first).tolist()
             for row, slot, reply in laid:
                 token, ends = found[row]
                 self._give(slot, reply, [token], done=bool(ends))
+        stretch = self._start_stretch(somebody_waits=waiting > 0)
         if stretch is None:
             self._pace.idle()
         else:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import re
+import resource
 import signal
 import socket
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,6 +117,18 @@ def test_what_the_docs_and_grafana_read_is_there(served):
     parts = {f"{name}_{part}" for name in histograms for part in ("bucket", "count", "sum")}
     written = {name for name in there if not name.endswith("_created")} - parts | histograms
     assert named == written
+
+
+def test_a_thousand_idle_connections_hold_nobody_up(served):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # both ends are in this process
+    try:
+        with ExitStack() as stack:
+            for _ in range(1000):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port_of(served.live.url))))
+            assert httpx.post(f"{served.live.url}/v1/completions", json=BODY, timeout=20).status_code == 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_status_for_scripts(served):
