@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from dvi_jax.errors import ArgumentParser, add_debug, run_cli
+from dvi_jax.quantisation import GROUPS, WEIGHTS, chosen_storage
 
 
 def main() -> int:
@@ -16,11 +17,20 @@ def main() -> int:
     if args.command == "import":
         from conversion.importing import import_model
 
+        dtype, quantisation = chosen_storage(args.weights, args.dtype, group=args.group, head=args.quantise_head)
         manifest = import_model(
-            args.source, args.out, adapter=args.adapter, dtype=args.dtype, exit_layer=args.exit_layer
+            args.source,
+            args.out,
+            adapter=args.adapter,
+            dtype=dtype or "float32",
+            exit_layer=args.exit_layer,
+            quantisation=quantisation,
+            calibration=args.calibration,
         )
+        kept = f" with matrices in {quantisation.weights}" if quantisation else ""
         missing = "" if (args.out / "tokenizer.json").exists() else "; no tokenizer in the source: only token ids work"
-        print(f"{args.out}: {manifest.dtype}, exit layer {manifest.exit_layer}, drafter {manifest.drafter}{missing}")
+        what = f"{manifest.dtype}{kept}, exit layer {manifest.exit_layer}, drafter {manifest.drafter}"
+        print(f"{args.out}: {what}{missing}")
     else:
         from conversion.exporting import export_checkpoint
 
@@ -34,14 +44,23 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     importer = commands.add_parser("import", help="Hugging Face directory or GGUF file -> checkpoint")
     importer.add_argument("--adapter", type=Path, metavar="DIR", help="Kangaroo adapter to draft with")
-    importer.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the stored weights")
-    importer.add_argument("--exit-layer", type=int, metavar="K", help="layers that draft (default 2)")
+    importer.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: float32)")
+    importer.add_argument("--weights", choices=WEIGHTS, help="format of its matrices (default: the dtype)")
+    importer.add_argument("--group", type=int, default=64, choices=GROUPS, help="inputs that share a scale of int4")
+    importer.add_argument(
+        "--calibration", nargs="+", default=[], metavar="FILE", help="conversations to round int4 by (GPTQ)"
+    )
+    importer.add_argument("--quantise-head", action="store_true", help="keep the LM head in as few bits too")
+    importer.add_argument("--exit-layer", type=int, metavar="K", help="layers that draft (default: 2)")
     exporter = commands.add_parser("export", help="checkpoint -> orbax export or Hugging Face directory")
     exporter.add_argument("--to", required=True, choices=("orbax", "hf", "drafter"), help="form of the export")
     exporter.add_argument("--merge-lora", action="store_true", help="fold lora_D into the base weights first")
-    for command in (importer, exporter):
-        command.add_argument("--from", dest="source", type=Path, required=True, help="what to read")
-        command.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
+    model, trained = "a Hugging Face directory or a GGUF file", "a checkpoint"
+    for command, source in ((importer, model), (exporter, trained)):
+        command.add_argument("--from", dest="source", metavar="SOURCE", type=Path, required=True, help=source)
+        command.add_argument(
+            "--out", metavar="DIR", type=Path, required=True, help="directory to write; must not exist"
+        )
         add_debug(command)
     return parser
 

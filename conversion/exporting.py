@@ -12,7 +12,7 @@ import numpy as np
 
 from conversion import kangaroo
 from dvi_jax.checkpoint import SPECIAL_TOKENS, Checkpoint, new_directory, save_tree
-from dvi_jax.errors import UserError
+from dvi_jax.errors import UserError, notice
 from dvi_jax.identity import hash_base
 from dvi_jax.importing import hf
 from dvi_jax.importing.cache import open_checkpoint
@@ -22,6 +22,7 @@ from dvi_jax.importing.tensors import get_path
 from dvi_jax.importing.tokenizer import token_text
 from dvi_jax.importing.weight_files import SAFETENSORS, SAFETENSORS_INDEX
 from dvi_jax.model.lora import merge_lora
+from dvi_jax.model.quantised import Quantised
 from dvi_jax.trained_parts import write_drafter, write_safetensors_parts
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -71,6 +72,8 @@ def export_hf(checkpoint: Checkpoint, out: Path, max_shard_bytes: int = MAX_SHAR
     is merged and whose `lora` is None.
     """
     config, manifest = checkpoint.config, checkpoint.manifest
+    if manifest.quantisation is not None:
+        notice(f"{out}: matrices kept in {manifest.quantisation.weights} are written as {manifest.dtype}")
     with new_directory(out) as directory:
         _write_json(directory / "config.json", hf.config_to_hf(config, manifest.dtype))
         _write_json(directory / "generation_config.json", _generation_config(checkpoint))
@@ -82,8 +85,13 @@ def export_hf(checkpoint: Checkpoint, out: Path, max_shard_bytes: int = MAX_SHAR
 
 
 def _hf_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
+    dtype = checkpoint.base["embed"].dtype
     for slot in base_slots(checkpoint.config, HF_NAMES):
-        yield slot.name, get_path(checkpoint.base, slot.path)[slot.rows]
+        weight = get_path(checkpoint.base, slot.path)
+        if isinstance(weight, dict):
+            yield slot.name, Quantised.of(weight).rows(slot.rows).dequantised(dtype)
+        else:
+            yield slot.name, weight[slot.rows]
 
 
 def _write_weights(directory: Path, tensors: dict[str, np.ndarray], max_shard_bytes: int) -> None:

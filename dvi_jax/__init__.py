@@ -8,21 +8,34 @@ Serve       Engine, Request
 Learn       train_online, train_offline, TrainConfig, DistillConfig, load_train_config
 """
 
+from typing import TYPE_CHECKING, Any
+
 from dvi_jax import supported as supported
-from dvi_jax.config import DecodeConfig, DistillConfig, SamplingConfig, TrainConfig, load_train_config
-from dvi_jax.data.conversations import Message
-from dvi_jax.decode.batch import Generation, generate_batch
-from dvi_jax.decode.speculative import decode_round
-from dvi_jax.decode.stream import Stream
-from dvi_jax.errors import UserError
-from dvi_jax.learn.offline import train_offline
-from dvi_jax.learn.online import train_online
-from dvi_jax.loading import LoadedModel, load
-from dvi_jax.model.lora import inject_dual_lora
-from dvi_jax.serve.engine import Engine
-from dvi_jax.serve.requests import Request
-from dvi_jax.texts import Completion, generate_text
 from dvi_jax.version import __version__
+
+if TYPE_CHECKING:
+    from dvi_jax.api import (
+        Completion,
+        DecodeConfig,
+        DistillConfig,
+        Engine,
+        Generation,
+        LoadedModel,
+        Message,
+        Request,
+        SamplingConfig,
+        Stream,
+        TrainConfig,
+        UserError,
+        decode_round,
+        generate_batch,
+        generate_text,
+        inject_dual_lora,
+        load,
+        load_train_config,
+        train_offline,
+        train_online,
+    )
 
 __all__ = [
     "Completion",
@@ -47,3 +60,16 @@ __all__ = [
     "train_offline",
     "train_online",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name. All come with the first: the command `dvi` answers, and hears Ctrl-C, before jax is there."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dvi_jax import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -166,7 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-new-tokens", type=at_least_one, default=NEW_TOKENS, metavar="N", help="longest reply, in tokens"
     )
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a reply at this text; repeat")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end a reply at this text; may be repeated"
+    )
     add_sampling_options(parser)
     return parser
 

@@ -31,7 +31,9 @@ from dvi_jax.config import MOST_DRAFTS, LlamaConfig
 from dvi_jax.directories import hash_files, link_files, partial_directory, verify_files
 from dvi_jax.errors import UserError
 from dvi_jax.model.llama import base_shapes
+from dvi_jax.quantisation import Quantisation, with_wholes
 from dvi_jax.settings import MOST_MESSAGE, from_dict, require, require_count
+from dvi_jax.stored_array import read_stored, stored_tree
 from dvi_jax.text_files import read_json, read_text
 
 FORMAT_VERSION = 1
@@ -52,7 +54,8 @@ class Manifest:
     `base_sha256` is `identity.hash_base` of the base weights; checkpoints from before there was one have none.
     `calibration`: temperatures of the drafts of a round (`learn/calibration.py`), none where nothing was fitted.
     `run_digest` is that of the run that trained it (`learn/run_identity.py`), and `held_out_fraction` the share of
-    questions that no run has trained its drafter on; where nothing was trained or recorded, "" and 0.
+    questions that no run has trained its drafter on; `plan` and `draft_steps` are how it drafted in training. Where
+    nothing was trained or recorded, "" and 0.
     """
 
     source: str
@@ -68,6 +71,9 @@ class Manifest:
     run_digest: str = ""
     held_out_fraction: float = 0.0
     calibration: tuple[float, ...] = ()
+    plan: str = ""
+    draft_steps: int = 0
+    quantisation: Quantisation | None = None  # None: every weight is of `dtype`
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -82,12 +88,12 @@ class Manifest:
             if isinstance(value, (int, float)):
                 require(0 <= value <= MOST_OPTION, f"{MANIFEST}: {name}", value, f"between 0 and {MOST_OPTION}")
         for name, value in self.lora.items():
-            kinds = (int,) if name.startswith("rank") else (int, float, type(None))
-            require(
-                type(value) in kinds, f"{MANIFEST}: {name}", value, "a whole number" if len(kinds) == 1 else "a number"
-            )
+            whole = name.startswith("rank")
+            fits = type(value) is int or (not whole and (value is None or type(value) is float))
+            require(fits, f"{MANIFEST}: {name}", value, "a whole number" if whole else "a number")
         require_count(f"{MANIFEST}: exit_layer", self.exit_layer, 0)
         require_count(f"{MANIFEST}: training_step", self.training_step, 0)
+        require_count(f"{MANIFEST}: draft_steps", self.draft_steps, 0, MOST_DRAFTS)
         share = self.held_out_fraction
         require(0 <= share < 1, f"{MANIFEST}: held_out_fraction", share, "at least 0 and below 1")
         fits = len(self.calibration) <= MOST_DRAFTS and all(0.01 <= t <= 100 for t in self.calibration)
@@ -96,7 +102,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory; every array is numpy."""
+    """A checkpoint in memory; every array is numpy, those of a lazily read base are still on the disk."""
 
     path: Path
     config: LlamaConfig
@@ -153,12 +159,12 @@ def write_checkpoint(
         is_shared = base_from is not None and link_files(base_from / "base", partial / "base")
         for name, tree in (("base", None if is_shared else base), ("drafter", drafter), ("lora", lora)):
             if tree:
-                save_tree(partial / name, tree)
+                save_tree(partial / name, read_stored(tree))
         write_manifest(partial, manifest)
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint directory.
+def read_checkpoint(path: str | Path, *, lazy: bool = False) -> Checkpoint:
+    """Read a checkpoint directory, the base weights only as somebody asks for them where it is to be `lazy`.
 
     A missing or damaged file, an unknown key or a wrong shape raises `UserError` naming the first.
     """
@@ -169,11 +175,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path} is no checkpoint: {MANIFEST} is missing (see: dvi import --help)")
     config = LlamaConfig.from_json(read_json(path / "config.json"), str(path / "config.json"))
     manifest = read_manifest(path)
+    shapes = base_shapes(config)
+    if manifest.quantisation is not None and manifest.quantisation.head:
+        shapes["head"] = shapes["embed"]
     return Checkpoint(
         path,
         config,
         manifest,
-        load_tree(path / "base", base_shapes(config)),
+        load_tree(path / "base", shapes, lazy=lazy),
         load_tree(path / "drafter") if (path / "drafter").exists() else None,
         load_tree(path / "lora") if (path / "lora").exists() else None,
         _read_optional(path / "tokenizer.json"),
@@ -290,8 +299,8 @@ def _require_space(directory: Path, nbytes: int) -> None:
         raise OSError(errno.ENOSPC, reason)
 
 
-def load_tree(path: Path, shapes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Read what `save_tree` wrote, as numpy, whatever devices it was written from.
+def load_tree(path: Path, shapes: dict[str, Any] | None = None, *, lazy: bool = False) -> dict[str, Any]:
+    """Read what `save_tree` wrote, as numpy, whatever devices it was written from; `lazy`: as `StoredArray`s.
 
     The shapes that it says it has are compared with `shapes`, if given, and with the bytes on the disk before any array
     is read. Anything else than such a directory is a `UserError`.
@@ -306,8 +315,10 @@ def load_tree(path: Path, shapes: dict[str, Any] | None = None) -> dict[str, Any
                 raise ValueError("what it says of its arrays is damaged")
             structure = metadata.tree
             if shapes is not None:
-                check_shapes(structure, shapes, str(path))
+                check_shapes(with_wholes(structure, shapes, str(path)), shapes, str(path))
             _check_size(structure, size, path)
+            if lazy:
+                return stored_tree(path, structure)
             as_numpy = _map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
             return checkpointer.restore(path.absolute(), restore_args=as_numpy)
     except UNREADABLE as error:

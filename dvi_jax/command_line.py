@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 
-import jax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dvi_jax.checkpoint import DTYPES
 from dvi_jax.compiling import tell_when_compiling
-from dvi_jax.config import MOST_DRAFTS, DecodeConfig, SamplingConfig
+from dvi_jax.config import DecodeConfig, MeshConfig, SamplingConfig
 from dvi_jax.decode.memory import GIB
-from dvi_jax.decode.plan import Plan
+from dvi_jax.decode.plan import Plan, drafts_of
 from dvi_jax.errors import UserError, add_debug, notice
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
+from dvi_jax.mesh import make_mesh
+from dvi_jax.quantisation import WEIGHTS
+from dvi_jax.texts import usual_drafting
 
 AUTO = "auto"  # the plan is chosen while decoding
 AUTO_DRAFTS = 6  # most drafts that it chooses from
@@ -29,11 +31,14 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
         metavar="CKPT",
         help="a checkpoint; or a Hugging Face directory, a GGUF file or a cached org/name, which is imported once",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of such an import (default: float32 on CPUs, else bfloat16)")
-    parser.add_argument("--drafter-from", metavar="DIR", help="use the trained drafter of another directory")
-    parser.add_argument("--any-drafter", action="store_true", help="even one that was made for other weights")
-    parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="the only token ids to draft")
-    parser.add_argument("--exit-layer", type=int, metavar="K", help="split elsewhere (untrained drafter only)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of such an import (default: float32 on CPUs, else bfloat16)"
+    )
+    parser.add_argument("--weights", choices=WEIGHTS, help="format of its matrices (default: the dtype)")
+    parser.add_argument("--drafter-from", metavar="DIR", help="draft with the trained drafter of another directory")
+    parser.add_argument("--any-drafter", action="store_true", help="accept one that was made for other weights")
+    parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="list of the only token ids to draft")
+    parser.add_argument("--exit-layer", type=int, metavar="K", help="layers below the split (untrained drafter only)")
     add_debug(parser)
 
 
@@ -45,18 +50,41 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--draft-steps",
         type=int,
         metavar="S",
-        help=f"most drafts of a round (default: {defaults.draft_steps}, with --plan auto {AUTO_DRAFTS})",
+        help=f"most drafts of a round (default: as in training, or {defaults.draft_steps}; --plan auto: {AUTO_DRAFTS})",
     )
     parser.add_argument(
         "--plan",
         metavar="PLAN",
-        help="how rounds draft: auto, plain, chain:N, block:N, tree:ROWS[xLEVELS] or early-exit:N (default: by device)",
+        help="how rounds draft: auto, plain, chain:N, block:N, tree:ROWS[xLEVELS] or early-exit:N"
+        " (default: as in training, else by device)",
     )
     parser.add_argument(
-        "--threshold", type=float, default=defaults.threshold, metavar="TAU", help="stop after a less probable draft"
+        "--threshold",
+        type=float,
+        default=defaults.threshold,
+        metavar="TAU",
+        help="stop drafting after a draft less probable than this",
     )
-    parser.add_argument("--adaptive", action="store_true", help="measure what a draft costs; draft only while it pays")
-    parser.add_argument("--memory-limit", type=float, metavar="GIB", help="refuse to take more than this")
+    parser.add_argument(
+        "--adaptive", action="store_true", help="measure what a draft costs, and draft only while it pays"
+    )
+    parser.add_argument(
+        "--memory-limit", type=float, metavar="GIB", help="refuse to use more memory than this, of a device"
+    )
+    add_mesh_option(parser)
+
+
+def add_mesh_option(parser: argparse.ArgumentParser) -> None:
+    """Add --mesh."""
+    parser.add_argument(
+        "--mesh", metavar="data=N,model=M", help="devices: N parts of a batch times M parts of the model (default: 1)"
+    )
+
+
+def mesh_of(options: argparse.Namespace) -> Mesh | None:
+    """The devices of --mesh; None for one."""
+    text = getattr(options, "mesh", None)  # not every command takes several
+    return None if text is None else make_mesh(MeshConfig.parse(text))
 
 
 def decode_settings(options: argparse.Namespace) -> DecodeConfig:
@@ -75,24 +103,20 @@ def decode_settings(options: argparse.Namespace) -> DecodeConfig:
     )
 
 
-def drafts_of(plan: Plan) -> int:
-    """The `draft_steps` of a generation that follows a plan on this device."""
-    if plan.kind == "tree" and jax.default_backend() == "cpu":
-        return min(plan.rows - 1, MOST_DRAFTS)  # there a tree has no more rows than a chain would have
-    return plan.drafts
-
-
 def settings_for(model: LoadedModel, options: argparse.Namespace) -> DecodeConfig:
-    """`decode_settings`; an untrained drafter drafts only where the options say so, as it slows decoding down."""
+    """`decode_settings`, where they say how to draft; else as `usual_drafting`, told of where it is none."""
     settings = decode_settings(options)
-    told = options.plan is not None or options.draft_steps is not None or options.adaptive
-    if model.drafter_is_trained or told:
+    if options.plan is not None or options.draft_steps is not None:
         return settings
-    notice(
-        f"the drafter ({model.manifest.drafter}) is untrained: decoding plainly. dvi distill trains one;"
-        " --plan or --draft-steps drafts all the same"
-    )
-    return replace(settings, plan="plain", draft_steps=0)
+    if options.adaptive and not model.drafter_is_trained:
+        return settings
+    settings = usual_drafting(model, settings)
+    if not settings.draft_steps:
+        notice(
+            f"the drafter ({model.manifest.drafter}) is untrained: decoding plainly. dvi distill trains one;"
+            " --plan or --draft-steps drafts all the same"
+        )
+    return settings
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -100,21 +124,31 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     defaults = SamplingConfig()
     group = parser.add_argument_group("sampling (greedy unless a temperature is given)")
     group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy, 1 the model's own distribution")
-    group.add_argument("--top-k", type=int, default=defaults.top_k, metavar="K", help="only the K best; 0 for all")
     group.add_argument(
-        "--top-p", type=float, default=defaults.top_p, metavar="P", help="only the best that have this probability"
+        "--top-k", type=int, default=defaults.top_k, metavar="K", help="only the K best tokens; 0 for all"
     )
     group.add_argument(
-        "--min-p", type=float, default=defaults.min_p, metavar="P", help="only those this share as probable as the best"
+        "--top-p",
+        type=float,
+        default=defaults.top_p,
+        metavar="P",
+        help="only the best tokens that together have this probability",
+    )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        default=defaults.min_p,
+        metavar="P",
+        help="only tokens at least this share as probable as the best",
     )
     group.add_argument(
         "--repetition-penalty",
         type=float,
         default=defaults.repetition_penalty,
         metavar="R",
-        help="divides the logits of tokens that are there already",
+        help="divide the logits of tokens that are there already",
     )
-    group.add_argument("--seed", type=int, default=defaults.seed, metavar="N", help="of the noise")
+    group.add_argument("--seed", type=int, default=defaults.seed, metavar="N", help="seed of the noise")
     group.add_argument(
         "--rejection", action="store_true", help="accept by min(1, p/q): more drafts accepted, ids depend on the drafts"
     )
@@ -150,10 +184,12 @@ def load_model(options: argparse.Namespace) -> LoadedModel:
     return load(
         options.checkpoint,
         dtype=options.dtype,
+        weights=options.weights,
         any_drafter=options.any_drafter,
         exit_layer=options.exit_layer,
         drafter_from=options.drafter_from,
         draft_vocabulary=options.draft_vocabulary,
+        mesh=mesh_of(options),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from dvi_jax.architecture import LlamaConfig as LlamaConfig
 from dvi_jax.architecture import RopeScaling as RopeScaling
 from dvi_jax.errors import UserError
+from dvi_jax.mesh_config import MeshConfig as MeshConfig
 from dvi_jax.settings import (
     FLOAT32,
     INT32,
@@ -26,7 +27,7 @@ from dvi_jax.settings import (
     require_count,
     require_path,
 )
-from dvi_jax.tools import shipped
+from dvi_jax.tools import shipped, shipped_names
 
 MOST_DRAFTS = 16  # of a round that may all be right
 MOST_RANK = 4096  # of a LoRA
@@ -134,8 +135,8 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """AdamW with clipping by global norm.
 
-    The default rates suit a distilled drafter, which higher ones make worse (experiments/README.md); one that starts
-    from nothing takes ten times as much.
+    The default rates suit a distilled drafter, which higher ones make worse (experiments/results/README.md);
+    one that starts from nothing takes ten times as much.
     """
 
     lora_lr: float = 1.5e-4  # learning rate of lora_S
@@ -214,11 +215,13 @@ class TrainConfig:
     keep_checkpoints: int = 2  # newest snapshots that are kept
     keep_best: int = 1  # snapshots kept by held-out accept rate, of those taken right after an evaluation
     max_minutes: float = 0.0  # of learning; 0: no limit
+    tensorboard: bool = False  # also write the metrics as TensorBoard events, into `out`
     data: DataConfig = field(default_factory=DataConfig)  # the prompts
     decode: DecodeConfig = field(default_factory=DecodeConfig)  # how rollouts draft
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # the fast update's terms
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # the fast update's step
     slow: SlowConfig = field(default_factory=SlowConfig)  # the slow update
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # the devices
     rollback: RollbackConfig = field(default_factory=RollbackConfig)  # when to go back
 
     def __post_init__(self) -> None:
@@ -237,6 +240,7 @@ class TrainConfig:
             require_count(name, getattr(self, name), 0)
         require_count("branches", self.branches, 0, MOST_BRANCHES)
         _require_seed_and_paths(self.seed, self.checkpoint, self.out)
+        self.mesh.require_rows("rollout_batch", self.rollout_batch)
         require(
             0 <= self.fresh_windows <= self.rollout_batch,
             "fresh_windows",
@@ -298,11 +302,13 @@ class DistillConfig:
     warmup: int = 100  # updates over which the rate rises; then it falls to a tenth (cosine)
     weight_decay: float = 0.0  # of AdamW
     clip_norm: float = 1.0  # most global norm of a gradient
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # the devices
     seed: int = 0  # of new weights and of the order of rows
     eval_rows: int = 64  # last rows of the data, which are held out
     log_every: int = 20  # updates between metrics records
     save_every: int = 500  # updates between snapshots
     keep_checkpoints: int = 2  # newest snapshots that are kept
+    tensorboard: bool = False  # also write the metrics as TensorBoard events, into `out`
     rollback: RollbackConfig = field(default_factory=RollbackConfig)  # when to go back
 
     def __post_init__(self) -> None:
@@ -318,6 +324,7 @@ class DistillConfig:
         require_count("unroll_steps", self.unroll_steps, 1, MOST_DRAFTS)
         for name in ("row_length", "batch_rows", "eval_rows", "log_every", "save_every", "keep_checkpoints"):
             require_count(name, getattr(self, name))
+        self.mesh.require_rows("batch_rows", self.batch_rows)
         require(self.tokens >= 1, "tokens", self.tokens, "at least 1")
         require(self.steps <= INT32, "tokens", self.tokens, f"at most {INT32} updates of batch_rows * row_length")
         _require_seed_and_paths(self.seed, self.checkpoint, self.out, *self.data)
@@ -343,7 +350,9 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
     Its key `trainer` (online by default, or distill) says which settings the rest holds. `path` may be the name of a
     config that comes with the package, such as `demo`.
     """
-    found = Path(path) if _exists(path) else shipped("configs", str(path)) or Path(path)
+    found = Path(path) if _is_file(path) else shipped("configs", str(path)) or Path(path)
+    if str(path).isidentifier() and not _is_file(found):  # a name, and no path
+        raise UserError(f"there is no config {path}: give a file, or one of {', '.join(shipped_names('configs'))}")
     data = read_yaml(found)
     for override in overrides:
         key, separator, value = override.partition("=")
@@ -356,9 +365,10 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
     return from_dict(TRAINERS[trainer], data, str(path), places)
 
 
-def _exists(path: str | Path) -> bool:
+def _is_file(path: str | Path) -> bool:
+    """A folder, such as the one that the demo makes, does not hide the config of its name."""
     try:
-        return Path(path).exists()
+        return Path(path).is_file()
     except ValueError:  # a NUL in the path
         return False
 

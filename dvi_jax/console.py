@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import signal
 import sys
-from typing import NamedTuple
+from types import FrameType
+from typing import NamedTuple, NoReturn
 
-from dvi_jax.errors import UserError, run_cli
+from dvi_jax.errors import INTERRUPTED_STATUS, UserError, run_cli
 from dvi_jax.tools import make_tools_importable
 from dvi_jax.version import __version__
 
@@ -47,9 +50,29 @@ def main() -> int:
         raise UserError(f"there is no command {name}: it is one of {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     make_tools_importable()
+    import_libraries()
     sys.argv = [f"dvi {name}", *command.before, *arguments]
     runpy.run_module(command.module, run_name="__main__")  # which exits with its own status
     return 0
+
+
+def import_libraries() -> None:
+    """Import jax and all that commands share, which takes seconds.
+
+    Ctrl-C meanwhile ends the process at once: libraries turn it into import errors of their own, or swallow it.
+    """
+    hears = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not so in the background
+    if hears:
+        signal.signal(signal.SIGINT, _leave)
+    from dvi_jax import api  # noqa: F401
+
+    if hears:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    os.write(2, b"stopped\n")
+    os._exit(INTERRUPTED_STATUS)
 
 
 def overview() -> str:

@@ -28,10 +28,14 @@ from dvi_jax.learn.recipe import Recipe, parameters
 from dvi_jax.learn.replies import Progress
 from dvi_jax.learn.self_distill import Estimate, SelfDistillation
 from dvi_jax.loading import LoadedModel, enable_compilation_cache
-from dvi_jax.train import notice, say
+from dvi_jax.quantisation import WEIGHTS
+from dvi_jax.train import GoingOn, notice, say
 
 MINUTES = 15.0
 COMPARED_PROMPTS, COMPARED_TOKENS = 8, 64
+BY_THE_SAME = GoingOn(
+    "the same command goes on", "the same command goes on", "the same command goes on from the replies"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"--{name} must be above 0, got {getattr(options, name):g}")
     enable_compilation_cache()
     console = Console()
-    work = SelfDistillation(options.model, options.data, options.out, dtype=options.dtype)
+    work = SelfDistillation(options.model, options.data, options.out, dtype=options.dtype, weights=options.weights)
     if work.recipe is None:
         say(console, "measuring a batch of replies and an update; their programs are compiled first, about a minute")
         estimate = work.prepare(options.minutes, options.passes)
@@ -74,8 +78,10 @@ def describe(work: SelfDistillation) -> list[str]:
     size, device = parameters(work.checkpoint.config) / 1e6, jax.devices()[0].device_kind
     options = ", ".join(f"{name} {value}" for name, value in recipe.drafter_options.items())
     where = "" if recipe.exit_layer is None else f", exit layer {recipe.exit_layer}"
+    kept = manifest.quantisation
+    form = manifest.dtype if kept is None else f"{manifest.dtype} with matrices in {kept.weights}"
     return [
-        f"model     {manifest.source}: {size:,.0f} million parameters, {manifest.dtype}, on {device}",
+        f"model     {manifest.source}: {size:,.0f} million parameters, {form}, on {device}",
         f"drafter   {recipe.drafter}{where}, {options}",
     ]
 
@@ -126,7 +132,7 @@ def train(work: SelfDistillation, console: Console) -> LoadedModel:
     task = bar.add_task("training", total=config.steps, note="compiling")
 
     def show(kind: str, record: dict[str, Any]) -> None:
-        line = notice(kind, record)
+        line = notice(kind, record, BY_THE_SAME)
         if line:
             say(console, line)
             return
@@ -190,10 +196,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", required=True, nargs="+", metavar="FILE", help="conversations; their questions are used"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="where all is kept; later --drafter-from DIR")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32 on CPUs, else bfloat16)")
-    parser.add_argument("--minutes", type=float, default=MINUTES, metavar="M", help="about how long it may take")
-    parser.add_argument("--passes", type=int, default=8, metavar="N", help="over the replies in training")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="directory for everything; --drafter-from takes it later"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: float32 on CPUs, else bfloat16)")
+    parser.add_argument("--weights", choices=WEIGHTS, help="format of its matrices (default: the dtype)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, metavar="M", help="minutes that it may take, roughly")
+    parser.add_argument("--passes", type=int, default=8, metavar="N", help="passes over the replies in training")
     parser.add_argument("--estimate", action="store_true", help="say what it would take, and stop")
     add_debug(parser)
     return parser

@@ -37,6 +37,7 @@ from dvi_jax.decode.stream import EVERY, Stream
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
 from dvi_jax.generate_file import Decoding, answer_file, read_lines
 from dvi_jax.loading import LoadedModel
+from dvi_jax.processes import add_process_options, check_alike, one_of_several
 from dvi_jax.texts import decode_texts, prompt_ids
 
 UNANSWERED = 1  # exit status when a prompt of a file could not be answered
@@ -52,12 +53,19 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError("--input and --output go together: prompts from one file, replies into another")
     if options.input is not None and (options.json or options.stream):
         raise UserError("with --input the replies go to --output: leave out --json and --stream")
-    decode_settings(options)  # what is wrong with them is said before anything is loaded
+    if options.input is not None and (options.rejection or options.adaptive or options.threshold):
+        raise UserError(
+            "with --input drafts follow --plan and samples their seeds:"
+            " leave out --rejection, --adaptive and --threshold"
+        )
     sampling = sampling_settings(options)
-    model = load_model(options)
-    if options.drafter not in (None, model.manifest.drafter):
-        raise UserError(f"--drafter {options.drafter}: this checkpoint's drafter is {model.manifest.drafter}")
-    return (answer_one if options.input is None else answer_all)(model, options, sampling)
+    with one_of_several(options):
+        decode_settings(options)  # what is wrong with them is said before anything is loaded
+        check_alike(options, measured=options.plan == AUTO or options.adaptive)
+        model = load_model(options)
+        if options.drafter not in (None, model.manifest.drafter):
+            raise UserError(f"--drafter {options.drafter}: this checkpoint's drafter is {model.manifest.drafter}")
+        return (answer_one if options.input is None else answer_all)(model, options, sampling)
 
 
 def answer_one(model: LoadedModel, options: argparse.Namespace, sampling: SamplingConfig | None) -> int:
@@ -112,12 +120,16 @@ def answer_one(model: LoadedModel, options: argparse.Namespace, sampling: Sampli
 def answer_all(model: LoadedModel, options: argparse.Namespace, sampling: SamplingConfig | None) -> int:
     """Answer the prompts of a file that have no reply yet; status 1 if some could not be answered."""
     lines = read_lines(options.input, model, options.max_new_tokens)
-    settings = _settings(options, model)
-    longest = max((line.ids for line in lines), key=len)
-    chooser = None
-    if options.plan == AUTO and not options.plain and longest:
-        chooser = PlanChooser.measured(model, settings, longest, options.batch)
-    decoding = Decoding(settings, options.plain, _eos_ids(options, model), sampling, tuple(options.stop), options.batch)
+    plan = AUTO if options.plan == AUTO else str(choose_plan(model, _settings(options, model)))
+    decoding = Decoding(
+        plan=plan,
+        plain=options.plain,
+        max_new_tokens=options.max_new_tokens,
+        eos_ids=_eos_ids(options, model),
+        sampling=sampling,
+        stop=tuple(options.stop),
+        slots=options.batch,
+    )
     console = Console(stderr=True)
     bar = progress_bar("prompts", console)
     task = bar.add_task("prompts", total=len(lines), note="")
@@ -127,7 +139,6 @@ def answer_all(model: LoadedModel, options: argparse.Namespace, sampling: Sampli
             lines,
             Path(options.output),
             decoding,
-            chooser=chooser,
             report=lambda done, of: bar.update(task, completed=done),
         )
     print(f"{options.output}: {len(lines)} replies" + (f", {failed} of them errors" if failed else ""))
@@ -186,23 +197,30 @@ def _parser() -> argparse.ArgumentParser:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="a user message, put through the chat template")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids, used as they are")
-    prompt.add_argument("--input", metavar="FILE.jsonl", help="many: a text, messages or {prompt|messages: ..} a line")
-    parser.add_argument("--output", metavar="FILE.jsonl", help="with --input: a reply a line; goes on where it stopped")
+    prompt.add_argument(
+        "--input", metavar="FILE.jsonl", help="many prompts: a text, messages or {prompt|messages: ..} a line"
+    )
     parser.add_argument(
-        "--batch", type=at_least_one, default=BATCH, metavar="N", help="with --input: prompts decoded at once"
+        "--output", metavar="FILE.jsonl", help="with --input: gets a reply a line; goes on where it stopped"
+    )
+    parser.add_argument(
+        "--batch", type=at_least_one, default=BATCH, metavar="N", help="with --input: slots, prompts decoded at once"
     )
     parser.add_argument(
         "--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="longest reply, in tokens"
     )
-    parser.add_argument("--drafter", metavar="NAME", help="refuse a checkpoint with another drafter")
-    parser.add_argument("--eos-id", type=int, action="append", metavar="N", help="end of sequence; -1 for none; repeat")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeat")
+    parser.add_argument("--drafter", metavar="NAME", help="refuse a checkpoint whose drafter is of another kind")
+    parser.add_argument(
+        "--eos-id", type=int, action="append", metavar="N", help="id that ends a sequence, -1 for none; may be repeated"
+    )
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
     parser.add_argument("--stream", action="store_true", help="print the text as it comes")
     parser.add_argument(
         "--every", type=at_least_one, default=EVERY, metavar="N", help="with --stream: rounds between two pieces"
     )
     add_sampling_options(parser)
-    parser.add_argument("--plain", action="store_true", help="draft nothing, in passes of the same bits")
+    add_process_options(parser)
+    parser.add_argument("--plain", action="store_true", help="draft nothing, in passes that give the same bits")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

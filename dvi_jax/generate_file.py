@@ -1,5 +1,7 @@
 """A file of prompts answered into a file of replies: `python -m dvi_jax.generate --input FILE --output FILE`.
 
+An engine decodes them, so that none waits for the longest reply beside it.
+
 A line of the input is a JSON string (a user message), a list of messages, or an object with `prompt`, `messages` or
 `prompt_ids`, and an `id` if it wants one. A line of the output, in the order of the input, has `id`, `text`, `new_ids`,
 `finish_reason` and `accept_lengths`, or `error` for a prompt that cannot be answered. What is in the output already is
@@ -10,16 +12,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dvi_jax.config import DecodeConfig, SamplingConfig
-from dvi_jax.decode.batch import Generation, check_prompts
-from dvi_jax.decode.choosing import PlanChooser
+from dvi_jax.config import SamplingConfig
+from dvi_jax.decode.batch import check_prompts
+from dvi_jax.decode.plan import PLAIN
+from dvi_jax.decode.prefill import cache_slots
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
-from dvi_jax.texts import as_messages, decode_texts, prompt_ids
+from dvi_jax.serve.many import Decoded, decode_many, open_engine
+from dvi_jax.serve.plans import plans_of
+from dvi_jax.serve.requests import Request
+from dvi_jax.texts import as_messages, prompt_ids
 
 KINDS = ("prompt", "messages", "prompt_ids")
 
@@ -35,14 +42,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How all prompts of a file are decoded. Prompt n of the file samples with `seed + n`, whatever its batch."""
+    """How all prompts of a file are decoded. Prompt n of the file samples with `seed + n`, whatever is beside it."""
 
-    settings: DecodeConfig
-    plain: bool
+    plan: str  # how rounds draft, or `AUTO`
+    plain: bool  # draft nothing all the same, in passes of the same bits
+    max_new_tokens: int
     eos_ids: tuple[int, ...]
     sampling: SamplingConfig | None
     stop: tuple[str, ...]
-    batch: int  # prompts decoded at once
+    slots: int  # prompts decoded at once
 
 
 def answer_file(
@@ -51,10 +59,9 @@ def answer_file(
     output: Path,
     decoding: Decoding,
     *,
-    chooser: PlanChooser | None = None,
     report: Callable[[int, int], None] = lambda done, of: None,
 ) -> int:
-    """Answer what `output` lacks, and append it batch by batch; how many prompts could not be answered.
+    """Answer what `output` lacks, and append it reply by reply; how many prompts could not be answered.
 
     `report` is called with the number of lines that are there and of all.
     """
@@ -65,51 +72,48 @@ def answer_file(
         with output.open("r+b" if output.exists() else "xb") as file:
             file.truncate(size)
             file.seek(size)
-            for replies in answers(model, lines, done, decoding, chooser):
-                file.write("".join(json.dumps(reply, ensure_ascii=False) + "\n" for reply in replies).encode())
+            for reply in answers(model, lines, done, decoding):
+                file.write((json.dumps(reply, ensure_ascii=False) + "\n").encode())
                 file.flush()
-                done += len(replies)
-                failed += sum("error" in reply for reply in replies)
+                done += 1
+                failed += "error" in reply
                 report(done, len(lines))
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}") from error
     return failed
 
 
-def answers(
-    model: LoadedModel, lines: Sequence[Line], begin: int, decoding: Decoding, chooser: PlanChooser | None
-) -> Iterator[list[dict[str, Any]]]:
-    """The replies to `lines` from `begin` on, in order, some at a time.
-
-    This is the place for an engine with slots: here a batch waits for its longest reply before the next one begins.
-    """
-    for first in range(begin, len(lines), decoding.batch):
-        part = lines[first : first + decoding.batch]
-        good = [index for index, line in enumerate(part) if not line.fault]
-        replies: list[dict[str, Any]] = [{"id": line.id, "error": line.fault} for line in part]
-        if good:
-            # The last batch and one with faults are filled up: another size would be another program.
-            rows = (good + good[:1] * decoding.batch)[: decoding.batch]
-            generations, texts, _ = decode_texts(
-                model,
-                [part[index].ids for index in rows],
-                decoding.settings,
-                plain=decoding.plain,
-                eos_ids=decoding.eos_ids,
-                sampling=_sampling(decoding.sampling, [first + index for index in rows]),
-                stop=decoding.stop,
-                chooser=chooser,
+def answers(model: LoadedModel, lines: Sequence[Line], begin: int, decoding: Decoding) -> Iterator[dict[str, Any]]:
+    """The replies to `lines` from `begin` on, in order."""
+    requests = [_request(line, number, decoding) for number, line in enumerate(lines) if not line.fault]
+    done = sum(not line.fault for line in lines[:begin])
+    with ExitStack() as stack:
+        replies: Iterator[Decoded] = iter(())
+        if done < len(requests):
+            # Made for all prompts of the file, also those that are answered: so a cut file ends as a whole one would.
+            # Its room is rounded up, so that files alike find their programs compiled.
+            longest = max(len(request.prompt_ids) for request in requests)
+            engine = stack.enter_context(
+                open_engine(
+                    model,
+                    slots=decoding.slots,
+                    context=cache_slots(longest + decoding.max_new_tokens),
+                    longest_prompt=longest,
+                    plan=str(PLAIN) if decoding.plain else decoding.plan,
+                    width=plans_of(model, decoding.plan, decoding.slots)[1],
+                )
             )
-            for index, generation, text in zip(good, generations, texts, strict=False):
-                replies[index] = describe(part[index], generation, text)
-        yield replies
+            replies = decode_many(engine, requests[done:])
+        for line in lines[begin:]:
+            yield {"id": line.id, "error": line.fault} if line.fault else describe(line, next(replies))
 
 
-def describe(line: Line, generation: Generation, text: str) -> dict[str, Any]:
+def describe(line: Line, reply: Decoded) -> dict[str, Any]:
     """A line of the output."""
+    generation = reply.generation
     return {
         "id": line.id,
-        "text": text,
+        "text": reply.text,
         "new_ids": generation.new_ids,
         "finish_reason": generation.finish_reason,
         "accept_lengths": generation.accept_lengths,
@@ -189,7 +193,9 @@ def _line(name: int | str, prompt: Any, model: LoadedModel, max_new_tokens: int)
     return Line(name, ids)
 
 
-def _sampling(sampling: SamplingConfig | None, numbers: Sequence[int]) -> list[SamplingConfig] | None:
-    if sampling is None:
-        return None
-    return [replace(sampling, seed=(sampling.seed + number) % 2**32) for number in numbers]
+def _request(line: Line, number: int, decoding: Decoding) -> Request:
+    """What prompt `number` of the file asks of an engine."""
+    sampling = decoding.sampling
+    if sampling is not None:
+        sampling = replace(sampling, seed=(sampling.seed + number) % 2**32)
+    return Request(tuple(line.ids), decoding.max_new_tokens, sampling, decoding.eos_ids, decoding.stop)

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dvi_jax.checkpoint import Checkpoint, Manifest, check_finite, check_shapes, read_token_ids, string_keys
 from dvi_jax.config import LlamaConfig
@@ -17,6 +18,7 @@ from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.directories import cache_folder
 from dvi_jax.errors import UserError
 from dvi_jax.importing.cache import open_checkpoint
+from dvi_jax.mesh import check_blocks, collect, place_tree, shard_config, shards, spread, stored_shapes
 from dvi_jax.model.drafters import BlockDrafter, Origin, build_drafter
 from dvi_jax.model.llama import Llama
 from dvi_jax.model.lora import inject_dual_lora
@@ -57,14 +59,17 @@ class LoadedModel:
 
     @cached_property
     def decode_params(self) -> Params:
-        """`params` for decoding: all in the weights' dtype, so that a draft does not convert its drafter first."""
+        """`params` for decoding: all in the weights' dtype, so that a draft does not convert its drafter first.
+
+        The base is as the checkpoint keeps it.
+        """
         dtype = jnp.dtype(self.manifest.dtype)
-        leaves, tree = jax.tree.flatten(self.params)
+        leaves, tree = jax.tree.flatten(self.params._replace(base={}))
         others = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != dtype]
         # One call for all of them, after every update; the arrays that are right already are not touched.
         for i, leaf in zip(others, _cast([leaves[i] for i in others], dtype), strict=True):
             leaves[i] = leaf
-        return jax.tree.unflatten(tree, leaves)
+        return jax.tree.unflatten(tree, leaves)._replace(base=self.params.base)
 
     def need_tokenizer(self, otherwise: str) -> Tokenizer:
         """The tokenizer; `UserError` that says `otherwise` where the checkpoint has none."""
@@ -81,26 +86,28 @@ def load(
     path: str | Path,
     *,
     dtype: str | None = None,
+    weights: str | None = None,
     exit_layer: int | None = None,
     drafter_from: str | Path | None = None,
     any_drafter: bool = False,
     draft_vocabulary: str | Path | None = None,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> LoadedModel:
-    """Load a checkpoint, or what `importing.cache.open_checkpoint` makes one of, as `dtype` then.
+    """Load a checkpoint, or what `importing.cache.open_checkpoint` makes one of, as `dtype` with `weights` then.
 
     `exit_layer` overrides the manifest's while the drafter is untrained. `seed` initialises what the checkpoint does
     not hold. `drafter_from`: a directory whose trained drafter to use, made for these weights unless `any_drafter`.
-    `draft_vocabulary`: a JSON list of the only token ids to draft, in place of its own list. Raises `UserError`
-    naming what does not fit.
+    `draft_vocabulary`: a JSON list of the only token ids to draft, in place of its own list. `mesh`: the devices that
+    share it, each array of which goes to them as it is read. Raises `UserError` naming what does not fit.
     Compiled programs are kept on disk from here on, unless jax was told of a folder for them.
     """
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # jax declares its flags at run time
         enable_compilation_cache()
-    checkpoint = open_checkpoint(path, dtype)
+    checkpoint = open_checkpoint(path, dtype, weights, lazy=mesh is not None)
     if drafter_from is not None:
         checkpoint = with_drafter_from(checkpoint, drafter_from, any_model=any_drafter)
-    model = from_checkpoint(checkpoint, exit_layer=exit_layer, seed=seed)
+    model = from_checkpoint(checkpoint, exit_layer=exit_layer, seed=seed, mesh=mesh)
     return model if draft_vocabulary is None else with_draft_vocabulary(model, draft_vocabulary)
 
 
@@ -109,12 +116,14 @@ def with_draft_vocabulary(model: LoadedModel, path: str | Path) -> LoadedModel:
     ids = read_token_ids(Path(path))
     module = join(model.definition, model.params)
     module.restrict_drafts([*ids, *model.eos_ids])
-    definition, params = split(module)
+    definition, params = split(module, model.definition.mesh)
     return replace(model, definition=definition, params=params)
 
 
-def from_checkpoint(checkpoint: Checkpoint, *, exit_layer: int | None = None, seed: int = 0) -> LoadedModel:
-    """The same from a `Checkpoint` in memory."""
+def from_checkpoint(
+    checkpoint: Checkpoint, *, exit_layer: int | None = None, seed: int = 0, mesh: Mesh | None = None
+) -> LoadedModel:
+    """The same from a `Checkpoint` in memory, or of which the base weights are still to be read (`stored_array.py`)."""
     if jax.dtypes.canonicalize_dtype(np.int64) != np.int32:
         raise UserError("JAX_ENABLE_X64 is set, and all counts and ids here have 32 bits: unset it")
     config, manifest = checkpoint.config, checkpoint.manifest
@@ -130,22 +139,30 @@ def from_checkpoint(checkpoint: Checkpoint, *, exit_layer: int | None = None, se
                 f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens,"
                 f" the model's embedding only {config.vocab_size}"
             )
-    model = build_model(config, manifest, jax.tree.map(jnp.asarray, checkpoint.base), seed=seed)
+    check_blocks(mesh, checkpoint.base)
+    model = build_model(config, manifest, place_tree(mesh, config, checkpoint.base, "llama"), seed=seed, mesh=mesh)
     if checkpoint.draft_vocabulary is not None:
         model.restrict_drafts([*checkpoint.draft_vocabulary, *config.eos_token_ids])
     manifest = replace(manifest, drafter_config=model.drafter.config())
-    definition, params = split(model)
-    params = restore_trained(params, checkpoint.drafter, checkpoint.lora, str(checkpoint.path))
+    definition, params = split(model, mesh)
+    params = restore_trained(params, checkpoint.drafter, checkpoint.lora, str(checkpoint.path), config, mesh)
     is_trained = checkpoint.drafter is not None or "lora_s" in (checkpoint.lora or {})
     return LoadedModel(config, manifest, definition, params, tokenizer, is_trained)
 
 
-def build_model(config: LlamaConfig, manifest: Manifest, base: dict[str, Any], *, seed: int = 0) -> SpeculativeLlama:
-    """A `SpeculativeLlama` of the manifest's shape over `base`, with a fresh drafter and fresh LoRA sets."""
+def build_model(
+    config: LlamaConfig, manifest: Manifest, base: dict[str, Any], *, seed: int = 0, mesh: Mesh | None = None
+) -> SpeculativeLlama:
+    """A `SpeculativeLlama` of the manifest's shape over `base`, with a fresh drafter and fresh LoRA sets.
+
+    `base` as `mesh.place_tree` gives it.
+    """
     drafter_key, lora_key = jax.random.split(jax.random.key(seed))
     origin = Origin(config, norm=base["norm"], key=drafter_key)
     drafter = build_drafter(manifest.drafter, manifest.drafter_config, origin)
-    model = SpeculativeLlama(Llama(config, base, manifest.exit_layer, taps=drafter.taps), drafter)
+    part = shard_config(config, mesh)
+    llama = Llama(part, base, manifest.exit_layer, taps=drafter.taps, shards=shards(mesh))
+    model = SpeculativeLlama(llama, drafter)
     if manifest.lora:
         inject_dual_lora(model, key=lora_key, **manifest.lora)
     if manifest.calibration:
@@ -153,13 +170,23 @@ def build_model(config: LlamaConfig, manifest: Manifest, base: dict[str, Any], *
     return model
 
 
-def restore_trained(params: Params, drafter: Tree | None, lora: Tree | None, where: str) -> Params:
+def restore_trained(
+    params: Params, drafter: Tree | None, lora: Tree | None, where: str, config: LlamaConfig, mesh: Mesh | None = None
+) -> Params:
     """`params` with the trained parts a checkpoint holds; every name and shape must match."""
     lora = lora or {}
+
+    def fill(template: Tree, saved: Tree | None, part: str) -> Tree:
+        if saved is None:
+            return spread(mesh, template)
+        check_shapes(string_keys(saved), string_keys(stored_shapes(mesh, config, template)), f"{where}/{part}")
+        check_finite(saved, f"{where}/{part}")
+        return place_tree(mesh, config, _like(template, saved))
+
     return params._replace(
-        drafter=_fill(params.drafter, {"drafter": drafter} if drafter else None, f"{where}/drafter"),
-        lora_s=_fill(params.lora_s, lora.get("lora_s"), f"{where}/lora/lora_s"),
-        lora_d=_fill(params.lora_d, lora.get("lora_d"), f"{where}/lora/lora_d"),
+        drafter=fill(params.drafter, {"drafter": drafter} if drafter else None, "drafter"),
+        lora_s=fill(params.lora_s, lora.get("lora_s"), "lora/lora_s"),
+        lora_d=fill(params.lora_d, lora.get("lora_d"), "lora/lora_d"),
     )
 
 
@@ -171,9 +198,17 @@ class TrainedParts(TypedDict):
 
 
 def trained_parts(params: Params) -> TrainedParts:
-    """The `drafter` and `lora` trees a checkpoint stores (string keys)."""
+    """The `drafter` and `lora` trees a checkpoint stores (string keys), of a model on one device."""
     lora = {name: string_keys(getattr(params, name)) for name in ("lora_s", "lora_d") if getattr(params, name)}
     return {"drafter": string_keys(params.drafter.get("drafter")), "lora": lora or None}
+
+
+def stored_parts(model: LoadedModel) -> TrainedParts:
+    """The same on the host, of a model on any devices."""
+    parts = ("drafter", "lora_s", "lora_d")
+    mesh, params = model.definition.mesh, model.params
+    collected = {name: collect(mesh, model.config, getattr(params, name)) for name in parts}
+    return trained_parts(params._replace(**collected))
 
 
 def enable_compilation_cache() -> None:
@@ -191,17 +226,8 @@ def _cast(leaves: list[jax.Array], dtype: jnp.dtype) -> list[jax.Array]:
     return [leaf.astype(dtype) for leaf in leaves]
 
 
-def _fill(template: Tree, saved: Tree | None, where: str) -> Tree:
-    """`saved` in the structure of `template` (whose keys may be integers)."""
-    if saved is None:
-        return template
-    shapes = jax.tree.map(lambda leaf: leaf.shape, template)
-    check_shapes(string_keys(saved), string_keys(shapes), where)
-    check_finite(saved, where)
-    return _like(template, saved)
-
-
 def _like(template: Any, saved: Any) -> Any:
+    """`saved` in the structure and the dtypes of `template` (whose keys may be integers)."""
     if isinstance(template, dict):
         return {key: _like(value, saved[str(key)]) for key, value in template.items()}
-    return jnp.asarray(saved, template.dtype)
+    return np.asarray(saved).astype(template.dtype)

@@ -54,4 +54,5 @@ SHAPES = {
     "1.5b": _shape(1536, 8960, 28, 12, 151936, num_kv_heads=2, rope_theta=1e6, model_type="qwen2"),
     "7b": _shape(4096, 11008, 32, 32),
     "13b": _shape(5120, 13824, 40, 40),
+    "70b": _shape(8192, 28672, 80, 64, num_kv_heads=8),
 }

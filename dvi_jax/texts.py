@@ -7,12 +7,13 @@ import difflib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.data.conversations import Message
 from dvi_jax.decode.batch import Generation, check_prompts, generate_batch
 from dvi_jax.decode.choosing import PlanChooser
+from dvi_jax.decode.plan import Plan, drafts_of
 from dvi_jax.decode.stream import Stream
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
@@ -43,16 +44,37 @@ def generate_text(
     """Continue each prompt: a string is a user message, a list of messages a conversation, a list of ints token ids.
 
     `settings` are the fields of `DecodeConfig` (`max_new_tokens=64`, `plan="tree:16"`) and `SamplingConfig`
-    (`temperature=0.8`, `seed=1`); decoding is greedy unless a temperature is given. `plain` drafts nothing, and so does
-    an untrained drafter unless `plan` or `draft_steps` are given. Sequence b of several takes `seed + b`.
+    (`temperature=0.8`, `seed=1`); decoding is greedy unless a temperature is given. `plain` drafts nothing; otherwise
+    it drafts as `plan` and `draft_steps` say, or as `usual_drafting`. Sequence b of several takes `seed + b`.
     Raises `UserError` for an unknown setting, naming the nearest one, and for a prompt that cannot be.
     """
     decode, sampling = _settings(settings)
-    if not (model.drafter_is_trained or plain or {"plan", "draft_steps"} & settings.keys()):
-        decode = dataclasses.replace(decode, plan="plain", draft_steps=0)
+    if not plain and not {"plan", "draft_steps"} & settings.keys():
+        decode = usual_drafting(model, decode)
     ids = [prompt_ids(model, prompt) for prompt in _as_list(prompts)]
     generations, texts, _ = decode_texts(model, ids, decode, plain=plain, eos_ids=eos_ids, sampling=sampling, stop=stop)
     return [Completion(text, generation) for text, generation in zip(texts, generations, strict=True)]
+
+
+def usual_drafting(model: LoadedModel, settings: DecodeConfig) -> DecodeConfig:
+    """`settings`, drafting as the drafter did in training; an untrained one drafts nothing, as it slows decoding down.
+
+    Where its training recorded nothing, the number of drafts is that of `settings`.
+    """
+    if not model.drafter_is_trained:
+        return dataclasses.replace(settings, plan="plain", draft_steps=0)
+    plan, draft_steps = model.manifest.plan, model.manifest.draft_steps or settings.draft_steps
+    if plan:
+        return dataclasses.replace(settings, plan=plan, draft_steps=drafts_of(Plan.parse(plan)))
+    return dataclasses.replace(settings, plan=None, draft_steps=draft_steps)
+
+
+class Decoding(TypedDict, total=False):
+    """What `generate_batch` and `Stream` both take, as they say."""
+
+    plain: bool
+    eos_ids: tuple[int, ...] | None
+    sampling: SamplingConfig | Sequence[SamplingConfig] | None
 
 
 def decode_texts(
@@ -60,30 +82,18 @@ def decode_texts(
     prompts: Sequence[Sequence[int]],
     settings: DecodeConfig,
     *,
-    plain: bool = False,
-    eos_ids: tuple[int, ...] | None = None,
-    sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
     stop: Sequence[str] = (),
     chooser: PlanChooser | None = None,
-    longest_prompt: int = 0,
+    **decoding: Unpack[Decoding],
 ) -> tuple[list[Generation], list[str], float]:
     """The continuations of token ids as one batch, their texts, and the seconds of decoding; stop strings end them."""
     if not stop:
-        generations, seconds = generate_batch(
-            model,
-            prompts,
-            settings,
-            plain=plain,
-            eos_ids=eos_ids,
-            sampling=sampling,
-            chooser=chooser,
-            longest_prompt=longest_prompt,
-        )
+        generations, seconds = generate_batch(model, prompts, settings, chooser=chooser, **decoding)
         tokenizer = model.tokenizer
         return generations, [tokenizer.decode(g.new_ids) if tokenizer else "" for g in generations], seconds
     if chooser is not None:
         settings = chooser.begin().settings(settings)
-    stream = Stream(model, prompts, settings, plain=plain, eos_ids=eos_ids, sampling=sampling, stop=stop)
+    stream = Stream(model, prompts, settings, stop=stop, **decoding)
     texts, began = [""] * len(prompts), time.perf_counter()
     for pieces in stream:
         for piece in pieces:

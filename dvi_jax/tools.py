@@ -30,6 +30,15 @@ def shipped(kind: str, name: str) -> Path | None:
 
     None where there is none of that name.
     """
-    folder = tools_folder() / "experiments" / kind
-    names = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
+    names = _shipped(kind)
     return names.get(name) or names.get(f"{name}.yaml")
+
+
+def shipped_names(kind: str) -> list[str]:
+    """The names that `shipped` knows, without .yaml."""
+    return sorted(name.removesuffix(".yaml") for name in _shipped(kind))
+
+
+def _shipped(kind: str) -> dict[str, Path]:
+    folder = tools_folder() / "experiments" / kind
+    return {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}

@@ -6,7 +6,7 @@ The file's key `trainer` chooses: `online` (learn while decoding) or `distill` (
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -23,7 +23,18 @@ from dvi_jax.settings_list import list_settings
 PLAIN_EVERY = 10  # updates between two lines where the output is not a terminal
 
 
-def notice(kind: str, record: dict[str, Any]) -> str | None:
+class GoingOn(NamedTuple):
+    """What the user of a command does to go on with a run that ended early, as its notices say it."""
+
+    after_limit: str  # its time was over
+    after_stop: str  # a signal stopped it
+    anew: str  # so did one, before there was anything to go on from
+
+
+WITH_RESUME = GoingOn("--resume with more goes on", "--resume goes on", "--resume begins again")
+
+
+def notice(kind: str, record: dict[str, Any], going_on: GoingOn = WITH_RESUME) -> str | None:
     """The line for a record that both trainers have, None for one that is not news."""
     lines = {
         "resume": "resumed at update {step}",
@@ -31,31 +42,31 @@ def notice(kind: str, record: dict[str, Any]) -> str | None:
         "damaged_snapshot": "{reason}; going on from the snapshot of update {snapshot}",
         "failed_save": "warning: the snapshot of update {snapshot} could not be saved ({reason}), {count} so far;"
         " earlier ones stay, learning goes on",
+        "no_events": "warning: no TensorBoard events from update {step} on ({reason}); metrics.jsonl has all",
         "rollback": "update {step}: {reason}, rolled back to {back_to} (rollback {rollbacks})",
         "traffic_changed": "update {step}: the accept rate fell to {accept_rate:.1%}, but the best snapshot's drafter"
         " has {good_accept_rate:.1%} on the same prompts: the traffic changed",
-        "time_limit": "update {step}: the {minutes:g} minutes of max_minutes are over; --resume with more goes on",
-        "stopped": "stopped by {signal} after update {step}; newest snapshot: update {snapshot}; --resume goes on",
+        "time_limit": "update {step}: the {minutes:g} minutes of learning are over; {after_limit}",
+        "stopped": "stopped by {signal} after update {step}; newest snapshot: update {snapshot}; {after_stop}",
     }
     if kind not in lines:
         return None
     if kind == "stopped" and record["snapshot"] is None:
-        return f"stopped by {record['signal']} before the first snapshot; --resume begins again"
+        return f"stopped by {record['signal']} before the first snapshot; {going_on.anew}"
     back_to = "the start" if record.get("snapshot") is None else f"the snapshot of update {record['snapshot']}"
-    return lines[kind].format(**record, back_to=back_to)
+    return lines[kind].format(**record, **going_on._asdict(), back_to=back_to)
 
 
 class Display:
     """Shows a run: a progress bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, config: TrainConfig, console: Console):
-        self.console = console
-        self.config = config
+    def __init__(self, config: TrainConfig, console: Console, going_on: GoingOn):
+        self.console, self.config, self.going_on = console, config, going_on
         self.bar = progress_bar("prompts", console)
         self.task = self.bar.add_task("train", total=config.prompts, note="compiling")
 
     def __call__(self, kind: str, record: dict[str, Any]) -> None:
-        line = notice(kind, record)
+        line = notice(kind, record, self.going_on)
         if line:
             say(self.console, line)
         elif kind == "eval":
@@ -76,9 +87,9 @@ def say(console: Console, text: str) -> None:
     console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
-def run(config: TrainConfig, *, resume: bool, console: Console) -> OnlineResult:
+def run(config: TrainConfig, *, resume: bool, console: Console, going_on: GoingOn = WITH_RESUME) -> OnlineResult:
     """Train with a display and leave the learning curve beside the metrics."""
-    display = Display(config, console)
+    display = Display(config, console, going_on)
     with display.bar:
         result = train_online(config, resume=resume, report=display)
     try:
@@ -126,9 +137,16 @@ def show_settings() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, train, and say what came of it."""
     parser = ArgumentParser(prog="python -m dvi_jax.train", description="Train a drafter, online or on given text.")
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings; or the name of one that is shipped, as demo")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeat")
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="file of settings, or the name of a shipped one, such as demo"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; may be repeated"
+    )
     parser.add_argument("--list-settings", action="store_true", help="name, default and meaning of every setting")
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="also write TensorBoard events (--set tensorboard=true)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest snapshot in the run's `out`")
     add_debug(parser)
     options = parser.parse_args(arguments)
@@ -137,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.config is None:
         raise UserError("--config is needed: a file of settings, or the name of a shipped one (see --list-settings)")
-    config = load_train_config(options.config, options.set)
+    config = load_train_config(options.config, options.set + ["tensorboard=true"] * options.tensorboard)
     enable_compilation_cache()
     console = unfailing_console()
     if isinstance(config, DistillConfig):

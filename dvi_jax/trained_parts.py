@@ -101,8 +101,8 @@ def read_safetensors_parts(directory: Path) -> TrainedParts | None:
 def with_drafter_from(checkpoint: Checkpoint, path: str | Path, *, any_model: bool = False) -> Checkpoint:
     """`checkpoint` with the drafter of another directory, or of one that comes with the package, by its name.
 
-    The verifier must have the same weights (at any dtype), else `UserError`, unless `any_model`: a drafter never
-    touches what is decoded, only how fast.
+    The verifier must have the same weights (in any dtype, or in fewer bits), else `UserError`, unless `any_model`: a
+    drafter never touches what is decoded, only how fast.
     """
     parts = read_trained_parts(
         Path(path) if Path(path).exists() else shipped("results/drafters", str(path)) or Path(path)
@@ -118,6 +118,7 @@ def with_drafter_from(checkpoint: Checkpoint, path: str | Path, *, any_model: bo
         source=checkpoint.manifest.source,
         source_sha256=checkpoint.manifest.source_sha256,
         base_sha256=checkpoint.manifest.base_sha256,
+        quantisation=checkpoint.manifest.quantisation,
     )
     return replace(
         checkpoint,
@@ -129,10 +130,19 @@ def with_drafter_from(checkpoint: Checkpoint, path: str | Path, *, any_model: bo
 
 
 def _belongs(made_for: Manifest, checkpoint: Checkpoint) -> bool:
-    """By the hash of the weights; drafters from before there was one, by that of the file they came from."""
+    """By the hash of the weights, or of what they were rounded from: a model in fewer bits drafts much as it did.
+
+    Drafters from before there was a hash belong by that of the file they came from.
+    """
     if made_for.base_sha256:
-        return made_for.base_sha256 == _with_hash(checkpoint).base_sha256
+        return bool(_origins(made_for) & _origins(_with_hash(checkpoint)))
     return made_for.source_sha256 == checkpoint.manifest.source_sha256
+
+
+def _origins(manifest: Manifest) -> set[str]:
+    """Hashes of a model's weights: as they are, and as they were before they were rounded to fewer bits."""
+    rounded_from = manifest.quantisation.source_sha256 if manifest.quantisation else ""
+    return {manifest.base_sha256, rounded_from} - {""}
 
 
 def _with_hash(checkpoint: Checkpoint) -> Manifest:

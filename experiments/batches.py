@@ -20,12 +20,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dvi_jax.command_line import drafts_of
 from dvi_jax.config import DecodeConfig
 from dvi_jax.data.conversations import Message
 from dvi_jax.decode.batch import Generation, generate_batch
 from dvi_jax.decode.choosing import PlanChooser
-from dvi_jax.decode.plan import Plan
+from dvi_jax.decode.plan import Plan, drafts_of
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.evaluate.spec_bench import read_questions
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load

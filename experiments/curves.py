@@ -14,17 +14,19 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
-from dvi_jax.evaluate.plots import new_figure
+from dvi_jax.evaluate.style import CYCLE, new_figure, save_picture
 from dvi_jax.loading import enable_compilation_cache
 from dvi_jax.model.drafters.inner import spread_taps
-from experiments.compare import COLORS
 from experiments.measure import environment, write_result
 from experiments.objectives import recorded
 from experiments.side_by_side import add_arguments, open_bench
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Curves = dict[str, list[dict[str, Any]]]  # of each drafter, a record for each budget
 
@@ -71,9 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def draw(curves: Curves, path: Path) -> None:
     """Tokens per round, and how often the first draft is right in held-out rows, over the tokens trained on."""
+    save_picture(lambda: _panels(curves), path)
+
+
+def _panels(curves: Curves) -> Figure:
     figure = new_figure(9, 3.8)
     panels = figure.subplots(1, 2)
-    for color, (name, points) in zip(COLORS, curves.items(), strict=False):
+    for color, (name, points) in zip(CYCLE, curves.items(), strict=False):
         millions = [point["tokens"] / 1e6 for point in points]
         panels[0].plot(millions, [point["tokens_per_round"] for point in points], "o-", color=color, label=name)
         panels[1].plot(millions, [100 * point["agreement"][0] for point in points], "o-", color=color)
@@ -81,12 +87,13 @@ def draw(curves: Curves, path: Path) -> None:
     panels[1].set_ylabel("held-out rows: first draft right (%)")
     for axes in panels:
         axes.set_xscale("log")
+        axes.set_xticks([point["tokens"] / 1e6 for point in next(iter(curves.values()))])
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("tokens of training (millions)")
-        axes.grid(color="0.9", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid()
     figure.legend(loc="outside lower center", ncols=len(curves), frameon=False)
-    figure.savefig(path)
+    return figure
 
 
 if __name__ == "__main__":

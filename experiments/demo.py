@@ -35,7 +35,7 @@ from dvi_jax.evaluate.trace import FASTEST, PLAIN, SPECULATIVE
 from dvi_jax.learn.online import OnlineResult
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
 from dvi_jax.text_files import read_json
-from dvi_jax.train import run
+from dvi_jax.train import GoingOn, run
 from experiments.fetch import fetch_conversations, fetch_model
 from experiments.objectives import online_config
 
@@ -44,6 +44,7 @@ KEPT = Path(__file__).parent / "results" / "drafters" / "smollm2-135m-instruct"
 KEPT_SETTINGS = DecodeConfig(draft_steps=3, threshold=0.4, max_new_tokens=64)
 KEPT_PROMPTS = 6
 EXAMPLE = "What is the capital of France?"
+ANEW = GoingOn("--minutes gives it more", "the next demo begins anew", "the next demo begins anew")
 DIFFERENT = 1  # exit status when an output differs from plain decoding
 
 
@@ -51,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo; exit status 1 if a speculative output differs from its plain one."""
     began = time.perf_counter()
     options = _parser().parse_args(arguments)
+    if options.minutes is not None and options.minutes <= 0:
+        raise UserError(f"--minutes must be above 0, got {options.minutes:g}")
     enable_compilation_cache()
     console, out = Console(), Path(options.out)
     source = Path(options.model) if options.model else fetch_model()
@@ -65,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"training online for at most {config.max_minutes:g} minutes, exit layer {config.exit_layer or 'as trained'},"
         f" {config.rollout_batch} prompts a rollout, {config.updates_per_rollout} updates each",
     )
-    result = run(config, resume=False, console=console)
+    result = run(config, resume=False, console=console, going_on=ANEW)
     say(console, f"stream: {result.stream['conversations']}")
     count = len(result.held_out)
     say(console, f"decoding the {count} held-out prompts again one by one, plainly and speculatively")
@@ -259,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="DIR_OR_GGUF_OR_CKPT", help="Llama to use (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--data", metavar="FILE", help="conversations to learn from (default: ShareGPT)")
     parser.add_argument("--out", default="demo", metavar="DIR", help="folder of models and runs")
-    parser.add_argument("--minutes", type=float, metavar="M", help="longest time to train (default as in demo.yaml)")
+    parser.add_argument("--minutes", type=float, metavar="M", help="longest time to train (default: as in demo.yaml)")
     add_debug(parser)
     return parser
 

@@ -15,12 +15,14 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
-from dvi_jax.evaluate.plots import new_figure
-from experiments.compare import COLORS
+from dvi_jax.evaluate.style import CYCLE, GREY, new_figure, page_color, save_picture
 from experiments.measure import write_result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 POINTS = 60  # of a stage, at most
 INSIDE = 0.5  # million tokens
@@ -90,37 +92,40 @@ def mean(vectors: list[list[float]]) -> list[float]:
 
 def draw(stages: list[dict[str, Any]], path: Path) -> None:
     """Agreement of every unrolled draft with the verifier over the tokens of all stages; dots for held-out rows."""
+    save_picture(lambda: _curves(stages), path)
+
+
+def _curves(stages: list[dict[str, Any]]) -> Figure:
     figure = new_figure(8, 4.2)
     axes = figure.subplots()
     start = 0.0
     for stage in stages:
         millions = [start + tokens / 1e6 for tokens in stage["tokens"]]
-        for index, (color, values) in enumerate(zip(COLORS, zip(*stage["agreement"], strict=True), strict=False)):
+        for index, (color, values) in enumerate(zip(CYCLE, zip(*stage["agreement"], strict=True), strict=False)):
             label = f"draft {index + 1}" if stage is stages[0] else None
-            axes.plot(millions, [100 * value for value in values], color=color, linewidth=1.4, label=label)
+            axes.plot(millions, [100 * value for value in values], color=color, label=label)
             ends = [100 * evaluation[index] for evaluation in stage["held_out"]]
-            face = "white" if stage["seen"] else color
+            face = page_color() if stage["seen"] else color
             # A little inside the stage, so that one's end and the next one's beginning stay apart.
             places = [start + INSIDE, millions[-1] - INSIDE]
-            axes.plot(places, ends, "o", color=color, markerfacecolor=face, markersize=5.5, zorder=3)
+            axes.plot(places, ends, "o", color=color, markerfacecolor=face, markersize=5.5, zorder=3, clip_on=False)
         if stage is not stages[0]:
-            axes.axvline(start, color="0.75", linewidth=1)
+            axes.axvline(start, color=GREY, linewidth=1)
         middle = (start + millions[-1]) / 2
         axes.text(
             middle, 1.01, stage["name"], transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=9
         )
         start = millions[-1]
-    axes.plot([], [], "o", color="0.4", label="held-out rows, before and after a stage")
+    axes.plot([], [], "o", color=GREY, label="held-out rows, before and after a stage")
     if any(stage["seen"] for stage in stages):
-        axes.plot([], [], "o", color="0.4", markerfacecolor="white", label="the same rows, also learned from")
+        axes.plot([], [], "o", color=GREY, markerfacecolor=page_color(), label="the same rows, also learned from")
     axes.set_xlim(0, start)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens of teacher forcing (millions)")
     axes.set_ylabel("draft = verifier's token (%)")
-    axes.grid(color="0.9", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(path)
+    axes.grid()
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dvi_jax.checkpoint import rewrite_checkpoint
 from dvi_jax.config import TrainConfig
@@ -28,7 +28,7 @@ from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import PromptStream
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
-from dvi_jax.evaluate.plots import BLUE, new_figure
+from dvi_jax.evaluate.style import BLUE, GREY, new_figure, save_picture
 from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.metrics import MetricsLog
 from dvi_jax.learn.online import train_online
@@ -36,6 +36,9 @@ from dvi_jax.loading import enable_compilation_cache
 from dvi_jax.trained_parts import with_drafter_from
 from experiments.measure import environment, write_result
 from experiments.objectives import online_config, recorded, spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STILL = 1e-30  # a learning rate that moves no float32 weight
 NEVER = 10**9
@@ -184,23 +187,28 @@ def compare(frozen: Run, online: list[Run], domains: list[str], per_domain: int)
 
 def draw(frozen: Run, online: list[Run], domains: list[str], per_domain: int, path: Path) -> None:
     """Accept rate over prompts, smoothed over five rollouts: seeds' mean and range; a line where the domain changes."""
+    save_picture(lambda: _rates(frozen, online, domains, per_domain), path)
+
+
+def _rates(frozen: Run, online: list[Run], domains: list[str], per_domain: int) -> Figure:
     figure = new_figure(8, 4.2)
     axes = figure.subplots()
     prompts = frozen["prompts"]
     points = list(zip(*(smooth(run_["accept_rate"]) for run_ in online), strict=True))
-    axes.plot(prompts, smooth(frozen["accept_rate"]), color="0.45", label="frozen")
+    axes.plot(prompts, smooth(frozen["accept_rate"]), color=GREY, label="frozen")
     label = f"online, mean and range of {len(online)} seeds"
     axes.plot(prompts, [statistics.mean(point) for point in points], color=BLUE, label=label)
     axes.fill_between(prompts, [min(p) for p in points], [max(p) for p in points], color=BLUE, alpha=0.25)
     for index, domain in enumerate(domains):
-        axes.axvline(index * per_domain, color="0.75", linewidth=1)
+        axes.axvline(index * per_domain, color=GREY, linewidth=1)
         axes.text((index + 0.5) * per_domain, 0.98, domain, transform=axes.get_xaxis_transform(), ha="center", va="top")
-    axes.margins(y=0.12)
+    axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
+    axes.margins(x=0)
     axes.set_xlabel("prompts served")
     axes.set_ylabel("drafts accepted (%), mean of 5 rollouts")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper right", ncols=2, frameon=False)
-    figure.savefig(path)
+    axes.grid(axis="y")
+    figure.legend(loc="outside upper right", ncols=2)
+    return figure
 
 
 def smooth(rates: list[float], width: int = 5) -> list[float]:

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from rich.console import Console
@@ -28,15 +28,17 @@ from dvi_jax.config import DecodeConfig, DistillConfig, load_train_config
 from dvi_jax.decode.acceptance import measure_acceptance
 from dvi_jax.decode.batch import generate_batch
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
-from dvi_jax.evaluate.plots import new_figure
+from dvi_jax.evaluate.style import CYCLE, GREY, mark_equal, new_figure, page_color, save_picture
 from dvi_jax.learn.metrics import MetricsLog
 from dvi_jax.learn.offline import train_offline
 from dvi_jax.loading import LoadedModel, enable_compilation_cache
 from dvi_jax.model.drafters import DRAFTERS
-from experiments.compare import COLORS
 from experiments.measure import environment, write_result
 from experiments.objectives import recorded
 from experiments.sweep import every_prompt
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RUNS = (
     *("exit_head:2", "kangaroo:2", "fused:2", "fused:1", "fused:4", "fused:8", "exit_head:8", "exit_head:2:64"),
@@ -147,42 +149,40 @@ def decode(model: LoadedModel, file: str, count: int, settings: DecodeConfig) ->
 def draw_both(runs: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
     """Both pictures, `drafters_curves.png` and `drafters_layers.png`; returns their paths."""
     curves, layers = folder / "drafters_curves.png", folder / "drafters_layers.png"
-    draw_curves(runs, curves)
-    draw_layers(runs, layers)
-    return [curves, layers]
+    return [*save_picture(lambda: draw_curves(runs), curves), *save_picture(lambda: draw_layers(runs), layers)]
 
 
-def draw_curves(runs: dict[str, dict[str, Any]], path: Path) -> None:
+def draw_curves(runs: dict[str, dict[str, Any]]) -> Figure:
     """First-draft agreement with the verifier on the training batches over tokens; a dot for the held-out rows."""
     figure = new_figure(9, 4.4)
     axes = figure.subplots()
     pairs = list(dict.fromkeys((spec.drafter, spec.exit_layer) for spec in map(Spec.parse, runs)))
     for name, record in runs.items():
         spec = Spec.parse(name)
-        color = COLORS[pairs.index((spec.drafter, spec.exit_layer)) % len(COLORS)]
+        color = CYCLE[pairs.index((spec.drafter, spec.exit_layer)) % len(CYCLE)]
         style = "--" if spec.shallow_rank else "-"
         millions = [tokens / 1e6 for tokens in record["tokens"]]
-        axes.plot(millions, percent(record["agreement"]), style, color=color, linewidth=1.4, label=spec.label)
+        axes.plot(millions, percent(record["agreement"]), style, color=color, label=spec.label)
         axes.plot(millions[-1], 100 * record["held_out"][0], "o", color=color)
-    axes.plot([], [], "o", color="0.4", label="the same, held-out rows")
+    axes.plot([], [], "o", color=GREY, label="the same, held-out rows")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("tokens of teacher forcing (millions)")
     axes.set_ylabel("first draft = verifier's token (%)")
     axes.set_ylim(bottom=0)
-    axes.grid(color="0.9", linewidth=0.8)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    figure.savefig(path)
+    axes.grid()
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure
 
 
-def draw_layers(runs: dict[str, dict[str, Any]], path: Path) -> None:
+def draw_layers(runs: dict[str, dict[str, Any]]) -> Figure:
     """Bars for every run, by drafter, exit layer and trunk: held-out agreement, and tokens per round where decoded."""
     specs = sorted((Spec.parse(name) for name in runs), key=lambda s: (s.drafter, s.shallow_rank > 0, s.exit_layer))
     kinds = list(dict.fromkeys(spec.drafter for spec in specs))
     figure = new_figure(9, 0.9 + 0.36 * len(specs))
     panels = figure.subplots(1, 2, sharey=True)
     places = range(len(specs))
-    colors = [COLORS[kinds.index(spec.drafter)] for spec in specs]
+    colors = [CYCLE[kinds.index(spec.drafter)] for spec in specs]
     hatches = ["//" if spec.shallow_rank else "" for spec in specs]
     agreements = [100 * runs[str(spec)]["held_out"][0] for spec in specs]
     decoded = [(runs[str(spec)].get("decoded") or {}).get("tokens_per_round") for spec in specs]
@@ -191,16 +191,16 @@ def draw_layers(runs: dict[str, dict[str, Any]], path: Path) -> None:
         (panels[0], agreements, [f"{value:.1f}" for value in agreements]),
         (panels[1], [value or 0 for value in decoded], labels),
     ):
-        bars = axes.barh(places, values, color=colors, hatch=hatches, edgecolor="white")
+        bars = axes.barh(places, values, color=colors, hatch=hatches, edgecolor=page_color())
         axes.bar_label(bars, texts, fontsize=8, padding=2)
         axes.margins(x=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x")
     panels[0].set_yticks(places, [spec.label for spec in specs])
     panels[0].invert_yaxis()
     panels[0].set_xlabel("held-out rows: first draft right (%)")
     panels[1].set_xlabel("held-out prompts: tokens per round")
-    panels[1].axvline(1, color="0.4", linewidth=0.8, linestyle=":")
-    figure.savefig(path)
+    mark_equal(panels[1], upright=True)
+    return figure
 
 
 def percent(shares: list[float]) -> list[float]:

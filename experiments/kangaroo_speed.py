@@ -255,7 +255,7 @@ def _random_pair(options: argparse.Namespace) -> Pair:
         drafter_config=options_,
     )
     definition, params = split(build_model(config, manifest, jax.tree.map(jnp.from_dlpack, base)))
-    params = restore_trained(params, jax.tree.map(jnp.from_dlpack, drafter), None, "the random adapter")
+    params = restore_trained(params, jax.tree.map(jnp.from_dlpack, drafter), None, "the random adapter", config)
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(config.vocab_size, (options.prompt_length,), generator=generator).tolist()
     return Pair(

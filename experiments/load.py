@@ -52,7 +52,7 @@ class Asked:
 
 def main() -> int:
     """Send the load, print a table, write the result."""
-    options = _parser().parse_args()
+    options = parse()
     if (options.clients is None) == (options.rate is None):
         raise UserError("choose one: --clients N (closed loop) or --rate R (Poisson arrivals)")
     requests = make_requests(options)
@@ -229,7 +229,8 @@ def table(result: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = ArgumentParser(prog="python -m experiments.load", description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--api-key", metavar="KEY")
@@ -247,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", metavar="FILE.json")
     add_debug(parser)
-    return parser
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

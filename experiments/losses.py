@@ -15,15 +15,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dvi_jax.config import DistillLoss
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
-from dvi_jax.evaluate.plots import BLUE, new_figure
+from dvi_jax.evaluate.style import BLUE, new_figure, save_picture
 from dvi_jax.loading import enable_compilation_cache
 from experiments.measure import environment, write_result
 from experiments.objectives import recorded
 from experiments.side_by_side import add_arguments, open_bench, range_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Name -> settings of a run.
 LOSSES: dict[str, dict[str, Any]] = {
@@ -70,25 +73,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def draw(losses: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Held-out agreement of the first draft, and tokens per round: a dot for each seed, a bar for their mean."""
+    save_picture(lambda: _panels(losses), path)
+
+
+def _panels(losses: dict[str, list[dict[str, Any]]]) -> Figure:
     figure = new_figure(9, 0.9 + 0.45 * len(losses))
     panels = figure.subplots(1, 2, sharey=True)
     places = range(len(losses))
-    for axes, label, values in (
-        (panels[0], "held-out rows: first draft right (%)", lambda run: 100 * run["agreement"][0]),
-        (panels[1], "tokens per round", lambda run: run["tokens_per_round"]),
+    for axes, label, least, values in (
+        (panels[0], "held-out rows: first draft right (%)", 0, lambda run: 100 * run["agreement"][0]),
+        (panels[1], "tokens per round", 1, lambda run: run["tokens_per_round"]),
     ):
         seeds = [[values(run) for run in runs] for runs in losses.values()]
         means = [statistics.mean(found) for found in seeds]
         axes.barh(places, means, color=BLUE, alpha=0.35)
         for place, found in zip(places, seeds, strict=True):
             axes.plot(found, [place] * len(found), "o", color=BLUE, markersize=4)
-        low, high = min(map(min, seeds)), max(map(max, seeds))
-        axes.set_xlim(low - max(high - low, 0.01), high + 0.2 * max(high - low, 0.01))
+        axes.set_xlim(least, least + 1.05 * (max(map(max, seeds)) - least))  # what a drafter that is never right has
         axes.set_xlabel(label)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(places, list(losses))
     panels[0].invert_yaxis()
-    figure.savefig(path)
+    return figure
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
     python -m experiments.made_prompts --checkpoint CKPT --functions 6000 --problems 3000 --out made.npz
 
-Functions are those of the packages in this environment (their signature and docstring); a word problem is a template
-with other names and numbers each time. Neither is taken from a benchmark.
+Functions are those of the packages in this environment (their signature and docstring), of files taken at random until
+there are enough; a word problem is a template with other names and numbers each time. Neither is taken from a
+benchmark. The same seed in the same environment gives the same prompts.
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 import sys
 import sysconfig
 import warnings
@@ -66,25 +68,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path)
     options = parser.parse_args(arguments)
     tokenizer = Tokenizer.from_checkpoint(open_checkpoint(options.checkpoint))
-    rng = np.random.default_rng(options.seed)
-    found = [*function_requests(rng), *word_problems(2 * options.problems, rng)]
-    wanted = {"function": options.functions, "problem": options.problems}
-    write_prompts(options.out, choose(found, tokenizer, options.max_prompt_tokens, wanted))
+    for_functions, for_problems = np.random.default_rng(options.seed).spawn(2)
+    folders = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")]
+    longest = options.max_prompt_tokens
+    functions = choose(function_requests(folders, for_functions), tokenizer, longest, {"function": options.functions})
+    problems = word_problems(2 * options.problems, for_problems)
+    chosen = itertools.chain(functions, choose(problems, tokenizer, longest, {"problem": options.problems}))
+    write_prompts(options.out, chosen)
     return 0
 
 
-def function_requests(rng: np.random.Generator) -> list[Candidate]:
-    """A request for every documented function of the environment's packages, in random order."""
-    folders = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")]
+def function_requests(folders: Sequence[Path], rng: np.random.Generator) -> Iterator[Candidate]:
+    """A request for every documented function of the modules below `folders`, module by module in random order.
+
+    A module is read when its first function is asked for.
+    """
     paths = sorted({path for folder in folders for path in folder.rglob("*.py")})
-    made = [request for path in paths for request in functions_of(path)]
-    return [
-        Candidate(
-            "function",
-            (Message("user", pick(FUNCTION_REQUESTS, rng).format(**made[i], language=pick(LANGUAGES, rng))),),
-        )
-        for i in rng.permutation(len(made))
-    ]
+    for i in rng.permutation(len(paths)):
+        for function in functions_of(paths[i]):
+            text = pick(FUNCTION_REQUESTS, rng).format(**function, language=pick(LANGUAGES, rng))
+            yield Candidate("function", (Message("user", text),))
 
 
 def functions_of(path: Path) -> Iterator[dict[str, str]]:

@@ -33,6 +33,8 @@ from dvi_jax.loading import LoadedModel, build_model
 from dvi_jax.model.drafters import Committed
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import Params, split
+from dvi_jax.quantisation import Quantisation
+from experiments.random_weights import random_quantised_base
 
 WAKE_SECONDS = 1.0
 
@@ -52,7 +54,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     paths = {"checkpoint", "data", "drafter_from"}
     values = {name: value for name, value in vars(options).items() if name != "out" and not callable(value)}
     return {
-        name: Path(value).name if isinstance(value, Path) or (name in paths and value) else value
+        name: Path(value).name if isinstance(value, Path) or (name in paths and isinstance(value, str)) else value
         for name, value in values.items()
     }
 
@@ -87,22 +89,41 @@ def copy_bandwidth(gigabytes: float) -> float:
     return 2 * x.nbytes / median_seconds(lambda: copy(x), 10)
 
 
-def random_model(config: LlamaConfig, dtype: str, exit_layer: int, drafter: str = "exit_head") -> LoadedModel:
-    """Random weights of a published shape, made on the device; the drafter untrained."""
+def random_model(
+    config: LlamaConfig,
+    dtype: str,
+    exit_layer: int,
+    drafter: str = "exit_head",
+    quantisation: Quantisation | None = None,
+) -> LoadedModel:
+    """Random weights of a published shape, made on the device, in fewer bits if asked for; the drafter untrained."""
     options = {"rank": 0} if drafter == "exit_head" else {}
     manifest = Manifest(
-        source="random", source_sha256="", dtype=dtype, exit_layer=exit_layer, drafter=drafter, drafter_config=options
+        source="random",
+        source_sha256="",
+        dtype=dtype,
+        exit_layer=exit_layer,
+        drafter=drafter,
+        drafter_config=options,
+        quantisation=quantisation,
     )
-    base = random_base(config, jax.random.key(0), jnp.dtype(dtype))
+    key, kind = jax.random.key(0), jnp.dtype(dtype)
+    base = random_quantised_base(config, key, kind, quantisation) if quantisation else random_base(config, key, kind)
     return LoadedModel(config, manifest, *split(build_model(config, manifest, base)))
 
 
-def abstract_model(config: LlamaConfig, dtype: str, exit_layer: int, drafter: str = "exit_head") -> LoadedModel:
+def abstract_model(
+    config: LlamaConfig,
+    dtype: str,
+    exit_layer: int,
+    drafter: str = "exit_head",
+    quantisation: Quantisation | None = None,
+) -> LoadedModel:
     """The same with shapes in place of arrays: to compile for, or to count, without any memory."""
     made = []
 
     def params() -> Params:
-        made.append(random_model(config, dtype, exit_layer, drafter))
+        made.append(random_model(config, dtype, exit_layer, drafter, quantisation))
         return made[0].params
 
     shapes = jax.eval_shape(params)
@@ -152,13 +173,13 @@ def floor_of(model: LoadedModel, batch: int = 1) -> Floor:
     config, params = model.config, model.decode_params  # what is read: the drafter in the decoding dtype
     base = params.base["llama"]
     layers = [_bytes(base["layers"][i]) for i in range(config.num_layers)]
-    head = base["embed" if config.tie_word_embeddings else "head"]
+    head = base.get("head", base["embed"])
     draft_head = params.base.get("draft_vocabulary", {}).get("head", head)
     exit_layer, item = model.manifest.exit_layer, jnp.dtype(model.manifest.dtype).itemsize
     return Floor(
         row_bytes=sum(layers[:exit_layer]),
         draft_bytes=_bytes((draft_head, params.drafter, params.lora_s)),
-        verify_bytes=sum(layers[exit_layer:]) + head.nbytes,
+        verify_bytes=sum(layers[exit_layer:]) + _bytes(head),
         kv_bytes=batch * 2 * config.num_kv_heads * config.head_dim * item * config.num_layers,
     )
 

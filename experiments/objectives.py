@@ -15,16 +15,18 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dvi_jax.config import DistillConfig, ObjectiveConfig, TrainConfig, load_train_config
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
-from dvi_jax.evaluate.plots import new_figure
+from dvi_jax.evaluate.style import CYCLE, GREY, new_figure, save_picture
 from dvi_jax.learn.metrics import MetricsLog
 from dvi_jax.learn.online import train_online
 from dvi_jax.loading import enable_compilation_cache
-from experiments.compare import COLORS
 from experiments.measure import environment, write_result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def variants(base: ObjectiveConfig) -> dict[str, ObjectiveConfig]:
@@ -111,9 +113,13 @@ def spread(values: list[float]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Held-out accept rate over prompts: mean line, band from the lowest to the highest seed; where KL -> RL moves."""
+    save_picture(lambda: _rates(result), path)
+
+
+def _rates(result: dict[str, Any]) -> Figure:
     figure, runs, settings = new_figure(8, 4.2), result["runs"], result["settings"]
     axes = figure.subplots()
-    for color, (name, seeds) in zip(COLORS, runs.items(), strict=False):
+    for color, (name, seeds) in zip(CYCLE, runs.items(), strict=False):
         prompts = seeds[0]["prompts"]
         points = [[100 * rate for rate in rates] for rates in zip(*(s["accept_rate"] for s in seeds), strict=True)]
         axes.plot(prompts, [statistics.mean(point) for point in points], color=color, label=name)
@@ -126,15 +132,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
     if begin < last:
         share = min(1.0, (last - begin) / (end - begin)) if end > begin else 1.0
         label = f"KL -> RL moves to RL ({share:.0%} of the way)"
-        axes.axvspan(begin, min(end, last), color="0.5", alpha=0.15, linewidth=0, label=label)
+        axes.axvspan(begin, min(end, last), color=GREY, alpha=0.2, linewidth=0, label=label)
     axes.set_xlabel("prompts learned from, one pass")
     axes.set_ylabel("held-out drafts accepted (%)")
     axes.set_ylim(bottom=0)
-    axes.grid(color="0.9", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid()
     title = f"mean and range of {len(next(iter(runs.values())))} seeds"
-    figure.legend(loc="outside upper left", ncols=5, frameon=False, title=title, fontsize=9, title_fontsize=9)
-    figure.savefig(path)
+    figure.legend(loc="outside upper left", ncols=5, title=title, title_fontsize=9)
+    return figure
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def choose(
 ) -> Iterator[tuple[Candidate, list[int]]]:
     """The first `wanted[family]` candidates with at most `longest` tokens; each prompt once, none of `seen`."""
     left, seen = dict(wanted), set(seen or ())
-    for candidate in found:
+    for candidate in found if any(left.values()) else ():
         fits = sum(len(message.content) for message in candidate.messages) < 8 * longest  # spares the tokenizer
         if not left.get(candidate.family) or not fits:
             continue
@@ -257,6 +257,8 @@ def choose(
             seen.add(tuple(ids))
             left[candidate.family] -= 1
             yield candidate, ids
+            if not any(left.values()):  # who makes candidates as they are asked for makes no more
+                return
 
 
 def write_prompts(path: Path, chosen: Iterable[tuple[Candidate, list[int]]]) -> None:

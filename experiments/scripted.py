@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from dvi_jax.config import LlamaConfig
 from dvi_jax.model.drafters import Committed, StepDrafter
+from dvi_jax.model.quantised import Matrix
 
 _BASE = 128  # bfloat16 holds integers up to 256 exactly
 
@@ -32,7 +33,7 @@ class Scripted(StepDrafter):
     ) -> tuple[jax.Array, Any]:
         return self._propose(state, hidden, positions), state
 
-    def logits(self, draft_hidden: jax.Array, head: jax.Array) -> jax.Array:
+    def logits(self, draft_hidden: jax.Array, head: Matrix) -> jax.Array:
         digits = draft_hidden[..., :3].astype(jnp.int32)
         token = digits[..., 0] + _BASE * digits[..., 1] + _BASE**2 * digits[..., 2]
         return 20.0 * jax.nn.one_hot(token, self.vocab_size)

@@ -4,8 +4,9 @@
     python -m experiments.serve_learning --checkpoint CKPT --data FILE --drafter fused --requests 20000 --out FILE.jsonl
 
 `--clients` readers keep as many requests under way, each asking for the next prompt when its reply is there. The
-frozen engine goes first, then the one that learns; every reply of both must be the same. Writes a line of JSON for
-every `--every` requests, and one for each engine at its end; seconds are without starting and compiling.
+frozen engine goes first (with `--frozen N`, through the first N alone), then the one that learns; every reply of both
+must be the same. Writes a line of JSON for every `--every` requests, and one for each engine at its end; seconds are
+without starting and compiling.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
+import yaml
 
 from dvi_jax.config import DataConfig
 from dvi_jax.data.conversations import ConversationStream
@@ -36,6 +38,7 @@ from dvi_jax.loading import LoadedModel, enable_compilation_cache, from_checkpoi
 from dvi_jax.serve.engine import Engine
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learner import Learner
+from dvi_jax.serve.pace import SWITCH_SECONDS
 from dvi_jax.serve.requests import Request
 from dvi_jax.trained_parts import with_drafter_from
 from experiments.tiny import write_questions, write_tiny_model
@@ -56,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve the stream twice; 1 if a reply differs."""
     options = _parser().parse_args(arguments)
     enable_compilation_cache()
+    sys.setswitchinterval(SWITCH_SECONDS)
     with tempfile.TemporaryDirectory() as folder, open(options.out, "w", encoding="utf-8") as file:
         model, requests = _prepare(options, Path(folder))
         _write(
@@ -67,12 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "drafter": model.manifest.drafter,
             },
         )
-        frozen = serve(model, requests, options, None, file)
+        frozen = serve(model, requests[: options.frozen], options, None, file)
         settings = LearnSettings(share=options.learn_share, window=options.window, seed=options.seed)
         learner = Learner(model, settings, options.context)
         learning = serve(model, requests, options, learner, file)
-        different = sum(a != b for a, b in zip(frozen, learning, strict=True))
-        _write(file, {"kind": "equal", "requests": len(requests), "different": different})
+        different = sum(a != b for a, b in zip(frozen, learning, strict=False))
+        _write(file, {"kind": "equal", "requests": len(frozen), "different": different})
     return int(different > 0)
 
 
@@ -171,7 +175,8 @@ def _prepare(options: argparse.Namespace, folder: Path) -> tuple[LoadedModel, li
     opened = open_checkpoint(checkpoint)
     if options.drafter_from is not None:
         opened = with_drafter_from(opened, options.drafter_from)
-    model = from_checkpoint(kept_or_new_drafter(opened, options.drafter, {}, options.exit_layer), seed=options.seed)
+    chosen = kept_or_new_drafter(opened, options.drafter, _drafter_options(options), options.exit_layer)
+    model = from_checkpoint(chosen, seed=options.seed)
     longest = options.context - options.max_new_tokens
     if longest < 1:
         raise UserError(f"--context {options.context} has no room for a prompt and --max-new-tokens")
@@ -182,6 +187,13 @@ def _prepare(options: argparse.Namespace, folder: Path) -> tuple[LoadedModel, li
         raise UserError("no question of --data fits into --context")
     endless = itertools.islice(itertools.cycle(prompts), options.requests)
     return model, [Request(tuple(ids), options.max_new_tokens) for ids in endless]
+
+
+def _drafter_options(options: argparse.Namespace) -> dict[str, Any]:
+    given = yaml.safe_load(options.drafter_options)
+    if not isinstance(given, dict):
+        raise UserError(f"--drafter-options {options.drafter_options}: not options as in '{{taps: [2, 9]}}'")
+    return given
 
 
 def _prompts(files: Sequence[str], tokenizer: Any, config: DataConfig) -> Iterator[Any]:
@@ -204,8 +216,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", nargs="+", metavar="FILE", help="conversations whose questions are asked")
     parser.add_argument("--drafter-from", metavar="DIR", help="begin with this trained drafter")
     parser.add_argument("--drafter", metavar="KIND", help="begin with an untrained drafter of this kind")
+    parser.add_argument(
+        "--drafter-options", default="{}", metavar="YAML", help="of an untrained drafter: '{taps: [2, 9]}'"
+    )
     parser.add_argument("--exit-layer", type=int, metavar="K", help="of an untrained drafter")
     parser.add_argument("--requests", type=at_least_one, default=300, metavar="N")
+    parser.add_argument("--frozen", type=at_least_one, metavar="N", help="that the engine gets which does not learn")
     parser.add_argument("--clients", type=at_least_one, default=8, metavar="N", help="requests under way at any time")
     parser.add_argument("--max-new-tokens", type=at_least_one, default=32, metavar="N")
     parser.add_argument("--slots", type=at_least_one, default=4, metavar="N")

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -29,11 +29,14 @@ from rich.table import Table
 from dvi_jax.config import TrainConfig, load_train_config
 from dvi_jax.data.conversations import StreamLimits
 from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
-from dvi_jax.evaluate.plots import new_figure
+from dvi_jax.evaluate.style import BLUE, GREY, new_figure, save_picture
 from dvi_jax.learn.online import train_online
 from dvi_jax.loading import enable_compilation_cache
 from experiments.measure import environment, write_result
 from experiments.tiny import write_tiny_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 QUESTIONS_PER_MINUTE = 30_000  # more than two cores get through
@@ -183,6 +186,10 @@ def grown(samples: Sequence[Sample]) -> list[str]:
 
 def draw(samples: Sequence[Sample], warm_up: float, picture: Path) -> None:
     """The samples over time."""
+    save_picture(lambda: _panels(samples, warm_up), picture)
+
+
+def _panels(samples: Sequence[Sample], warm_up: float) -> Figure:
     panels = {
         "resident memory (MiB)": "resident_mib",
         "live device buffers (MiB)": "buffers_mib",
@@ -193,14 +200,15 @@ def draw(samples: Sequence[Sample], warm_up: float, picture: Path) -> None:
     }
     figure = new_figure(10, 5)
     for panel, (label, name) in zip(np.ravel(figure.subplots(2, 3)), panels.items(), strict=True):
-        panel.plot([s.minutes for s in samples], [getattr(s, name) for s in samples], marker=".")
-        panel.axvline(warm_up, color="0.8", zorder=0)
+        panel.plot([s.minutes for s in samples], [getattr(s, name) for s in samples], color=BLUE, marker=".")
+        panel.axvline(warm_up, color=GREY, zorder=0)
         panel.set_ylabel(label)
         panel.set_xlabel("minutes")
+        panel.grid(axis="y")
         # Compiling, before the warm-up is over, would flatten the rest.
         settled = [getattr(s, name) for s in samples if s.minutes >= warm_up]
         panel.set_ylim(0, 1.2 * max(settled, default=1) or 1)
-    figure.savefig(picture)
+    return figure
 
 
 def show(report: dict[str, Any], console: Console) -> None:

@@ -6,17 +6,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvi_jax.evaluate.plots import BLUE, GREY, ORANGE, new_figure
+from dvi_jax.evaluate.style import BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Rows = list[dict[str, Any]]
-COLORS = {"7b": BLUE, "smollm2": ORANGE, "13b": "#0f766e", "1b": "#9333ea", "tiny": GREY}
+COLORS = {"7b": BLUE, "smollm2": ORANGE, "13b": GREEN, "1b": PURPLE, "tiny": GREY}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Write a PNG of four panels; one without rows says so."""
+    """Write a picture of four panels; one without rows says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_picture(lambda: _panels(result), path)
+
+
+def _panels(result: dict[str, Any]) -> Figure:
     figure = new_figure(9.6, 7.2)
     panels: tuple[tuple[Callable[[Axes, Any], bool], str, Any], ...] = (
         (_drafts, "A round (dashed: its floor), batch 1", result["rows"]),
@@ -25,18 +31,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
         (_compile, "Start of a new process: seconds to compile", result["compile"]),
     )
     for axes, (panel, title, rows) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e3e6ea", linewidth=0.8)
-        axes.set_axisbelow(True)
+        axes.set_title(title)
+        axes.grid()
         if not panel(axes, rows):
             axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, color=GREY)
         elif axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8, ncols=2)
+            axes.legend(fontsize=8, ncols=2)
     facts = result["environment"]
     figure.suptitle(f"{facts['device']}, jax {facts['jax']}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    return figure
 
 
 def _drafts(axes: Axes, rows: Rows) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -27,10 +27,12 @@ from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.decode.acceptance import measure_acceptance
 from dvi_jax.decode.batch import Generation, generate_batch
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
-from dvi_jax.evaluate.plots import new_figure
+from dvi_jax.evaluate.style import CYCLE, mark_equal, new_figure, save_picture
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
-from experiments.compare import COLORS
 from experiments.measure import environment, settings_of, write_result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,27 +147,30 @@ def compare(plain: dict[str, Any], fastest: dict[str, Any], fast: dict[str, Any]
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Speed-up, and tokens and drafts of a round, over the threshold: one line for each number of draft steps."""
+    save_picture(lambda: _panels(rows), path)
+
+
+def _panels(rows: list[dict[str, Any]]) -> Figure:
     figure = new_figure(8, 3.6)
     left, right = figure.subplots(1, 2)
     over_fastest = all("speedup_over_fastest" in row for row in rows)  # kept results may lack it
     key, over = ("speedup_over_fastest", "the fastest plain") if over_fastest else ("speedup", "equal-width plain")
-    for color, steps in zip(COLORS, sorted({row["draft_steps"] for row in rows}), strict=False):
+    for color, steps in zip(CYCLE, sorted({row["draft_steps"] for row in rows}), strict=False):
         own = sorted((row for row in rows if row["draft_steps"] == steps), key=lambda row: row["threshold"])
         places = [row["threshold"] for row in own]
         left.plot(places, [row[key] for row in own], "o-", color=color, label=f"{steps} draft steps")
         for count, style, name in (("tokens_per_round", "o-", "committed"), ("drafts_per_round", "s--", "drafted")):
             label = f"{name}, {steps} draft steps"
             right.plot(places, [row[count] for row in own], style, color=color, label=label)
-    left.set_ylabel(f"speed-up over {over} decoding (times)")
+    left.set_ylabel(f"speed-up over {over}")
     right.set_ylabel("tokens per round")
-    left.axhline(1, color="0.4", linewidth=0.8, linestyle=":", label="as fast")
+    mark_equal(left, label="as fast")
     for axes in (left, right):
         axes.set_xlabel("threshold (drafting stops below this probability)")
         axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
-        axes.grid(color="0.9", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9, loc="lower left")
-    figure.savefig(path)
+        axes.grid()
+        axes.legend(loc="lower left")
+    return figure
 
 
 def show(rows: list[dict[str, Any]]) -> None:

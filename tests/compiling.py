@@ -20,6 +20,7 @@ FLAG = "jax_disable_most_optimizations"
 # One piece for each program, not 32, is less work, and so are loops that are vectors but not unrolled. Neither changes
 # what is computed in which order.
 QUICKER = "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_extra_options=xla_cpu_disable_loop_unrolling"
+DEVICES = "--xla_force_host_platform_device_count=4"  # made up, for tests of meshes; others see the first alone
 # XLA's newer way from a fused loop to machine code goes through MLIR, which costs three times what the older does.
 EMITTERS = "xla_cpu_use_fusion_emitters"
 _mixed = False  # whether an optimised module left programs of the other kind, whose bits may differ
@@ -27,7 +28,7 @@ _mixed = False  # whether an optimised module left programs of the other kind, w
 
 def begin() -> None:
     """Has all programs compiled as described here, those of processes started from here too; before the first one."""
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKER}".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKER} {DEVICES}".strip()
     jax.devices()  # XLA has read them now, and what `optimize` adds reaches other processes alone
     options_of_jax = compiler.get_compile_options
 

@@ -84,3 +84,36 @@ def test_a_wheel_holds_what_the_guide_uses(tmp_path):
     specs = [importlib.util.find_spec(command.module) for command in console.COMMANDS.values()]
     inside = {name.removeprefix("dvi_jax/_tools/") for name in names}
     assert {Path(spec.origin).relative_to(ROOT).as_posix() for spec in specs} <= inside
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["nonsense"]])
+def test_dvi_itself_waits_for_no_library(arguments):
+    """Nor does Ctrl-C: jax is imported where `run_cli` hears it."""
+    code = "import sys; from dvi_jax.console import run; run(); print(*sorted({'jax', 'numpy'} & set(sys.modules)))"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.endswith("\n")
+    assert "jax" not in ended.stdout.splitlines()[-1].split()
+    assert "numpy" not in ended.stdout.splitlines()[-1].split()
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+from dvi_jax.console import run
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "jax":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finder())
+sys.exit(run())
+"""
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_word():
+    command = [sys.executable, "-c", INTERRUPTED_IMPORT, "generate", "--checkpoint", "none", "--prompt", "hi"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "stopped\n")

@@ -170,3 +170,14 @@ def test_too_little_memory_is_said_before_anything_is_written(byte_checkpoint, c
     with pytest.raises(UserError, match=r"2\.0 GiB of memory are needed, 0\.0 are free"):
         work.prepare(1.0)
     assert json.dumps(list(map(str, tmp_path.iterdir()))) == "[]"
+
+
+def test_a_log_without_questions_is_said_before_anything_is_measured(byte_checkpoint, tmp_path, monkeypatch):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"messages": [{"role": "user", "content": "%s"}]}\n' % ("long " * 10_000), encoding="utf-8")
+    monkeypatch.setattr(self_distill.SelfDistillation, "_measure", None)
+    work = self_distill.SelfDistillation(str(byte_checkpoint), [str(log)], tmp_path / "out")
+    with pytest.raises(
+        UserError, match=r"no prompt of at most \d+ tokens in 1 conversations read \(prompt too long: 1\)"
+    ):
+        work.prepare(1.0)

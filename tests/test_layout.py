@@ -56,7 +56,7 @@ def test_source_file(path):
     assert all(handler is not None for handler in handlers)
 
 
-@pytest.mark.parametrize("guide", ["README.md", "AGENTS.md", "experiments/README.md"])
+@pytest.mark.parametrize("guide", ["README.md", "AGENTS.md", "experiments/README.md", "experiments/results/README.md"])
 def test_guides_name_what_exists(guide):
     """Paths in backquotes, modules run with -m, and names a guide attributes to a file."""
     text = (ROOT / guide).read_text(encoding="utf-8")

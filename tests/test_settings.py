@@ -179,3 +179,15 @@ def test_texts_of_a_checkpoint(byte_checkpoint, tmp_path):
     (copied / "MANIFEST.json").write_text(json.dumps(manifest), encoding="utf-8")
     (copied / "chat_template.jinja").write_bytes(b"\xff")
     assert "chat_template.jinja is not UTF-8 text" in complaint_of(read_checkpoint, copied)
+
+
+def test_a_folder_does_not_hide_the_shipped_config_of_its_name(tmp_path, monkeypatch):
+    """The demo leaves a folder called demo."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert load_train_config("demo", ["out=mine"]).out == "mine"
+
+
+def test_a_name_that_is_not_shipped_tells_those_that_are():
+    complaint = complaint_of(load_train_config, "dmeo")
+    assert re.fullmatch(r"there is no config dmeo: give a file, or one of ablation_\w+, .*\bdemo\b.*", complaint)

@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.limit < 1:
         raise UserError(f"--limit must be at least 1, got {options.limit}")
     if importlib.util.find_spec("torch") is None:
-        raise UserError('parity needs torch: pip install "dvi-jax[ref]"')
+        raise UserError("parity needs torch: pip install 'dvi-jax[ref]'")
     from kangaroo_ref.upstream import read_checkout
 
     if options.kangaroo_dir is not None:
@@ -80,17 +80,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hf", type=Path, metavar="DIR", help="Hugging Face Llama, or a GGUF file (default: tiny ones)"
     )
-    parser.add_argument("--exit-layer", type=int, metavar="K", help="layers that draft (default 2)")
+    parser.add_argument("--exit-layer", type=int, metavar="K", help="layers that draft (default: 2)")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="Kangaroo adapter (default: random, fixed seed)")
     parser.add_argument("--checkpoint", type=Path, metavar="CKPT", help="compare this import instead of a fresh one")
     parser.add_argument("--kangaroo-dir", type=Path, metavar="DIR", help="untouched upstream checkout to run as well")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt-ids", action="append", metavar="1,2,3", help="token ids; may be given several times")
     prompts.add_argument("--questions", type=Path, metavar="FILE", help="Spec-Bench question.jsonl")
-    parser.add_argument("--limit", type=int, default=20, metavar="N", help="questions to use")
+    parser.add_argument("--limit", type=int, default=20, metavar="N", help="how many questions to use")
     parser.add_argument("--draft-steps", type=int, default=6, metavar="S", help="most drafts of a round")
-    parser.add_argument("--threshold", type=float, default=0.6, metavar="TAU", help="stop after a less probable draft")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of each prompt")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.6,
+        metavar="TAU",
+        help="stop drafting after a draft less probable than this",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest reply, in tokens")
     parser.add_argument("--eos-id", type=int, metavar="N", help="end of sequence (default: the model's); -1 for none")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there too")
     add_debug(parser)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 
 class Rounds(Protocol):
     """Anything with one number per round: a `Generation`, a `Trace`."""
@@ -80,3 +82,8 @@ def consecutive_accept_rates(generations: Sequence[Rounds], longest: int) -> lis
         passed = [accept > window for accept, drafted in rounds if drafted >= window]
         rates.append(sum(passed) / len(passed) if passed else None)
     return rates
+
+
+def rounds_until(accept_lengths: Sequence[int], tokens: int) -> int:
+    """The rounds after which so many tokens were committed."""
+    return int(np.searchsorted(np.cumsum([0, *accept_lengths]), tokens))

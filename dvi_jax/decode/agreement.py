@@ -32,17 +32,14 @@ def check_agreement(model: LoadedModel, settings: DecodeConfig) -> None:
     plan = choose_plan(model, settings)
     if plan.is_plains_program:
         return
-    kept = _path(model, settings, plan)
+    kept = agreed_path(model, settings.width, str(plan))
     if kept is not None and kept.exists():
         return
     prompt = [token % model.config.vocab_size for token in range(3, 3 + PROMPT_TOKENS)]
     if len(prompt) + settings.max_new_tokens > model.config.context_length:
         return  # and decoding will say so
     require_equal_bits(model, start(model, [prompt], settings, make_knobs(settings, ())), plan)
-    if kept is not None:
-        with contextlib.suppress(OSError):  # then it is looked at again
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.touch()
+    keep_agreed(kept)
 
 
 def require_equal_bits(model: LoadedModel, state: DecodeState, plan: Plan) -> None:
@@ -54,11 +51,41 @@ def require_equal_bits(model: LoadedModel, state: DecodeState, plan: Plan) -> No
     caches = ((drafted.shallow, drafted.deep), (plain.shallow, plain.deep))
     equal = jax.tree.map(lambda a, b: _equal_bits(a[:, :, : committed - 1], b[:, :, : committed - 1]), *caches)
     if not (same and all(jax.tree.leaves(equal))):
-        device, version = jax.devices()[0].device_kind, jax.__version__
-        raise UserError(
-            f"plan {plan}: with jax {version} on {device} its rounds do not have the bits of plain decoding, so that"
-            " replies could differ; decode with --plan plain, and please report it"
-        )
+        raise refusal(plan)
+
+
+def refusal(plan: Plan) -> UserError:
+    """What is said of a plan whose bits are others."""
+    device, version = jax.devices()[0].device_kind, jax.__version__
+    return UserError(
+        f"plan {plan}: with jax {version} on {device} its rounds do not have the bits of plain decoding, so that"
+        " replies could differ; decode with --plan plain, and please report it"
+    )
+
+
+def agreed_path(model: LoadedModel, *shape: object) -> Path | None:
+    """Where it is kept that programs of such a shape agree: named by all that they depend on.
+
+    None for a user without a home.
+    """
+    manifest = model.manifest
+    facts = [
+        *(jax.devices()[0].device_kind, jax.__version__, repr(model.config), manifest.dtype, manifest.exit_layer),
+        *([] if manifest.quantisation is None else [repr(manifest.quantisation)]),
+        *(manifest.drafter, sorted(manifest.drafter_config.items()), str(manifest.lora), *shape),
+    ]
+    try:
+        return cache_folder() / "agreement" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    except UserError:
+        return None
+
+
+def keep_agreed(path: Path | None) -> None:
+    """Keep that they agree, if that is possible: else it is looked at again."""
+    if path is not None:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
 
 
 def _decoded(model: LoadedModel, state: DecodeState, plan: Plan, drafts: int, rounds: int) -> DecodeState:
@@ -73,16 +100,3 @@ def _equal_bits(left: jax.Array, right: jax.Array) -> bool:
     return bool(
         jnp.array_equal(jax.lax.bitcast_convert_type(left, unsigned), jax.lax.bitcast_convert_type(right, unsigned))
     )
-
-
-def _path(model: LoadedModel, settings: DecodeConfig, plan: Plan) -> Path | None:
-    """Where it is kept that they agree: named by all that the programs depend on. None for a user without a home."""
-    manifest = model.manifest
-    facts = [
-        *(jax.devices()[0].device_kind, jax.__version__, repr(model.config), manifest.dtype, manifest.exit_layer),
-        *(manifest.drafter, sorted(manifest.drafter_config.items()), str(manifest.lora), settings.width, str(plan)),
-    ]
-    try:
-        return cache_folder() / "agreement" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
-    except UserError:
-        return None

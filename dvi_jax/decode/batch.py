@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
+from dvi_jax.decode.kernel_loading import load_kernels
 from dvi_jax.decode.plan import PLAIN, Option, Plan, check_plan, plan_for, rows_alike
 from dvi_jax.decode.prefill import bucket, cache_slots, prefill
 from dvi_jax.decode.prefix import Prefix, pad_prompts
@@ -20,6 +21,7 @@ from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
+from dvi_jax.mesh import check_batch, to_host
 
 MOST_EOS_IDS = 8  # more would be another compiled program
 
@@ -143,9 +145,10 @@ def start(
     """
     check_prompts(model, prompts, settings.max_new_tokens)
     check_rows(model, choose_plan(model, settings), len(prompts))
+    check_batch(model.definition.mesh, len(prompts), "a batch")
     tokens, lengths = pad_prompts(prompts, prefix)
     longest = max(longest_prompt, *map(len, prompts))
-    return prefill(
+    state = prefill(
         model.definition,
         model.decode_params,
         tokens,
@@ -159,6 +162,8 @@ def start(
         sampling=sampling,
         prefix=prefix and prefix.filled,
     )
+    load_kernels(model, state, knobs, choose_plan(model, settings), PLAIN)
+    return state
 
 
 def slots_for(longest_prompt: int, settings: DecodeConfig) -> int:
@@ -210,7 +215,7 @@ def check_rows(model: LoadedModel, plan: Plan, batch: int) -> None:
 
 def read_generations(state: DecodeState, prompt_lengths: Sequence[int], eos_ids: tuple[int, ...]) -> list[Generation]:
     """Copy a finished batch to the host, once."""
-    tokens, lengths, accept, drafted = jax.device_get((state.tokens, state.length, state.accept_lengths, state.drafted))
+    tokens, lengths, accept, drafted = to_host((state.tokens, state.length, state.accept_lengths, state.drafted))
     generations = []
     for b, prompt_length in enumerate(prompt_lengths):
         ids = tokens[b, : lengths[b]].tolist()

@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +33,17 @@ from dvi_jax.loading import LoadedModel
 STRETCH = 64  # rounds until the first choice; twice as many until the next, and so on
 MEMORY = 0.995  # what a round still counts for after the next
 PRIOR_RATE, PRIOR_WEIGHT = 0.45, 2.0  # of the first draft, a weak drafter's, and the drafts that it counts for
-RETRY = 8  # generations that draft nothing until one tries again, at least
+RETRY = 8  # generations or stretches that draft nothing until one tries again, at least
 MOST_LOSS = 0.01  # share of the time that trying again may cost where it is in vain
 MEASURED_TOKENS = 128  # room of a measured generation
 MEASURED_ROUNDS = 16  # of the shorter one on an accelerator, where rounds are short
 DRAFTS = (1, 2, 3, 5, 8)  # numbers of drafts to choose from
 TREES = (8, 16, 32)  # rows of trees to choose from, where a row's bits do not depend on how many there are
 MOST_ROUND_ROWS = 64  # of a batch: a round's products read the weights once for so many
+UNUSED_MEMORY = 0.97  # what a tree's rounds still count for after others were followed: drafters change
 BRANCHES_SAVE = 0.4  # of the drafts that a chain has wrong, a tree is taken to have so many right until it is known
+
+Counts = Sequence[int] | np.ndarray  # one for each round
 
 
 @dataclass
@@ -49,7 +53,7 @@ class Acceptance:
     judged: np.ndarray = field(default_factory=lambda: np.zeros(MOST_DRAFTS))
     right: np.ndarray = field(default_factory=lambda: np.zeros(MOST_DRAFTS))
 
-    def add(self, accept_lengths: Sequence[int], drafted: Sequence[int]) -> None:
+    def add(self, accept_lengths: Counts, drafted: Counts) -> None:
         """Rounds in order; those that drafted nothing say nothing."""
         accepted, drafts, place = np.asarray(accept_lengths), np.asarray(drafted), np.arange(MOST_DRAFTS)
         accepted, drafts = accepted[drafts > 0, None], drafts[drafts > 0, None]
@@ -73,16 +77,32 @@ class Acceptance:
         return rates
 
 
+Choice = TypeVar("Choice", Plan, Option)
+
+
 class Followed:
-    """What the rounds of each plan have accepted, and may be expected to give."""
+    """What the rounds of each plan have accepted, what they may be expected to give, and which is chosen for that."""
 
     def __init__(self) -> None:
         self.acceptance = Acceptance()  # of chains and blocks
         self.trees: dict[Plan, Acceptance] = {}
+        self._plain = 0  # choices of plain decoding, one after the other
 
     def of(self, plan: Plan) -> Acceptance:
         """Where the rounds of a plan are counted."""
         return self.trees.setdefault(plan, Acceptance()) if plan.kind == "tree" else self.acceptance
+
+    def follow(self, plan: Plan, accept_lengths: Iterable[Counts], drafted: Iterable[Counts]) -> None:
+        """Take in what rounds by `plan` accepted, those of one sequence after the other.
+
+        What is known of trees that were not used fades, until they are taken to be worth what chains say they are.
+        """
+        acceptance = self.of(plan)
+        for lengths, drafts in zip(accept_lengths, drafted, strict=True):
+            acceptance.add(lengths, drafts)
+        for tree, other in self.trees.items():
+            if tree != plan:
+                other.judged, other.right = UNUSED_MEMORY * other.judged, UNUSED_MEMORY * other.right
 
     def tokens(self, plan: Plan) -> float:
         """Tokens that a round by the plan can be expected to give."""
@@ -90,6 +110,23 @@ class Followed:
         if plan.kind == "tree":
             prior = [rate + BRANCHES_SAVE * (1 - rate) for rate in self.acceptance.rates()]
         return self.of(plan).tokens(plan.drafts, prior)
+
+    def choose(self, worth: Mapping[Choice, float], drafting: Collection[Choice], *, may_try: bool = True) -> Choice:
+        """Which of `worth`, in tokens a second: the best.
+
+        Where that drafts nothing, the best of `drafting` is tried now and then, if it may, so rarely that it costs a
+        hundredth at most where it is in vain.
+        """
+        best = max(worth, key=worth.__getitem__)
+        self._plain = 0 if best in drafting else self._plain + 1
+        if best in drafting or not may_try:
+            return best
+        other = max(drafting, key=worth.__getitem__, default=best)
+        loss = worth[best] / worth[other] - 1  # of a try, in its own time
+        if self._plain < max(RETRY, loss / MOST_LOSS):
+            return best
+        self._plain = 0
+        return other
 
 
 class PlanChooser(Followed):
@@ -99,7 +136,6 @@ class PlanChooser(Followed):
         """`costs`: seconds of a round of each option; `measured` finds them."""
         super().__init__()
         self.model, self.costs = model, dict(costs)
-        self._plain_generations = 0
 
     @classmethod
     def measured(cls, model: LoadedModel, settings: DecodeConfig, prompt: Sequence[int], batch: int = 1) -> PlanChooser:
@@ -127,16 +163,8 @@ class PlanChooser(Followed):
 
     def begin(self) -> Option:
         """The option of the next generation."""
-        best = max(self.costs, key=self._worth)
-        if best.plan.drafts:
-            return best
-        self._plain_generations += 1
-        drafting = max((option for option in self.costs if option.plan.drafts), key=self._worth, default=best)
-        loss = self._worth(best) / self._worth(drafting) - 1  # of a generation, in its own time
-        if self._plain_generations < max(RETRY, loss / MOST_LOSS):
-            return best
-        self._plain_generations = 0
-        return drafting
+        worth = {option: self._worth(option) for option in self.costs}
+        return self.choose(worth, [option for option in worth if option.plan.drafts])
 
     def go_on(self, option: Option) -> Option:
         """The option of the next stretch, of equal bits."""
@@ -146,7 +174,7 @@ class PlanChooser(Followed):
 
     def note(self, plan: Plan, accept_lengths: Sequence[int], drafted: Sequence[int]) -> None:
         """Take in what the rounds of a generation by `plan` accepted, where `decode` did not run them."""
-        self.of(plan).add(accept_lengths, drafted)
+        self.follow(plan, [accept_lengths], [drafted])
 
     def alternatives(self, option: Option) -> list[Option]:
         """What a generation that began with `option` may go on with."""
@@ -163,8 +191,7 @@ class PlanChooser(Followed):
             accepted, drafted, done, rounds = jax.device_get(
                 (state.accept_lengths, state.drafted, state.done, state.rounds)
             )
-            for lengths, drafts in zip(accepted[:, read:rounds], drafted[:, read:rounds], strict=True):
-                self.of(option.plan).add(lengths, drafts)
+            self.follow(option.plan, accepted[:, read:rounds], drafted[:, read:rounds])
             if np.all(done):
                 return state
             option, until, read = self.go_on(option), 2 * until + STRETCH, int(rounds)

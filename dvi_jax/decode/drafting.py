@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dvi_jax.decode import vocabulary
 from dvi_jax.decode.sampling import draw_draft
 from dvi_jax.decode.state import NO_TOKEN, DecodeState, Knobs
 from dvi_jax.model.speculative_llama import SpeculativeLlama
@@ -112,10 +113,10 @@ def _choose(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """From draft logits [B, Vd]: the token int32 [B], its probability, and `log_q` with its row filled."""
     if state.sampling is None:
-        token = model.draft_token(jnp.argmax(logits, axis=-1).astype(jnp.int32))
-        logits = model.calibrated(logits, index)
-        # The top token's softmax probability; exp(max - logsumexp) would lose an ulp of the largest logit.
-        return token, 1.0 / jnp.sum(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), axis=-1), None
+        token, confidence = vocabulary.best_and_share(logits, model.draft_shards)
+        if model.calibration:  # of the same token
+            confidence = vocabulary.best_and_share(model.calibrated(logits, index), model.draft_shards)[1]
+        return model.draft_token(token), confidence, None
     token, log_q = draw_draft(model.over_vocabulary(logits), state.sampling, state.length + index, draft.tokens)
     confidence = jnp.exp(jnp.take_along_axis(log_q, token[:, None], axis=-1)[:, 0])
     if draft.log_q is None:

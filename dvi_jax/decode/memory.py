@@ -1,4 +1,4 @@
-"""What a generation needs of the device's memory, counted before any of it is allocated.
+"""What a generation needs of the device's memory, counted before any of it is allocated; of each device's on a mesh.
 
 Weights, caches and the rest of the state are counted exactly: their shapes come from the very functions that make them,
 run on shapes alone. What prefill and decoding need while they run is estimated from the traced programs (`account`), or
@@ -21,13 +21,14 @@ import psutil
 from dvi_jax.config import SamplingConfig
 from dvi_jax.containers import container_bytes
 from dvi_jax.decode.plan import Plan
-from dvi_jax.decode.prefill import Filled, prefill
+from dvi_jax.decode.prefill import PREFIX_SPECS, Filled, prefill
 from dvi_jax.decode.prefix import fill_prefix
 from dvi_jax.decode.sampling import Sampling
 from dvi_jax.decode.speculative import decode_rounds
-from dvi_jax.decode.state import DecodeState, Knobs
+from dvi_jax.decode.state import STATE_SPECS, DecodeState, Knobs
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
+from dvi_jax.mesh import bytes_of
 from dvi_jax.model.speculative_llama import Params
 
 GIB, MIB = 2**30, 2**20
@@ -115,15 +116,20 @@ def estimate_memory(model: LoadedModel, sizes: Sizes) -> Budget:
     counted = (*CACHES, "drafter", "signals")
     lowered = lower_programs(model, sizes)
     known = {(leaf.shape, leaf.dtype.itemsize) for leaf in jax.tree.leaves((model.params, state))}
+    mesh = model.definition.mesh
+
+    def of_state(name: str) -> int:
+        return bytes_of(mesh, getattr(state, name), getattr(STATE_SPECS, name))
+
     return Budget(
         sizes=sizes,
-        weights={name: tree_bytes(part) for name, part in model.params._asdict().items()}
+        weights={name: bytes_of(mesh, part) for name, part in model.params._asdict().items()}
         | {"decode_copies": cast_bytes(model)},
-        caches={name: tree_bytes(getattr(state, name)) for name in CACHES},
-        drafter=tree_bytes(state.drafter),
-        signals=tree_bytes(state.signals),
-        tokens=sum(tree_bytes(getattr(state, field.name)) for field in fields(state) if field.name not in counted),
-        prefix=tree_bytes(_abstract_prefix(model, sizes)),
+        caches={name: of_state(name) for name in CACHES},
+        drafter=of_state("drafter"),
+        signals=of_state("signals"),
+        tokens=sum(of_state(field.name) for field in fields(state) if field.name not in counted),
+        prefix=bytes_of(mesh, _abstract_prefix(model, sizes), PREFIX_SPECS if sizes.prefix else None),
         prefill_workspace=_estimate(lowered[0], known),
         decode_workspace=_estimate(lowered[1], known),
         exact=False,
@@ -154,7 +160,7 @@ def check(budget: Budget, limit: int | None = None) -> None:
 
     Without a limit, into what the device has left. An estimated workspace is shown but refuses nothing.
     """
-    room = available_bytes() + budget.held if limit is None else limit
+    room = available_bytes() + budget.held if limit is None else limit  # of each device
     needed = budget.total if budget.exact else budget.total - budget.workspace
     if needed > room:
         owner = "the limit is" if limit is not None else "the device has"
@@ -165,13 +171,13 @@ def check(budget: Budget, limit: int | None = None) -> None:
 
 
 def available_bytes() -> int:
-    """Bytes that can still be allocated: of the accelerator's pool, or of the machine's memory on the CPU.
+    """Bytes that can still be allocated: of the fullest accelerator's pool, or of the machine's memory on the CPU.
 
     Of the machine's memory a container may have less (`dvi_jax/containers.py`).
     """
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
+    pools = [stats for stats in (device.memory_stats() for device in jax.local_devices()) if stats]
+    if pools and all("bytes_limit" in stats for stats in pools):
+        return min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in pools)
     machine, container = psutil.virtual_memory().available, container_bytes()
     return machine if container is None else min(machine, container)
 
@@ -240,14 +246,15 @@ def _decode_params(model: LoadedModel) -> Params:
 
 def cast_bytes(model: LoadedModel) -> int:
     """Bytes of the parts of `decode_params` that are copies in another type; the others are the same arrays."""
-    pairs = zip(jax.tree.leaves(model.params), jax.tree.leaves(_decode_params(model)), strict=True)
-    return sum(tree_bytes(cast) for leaf, cast in pairs if leaf.dtype != cast.dtype)
+    mesh, params = model.definition.mesh, model.params
+    copies = jax.tree.map(lambda leaf, cast: cast if leaf.dtype != cast.dtype else None, params, _decode_params(model))
+    return bytes_of(mesh, copies)
 
 
 def held_bytes(model: LoadedModel) -> int:
-    """Bytes of the model that are on the device already, copies for decoding included once they were made."""
-    held = [leaf.nbytes for leaf in jax.tree.leaves(model.params) if isinstance(leaf, jax.Array)]
-    return sum(held) + ("decode_params" in vars(model)) * cast_bytes(model)
+    """Bytes of the model that are on each device already, copies for decoding included once they were made."""
+    held = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else None, model.params)
+    return bytes_of(model.definition.mesh, held) + ("decode_params" in vars(model)) * cast_bytes(model)
 
 
 def _estimate(lowered: jax.stages.Lowered, known: set[tuple[tuple[int, ...], int]]) -> int:

@@ -96,6 +96,13 @@ class Option(NamedTuple):
         return replace(other, draft_steps=self.width - 1, plan=str(self.plan))
 
 
+def drafts_of(plan: Plan) -> int:
+    """The `draft_steps` of a generation that follows a plan on this device."""
+    if plan.kind == "tree" and jax.default_backend() == "cpu":
+        return min(plan.rows - 1, MOST_DRAFTS)  # there a tree has no more rows than a chain would have
+    return plan.drafts
+
+
 def plan_for(draft_steps: int, *, drafts_blocks: bool) -> Plan:
     """The plan of a round of at most `draft_steps` drafts on this device."""
     if not draft_steps:

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from dvi_jax.decode import vocabulary
 from dvi_jax.decode.sampling import Sampling, draw, log_probs
-from dvi_jax.decode.state import DecodeState, Signals
+from dvi_jax.decode.state import STATE_SPECS, DecodeState, Signals
+from dvi_jax.mesh import MODEL, ROWS, WHOLE
 from dvi_jax.model.attention import Caches
 from dvi_jax.model.drafters import Committed
 from dvi_jax.model.features import Features
@@ -62,6 +65,11 @@ class Filled(NamedTuple):
             features=row,
             kept=Features.zeros((batch, slots, width), taps, llama.dtype) if keep else None,
         )
+
+
+# Where what was filled of a prefix lies on a mesh: at batch 1, on all devices along `data`.
+_SPECS: dict[str, Any] = dict.fromkeys(Filled._fields, WHOLE)
+PREFIX_SPECS = Filled(**_SPECS | dict.fromkeys(("shallow", "deep", "trunk"), P(None, MODEL)))
 
 
 def bucket(size: int) -> int:
@@ -114,20 +122,38 @@ def prefill(
     not taken too where `branches`, the most of a position, is above 0. With a `prefix` of P tokens (`prefix.py`),
     `prompts` holds what follows it, `lengths` counts it, and `slots` >= P + T.
     """
-    model = join(definition, params)
-    filled = Filled.empty(model, prompts.shape[0], slots, keep=record)
-    if prefix is not None:
-        filled = lay(filled, prefix)
-    filled = fill(model, filled, prompts, lengths, fresh=prefix is None)
-    first_token = choose_first(model.llama.logits(filled.features.final), sampling, lengths)
-    return begin(filled, first_token, lengths, limit, eos_ids, width, sampling, branches)
+
+    def whole(
+        params: Params,
+        prompts: jax.Array,
+        lengths: jax.Array,
+        limit: jax.Array,
+        eos_ids: jax.Array,
+        sampling: Sampling | None,
+        prefix: Filled | None,
+    ) -> DecodeState:
+        model = join(definition, params)
+        filled = Filled.empty(model, prompts.shape[0], slots, keep=record)
+        if prefix is not None:
+            filled = lay(filled, prefix)
+        filled = fill(model, filled, prompts, lengths, fresh=prefix is None)
+        first_token = choose_first(model, filled, sampling, lengths)
+        return begin(filled, first_token, lengths, limit, eos_ids, width, sampling, branches)
+
+    of_eos = ROWS if eos_ids.ndim == 2 else WHOLE
+    specs = ROWS, ROWS, ROWS, of_eos, ROWS, None if prefix is None else PREFIX_SPECS
+    run = definition.sharded(whole, params, specs, STATE_SPECS)
+    return run(params, prompts, lengths, limit, eos_ids, sampling, prefix)
 
 
-def choose_first(logits: jax.Array, sampling: Sampling | None, lengths: jax.Array) -> jax.Array:
-    """The first new token int32 [B] from the last prompt row's logits [B, 1, V]."""
+def choose_first(model: SpeculativeLlama, filled: Filled, sampling: Sampling | None, lengths: jax.Array) -> jax.Array:
+    """The first new token int32 [B], after the prompts' last rows."""
+    llama = model.llama
+    logits = llama.logits(filled.features.final)
     if sampling is None:
-        return jnp.argmax(logits, axis=-1)[:, 0].astype(jnp.int32)
-    return draw(log_probs(logits, sampling, sampling.seen[:, None]), sampling, lengths[:, None])[:, 0]
+        return vocabulary.best(logits, llama.shards)[:, 0]
+    log_p = log_probs(llama.all_logits(logits), sampling, sampling.seen[:, None])
+    return draw(log_p, sampling, lengths[:, None])[:, 0]
 
 
 def lay(filled: Filled, prefix: Filled) -> Filled:

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvi_jax.decode.prefill import Filled, bucket, fill
+from dvi_jax.decode.prefill import PREFIX_SPECS, Filled, bucket, fill
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
+from dvi_jax.mesh import WHOLE
 from dvi_jax.model.speculative_llama import Definition, Params, join
 
 
@@ -43,9 +44,13 @@ def make_prefix(model: LoadedModel, ids: Sequence[int]) -> Prefix:
 @partial(jax.jit, static_argnames="definition")
 def fill_prefix(definition: Definition, params: Params, tokens: jax.Array, length: jax.Array) -> Filled:
     """Tokens int32 [1, T], padded to a bucket, of `length` [1]. The padding's slots are overwritten later."""
-    model = join(definition, params)
-    filled = fill(model, Filled.empty(model, *tokens.shape, keep=True), tokens, length, fresh=True)
-    return filled._replace(position=length[0], frontier=filled.features)
+
+    def whole(params: Params, tokens: jax.Array, length: jax.Array) -> Filled:
+        model = join(definition, params)
+        filled = fill(model, Filled.empty(model, *tokens.shape, keep=True), tokens, length, fresh=True)
+        return filled._replace(position=length[0], frontier=filled.features)
+
+    return definition.sharded(whole, params, (WHOLE, WHOLE), PREFIX_SPECS)(params, tokens, length)
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], prefix: Prefix | None = None) -> tuple[jax.Array, jax.Array]:

@@ -13,16 +13,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from dvi_jax.decode import drafting
+from dvi_jax.decode import drafting, vocabulary
 from dvi_jax.decode.block_drafting import propose_block
 from dvi_jax.decode.branches import of_chain
 from dvi_jax.decode.commit import accept, commit, record
 from dvi_jax.decode.drafting import Draft
 from dvi_jax.decode.plan import Plan, plan_for, rows_alike
 from dvi_jax.decode.sampling import draw_verified
-from dvi_jax.decode.state import NO_TOKEN, DecodeState, Knobs
+from dvi_jax.decode.state import NO_TOKEN, STATE_SPECS, DecodeState, Knobs, knob_specs
 from dvi_jax.decode.step_drafting import propose_by_steps
 from dvi_jax.decode.tree_round import tree_round
+from dvi_jax.mesh import DATA, replicas
 from dvi_jax.model.drafters import BlockDrafter, StepDrafter
 from dvi_jax.model.features import Features
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
@@ -37,12 +38,18 @@ def decode_rounds(
 
     `plan`: how it drafts, with at most as many rows as the state has; None for all of them (`plan.plan_for`).
     """
-    model = join(definition, params)
 
-    def goes_on(s: DecodeState) -> jax.Array:
-        return ~jnp.all(s.done) & (s.rounds < knobs.until)
+    def decode(params: Params, state: DecodeState, knobs: Knobs) -> DecodeState:
+        model = join(definition, params)
 
-    return jax.lax.while_loop(goes_on, lambda s: speculative_round(model, s, knobs, plan), state)
+        def goes_on(s: DecodeState) -> jax.Array:
+            return ~jnp.all(s.done) & (s.rounds < knobs.until)
+
+        return counted_alike(
+            definition, jax.lax.while_loop(goes_on, lambda s: speculative_round(model, s, knobs, plan), state)
+        )
+
+    return definition.sharded(decode, params, (STATE_SPECS, knob_specs(knobs)), STATE_SPECS)(params, state, knobs)
 
 
 @partial(jax.jit, static_argnames=("definition", "plan"), donate_argnames=("state",))
@@ -50,7 +57,28 @@ def decode_round(
     definition: Definition, params: Params, state: DecodeState, knobs: Knobs, plan: Plan | None = None
 ) -> DecodeState:
     """One round alone, for callers that look at every round."""
-    return speculative_round(join(definition, params), state, knobs, plan)
+    return sharded_round(definition, params, state, knobs, plan)
+
+
+def sharded_round(
+    definition: Definition, params: Params, state: DecodeState, knobs: Knobs, plan: Plan | None
+) -> DecodeState:
+    """`speculative_round` on the devices that the model lies on."""
+
+    def decode(params: Params, state: DecodeState, knobs: Knobs) -> DecodeState:
+        return speculative_round(join(definition, params), state, knobs, plan)
+
+    return definition.sharded(decode, params, (STATE_SPECS, knob_specs(knobs)), STATE_SPECS)(params, state, knobs)
+
+
+def counted_alike(definition: Definition, state: DecodeState) -> DecodeState:
+    """The state with one number of rounds, where sequences on several devices took different ones.
+
+    Devices along `data` end their loops each for itself; those that end earlier have done sequences alone.
+    """
+    if replicas(definition.mesh) == 1:
+        return state
+    return state.replace(rounds=jax.lax.pmax(state.rounds, DATA))
 
 
 def speculative_round(
@@ -107,10 +135,10 @@ def verify(
     final, tapped, deep = llama.deep(hidden, state.deep, positions)
     logits = llama.round_logits(final)
     if state.sampling is None:
-        verified = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        verified = vocabulary.best(logits, llama.shards)
     else:
         real = jnp.arange(width) <= draft.count[:, None]
         tokens = jnp.where(real, draft.tokens, NO_TOKEN)
-        verified = draw_verified(logits, state.sampling, state.length, tokens, draft.log_q)
+        verified = draw_verified(llama.all_logits(logits), state.sampling, state.length, tokens, draft.log_q)
     state = state.replace(shallow=shallow, deep=deep)
     return verified, hidden, Features.of(final, tapped_below + tapped), state

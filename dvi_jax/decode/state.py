@@ -5,6 +5,7 @@ Letters: B batch, S cache slots (also the longest sequence that fits), W = draft
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from flax import struct
 
 from dvi_jax.decode.branches import Branches
 from dvi_jax.decode.sampling import Sampling
+from dvi_jax.mesh import CACHES, ROWS, WHOLE
 from dvi_jax.model.attention import Caches
 from dvi_jax.model.drafters import Committed
 from dvi_jax.model.features import Features
@@ -104,3 +106,13 @@ class DecodeState(struct.PyTreeNode):
     drafted: jax.Array  # int32 [B, S], tokens drafted in each round
     signals: Signals | None = None  # None: nothing is learned from this generation
     sampling: Sampling | None = None  # None: greedy, another program
+
+
+# Where a state lies on a mesh: as prefixes of its fields, whatever those hold.
+_SPECS: dict[str, Any] = dict.fromkeys((field.name for field in fields(DecodeState)), ROWS)
+STATE_SPECS = DecodeState(**_SPECS | dict.fromkeys(("shallow", "deep", "trunk"), CACHES) | {"rounds": WHOLE})
+
+
+def knob_specs(knobs: Knobs) -> Any:
+    """Where knobs lie on a mesh."""
+    return Knobs(WHOLE, WHOLE, ROWS if knobs.eos_ids.ndim == 2 else WHOLE, WHOLE, WHOLE)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ import numpy as np
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.data.tokenizer import Tokenizer
+from dvi_jax.decode.acceptance import rounds_until
 from dvi_jax.decode.batch import Generation, choose_plan, make_knobs, make_sampling, read_generations, start
 from dvi_jax.decode.prefix import Prefix
 from dvi_jax.decode.speculative import decode_rounds
@@ -233,8 +234,7 @@ def _held_back(text: str, stops: Sequence[str]) -> int:
 def _cut(generation: Generation, sequence: _Sequence) -> Generation:
     if sequence.finish_reason != "stop":
         return generation
-    committed = np.cumsum([0, *generation.accept_lengths])  # after so many rounds; the prefill gave the first token
-    rounds = int(np.searchsorted(committed, len(sequence.ids) - 1))
+    rounds = rounds_until(generation.accept_lengths, len(sequence.ids) - 1)  # the prefill gave the first token
     return Generation(
         output_ids=generation.output_ids[: sequence.prompt_length] + sequence.ids,
         new_ids=list(sequence.ids),

@@ -27,6 +27,7 @@ from dvi_jax.decode.plan import Growth
 from dvi_jax.decode.sampling import Purpose, gumbel, verifier_log_probs
 from dvi_jax.decode.selection import at_places, ranks, top
 from dvi_jax.decode.state import NO_TOKEN, DecodeState, Knobs
+from dvi_jax.decode.vocabulary import best_few
 from dvi_jax.model.speculative_llama import SpeculativeLlama
 
 # Share of drafts that are right, by place among their siblings (SmolLM2-135M with its kept drafter, chat).
@@ -164,9 +165,8 @@ def _draw(
     """The best children of each node of the frontier by draft logits [B, F, Vd]."""
     sampling = state.sampling
     if sampling is None:
-        logits = model.calibrated(logits, level)
-        best, index = top(logits, children)
-        worth = best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        best, index, total = best_few(model.calibrated(logits, level), children, model.draft_shards)
+        worth = best - total
         return _Drawn(model.draft_token(index), worth, worth, None)
     log_q = verifier_log_probs(model.over_vocabulary(logits), sampling, frontier.tokens)
     position = jnp.broadcast_to(state.length[:, None] + level, frontier.node.shape)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dvi_jax.decode import vocabulary
 from dvi_jax.decode.branches import of_tree
 from dvi_jax.decode.commit import Verdict, accept, commit, record
 from dvi_jax.decode.plan import Plan, rows_alike
@@ -90,9 +91,9 @@ def verify_tree(model: SpeculativeLlama, state: DecodeState, tree: TokenTree) ->
     final, tapped, deep = llama.deep(hidden, branching(state.deep, where), positions)
     logits = llama.round_logits(final)
     if state.sampling is None:
-        verified = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        verified = vocabulary.best(logits, llama.shards)
     else:
-        log_p = verifier_log_probs(logits, state.sampling, tree.tokens_before())
+        log_p = verifier_log_probs(llama.all_logits(logits), state.sampling, tree.tokens_before())
         if tree.log_q is None:
             verified = draw(log_p, state.sampling, positions + 1)
         else:

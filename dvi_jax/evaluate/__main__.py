@@ -19,14 +19,16 @@ from dvi_jax.decode.batch import choose_plan
 from dvi_jax.decode.choosing import PlanChooser
 from dvi_jax.decode.cost import with_measured_cost
 from dvi_jax.decode.plan import row_class
-from dvi_jax.errors import ArgumentParser, UserError, run_cli
-from dvi_jax.evaluate.plots import new_figure
+from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
+from dvi_jax.evaluate.batched import BatchedDecoder
 from dvi_jax.evaluate.report import render_report
-from dvi_jax.evaluate.runner import Answered, PairedDecoder, first_prompt, run_questions
+from dvi_jax.evaluate.runner import Answered, Decoder, PairedDecoder, first_prompt
 from dvi_jax.evaluate.spec_bench import Question, answer_line, read_questions, sha256_of
+from dvi_jax.evaluate.style import new_figure
 from dvi_jax.evaluate.summary import measure, summarise
 from dvi_jax.evaluate.trace import LinesFile, trace_line
 from dvi_jax.loading import LoadedModel
+from dvi_jax.texts import usual_drafting
 
 MAX_NEW_TOKENS = 128
 PLAIN_EVERY = 10  # questions between two lines where the output is not a terminal
@@ -41,27 +43,40 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError("a plan that drafts is needed: without drafts there is nothing to compare with plain decoding")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit must be at least 1, got {options.limit}")
+    if options.batch is not None and (options.adaptive or options.threshold or options.memory_limit):
+        raise UserError("with --batch drafts follow --plan: leave out --adaptive, --threshold and --memory-limit")
     new_figure(1, 1)  # without matplotlib there is no report: say so before the work, not after
     questions = read_questions(options.questions)[: options.limit]
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists; choose another --out or remove it first")
     model = load_model(options)
+    if options.plan is None and options.draft_steps is None and model.drafter_is_trained:
+        settings = usual_drafting(model, settings)
+    if options.batch is not None:
+        plan = AUTO if options.plan == AUTO else str(choose_plan(model, settings))
+        batched = BatchedDecoder(model, settings, plan, options.batch)
+        about = describe_run(model, settings, options, len(questions), (options.batch, batched.width))
+        return report(batched, questions, about | {"batch": options.batch}, out)
     if options.adaptive:
         settings = with_measured_cost(model, first_prompt(PairedDecoder(model, settings), questions), settings)
     chooser = None
     if options.plan == AUTO:
         prompt = first_prompt(PairedDecoder(model, settings), questions)
         chooser = PlanChooser.measured(model, settings, prompt)
-    about = describe_run(model, settings, options, len(questions))
-    decoder = PairedDecoder(model, settings, memory_limit(options), chooser)
+    about = describe_run(model, settings, options, len(questions), (1, settings.width))
+    return report(PairedDecoder(model, settings, memory_limit(options), chooser), questions, about, out)
+
+
+def report(decoder: Decoder, questions: Sequence[Question], about: dict[str, Any], out: Path) -> int:
+    """Measure, and print the outcome; the exit status."""
     summary = evaluate(decoder, questions, about, out, Console(stderr=True))
     print(outcome(summary, out))
     return DIFFERENT if summary["differences"] else 0
 
 
 def evaluate(
-    decoder: PairedDecoder, questions: Sequence[Question], about: dict[str, Any], out: Path, console: Console
+    decoder: Decoder, questions: Sequence[Question], about: dict[str, Any], out: Path, console: Console
 ) -> dict[str, Any]:
     """Measure all questions; write answers, traces and metrics as they come, then summary.json and report.html."""
     first_prompt(decoder, questions)
@@ -76,7 +91,7 @@ def evaluate(
         LinesFile(out / "metrics.jsonl") as metrics_file,
         display.bar,
     ):
-        for answered in run_questions(decoder, questions):
+        for answered in decoder.run(questions):
             answers.append(answered)
             if answered.turns:
                 question, texts = answered.question, answered.texts
@@ -107,9 +122,9 @@ def question_metrics(step: int, answered: Answered, draft_steps: int) -> dict[st
 
 
 def describe_run(
-    model: LoadedModel, settings: DecodeConfig, options: argparse.Namespace, questions: int
+    model: LoadedModel, settings: DecodeConfig, options: argparse.Namespace, questions: int, rows: tuple[int, int]
 ) -> dict[str, Any]:
-    """What was measured: the report's settings table."""
+    """What was measured: the report's settings table. `rows`: sequences of a pass, and rows of each."""
     manifest, device = model.manifest, jax.devices()[0]
     return {
         "model_id": Path(options.checkpoint).resolve().name,
@@ -121,7 +136,7 @@ def describe_run(
         "num_layers": model.config.num_layers,
         "training_step": manifest.training_step,
         "plan": AUTO if options.plan == AUTO else str(choose_plan(model, settings)),
-        "row_class": row_class(1, settings.width, model.config, manifest.dtype),
+        "row_class": row_class(*rows, model.config, manifest.dtype),
         "draft_steps": settings.draft_steps,
         "threshold": settings.threshold,
         "draft_cost": settings.draft_cost,
@@ -190,9 +205,16 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m dvi_jax.evaluate", description="Measure a drafter on Spec-Bench questions: speed and equality."
     )
     add_model_options(parser)
-    parser.add_argument("--questions", required=True, metavar="FILE.jsonl", help="question_id, category, turns a line")
+    parser.add_argument(
+        "--questions", required=True, metavar="FILE.jsonl", help="an object with question_id, category and turns a line"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder for report, answers and traces")
-    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="of an answer at most")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="longest answer, in tokens"
+    )
+    parser.add_argument(
+        "--batch", type=at_least_one, metavar="N", help="so many prompts at a time: speeds are those of a sequence then"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     return parser
 

@@ -1,39 +1,18 @@
-"""The report's pictures, each an SVG in memory, and the style of all pictures."""
+"""The report's pictures."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from dvi_jax.errors import UserError
+from dvi_jax.evaluate.style import BLUE, GREY, ORANGE, mark_equal, new_figure
 from dvi_jax.evaluate.summary import turn_speedup
 from dvi_jax.evaluate.trace import FASTEST, SPECULATIVE, Turn
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GREY, BLUE, ORANGE = "#a8b0ba", "#2563eb", "#d97706"
-DOTS_PER_INCH = 144
 SMALL = (4.4, 3.4)  # three beside each other
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches; raises `UserError` without matplotlib. Needs no display."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("pictures need matplotlib: pip install 'dvi_jax[plots]'") from error
-    return Figure(figsize=(width, height), layout="constrained", dpi=DOTS_PER_INCH)
-
-
-def svg_uri(figure: Figure) -> str:
-    """The figure as a data: URI; its background is white, in a dark page too."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def category_rows(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -60,8 +39,9 @@ def plot_speed(summary: dict[str, Any]) -> Figure:
     axes.set_yticks(range(len(rows)), [_shorten(label) for label in reversed(rows)])
     axes.margins(x=0.12, y=0.01)
     axes.set_xlabel("tokens per second, decoding at batch 1")
-    figure.legend(loc="outside upper right", ncols=2, frameon=False)
-    return finish(figure, axes, "x")
+    figure.legend(loc="outside upper right", ncols=2)
+    axes.grid(axis="x")
+    return figure
 
 
 def plot_accept_lengths(summary: dict[str, Any]) -> Figure:
@@ -76,7 +56,8 @@ def plot_accept_lengths(summary: dict[str, Any]) -> Figure:
     axes.set_xlabel("accept length: tokens committed by one round")
     axes.set_ylabel(f"share of {summary['overall']['rounds']:,} rounds (%)")
     axes.margins(y=0.1)
-    return finish(figure, axes, "y")
+    axes.grid(axis="y")
+    return figure
 
 
 def plot_positions(summary: dict[str, Any]) -> Figure:
@@ -95,8 +76,9 @@ def plot_positions(summary: dict[str, Any]) -> Figure:
     axes.margins(y=0.1)
     axes.set_xlabel("j, draft position in the round")
     axes.set_ylabel("accepted (%)")
-    figure.legend(loc="outside upper left", frameon=False, fontsize=9)
-    return finish(figure, axes, "y")
+    figure.legend(loc="outside upper left")
+    axes.grid(axis="y")
+    return figure
 
 
 def plot_turns(turns: Sequence[Turn]) -> Figure:
@@ -108,23 +90,16 @@ def plot_turns(turns: Sequence[Turn]) -> Figure:
         rounds, speedup = len(turn.speculative.accept_lengths), turn_speedup(turn)
         if speedup is not None:
             points.append((turn.speculative.decoded_tokens / rounds, speedup))
-    axes.axhline(1, color=ORANGE, linewidth=1, label="as fast as plain")
+    mark_equal(axes, label="as fast as the fastest plain decoding")
     axes.scatter([x for x, _ in points], [y for _, y in points], s=14, color=BLUE, alpha=0.5, linewidths=0)
     axes.set_xlim(0.9, max([2.0, *[1.05 * x for x, _ in points]]))
     axes.set_ylim(0, max([1.2, *[1.05 * y for _, y in points]]))
-    figure.legend(loc="outside upper left", frameon=False, fontsize=9)
+    figure.legend(loc="outside upper left")
     axes.set_xlabel("tokens per round of one answer")
     axes.set_ylabel("speed-up over the fastest plain")
-    return finish(figure, axes, "both")
+    axes.grid()
+    return figure
 
 
 def _shorten(label: str, longest: int = 24) -> str:
     return label if len(label) <= longest else label[: longest - 1] + "…"
-
-
-def finish(figure: Figure, axes: Axes, grid: Literal["both", "x", "y"]) -> Figure:
-    """The style that all pictures share: no box, a light grid behind."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(axis=grid, color="#e3e6ea", linewidth=0.8)
-    return figure

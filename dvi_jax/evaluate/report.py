@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import base64
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
@@ -13,33 +14,44 @@ from dvi_jax.evaluate.plots import (
     plot_positions,
     plot_speed,
     plot_turns,
-    svg_uri,
 )
+from dvi_jax.evaluate.style import Theme, svg
 from dvi_jax.evaluate.trace import Turn
 
-PAGE = """<!doctype html>
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE = """{% macro picture(name, says) %}<picture>
+<source media="(prefers-color-scheme: dark)" srcset="{{ pictures[name].dark }}">
+<img alt="{{ says }}" src="{{ pictures[name].light }}"></picture>{% endmacro %}<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Speculative decoding: {{ settings.questions_file }}</title>
 <style>
-  body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff; max-width: 1060px; margin: 2rem auto;
-         padding: 0 1rem; }
+  :root { color-scheme: light dark; --text: #1c2430; --page: #fff; --faint: #4c5662; --panel: #f3f5f8; --line: #e3e6ea;
+          --strong: #c9cfd6; --bad: #8f1d1d; --alarm: #fde8e8 }
+  @media (prefers-color-scheme: dark) {
+    :root { --text: #e6edf3; --page: #0d1117; --faint: #9aa4b0; --panel: #1a212b; --line: #262d36; --strong: #454e59;
+            --bad: #fecaca; --alarm: #5b1b1b }
+  }
+  body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 1060px;
+         margin: 2rem auto; padding: 0 1rem; }
   h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
   .headline { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0 }
-  .headline div { background: #f3f5f8; border-radius: 8px; padding: .7rem 1.1rem; flex: 1 1 10rem }
+  .headline div { background: var(--panel); border-radius: 8px; padding: .7rem 1.1rem; flex: 1 1 10rem }
   .headline b { display: block; font-size: 1.5rem }
-  .bad { background: #fde8e8 !important; color: #8f1d1d }
+  .bad { background: var(--alarm) !important; color: var(--bad) }
   .wide { overflow-x: auto }
   table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; width: 100% }
-  th, td { padding: .3rem .55rem; border-bottom: 1px solid #e3e6ea; text-align: right; white-space: nowrap }
+  th, td { padding: .3rem .55rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
   th { font-weight: 600; vertical-align: bottom; white-space: normal }
   th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 9.5rem }
-  tr.total td { font-weight: 600; border-top: 2px solid #c9cfd6 }
+  tr.total td { font-weight: 600; border-top: 2px solid var(--strong) }
   .settings, .narrow { width: auto }
   .settings td + td { text-align: left; overflow-wrap: anywhere; white-space: normal }
   .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 1.2rem }
-  figure { margin: 0 } img { max-width: 100%; height: auto } figcaption { font-size: .88rem; color: #4c5662 }
+  figure { margin: 0 } img { max-width: 100%; height: auto } figcaption { font-size: .88rem; color: var(--faint) }
   dt { font-weight: 600 } dd { margin: 0 0 .5rem 1.2rem }
 </style>
 <h1>Speculative against plain decoding</h1>
@@ -79,13 +91,13 @@ plan {{ settings.plan }}, row class {{ settings.row_class }}, on {{ settings.dev
 left out entirely.</p>{% endif %}
 <h2>Speed</h2>
 <div class="pictures">
-<figure style="grid-column: 1 / -1"><img alt="Tokens per second by category" src="{{ pictures.speed }}">
+<figure style="grid-column: 1 / -1">{{ picture("speed", "Tokens per second by category") }}
 <figcaption>Tokens per second by category, and their ratio.</figcaption></figure>
-<figure><img alt="Speed-up over tokens per round" src="{{ pictures.turns }}">
+<figure>{{ picture("turns", "Speed-up over tokens per round") }}
 <figcaption>One dot per answer. Dots below the line were slower than plain decoding.</figcaption></figure>
-<figure><img alt="Accept-length histogram" src="{{ pictures.accept_lengths }}">
+<figure>{{ picture("accept_lengths", "Accept-length histogram") }}
 <figcaption>Accept lengths over all rounds.</figcaption></figure>
-<figure><img alt="Accept rate by draft position" src="{{ pictures.positions }}">
+<figure>{{ picture("positions", "Accept rate by draft position") }}
 <figcaption>Accept rate by draft position.</figcaption></figure>
 </div>
 <h2>Accept rate by draft position</h2>
@@ -134,17 +146,23 @@ def render_report(summary: dict[str, Any], turns: Sequence[Turn]) -> str:
     """The page for a summary and the turns it was made from."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"number": _number, "percent": _percent}
-    pictures = {
-        "speed": plot_speed(summary),
-        "turns": plot_turns(turns),
-        "accept_lengths": plot_accept_lengths(summary),
-        "positions": plot_positions(summary),
+    drawings: dict[str, Callable[[], Figure]] = {
+        "speed": lambda: plot_speed(summary),
+        "turns": lambda: plot_turns(turns),
+        "accept_lengths": lambda: plot_accept_lengths(summary),
+        "positions": lambda: plot_positions(summary),
     }
     return environment.from_string(PAGE).render(
         **summary,
         rows=category_rows(summary),
-        pictures={name: svg_uri(figure) for name, figure in pictures.items()},
+        pictures={name: _addresses(draw) for name, draw in drawings.items()},
     )
+
+
+def _addresses(draw: Callable[[], Figure]) -> dict[Theme, str]:
+    """A picture as `data:` URIs, for a light page and for a dark one."""
+    themes: tuple[Theme, ...] = ("light", "dark")
+    return {name: "data:image/svg+xml;base64," + base64.b64encode(svg(draw, name)).decode() for name in themes}
 
 
 def _number(value: float | None, digits: int) -> str:

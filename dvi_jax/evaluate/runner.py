@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from dvi_jax.loading import LoadedModel
 
 TOO_LONG = "prompt and new tokens exceed the model's context"
 REFUSED = "refused by the chat template"
+NO_TOKENIZER = "this checkpoint has no tokenizer, which questions need: import the model with one"
 EARLIER_TURN = "an earlier turn was skipped"
 
 
@@ -42,6 +43,16 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class TimedGeneration:
+    """A generation and what it took."""
+
+    generation: Generation
+    cache_slots: int
+    prefill_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Answered:
     """What came of one question: the turns measured, the model's answers to them, the turns left out."""
 
@@ -50,15 +61,31 @@ class Answered:
     texts: list[str]
     skipped: list[Skipped]
 
+    def add(self, number: int, prompt: Sequence[int], timed: dict[str, TimedGeneration], tokenizer: Tokenizer) -> None:
+        """Turn `number` was answered in every mode; the modes in the order in which they ran."""
+        traces = {mode: _trace(self.question, number, prompt, mode, timed) for mode in timed}
+        self.turns.append(Turn(traces[PLAIN], traces[SPECULATIVE], traces.get(FASTEST)))
+        self.texts.append(tokenizer.decode(traces[SPECULATIVE].new_ids))
 
-@dataclass(frozen=True)
-class TimedGeneration:
-    """A generation and what it took."""
+    def skip_from(self, number: int, reason: str) -> None:
+        """Turn `number` cannot be asked, and so none behind it."""
+        self.skipped.append(Skipped(self.question.question_id, number, reason))
+        later = range(number + 1, len(self.question.turns))
+        self.skipped.extend(Skipped(self.question.question_id, turn, EARLIER_TURN) for turn in later)
 
-    generation: Generation
-    cache_slots: int
-    prefill_seconds: float
-    seconds: float
+
+class Decoder(Protocol):
+    """What holds conversations, and measures each of their turns in every mode."""
+
+    model: LoadedModel
+    settings: DecodeConfig
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's; raises `UserError` where the checkpoint has none."""
+
+    def run(self, questions: Sequence[Question]) -> Iterator[Answered]:
+        """Hold every conversation."""
 
 
 class PairedDecoder:
@@ -87,9 +114,7 @@ class PairedDecoder:
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's; raises `UserError` where the checkpoint has none."""
-        return self.model.need_tokenizer(
-            "this checkpoint has no tokenizer, which questions need: import the model with one"
-        )
+        return self.model.need_tokenizer(NO_TOKENIZER)
 
     def decode(self, prompt: Sequence[int], turn: int) -> dict[str, TimedGeneration]:
         """The prompt decoded in every mode, by mode, one right after the other; `turn` says which goes first."""
@@ -104,6 +129,11 @@ class PairedDecoder:
             self._warm_up(prompt, option, plain=plain)
         order = [*modes][turn % len(modes) :] + [*modes][: turn % len(modes)]
         return {mode: self._decode(prompt, mode, modes[mode]) for mode in order}
+
+    def run(self, questions: Sequence[Question]) -> Iterator[Answered]:
+        """Hold every conversation, one question after the other; the mode that goes first changes from turn to turn."""
+        for index, question in enumerate(questions):
+            yield hold_conversation(self, question, index)
 
     def _modes(self) -> dict[str, Option]:
         """How each mode decodes the next prompt."""
@@ -160,13 +190,7 @@ class PairedDecoder:
         self._warm.add((option, padded))
 
 
-def run_questions(decoder: PairedDecoder, questions: Sequence[Question]) -> Iterator[Answered]:
-    """Hold every conversation, one question after the other; the mode that goes first changes from turn to turn."""
-    for index, question in enumerate(questions):
-        yield hold_conversation(decoder, question, index)
-
-
-def first_prompt(decoder: PairedDecoder, questions: Sequence[Question]) -> list[int]:
+def first_prompt(decoder: Decoder, questions: Sequence[Question]) -> list[int]:
     """The first prompt that can be asked; raises `UserError` where no conversation could be begun."""
     reason = ""
     for question in questions:
@@ -188,19 +212,14 @@ def hold_conversation(decoder: PairedDecoder, question: Question, index: int) ->
         messages.append(Message("user", text))
         prompt = conversation_prompt(decoder, messages)
         if isinstance(prompt, str):
-            answered.skipped.append(Skipped(question.question_id, number, prompt))
-            later = range(number + 1, len(question.turns))
-            answered.skipped.extend(Skipped(question.question_id, turn, EARLIER_TURN) for turn in later)
+            answered.skip_from(number, prompt)
             break
-        timed = decoder.decode(prompt, index + number)
-        traces = {mode: _trace(question, number, prompt, mode, timed) for mode in timed}
-        answered.turns.append(Turn(traces[PLAIN], traces[SPECULATIVE], traces.get(FASTEST)))
-        answered.texts.append(decoder.tokenizer.decode(traces[SPECULATIVE].new_ids))
+        answered.add(number, prompt, decoder.decode(prompt, index + number), decoder.tokenizer)
         messages.append(Message("assistant", answered.texts[-1]))
     return answered
 
 
-def conversation_prompt(decoder: PairedDecoder, messages: Sequence[Message]) -> list[int] | str:
+def conversation_prompt(decoder: Decoder, messages: Sequence[Message]) -> list[int] | str:
     """The prompt that asks for the next answer, or the reason why it cannot be asked."""
     try:
         prompt = decoder.tokenizer.chat(messages)

@@ -26,6 +26,7 @@ from dvi_jax.importing.checkpoint import write_import
 from dvi_jax.importing.files import read_json_object
 from dvi_jax.importing.gguf_file import PART_NAME
 from dvi_jax.importing.source import open_source
+from dvi_jax.quantisation import Quantisation, chosen_storage
 from dvi_jax.settings import require_path
 
 _VERSION = 2  # of what an import makes of a source; a change of it imports everything again
@@ -33,21 +34,33 @@ _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 _HASHED_WHOLE = 1 << 20  # bytes up to which a file is told by its content
 
 
-def open_checkpoint(source: str | Path, dtype: str | None = None) -> Checkpoint:
-    """The checkpoint that `source` is or becomes.
+def open_checkpoint(
+    source: str | Path, dtype: str | None = None, weights: str | None = None, *, lazy: bool = False
+) -> Checkpoint:
+    """The checkpoint that `source` is or becomes; `lazy` as for `read_checkpoint`.
 
     `source`: a checkpoint directory, a Hugging Face directory, a GGUF file, or the name of a repository in the local
     Hugging Face cache (`org/name`). `dtype` ("float32", "bfloat16") is that of an import; the default is bfloat16 on
-    accelerators, float32 on CPUs. Raises `UserError` for anything else, and for a checkpoint of another dtype.
+    accelerators, float32 on CPUs. `weights`: what matrices are kept in ("int8", "int4" or "float8"; "bfloat16" is that
+    dtype). Raises `UserError` for anything else, and for a checkpoint of other weights.
     """
-    checkpoint = read_checkpoint(checkpoint_directory(source, dtype))
+    dtype, quantisation = chosen_storage(weights, dtype)
+    checkpoint = read_checkpoint(_directory(source, dtype, quantisation), lazy=lazy)
     if dtype not in (None, checkpoint.manifest.dtype):
         raise UserError(f"{source} holds {checkpoint.manifest.dtype} weights; give its source to get {dtype}")
+    kept = checkpoint.manifest.quantisation
+    if quantisation is not None and (kept is None or kept.weights != quantisation.weights):
+        found = checkpoint.manifest.dtype if kept is None else kept.weights
+        raise UserError(f"{source} holds matrices in {found}; give its source to get {quantisation.weights}")
     return checkpoint
 
 
-def checkpoint_directory(source: str | Path, dtype: str | None = None) -> Path:
+def checkpoint_directory(source: str | Path, dtype: str | None = None, weights: str | None = None) -> Path:
     """The directory of `open_checkpoint`, importing what has to be imported."""
+    return _directory(source, *chosen_storage(weights, dtype))
+
+
+def _directory(source: str | Path, dtype: str | None, quantisation: Quantisation | None) -> Path:
     require_path("a model's name", str(source))
     path = Path(source)
     if not _exists(path):
@@ -59,7 +72,7 @@ def checkpoint_directory(source: str | Path, dtype: str | None = None) -> Path:
         path = found
     if path.is_dir() and not (path / MANIFEST).exists() and not (path / "config.json").exists():
         path = _only_gguf(path) or path
-    return _import_once(path, dtype or _default_dtype()) if _is_source(path) else path
+    return _import_once(path, dtype or _default_dtype(), quantisation) if _is_source(path) else path
 
 
 def _exists(path: Path) -> bool:
@@ -80,18 +93,19 @@ def _is_source(path: Path) -> bool:
     return not (path / MANIFEST).exists() and config.is_file() and "num_hidden_layers" in read_json_object(config)
 
 
-def _import_once(source: Path, dtype: str) -> Path:
+def _import_once(source: Path, dtype: str, quantisation: Quantisation | None) -> Path:
     root = cache_folder() / "models"
-    key = _identity(source, dtype)
-    out = root / f"{_name(source)[:64]}-{dtype}-{key}"
+    form = dtype if quantisation is None else f"{dtype}-{quantisation.weights}"
+    key = _identity(source, form)
+    out = root / f"{_name(source)[:64]}-{form}-{key}"
     if (out / MANIFEST).exists():
         return out
     with _locked(root, key):
         if not (out / MANIFEST).exists():
             remove_partial(root, out.name)
             model = open_source(source)
-            print(f"importing {source} as {dtype} into {out}, once", file=sys.stderr)
-            write_import(source, out, model, dtype=dtype)
+            print(f"importing {source} as {form} into {out}, once", file=sys.stderr)
+            write_import(source, out, model, dtype=dtype, quantisation=quantisation)
     return out
 
 
@@ -116,9 +130,9 @@ def _locked(root: Path, key: str) -> Iterator[None]:
         yield
 
 
-def _identity(source: Path, dtype: str) -> str:
+def _identity(source: Path, form: str) -> str:
     """A name for the files of a source as they are now: small ones by content, large ones by place, size and times."""
-    digest = hashlib.sha256(f"{_VERSION} {dtype} {source.resolve()}\n".encode())
+    digest = hashlib.sha256(f"{_VERSION} {form} {source.resolve()}\n".encode())
     for path in _files(source):
         try:
             facts = path.stat()

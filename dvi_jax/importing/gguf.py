@@ -11,11 +11,13 @@ import numpy as np
 
 from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import UserError
+from dvi_jax.importing import gguf_blocks
 from dvi_jax.importing.end_tokens import end_ids
 from dvi_jax.importing.families import check_gguf_architecture
 from dvi_jax.importing.gguf_file import GGUFFile, open_parts
 from dvi_jax.importing.layout import GGUF_NAMES
 from dvi_jax.importing.tensors import Rows
+from dvi_jax.model.quantised import Quantised
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _SMALLEST, _LARGEST = 1e-30, 1e30  # of a number that becomes a float32
@@ -47,16 +49,32 @@ class GGUFModel:
 
     def chunks(self, name: str) -> Iterator[tuple[Rows, np.ndarray]]:
         """As `TensorSource.chunks`, with the rotary permutation of q and k undone."""
+        for rows, values in self._owner[name].rows(name, multiple=self._multiple(name)):
+            yield self._original(name, rows), values
+
+    def kept_form(self, name: str) -> tuple[str, int] | None:
+        """As `QuantisedSource.kept_form`: the kind of block, where its integers can be kept as they are."""
+        return gguf_blocks.form_of(self._owner[name].tensors[name].kind)
+
+    def kept_chunks(self, name: str) -> Iterator[tuple[Rows, Quantised]]:
+        """As `chunks`, of integers and scales as they are in the file."""
         file = self._owner[name]
-        if not self._reordered or not _is_rotary(name):
-            yield from file.rows(name)
-            return
-        size = self.config.head_dim
+        for rows, raw in file.raw_rows(name, multiple=self._multiple(name)):
+            yield self._original(name, rows), gguf_blocks.taken_apart(raw, file.tensors[name].kind)
+
+    def _multiple(self, name: str) -> int:
+        """Of how many rows a chunk must be a multiple."""
+        return self.config.head_dim if self._reordered and _is_rotary(name) else 1
+
+    def _original(self, name: str, rows: slice) -> Rows:
+        """Which rows of the original's tensor the file's `rows` are."""
+        size = self._multiple(name)
+        if size == 1:
+            return rows
         # GGUF's row 2i + j of a head is Hugging Face's row j * H/2 + i: pairs abut there, halves here.
         order = np.arange(size).reshape(2, size // 2).T.reshape(-1)
-        for rows, values in file.rows(name, multiple=size):
-            heads = np.arange(rows.start, rows.stop, size)
-            yield (heads[:, None] + order).reshape(-1), values
+        heads = np.arange(rows.start, rows.stop, size)
+        return (heads[:, None] + order).reshape(-1)
 
 
 def is_ignored(name: str) -> bool:

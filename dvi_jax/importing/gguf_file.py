@@ -62,6 +62,12 @@ class GGUFFile:
 
     def rows(self, name: str, multiple: int = 1) -> Iterator[tuple[slice, np.ndarray]]:
         """(rows, float values) of a tensor, dequantised, in chunks of a multiple of `multiple` rows."""
+        for rows, raw in self.raw_rows(name, multiple):
+            values = _dequantise(raw, self.tensors[name].kind, f"{self.path.name}: tensor {name}")
+            yield rows, values[0] if len(self.tensors[name].shape) == 1 else values
+
+    def raw_rows(self, name: str, multiple: int = 1) -> Iterator[tuple[slice, np.ndarray]]:
+        """(rows, their bytes [n, row bytes]) of a tensor as it lies in the file, in such chunks."""
         tensor = self.tensors[name]
         vector = len(tensor.shape) == 1
         num_rows = 1 if vector else math.prod(tensor.shape[:-1])
@@ -71,8 +77,7 @@ class GGUFFile:
                 raw = np.empty((stop - start, tensor.row_bytes), np.uint8)
                 if file.readinto(raw.reshape(-1)) != raw.nbytes:
                     raise UserError(f"{self.path.name}: the file ends inside tensor {name}")
-                values = _dequantise(raw, tensor.kind, f"{self.path.name}: tensor {name}")
-                yield (slice(None), values[0]) if vector else (slice(start, stop), values)
+                yield slice(None) if vector else slice(start, stop), raw
 
 
 def open_parts(path: Path) -> list[GGUFFile]:

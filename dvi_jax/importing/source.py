@@ -11,8 +11,10 @@ from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import UserError
 from dvi_jax.importing import gguf, hf, tokenizer
 from dvi_jax.importing.layout import GGUF_NAMES, HF_NAMES, YI_NAMES, base_slots
-from dvi_jax.importing.tensors import TensorSource, Tree, check_slots, load_tree
+from dvi_jax.importing.quantising import QuantisedBase, load_quantised
+from dvi_jax.importing.tensors import Slot, TensorSource, Tree, check_slots, load_tree
 from dvi_jax.importing.weight_files import open_weights
+from dvi_jax.quantisation import Quantisation
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,24 @@ def open_source(source: Path) -> SourceModel:
 
 def load_base(model: SourceModel, dtype: str) -> Tree:
     """The base tree of a source, as numpy arrays of `dtype`."""
+    slots, head = _checked_slots(model)
+    base = load_tree(model.weights, slots, dtype)
+    if head is not None:
+        _require_tied(model.weights, head, base["embed"])
+    return base
+
+
+def load_quantised_base(model: SourceModel, dtype: str, how: Quantisation) -> QuantisedBase:
+    """The base tree of a source with matrices in fewer bits; what is none of them as numpy arrays of `dtype`."""
+    slots, head = _checked_slots(model)
+    base = load_quantised(model.weights, slots, dtype, how, model.config.tie_word_embeddings)
+    if head is not None:
+        _require_tied(model.weights, head, base.tree["embed"])
+    return base
+
+
+def _checked_slots(model: SourceModel) -> tuple[list[Slot], str | None]:
+    """Which tensors become what, and the head that must be the embedding's copy, where a tied model has one."""
     is_gguf = isinstance(model.weights, gguf.GGUFModel)
     names, ignored = (GGUF_NAMES, gguf.is_ignored) if is_gguf else (HF_NAMES, hf.is_ignored)
     head, shapes = names["head"], model.weights.shapes
@@ -60,10 +80,7 @@ def load_base(model: SourceModel, dtype: str) -> Tree:
         return ignored(name) or (tied and name == head)
 
     slots = check_slots(model.weights, base_slots(model.config, names), may_be_left)
-    base = load_tree(model.weights, slots, dtype)
-    if tied and head in shapes and names["embed"] != head:
-        _require_tied(model.weights, head, base["embed"])
-    return base
+    return slots, head if tied and head in shapes and names["embed"] != head else None
 
 
 def _require_tied(weights: TensorSource, name: str, embed: np.ndarray) -> None:

@@ -99,12 +99,17 @@ def load_tree(source: TensorSource, slots: list[Slot], dtype: str) -> Tree:
 def fill(target: np.ndarray, source: TensorSource, name: str) -> None:
     """Copy tensor `name` into `target` chunk by chunk, cast to its dtype."""
     for rows, values in source.chunks(name):
-        with np.errstate(over="ignore"):
-            cast = values.astype(target.dtype, copy=False)
-        if not np.isfinite(cast).all():
-            fault = f"values too large for {target.dtype}" if np.isfinite(values).all() else "NaN or infinite values"
-            raise UserError(f"{source.label}: tensor {name} holds {fault}")
-        target[rows] = cast
+        target[rows] = cast_finite(values, target.dtype, source, name)
+
+
+def cast_finite(values: np.ndarray, dtype: np.dtype, source: TensorSource, name: str) -> np.ndarray:
+    """Values of tensor `name` as `dtype`; `UserError` for those that are not finite in it."""
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype, copy=False)
+    if not np.isfinite(cast).all():
+        fault = f"values too large for {dtype}" if np.isfinite(values).all() else "NaN or infinite values"
+        raise UserError(f"{source.label}: tensor {name} holds {fault}")
+    return cast
 
 
 def get_path(tree: Tree, path: tuple[str, ...]) -> Any:
@@ -113,6 +118,19 @@ def get_path(tree: Tree, path: tuple[str, ...]) -> Any:
     for key in path:
         node = node[key]
     return node
+
+
+def put_path(tree: Tree, path: tuple[str, ...], leaf: Any) -> None:
+    """Put `leaf` at `path`, making the nodes above it."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = leaf
+
+
+def array_for(slots: Iterable[Slot], dtype: np.dtype) -> np.ndarray:
+    """A new array for `slots` of one path."""
+    last = max(slots, key=lambda slot: slot.rows.stop)
+    return np.empty((last.rows.stop, *last.shape[1:]), dtype)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
@@ -125,16 +143,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np
 
 
 def _allocate(slots: list[Slot], dtype: np.dtype) -> Tree:
-    shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
+    by_path: dict[tuple[str, ...], list[Slot]] = {}
     for slot in slots:
-        rows = max(slot.rows.stop, shapes.get(slot.path, (0,))[0])
-        shapes[slot.path] = (rows, *slot.shape[1:])
+        by_path.setdefault(slot.path, []).append(slot)
     tree: Tree = {}
-    for path, shape in shapes.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = np.empty(shape, dtype)
+    for path, joined in by_path.items():
+        put_path(tree, path, array_for(joined, dtype))
     return tree
 
 

@@ -36,6 +36,8 @@ from dvi_jax.errors import UserError
 from dvi_jax.learn import objectives
 from dvi_jax.learn.fast_update import Trainable, with_trainable
 from dvi_jax.learn.optimizer import guarded
+from dvi_jax.learn.shared_gradient import over_devices, over_rows
+from dvi_jax.mesh import ROWS, WHOLE
 from dvi_jax.model.features import Features
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
 
@@ -125,14 +127,20 @@ def distill_metrics(
     definition: Definition, params: Params, tokens: jax.Array, mask: jax.Array, *, config: DistillConfig
 ) -> dict[str, jax.Array]:
     """What `distill_gradient` gives beside the gradient, for held-out rows."""
-    model = join(definition, params)
-    verified = verify_text(model, tokens, mask)
-    drafts = unrolled_drafts(model, verified, config.unroll_steps)
 
-    def add(sums: Sums, rows: Rows, drafts: jax.Array, _: jax.Array) -> Sums:
-        return jax.tree.map(jnp.add, sums, draft_sums(model, rows, drafts, config))
+    def metrics(params: Params, tokens: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+        model = join(definition, params)
+        verified = verify_text(model, tokens, mask)
+        drafts = unrolled_drafts(model, verified, config.unroll_steps)
 
-    return _means(fold_chunks(verified, drafts, add, _no_sums(drafts)), verified.learned, config)
+        def add(sums: Sums, rows: Rows, drafts: jax.Array, _: jax.Array) -> Sums:
+            return jax.tree.map(jnp.add, sums, draft_sums(model, rows, drafts, config))
+
+        sums = fold_chunks(verified, drafts, add, _no_sums(drafts))
+        sums, learned = over_rows(definition, (sums, verified.learned))
+        return _means(sums, learned, config)
+
+    return definition.sharded(metrics, params, (ROWS, ROWS), WHOLE)(params, tokens, mask)
 
 
 def distill_gradient(
@@ -148,13 +156,28 @@ def distill_gradient(
     These are means over the `positions` learned from: `loss`; of each draft, [J], `kl`, `ce` of the text's next token
     and `agreement`, how often its top token is the verifier's; and the verifier's own `verifier_ce`.
     """
+    arguments = (WHOLE, ROWS, ROWS)
+    run = definition.sharded(partial(_gradient, definition, config), params, arguments, WHOLE)
+    return run(params, trainable, tokens, mask)
+
+
+def _gradient(
+    definition: Definition,
+    config: DistillConfig,
+    params: Params,
+    trainable: Trainable,
+    tokens: jax.Array,
+    mask: jax.Array,
+) -> tuple[Trainable, dict[str, jax.Array]]:
+    """`distill_gradient` on each device, from its rows."""
     verified = verify_text(join(definition, params), tokens, mask)
+    learned = over_rows(definition, verified.learned)
 
     def drafts_of(trainable: Trainable) -> jax.Array:
         return unrolled_drafts(join(definition, with_trainable(params, trainable)), verified, config.unroll_steps)
 
     drafts, pull_back = jax.vjp(drafts_of, trainable)
-    weights = _draft_weights(config, drafts.shape[1]) / jnp.maximum(verified.learned, 1)
+    weights = _draft_weights(config, drafts.shape[1]) / jnp.maximum(learned, 1)
 
     def add(carry: Carry, rows: Rows, drafts: jax.Array, index: jax.Array) -> Carry:
         def loss_of(trainable: Trainable, drafts: jax.Array) -> tuple[jax.Array, Sums]:
@@ -169,7 +192,9 @@ def distill_gradient(
     nothing = _no_sums(drafts), jax.tree.map(jnp.zeros_like, trainable), jnp.zeros_like(drafts)
     sums, of_weights, of_drafts = fold_chunks(verified, drafts, add, nothing)
     (through_drafter,) = pull_back(of_drafts)
-    return jax.tree.map(jnp.add, of_weights, through_drafter), _means(sums, verified.learned, config)
+    gradient = over_devices(definition, jax.tree.map(jnp.add, of_weights, through_drafter))
+    gradient, sums = over_rows(definition, (gradient, sums))
+    return gradient, _means(sums, learned, config)
 
 
 class Verified(NamedTuple):
@@ -231,7 +256,7 @@ class Targets(NamedTuple):
     def of(cls, model: SpeculativeLlama, verifier: jax.Array, rows: Rows) -> Targets:
         """Those of the verifier's logits [C, V]."""
         top, ids = jnp.argmax(verifier, axis=-1), model.draft_ids()
-        if ids is None:
+        if ids is None or model.draft_shards > 1:  # of all devices together they are all tokens
             return cls(verifier, rows.weight, top, rows.following)
         logits = verifier[:, ids]
         share = jnp.exp(jax.nn.logsumexp(logits, axis=-1) - jax.nn.logsumexp(verifier, axis=-1))
@@ -241,12 +266,13 @@ class Targets(NamedTuple):
 
 def draft_sums(model: SpeculativeLlama, rows: Rows, drafts: jax.Array, config: DistillConfig) -> Sums:
     """What the drafts [C, J, D] of a chunk come to, summed over its positions."""
-    verifier, drafter, head = model.llama.logits(rows.final), model.drafter, model.draft_head()
+    llama, drafter, head = model.llama, model.drafter, model.draft_head()
+    verifier = llama.all_logits(llama.logits(rows.final))
     targets = Targets.of(model, verifier, rows)
     of_drafts = []
     for j in range(drafts.shape[1]):
         logits = drafter.logits(drafts[:, j], head)
-        logits = drafter.corrected(logits, drafts[:, j], rows.own, model.draft_ids())
+        logits = model.all_draft_logits(drafter.corrected(logits, drafts[:, j], rows.own, model.draft_ids()))
         terms = {
             "kl": _total(objectives.kl_divergence, targets.logits, logits, targets.share),
             "ce": _total(objectives.cross_entropy, logits, targets.following, _known(targets.following, rows)),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,9 @@ from dvi_jax.learn import objectives
 from dvi_jax.learn.optimizer import guarded
 from dvi_jax.learn.replay import Replay, Windows, sample
 from dvi_jax.learn.schedule import kl_to_rl
+from dvi_jax.learn.shared_gradient import over_devices
 from dvi_jax.learn.slow_update import SlowState
+from dvi_jax.mesh import WHOLE
 from dvi_jax.model.drafters import BranchRows
 from dvi_jax.model.features import Features
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, Tree, join
@@ -151,12 +153,20 @@ def _fast_update(
     batch, on_policy = choose_windows(state.replay, fresh, is_current, sample_key, size)
     weights = kl_to_rl(state.step, objective)
 
-    def loss_of(trainable: Trainable) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model = join(definition, with_trainable(params, trainable))
-        picked = evaluate_positions(model, batch, on_policy, pick_key, objective, size.positions)
-        return fast_loss(picked, state.baseline, weights, objective)
+    def gradient(params: Params, trainable: Trainable, batch: Windows, *others: Any) -> tuple[Trainable, Any]:
+        on_policy, pick_key, baseline, weights = others
 
-    grads, metrics = jax.grad(loss_of, has_aux=True)(trainable)
+        def loss_of(trainable: Trainable) -> tuple[jax.Array, dict[str, jax.Array]]:
+            model = join(definition, with_trainable(params, trainable))
+            picked = evaluate_positions(model, batch, on_policy, pick_key, objective, size.positions)
+            return fast_loss(picked, baseline, weights, objective)
+
+        grads, metrics = jax.grad(loss_of, has_aux=True)(trainable)
+        return over_devices(definition, grads), metrics
+
+    # Devices along `data` work out the same: an update is small beside the rollout that they shared.
+    run = definition.sharded(gradient, params, (WHOLE,) * 6, WHOLE)
+    grads, metrics = run(params, trainable, batch, on_policy, pick_key, state.baseline, weights)
     updates, opt_state = make_optimizer(optimizer).update(grads, state.optimizer, trainable)
     judged = fresh.reward >= 0
     mean_reward = jnp.sum(fresh.reward * judged) / jnp.maximum(jnp.sum(judged), 1)
@@ -299,11 +309,11 @@ def evaluate_positions(
     def draft_logits(draft: jax.Array) -> jax.Array:
         draft_hidden = draft[chosen]
         logits = model.drafter.logits(draft_hidden, llama.head_weight())
-        return model.drafter.corrected(logits, draft_hidden, previous, None)
+        return llama.all_logits(model.drafter.corrected(logits, draft_hidden, previous, llama.own_ids()))
 
     return Positions(
         draft_logits=[draft_logits(draft) for draft in candidates.drafts],
-        verifier_logits=llama.logits(candidates.final[chosen]),
+        verifier_logits=llama.all_logits(llama.logits(candidates.final[chosen])),
         proposal=pick(proposal, -1),
         reward=pick(jnp.where(valid, reward, -1), -1),
         step=pick(windows.step[:, 1:], 0),

@@ -46,7 +46,9 @@ def matching_or_new_drafter(
         return checkpoint
     new = replace(with_new_drafter(checkpoint, kind, options, exit_layer), draft_vocabulary=None)
     lora = {"rank_s": shallow_rank, "rank_d": 0} if shallow_rank else {}
-    manifest = replace(new.manifest, training_step=0, lora=lora, run_digest="", held_out_fraction=0.0)
+    manifest = replace(
+        new.manifest, training_step=0, lora=lora, run_digest="", held_out_fraction=0.0, plan="", draft_steps=0
+    )
     return replace(new, manifest=manifest, drafter=None, lora=None)
 
 

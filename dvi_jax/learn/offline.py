@@ -27,8 +27,10 @@ from dvi_jax.learn.packing import Packed, load_packed, pack
 from dvi_jax.learn.run import Run
 from dvi_jax.learn.run_directory import Report, RunDirectory
 from dvi_jax.learn.run_identity import RunIdentity, identify
+from dvi_jax.learn.shared_gradient import check_learning
 from dvi_jax.learn.stopping import StopSignals
 from dvi_jax.loading import LoadedModel, from_checkpoint
+from dvi_jax.mesh import make_mesh
 from dvi_jax.model.speculative_llama import Params
 
 
@@ -51,10 +53,17 @@ def train_offline(
 
     SIGTERM and SIGINT end it with `stopping.Stopped`, a `SystemExit`: after the running update, with a snapshot.
     """
-    kept = {"keep": config.keep_checkpoints, "keep_best": 0}
-    with StopSignals() as signals, RunDirectory(config.out, **kept, resume=resume, report=report) as directory:
+    directory = RunDirectory(
+        config.out,
+        keep=config.keep_checkpoints,
+        keep_best=0,
+        resume=resume,
+        report=report,
+        tensorboard=config.tensorboard,
+    )
+    with StopSignals() as signals, directory:
         checkpoint = matching_or_new_drafter(
-            open_checkpoint(config.checkpoint),
+            open_checkpoint(config.checkpoint, lazy=config.mesh.is_several),
             config.drafter,
             config.drafter_options,
             config.exit_layer,
@@ -105,7 +114,10 @@ class OfflineRun(Run[DistillState, list[float]]):
         if config.draft_vocabulary and checkpoint.drafter is None:
             ids, _ = self.data.frequent_tokens(config.draft_vocabulary)
             checkpoint = replace(checkpoint, draft_vocabulary=tuple(ids.tolist()))
-        super().__init__(checkpoint, from_checkpoint(checkpoint, seed=config.seed), directory, config.rollback)
+        model = from_checkpoint(checkpoint, seed=config.seed, mesh=make_mesh(config.mesh))
+        check_learning(model, slowly=False)
+        config.mesh.require_rows("eval_rows, at least batch_rows of them,", _eval_batch(self.held_out, config))
+        super().__init__(checkpoint, model, directory, config.rollback)
         self.seconds = 0.0
 
     def initial_state(self, params: Params) -> DistillState:
@@ -114,6 +126,10 @@ class OfflineRun(Run[DistillState, list[float]]):
     def identity(self) -> RunIdentity:
         rows = {"tokens": self.data.tokens, "mask": self.data.mask, "held out": self.held_out.tokens}
         return identify(self.config, self.checkpoint, self.model.manifest, {"data": hash_tree(rows)})
+
+    def drafting(self) -> tuple[str, int]:
+        block = self.model.max_drafts if self.model.drafts_blocks else None
+        return "", block or self.config.unroll_steps
 
     def learned(self) -> dict[str, Any]:
         return self.state.trainable
@@ -177,7 +193,7 @@ class OfflineRun(Run[DistillState, list[float]]):
 
 def _evaluate(model: LoadedModel, rows: Packed, config: DistillConfig) -> dict[str, Any]:
     """Held-out means, batch by batch (rows beyond a whole batch are left out)."""
-    size = min(config.batch_rows, len(rows.tokens))
+    size = _eval_batch(rows, config)
     parts = []
     for begin in range(0, len(rows.tokens) - size + 1, size):
         tokens = jnp.asarray(rows.tokens[begin : begin + size].astype(np.int32))
@@ -186,6 +202,11 @@ def _evaluate(model: LoadedModel, rows: Packed, config: DistillConfig) -> dict[s
     weights = np.array([part["positions"] for part in parts])
     mean = jax.tree.map(lambda *x: np.average(np.stack(x), axis=0, weights=weights).tolist(), *parts)
     return {"kl": mean["kl"], "agreement": mean["agreement"], "tokens_per_round": expected_tokens(mean["agreement"])}
+
+
+def _eval_batch(rows: Packed, config: DistillConfig) -> int:
+    """Held-out rows that are looked at together."""
+    return min(config.batch_rows, len(rows.tokens))
 
 
 def expected_tokens(agreement: Sequence[float]) -> float:

@@ -34,9 +34,11 @@ from dvi_jax.learn.rollout import rollout, window_length
 from dvi_jax.learn.run import Run
 from dvi_jax.learn.run_directory import Report, RunDirectory
 from dvi_jax.learn.run_identity import RunIdentity, identify
+from dvi_jax.learn.shared_gradient import check_learning
 from dvi_jax.learn.slow_update import init_slow, is_due, slow_update
 from dvi_jax.learn.stopping import StopSignals
 from dvi_jax.loading import LoadedModel, from_checkpoint
+from dvi_jax.mesh import make_mesh
 from dvi_jax.model.speculative_llama import Params
 
 
@@ -73,9 +75,16 @@ def train_online(
 
     SIGTERM and SIGINT end it with `stopping.Stopped`, a `SystemExit`: after the running update, with a snapshot.
     """
-    kept = {"keep": config.keep_checkpoints, "keep_best": config.keep_best}
-    with StopSignals() as signals, RunDirectory(config.out, **kept, resume=resume, report=report) as directory:
-        checkpoint = open_checkpoint(config.checkpoint)
+    directory = RunDirectory(
+        config.out,
+        keep=config.keep_checkpoints,
+        keep_best=config.keep_best,
+        resume=resume,
+        report=report,
+        tensorboard=config.tensorboard,
+    )
+    with StopSignals() as signals, directory:
+        checkpoint = open_checkpoint(config.checkpoint, lazy=config.mesh.is_several)
         checkpoint = kept_or_new_drafter(checkpoint, config.drafter, config.drafter_options, config.exit_layer)
         run = OnlineRun(config, with_new_lora_d(checkpoint, config), directory)
         run.restore()
@@ -96,7 +105,7 @@ class OnlineRun(Run[LearnerState, Acceptance]):
 
     def __init__(self, config: TrainConfig, checkpoint: Checkpoint, directory: RunDirectory):
         self.config = config
-        model = from_checkpoint(checkpoint, seed=config.seed)
+        model = from_checkpoint(checkpoint, seed=config.seed, mesh=make_mesh(config.mesh))
         self.window = window_length(config.decode, config.data.max_prompt_tokens)
         self._check(model)
         self.tokenizer = model.need_tokenizer(
@@ -126,6 +135,7 @@ class OnlineRun(Run[LearnerState, Acceptance]):
             )
         if config.slow.every and not model.params.lora_d:
             raise UserError("slow.every needs a verifier with a lora_D: set slow.rank_d")
+        check_learning(model, slowly=config.slow.every > 0)
         choose_plan(model, config.decode)
         if config.branches:
             check_branches(model)
@@ -149,6 +159,9 @@ class OnlineRun(Run[LearnerState, Acceptance]):
         """With the smallest share of questions that was kept apart since its drafter was new."""
         shares = self.model.manifest.held_out_fraction, self.config.data.held_out_fraction
         return replace(super().manifest(), held_out_fraction=min(filter(None, shares), default=0.0))
+
+    def drafting(self) -> tuple[str, int]:
+        return self.config.decode.plan or "", self.config.decode.draft_steps
 
     def learned(self) -> dict[str, Any]:
         slow = self.state.slow

@@ -1,10 +1,10 @@
 """How to distil a drafter where nobody has tuned one: what the model's size, the device and the time there is come to.
 
-The rules are what was measured (experiments/README.md). `fused`, one layer behind the first that sees four inner
-layers of the verifier, has the best drafts; they come one after the other. From about three billion parameters on, a
-pass of a decoder layer costs so much that a `block` of drafts in one pass is better: at 7B shapes a round of seven
-costs 1.13 plain rounds, one of three drafts in sequence 1.27. Where the head is larger than such a layer, only the most
-frequent tokens are drafted; a wider drafter learns at a lower rate (1e-3 served 576 dimensions, 6e-4 1,536).
+The rules are what was measured (experiments/results/README.md). `fused`, one layer behind the first that sees four
+inner layers of the verifier, has the best drafts; they come one after the other. From about three billion parameters
+on, a pass of a decoder layer costs so much that a `block` of drafts in one pass is better: at 7B shapes a round of
+seven costs 1.13 plain rounds, one of three drafts in sequence 1.27. Where the head is larger than such a layer, only
+the most frequent tokens are drafted; a wider drafter learns at a lower rate (1e-3 served 576 dimensions, 6e-4 1,536).
 """
 
 from __future__ import annotations

@@ -3,31 +3,37 @@
 Greedy replies are just that; sampled ones (`temperature`) give a prompt many replies. Rows of the result hold whole
 prompts with their replies, so that no reply is learned without what it answers; replies alone are marked.
 
-Each batch is kept beside the result as soon as it is done (`NAME.batches/`), until the result is written: the same
-call goes on where it was killed.
+An engine decodes them, every slot at work. Each batch of prompts is kept beside the result as soon as it is done
+(`NAME.batches/`), until the result is written: the same call goes on where it was killed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from dvi_jax.archives import read_npz
-from dvi_jax.config import DecodeConfig, SamplingConfig
-from dvi_jax.decode.batch import generate_batch
-from dvi_jax.decode.prefill import bucket
+from dvi_jax.config import SamplingConfig
+from dvi_jax.decode.batch import Generation
+from dvi_jax.decode.plan import PLAIN
 from dvi_jax.errors import UserError
 from dvi_jax.learn.packing import Packed
 from dvi_jax.loading import LoadedModel
+from dvi_jax.serve.engine import Engine
+from dvi_jax.serve.many import decode_many, open_engine
+from dvi_jax.serve.requests import Request
 
-MOST_SEQUENCES = 512  # of a batch: more gain nothing on one GPU
+MOST_SLOTS = 512  # more gain nothing on one GPU
+MEASURED_TOKENS = 8  # of a reply, behind its first
+RUN = 16  # batches that go through an engine one behind the other, before another length class may have its turn
 
 Reply = tuple[list[int], int]  # token ids of a prompt with its reply, and how many are the prompt's
 
@@ -36,19 +42,19 @@ Reply = tuple[list[int], int]  # token ids of a prompt with its reply, and how m
 class ReplyConfig:
     """How replies are made."""
 
-    lengths: tuple[int, ...] = (128, 384, 768, 1024)  # length classes of prompts, each with programs of its own
+    lengths: tuple[int, ...] = (128, 384, 768, 1024)  # length classes of prompts, each with an engine of its own
     new_tokens: int = 120  # of a reply at most
-    batch_tokens: int = 81920  # prompt and reply positions of a batch
+    batch_tokens: int = 81920  # prompt and reply positions of all slots
     temperature: float = 0.0  # 0: greedy replies
     seed: int = 0  # of sampled replies
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts decoded together, filled up to a fixed size by repeating the first; only `count` are kept."""
+    """Prompts that are kept together once they are replied to, as many as the engine has slots, or fewer."""
 
     prompts: list[list[int]]
-    count: int
+    slots: int
     longest: int  # of its length class: fixes the shapes
 
 
@@ -74,7 +80,8 @@ def make_replies(
 ) -> tuple[Packed, int]:
     """Reply to the prompts (token ids; those longer than every class are left out), pack, and write `out`.
 
-    Batches come in random order: what `max_seconds` cuts short is a fair sample, and goes on at the next call.
+    Runs of batches come in random order: what `max_seconds` cuts short is about a fair sample, and goes on at the next
+    call.
     Returns the rows and the number of replies in them.
     """
     batches = deal_all(prompts, config)
@@ -95,6 +102,24 @@ def deal_all(prompts: Sequence[list[int]], config: ReplyConfig) -> list[Batch]:
         for longest, found in by_length(prompts, config.lengths).items()
         for batch in deal(found, longest, batch_rows(config.batch_tokens, longest + config.new_tokens))
     ]
+
+
+def measure(model: LoadedModel, batch: Batch, config: ReplyConfig) -> tuple[float, int]:
+    """Seconds that replies as long as may be to a batch take, and the bytes of the engine: from their beginnings."""
+    rounds = min(MEASURED_TOKENS, config.new_tokens - 1)
+    with _open_engine(model, batch, config) as engine:
+
+        def timed(new_tokens: int) -> float:
+            began = time.perf_counter()
+            for _ in decode_many(engine, (Request(tuple(p), new_tokens, eos_ids=()) for p in batch.prompts)):
+                pass
+            return time.perf_counter() - began
+
+        timed(1 + rounds)  # compiles
+        seconds = prefill = timed(1)
+        if rounds:
+            seconds += (timed(1 + rounds) - prefill) * (config.new_tokens - 1) / rounds
+        return seconds, engine.memory.total
 
 
 class Journal:
@@ -151,21 +176,15 @@ def by_length(prompts: Sequence[list[int]], lengths: Sequence[int]) -> dict[int,
 
 
 def batch_rows(tokens: int, length: int) -> int:
-    """The largest power of two of rows of `length` within `tokens`, at most `MOST_SEQUENCES`."""
-    return min(2 ** ((max(tokens // length, 1)).bit_length() - 1), MOST_SEQUENCES)
+    """The largest power of two of rows of `length` within `tokens`, at most `MOST_SLOTS`."""
+    return min(2 ** ((max(tokens // length, 1)).bit_length() - 1), MOST_SLOTS)
 
 
-def deal(prompts: Sequence[list[int]], longest: int, rows: int) -> Iterator[Batch]:
-    """Batches of `rows`, the longest prompts dealt out one to each: all batches of a class pad to the same length.
-
-    Prompts are padded to the bucket of the longest beside them, and every other bucket is another program to compile.
-    """
-    rows = min(rows, bucket(len(prompts)))
-    number = -(-len(prompts) // rows)
-    ordered = sorted(prompts, key=len, reverse=True)
-    for index in range(number):
-        dealt = ordered[index::number]
-        yield Batch(dealt + dealt[:1] * (rows - len(dealt)), len(dealt), longest)
+def deal(prompts: Sequence[list[int]], longest: int, slots: int) -> Iterator[Batch]:
+    """The prompts of a class in batches, in order; few prompts get few slots."""
+    slots = min(slots, 1 << (len(prompts) - 1).bit_length())
+    for begin in range(0, len(prompts), slots):
+        yield Batch(list(prompts[begin : begin + slots]), slots, longest)
 
 
 def pack_whole(sequences: Sequence[Reply], row_length: int, vocab_size: int) -> Packed:
@@ -208,22 +227,62 @@ def _generate_missing(
     report: Callable[[Progress], None],
 ) -> None:
     """Decode what the journal lacks, until `max_seconds` are over."""
-    settings = DecodeConfig(draft_steps=0, max_new_tokens=config.new_tokens)
     new_tokens, began = 0, time.perf_counter()
-    for done, index in enumerate(np.random.default_rng(0).permutation(len(batches)), 1):
-        if index in journal:
-            continue
-        batch = batches[index]
-        # Every batch has a seed of its own, so that a run that goes on gives what one run would have given.
-        seed = (config.seed + int(index) * MOST_SEQUENCES) % 2**32
-        sampling = SamplingConfig(temperature=config.temperature, seed=seed) if config.temperature else None
-        generations, _ = generate_batch(
-            model, batch.prompts, settings, plain=True, sampling=sampling, longest_prompt=batch.longest
-        )
-        replies = [(g.output_ids, len(p)) for p, g in zip(batch.prompts[: batch.count], generations, strict=False)]
-        journal.add(int(index), replies)
-        new_tokens += sum(len(ids) - count for ids, count in replies)
-        seconds = time.perf_counter() - began
-        report(Progress(done, len(batches), new_tokens, seconds))
-        if seconds > max_seconds:
-            return
+    for run in _runs(batches):
+        missing = [index for index in run if index not in journal]
+        for index, replies in _replies_to(model, missing, batches, config):
+            journal.add(index, replies)
+            new_tokens += sum(len(ids) - count for ids, count in replies)
+            seconds = time.perf_counter() - began
+            report(Progress(len(journal), len(batches), new_tokens, seconds))
+            if seconds > max_seconds:
+                return
+
+
+def _runs(batches: Sequence[Batch]) -> list[list[int]]:
+    """Numbers of batches, a few of one length class after the other, in random order."""
+    runs = []
+    for longest in dict.fromkeys(batch.longest for batch in batches):
+        of_class = [index for index, batch in enumerate(batches) if batch.longest == longest]
+        runs += [of_class[begin : begin + RUN] for begin in range(0, len(of_class), RUN)]
+    return [runs[index] for index in np.random.default_rng(0).permutation(len(runs))]
+
+
+def _replies_to(
+    model: LoadedModel, numbers: Sequence[int], batches: Sequence[Batch], config: ReplyConfig
+) -> Iterator[tuple[int, list[Reply]]]:
+    """The replies to batches of one length class, which go through an engine together."""
+    if not numbers:
+        return
+    chosen = [(index, batches[index].prompts) for index in numbers]
+    requests = (
+        _request(prompt, index, place, config) for index, prompts in chosen for place, prompt in enumerate(prompts)
+    )
+    with _open_engine(model, batches[numbers[0]], config) as engine:
+        decoded = decode_many(engine, requests)
+        for index, prompts in chosen:
+            yield index, [_reply(one.generation) for one in itertools.islice(decoded, len(prompts))]
+
+
+def _open_engine(model: LoadedModel, batch: Batch, config: ReplyConfig) -> Engine:
+    """An engine for the batch's length class."""
+    return open_engine(
+        replace(model, tokenizer=None),  # no text is made of the replies
+        slots=batch.slots,
+        context=batch.longest + config.new_tokens,
+        longest_prompt=batch.longest,
+        plan=str(PLAIN),
+    )
+
+
+def _request(prompt: list[int], batch: int, place: int, config: ReplyConfig) -> Request:
+    """Every prompt has a seed of its own, so that a run that goes on gives what one run would have given."""
+    sampling = None
+    if config.temperature:
+        seed = (config.seed + batch * MOST_SLOTS + place) % 2**32
+        sampling = SamplingConfig(temperature=config.temperature, seed=seed)
+    return Request(tuple(prompt), config.new_tokens, sampling)
+
+
+def _reply(generation: Generation) -> Reply:
+    return generation.output_ids, len(generation.output_ids) - len(generation.new_ids)

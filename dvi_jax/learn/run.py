@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import jax
-
 from dvi_jax.checkpoint import Checkpoint, Manifest, load_tree, read_manifest, rewrite_checkpoint
 from dvi_jax.config import RollbackConfig
 from dvi_jax.errors import UserError
@@ -18,7 +16,8 @@ from dvi_jax.learn.run_directory import RunDirectory
 from dvi_jax.learn.run_identity import RunIdentity
 from dvi_jax.learn.snapshot import State
 from dvi_jax.learn.stopping import Stopped, StopSignals
-from dvi_jax.loading import LoadedModel, trained_parts
+from dvi_jax.loading import LoadedModel, stored_parts
+from dvi_jax.mesh import copied, to_host
 from dvi_jax.model.speculative_llama import Params
 
 Measured = TypeVar("Measured")  # what an evaluation comes to
@@ -33,8 +32,8 @@ class Run(ABC, Generic[State, Measured]):
     def __init__(self, checkpoint: Checkpoint, model: LoadedModel, directory: RunDirectory, rollback: RollbackConfig):
         self.checkpoint, self.model, self.directory, self.rollback = checkpoint, model, directory, rollback
         # On the host, for a rollback before the first snapshot.
-        self.initial = jax.device_get({name: getattr(model.params, name) for name in ("drafter", "lora_s", "lora_d")})
-        self.state: State = self.initial_state(model.params)
+        self.initial = to_host({name: getattr(model.params, name) for name in ("drafter", "lora_s", "lora_d")})
+        self.state: State = self._on_devices(self.initial_state(model.params))
         self.watch = Watch()
         self.before: Measured | None = None  # at the beginning
         self.after: Measured | None = None  # the newest
@@ -72,6 +71,10 @@ class Run(ABC, Generic[State, Measured]):
     def learned(self) -> dict[str, Any]:
         """The parts of `Params` that the state moves."""
 
+    @abstractmethod
+    def drafting(self) -> tuple[str, int]:
+        """The plan by which the drafter drafts while it learns ("": as suits the device), and the drafts of a round."""
+
     def verifier(self) -> str:
         """The name of the verifier that output is lossless relative to."""
         return self.checkpoint.manifest.verifier
@@ -91,7 +94,7 @@ class Run(ABC, Generic[State, Measured]):
         found, evaluations = self.directory.restore(self.state)
         if found is None:
             return
-        self.state, self.watch = found.state, Watch(**found.progress["watch"])
+        self.state, self.watch = self._on_devices(found.state), Watch(**found.progress["watch"])
         self.restore_progress(found.progress)
         self.take_over()
         if evaluations:
@@ -134,18 +137,21 @@ class Run(ABC, Generic[State, Measured]):
             self.after = self.before
         path, exists = self.directory.checkpoint_path(self.step, self._is_checkpoint)
         if not exists:
-            parts = trained_parts(self.model.params)
+            parts = stored_parts(self.model)
             rewrite_checkpoint(self.checkpoint, path, share_base=True, manifest=self.manifest(), **parts)
         self.directory.finish(self.step)
         return path
 
     def manifest(self) -> Manifest:
         """That of a checkpoint of the present state."""
+        plan, draft_steps = self.drafting()
         return replace(
             self.model.manifest,
             training_step=self.step,
             verifier=self.verifier(),
             run_digest=self.directory.identity.digest,
+            plan=plan,
+            draft_steps=draft_steps,
         )
 
     def _is_checkpoint(self, path: Path) -> bool:
@@ -157,7 +163,7 @@ class Run(ABC, Generic[State, Measured]):
             trees = {name: load_tree(path / name) for name in ("drafter", "lora") if (path / name).exists()}
         except UserError:  # damaged, or something else
             return False
-        learned = {name: tree for name, tree in jax.device_get(trained_parts(self.model.params)).items() if tree}
+        learned = {name: tree for name, tree in stored_parts(self.model).items() if tree}
         return hash_tree(trees) == hash_tree(learned)
 
     def take_over(self) -> None:
@@ -176,8 +182,12 @@ class Run(ABC, Generic[State, Measured]):
         """The state of the newest (or best) snapshot that is good and its update; the start if there is none."""
         found = self.directory.last_good(self.state, self.watch.is_good, self.step, best=best)
         if found is None:
-            return self.initial_state(self.model.params._replace(**self.initial)), None
-        return found.state, found.step
+            return self._on_devices(self.initial_state(self.model.params._replace(**self.initial))), None
+        return self._on_devices(found.state), found.step
+
+    def _on_devices(self, state: State) -> State:
+        """What updates move, on all devices of the model."""
+        return copied(self.model.definition.mesh, state)
 
     def roll_back(self, good: State, step: int | None, values: dict[str, Any]) -> None:
         """Go on from `good`, the state of the snapshot `step` (None: the start)."""

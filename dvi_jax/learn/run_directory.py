@@ -26,29 +26,38 @@ from dvi_jax.learn.metrics import MetricsLog, has_summary
 from dvi_jax.learn.run_identity import RUN, RunIdentity, read_identity
 from dvi_jax.learn.snapshot import Snapshot, Snapshots, State
 from dvi_jax.learn.stopping import Stopped
+from dvi_jax.learn.tensorboard import Events
 
-CHECKPOINT, SNAPSHOTS, METRICS, PICTURE = "checkpoint", "snapshots", "metrics.jsonl", "curve.png"
+CHECKPOINT, SNAPSHOTS, METRICS, PICTURE, LOCK = "checkpoint", "snapshots", "metrics.jsonl", "curve.png", "LOCK"
 Report = Callable[[str, dict[str, Any]], None]  # (kind of record, record)
 
 
 class RunDirectory:
     """`out`, owned by this run while the context lasts. `report` is called with every record.
 
-    Raises `UserError` if another run is at work there, or one left snapshots and this is not `resume`.
+    `tensorboard` writes events beside the metrics (`tensorboard.py`). Raises `UserError` if another run is at work
+    there, or one left snapshots and this is not `resume`.
     """
 
-    def __init__(self, out: str | Path, *, keep: int, keep_best: int, resume: bool, report: Report):
+    def __init__(
+        self, out: str | Path, *, keep: int, keep_best: int, resume: bool, report: Report, tensorboard: bool = False
+    ):
         self.path, self.resume, self.report = Path(out), resume, report
+        self._events = Events(self.path) if tensorboard else None
         self._keep, self._failed_saves = (keep, keep_best), 0
         self.step = 0  # update of the newest record
         self._changes: list[dict[str, Any]] = []  # of settings, since the run that is resumed
 
     def __enter__(self) -> RunDirectory:
+        new = [path for path in (self.path, *self.path.parents) if not path.exists()]
         with ExitStack() as stack:
             stack.enter_context(lock(self.path))
+            stack.push(lambda kind, error, trace: self._forget(new) if error and new else None)
             (check_resumable if self.resume else refuse_earlier_run)(self.path)
             remove_partial(self.path, CHECKPOINT)
             self.metrics = stack.enter_context(closing(MetricsLog(self.path / METRICS)))
+            if self._events is not None:
+                stack.enter_context(closing(self._events))
             self.snapshots = stack.enter_context(Snapshots((self.path / SNAPSHOTS).absolute(), *self._keep))
             self._stack = stack.pop_all()
         return self
@@ -59,6 +68,17 @@ class RunDirectory:
         if isinstance(error, Stopped):
             self._tell_of_stop(error.number)
         self._stack.__exit__(kind, error, trace)
+
+    def _forget(self, new: list[Path]) -> None:
+        """Remove the directories that this run made, innermost first, if it ended before there was anything to keep."""
+        if (self.path / RUN).exists():
+            return
+        with suppress(OSError):  # somebody put something there
+            for name in (METRICS, LOCK):
+                (self.path / name).unlink(missing_ok=True)
+            for path in (self.path / SNAPSHOTS, *new):
+                if path.exists():
+                    path.rmdir()
 
     def identify(self, identity: RunIdentity) -> None:
         """Say what the run is, before `restore`; `UserError` if the one that it resumes was another.
@@ -81,7 +101,10 @@ class RunDirectory:
         Metrics after it are dropped: those of a run that was killed before its first snapshot, all.
         """
         found = self.snapshots.newest(template) if self.resume else None
-        evaluations = self.metrics.rewind(-1 if found is None else found.step)
+        step = -1 if found is None else found.step
+        evaluations = self.metrics.rewind(step)
+        if self._events is not None:
+            self._events.begin(step + 1)
         try:
             self.identity.write(self.path)
         except OSError as error:
@@ -108,13 +131,24 @@ class RunDirectory:
 
     def save(self, state: State, progress: dict[str, Any], *, score: float | None = None, regular: bool = True) -> None:
         """Save in the background, after the metrics so far."""
-        self.snapshots.save(state, progress, score=score, regular=regular, before=self.metrics.flush)
+        self.snapshots.save(state, progress, score=score, regular=regular, before=self._flush)
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append a record to the metrics and report it."""
         record, self.step = {"kind": kind, "step": step, **values}, step
         self.metrics.append(record)
         self.report(kind, record)
+        if self._events is not None:
+            self._events.append(record)
+            if self._events.refusal is not None:
+                refusal, self._events = self._events.refusal, None
+                self.log("no_events", step, {"reason": refusal})
+
+    def _flush(self) -> None:
+        """Bring what was logged to the disk; `OSError` if it does not take the metrics."""
+        self.metrics.flush()
+        if events := self._events:
+            events.flush()
 
     def log_failed_saves(self, step: int) -> None:
         """Tell of the saves that failed since the last call; learning goes on without them."""
@@ -163,7 +197,7 @@ def lock(out: Path) -> TextIO:
 
     `UserError` naming the owner if there is one.
     """
-    path = out / "LOCK"
+    path = out / LOCK
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")

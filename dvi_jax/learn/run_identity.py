@@ -24,8 +24,9 @@ RUN = "run.json"
 # How long a run goes on, how fast it learns, what it tells and keeps: another value makes no other run of it.
 MAY_CHANGE = {
     *("prompts", "max_minutes", "tokens"),
+    *("mesh.data", "mesh.model"),  # other roundings, the same run
     *("optimizer.lora_lr", "optimizer.head_lr", "slow.lr", "lr"),
-    *("eval_every", "save_every", "log_every", "keep_checkpoints", "keep_best"),
+    *("eval_every", "save_every", "log_every", "keep_checkpoints", "keep_best", "tensorboard"),
     *("rollback.after", "rollback.collapse", "rollback.settle", "rollback.at_most"),
 }
 # Where things are, and what a checkpoint may say in their place: `identify` names what these come to.

@@ -22,15 +22,11 @@ import jax
 import numpy as np
 
 from dvi_jax.checkpoint import Checkpoint
-from dvi_jax.config import DataConfig, DecodeConfig, DistillConfig
+from dvi_jax.config import DataConfig, DistillConfig
 from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import PromptStream
 from dvi_jax.data.tokenizer import Tokenizer
-from dvi_jax.decode.batch import make_knobs, slots_for, start
-from dvi_jax.decode.cost import round_seconds
-from dvi_jax.decode.memory import Sizes, available_bytes, measure_memory
-from dvi_jax.decode.plan import PLAIN
-from dvi_jax.decode.prefill import bucket
+from dvi_jax.decode.memory import available_bytes
 from dvi_jax.directories import replace_file
 from dvi_jax.errors import UserError
 from dvi_jax.importing.cache import open_checkpoint
@@ -39,7 +35,7 @@ from dvi_jax.learn.new_drafter import matching_or_new_drafter
 from dvi_jax.learn.offline import OfflineResult, train_offline
 from dvi_jax.learn.packing import load_packed
 from dvi_jax.learn.recipe import Rates, Recipe, choose_recipe, fit_to_time, reply_length
-from dvi_jax.learn.replies import Progress, deal_all, make_replies
+from dvi_jax.learn.replies import Progress, deal_all, make_replies, measure
 from dvi_jax.learn.run_directory import Report, lock
 from dvi_jax.loading import LoadedModel, from_checkpoint
 from dvi_jax.text_files import read_json
@@ -67,9 +63,14 @@ class Estimate:
 class SelfDistillation:
     """One directory's work: `prepare`, then `reply`, then `train`; each goes on where an earlier one stopped."""
 
-    def __init__(self, model: str, data: Sequence[str], out: str | Path, *, dtype: str | None = None):
-        """`model` and `dtype` as of `open_checkpoint`; `data`: conversation files. Raises `UserError` for bad ones."""
-        self.checkpoint: Checkpoint = open_checkpoint(model, dtype)
+    def __init__(
+        self, model: str, data: Sequence[str], out: str | Path, *, dtype: str | None = None, weights: str | None = None
+    ):
+        """`model`, `dtype` and `weights` as of `open_checkpoint`; `data`: conversation files.
+
+        Raises `UserError` for bad ones.
+        """
+        self.checkpoint: Checkpoint = open_checkpoint(model, dtype, weights)
         self.tokenizer = Tokenizer.from_checkpoint(self.checkpoint)
         self.data, self.out = tuple(data), Path(out)
         self._stream()
@@ -82,6 +83,7 @@ class SelfDistillation:
         config, dtype = self.checkpoint.config, self.checkpoint.manifest.dtype
         recipe = choose_recipe(config, dtype, free, accelerator=accelerator)
         recipe = recipe if passes is None else replace(recipe, passes=passes)
+        next(self.prompts(recipe, 1), None)  # raises for a log that holds none, before minutes of measuring
         rates = self._measure(recipe)
         self.recipe, lengths = fit_to_time(recipe, rates, map(len, self.prompts(recipe, MOST_PROMPTS)), 60 * minutes)
         estimate = self._estimate(rates, lengths, free)
@@ -177,21 +179,9 @@ class SelfDistillation:
 
     def _measure_replies(self, model: LoadedModel, recipe: Recipe) -> tuple[float, int]:
         """Tokens of prompts and replies per second, and bytes, of a batch of the shortest class."""
-        settings = DecodeConfig(draft_steps=0, max_new_tokens=recipe.replies.new_tokens)
         batch = deal_all(list(self.prompts(recipe, 1024)), recipe.replies)[0]
-        longest = max(map(len, batch.prompts))
-        sizes = Sizes(len(batch.prompts), slots_for(batch.longest, settings), 1, bucket(longest), plan=PLAIN)
-        budget = measure_memory(model, sizes)
-        knobs = make_knobs(settings, (), plain=True)
-        for _ in range(2):  # the first time compiles
-            began = time.perf_counter()
-            state = start(model, batch.prompts, settings, knobs, longest_prompt=batch.longest)
-            state = jax.block_until_ready(state)
-            prefill = time.perf_counter() - began
-        rounds = max(min(recipe.replies.new_tokens // 4, 8), 1)
-        seconds = prefill + recipe.replies.new_tokens * round_seconds(model, state, PLAIN, 0, rounds)[0]
-        tokens = sum(reply_length(recipe, len(prompt)) for prompt in batch.prompts)
-        return tokens / seconds, budget.total
+        seconds, memory = measure(model, batch, recipe.replies)
+        return sum(reply_length(recipe, len(prompt)) for prompt in batch.prompts) / seconds, memory
 
     def _measure_update(self, model: LoadedModel, recipe: Recipe) -> tuple[float, int]:
         """Seconds and bytes of an update."""

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dvi_jax.model import attention
+from dvi_jax.model import attention, decode_attention, exchange
 from dvi_jax.model.attention import AnyCache, LayerCache
-from dvi_jax.model.decode_products import gated_product, part_count, product
+from dvi_jax.model.decode_products import gated_product, product, sum_parts
 from dvi_jax.model.products import linear, total
+from dvi_jax.model.quantised import Matrix, frozen
 from dvi_jax.model.residual import Residual
 from dvi_jax.model.variables import Base, DeepLoRA
 
@@ -49,19 +50,23 @@ class LoRA(nnx.Module):
 class Block(nnx.Module):
     """One Llama decoder layer: RMSNorm, attention, residual, RMSNorm, SwiGLU, residual."""
 
-    def __init__(self, weights: dict[str, jax.Array], heads: attention.Heads, eps: float):
-        """`weights`: one array for each name below, as `base_shapes` has them; `heads`: (N, K, H)."""
+    def __init__(self, weights: dict[str, Any], heads: attention.Heads, eps: float, shards: int = 1):
+        """`weights`: one for each name below, as a base tree has them, arrays or quantised; `heads`: (N, K, H).
+
+        `shards`: devices that have a part of the layer each; `weights` and `heads` are then those of a part.
+        """
         self.attn_norm = Base(weights["attn_norm"])
-        self.qkv = Base(weights["qkv"])
-        self.out = Base(weights["out"])
+        self.qkv = frozen(weights["qkv"])
+        self.out = frozen(weights["out"])
         self.mlp_norm = Base(weights["mlp_norm"])
-        self.gate_up = Base(weights["gate_up"])
-        self.down = Base(weights["down"])
+        self.gate_up = frozen(weights["gate_up"])
+        self.down = frozen(weights["down"])
         self.is_biased = "qkv_bias" in weights
         if self.is_biased:
             self.qkv_bias = Base(weights["qkv_bias"])
         self.heads = heads
         self.eps = eps
+        self.shards = shards
         self.lora: nnx.Dict[LoRA] = nnx.Dict()  # by weight name
 
     def __call__(
@@ -80,6 +85,7 @@ class Block(nnx.Module):
         """
 
         project = partial(self._project, adapted=adapted, kernels=residual.kernels)
+        complete = partial(self._complete, few=positions.shape[1] <= decode_attention.MOST_ROUND_ROWS)
         residual, normed = residual.normed(self.attn_norm[...], self.eps)
         entered = residual.x
         qkv = project("qkv", normed, wide=self.is_biased)
@@ -90,7 +96,7 @@ class Block(nnx.Module):
                 mixed, cache = attention.attend_fresh(qkv, self.heads, rope, cache, positions, bias)
             else:
                 mixed, cache = attention.attend_cached(qkv, self.heads, rope, cache, positions, bias)
-        residual = residual.plus(project("out", mixed))
+        residual = residual.plus(complete(project("out", mixed, wide=self.shards > 1)))
         with jax.named_scope("mlp"):
             residual, normed = residual.normed(self.mlp_norm[...], self.eps)
             if residual.kernels and "gate_up" not in self.lora:
@@ -98,7 +104,16 @@ class Block(nnx.Module):
             else:
                 gate, up = jnp.split(total(project("gate_up", normed), normed.dtype), 2, axis=-1)
                 gated = jax.nn.silu(gate) * up
-            return entered, residual.plus(project("down", gated)), cache
+            return entered, residual.plus(complete(project("down", gated, wide=self.shards > 1))), cache
+
+    def _complete(self, parts: jax.Array, *, few: bool) -> jax.Array:
+        """Parts [P, ..., D] of a product over this device's share of its input -> of the whole product.
+
+        `few`: rows of a round, whose bits must not depend on where they lie.
+        """
+        if self.shards == 1:
+            return parts
+        return exchange.joined_parts(parts) if few else exchange.summed(parts)
 
     def _project(self, name: str, x: jax.Array, *, adapted: bool, kernels: bool, wide: bool = False) -> jax.Array:
         """x [..., in] times the weight `name`, in parts where kernels add them up: [P, ..., out].
@@ -108,7 +123,7 @@ class Block(nnx.Module):
         weight = getattr(self, name)[...]
         dtype = jnp.float32 if wide else x.dtype
         if kernels:
-            parts = product(x, weight, parts=part_count(weight.shape), out_dtype=dtype)
+            parts = product(x, weight, parts=self._sum_parts(name, weight), out_dtype=dtype)
         else:
             parts = linear(x, weight, dtype)[None]
         adapter = self.lora.get(name)
@@ -116,3 +131,11 @@ class Block(nnx.Module):
         if adapter is not None and (adapted or isinstance(adapter.a, DeepLoRA)):
             return (total(parts, dtype) + adapter(x, kernels=kernels))[None]
         return parts
+
+    def _sum_parts(self, name: str, weight: Matrix) -> int:
+        """`sum_parts` of the whole weight, so that sums are cut where one device cuts them; else where that suits."""
+        out, width = weight.shape
+        if name in ("qkv", "gate_up"):
+            return sum_parts(weight, (self.shards * out, width))
+        whole = sum_parts(weight, (out, self.shards * width))
+        return sum_parts(weight) if whole % self.shards else whole // self.shards

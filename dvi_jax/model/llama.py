@@ -15,11 +15,12 @@ from flax import nnx
 
 from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import UserError
-from dvi_jax.model import attention, decode_attention, decode_products
+from dvi_jax.model import attention, decode_attention, decode_products, exchange
 from dvi_jax.model.attention import AnyCache, Caches
 from dvi_jax.model.features import check_taps
 from dvi_jax.model.layers import Block
 from dvi_jax.model.products import linear
+from dvi_jax.model.quantised import Matrix, frozen
 from dvi_jax.model.residual import Residual
 from dvi_jax.model.variables import Base
 
@@ -76,10 +77,19 @@ class Llama(nnx.Module):
     that somebody `taps`: the stream as it enters those layers, which the first norm there adds up in any case.
     """
 
-    def __init__(self, config: LlamaConfig, base: dict[str, Any], exit_layer: int, *, taps: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        base: dict[str, Any],
+        exit_layer: int,
+        *,
+        taps: tuple[int, ...] = (),
+        shards: int = 1,
+    ):
         """`base`: tree of `base_shapes(config)`. `exit_layer` in 0..L-1, 0 where nothing is to be split off below.
 
         `taps`: ascending layer numbers in 1..L-1; tap i is the hidden state after i layers. Others: `UserError`.
+        `shards`: devices that have a part of the model each, of which `config` then is (`mesh.shard_config`).
         """
         last = config.num_layers - 1
         if not 0 <= exit_layer <= last:
@@ -89,14 +99,16 @@ class Llama(nnx.Module):
         self.config = config
         self.exit_layer = exit_layer
         self.taps = check_taps(taps, config.num_layers)
+        self.shards = shards
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         self.embed = Base(base["embed"])
         self.layers = nnx.List(
-            [Block(base["layers"][str(i)], heads, config.rms_norm_eps) for i in range(config.num_layers)]
+            [Block(base["layers"][str(i)], heads, config.rms_norm_eps, shards) for i in range(config.num_layers)]
         )
         self.norm = Base(base["norm"])
-        if not config.tie_word_embeddings:
-            self.head = Base(base["head"])
+        self.is_tied = "head" not in base
+        if not self.is_tied:
+            self.head = frozen(base["head"])
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -108,9 +120,9 @@ class Llama(nnx.Module):
         """How many of the taps lie below the exit; `shallow` gives those, `deep` the others."""
         return sum(tap < self.exit_layer for tap in self.taps)
 
-    def head_weight(self) -> jax.Array:
-        """The LM head [V, D] (the embedding where tied)."""
-        return (self.embed if self.config.tie_word_embeddings else self.head)[...]
+    def head_weight(self) -> Matrix:
+        """The LM head [V, D], or this device's part of it, [V/n, D]: the embedding where tied and not quantised."""
+        return (self.embed if self.is_tied else self.head)[...]
 
     def shallow(
         self,
@@ -129,7 +141,7 @@ class Llama(nnx.Module):
         see only the rows of this call.
         """
         with jax.named_scope("shallow"):
-            x = self.embed[...][tokens]
+            x = self.embed[...][tokens] if self.shards == 1 else exchange.looked_up(self.embed[...], tokens)
             layers = range(self.exit_layer)
             residual, tapped, caches = self._run(layers, x, caches, positions, adapted=adapted, fresh=fresh)
             return decode_products.by_sequence(residual.total(), positions), tapped, caches
@@ -148,7 +160,7 @@ class Llama(nnx.Module):
             return decode_products.by_sequence(normed, positions), tapped, caches
 
     def logits(self, normed: jax.Array) -> jax.Array:
-        """LM head: normed hidden [..., D] -> float32 logits [..., V]."""
+        """LM head: normed hidden [..., D] -> float32 logits [..., V], of a device's own part of the vocabulary."""
         with jax.named_scope("head"):
             return linear(normed, self.head_weight(), jnp.float32)
 
@@ -156,6 +168,17 @@ class Llama(nnx.Module):
         """`logits` of a round's rows [B, T, D], which on a GPU do not depend on their number and have no derivative."""
         with jax.named_scope("head"):
             return decode_products.round_linear(normed, self.head_weight(), jnp.float32)
+
+    def all_logits(self, logits: jax.Array) -> jax.Array:
+        """Logits over the whole vocabulary, from those of this device's part of it."""
+        return logits if self.shards == 1 else exchange.whole(logits)
+
+    def own_ids(self) -> jax.Array | None:
+        """int32 [V/n], the tokens of this device's part of the vocabulary; None for all."""
+        if self.shards == 1:
+            return None
+        rows = len(self.head_weight())
+        return exchange.first_id(rows) + jnp.arange(rows, dtype=jnp.int32)
 
     def init_caches(self, batch: int, slots: int) -> tuple[Caches, Caches]:
         """Empty caches for `shallow` and for `deep`, `slots` positions each."""

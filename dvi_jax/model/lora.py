@@ -16,6 +16,7 @@ from flax import nnx
 from dvi_jax.errors import UserError
 from dvi_jax.model.drafters import BlockDrafter
 from dvi_jax.model.layers import LoRA
+from dvi_jax.model.quantised import Quantised
 from dvi_jax.model.speculative_llama import SpeculativeLlama
 from dvi_jax.model.variables import DeepLoRA, ShallowLoRA
 
@@ -63,12 +64,17 @@ def count_lora(model: SpeculativeLlama) -> tuple[int, int]:
 def merge_lora(base: dict[str, Any], adapters: dict[str, Any], scale: float) -> dict[str, Any]:
     """Fold one set into a base weight tree: W + scale * B A, computed in float32, in W's dtype.
 
+    A quantised W becomes an array of the embedding's dtype: rounded again, it would lose what was learned.
+
     `adapters`: {"layers": {i: {"lora": {name: {"a": [R, in], "b": [out, R]}}}}}, as `Params` and checkpoints hold them.
     """
     merged = copy.deepcopy(base)
     for index, layer in adapters.get("layers", {}).items():
         for name, pair in layer["lora"].items():
-            weight = np.asarray(merged["layers"][str(index)][name])
+            weight = merged["layers"][str(index)][name]
+            if isinstance(weight, dict):
+                weight = Quantised.of(weight).dequantised(merged["embed"].dtype)
+            weight = np.asarray(weight)
             delta = np.asarray(pair["b"], np.float32) @ np.asarray(pair["a"], np.float32) * scale
             merged["layers"][str(index)][name] = (weight.astype(np.float32) + delta).astype(weight.dtype)
     return merged

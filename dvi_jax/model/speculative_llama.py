@@ -6,16 +6,20 @@ and call `join`: dispatch over plain dicts is an order of magnitude cheaper than
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from dvi_jax.errors import UserError
+from dvi_jax.mesh import run_sharded, specs_of
+from dvi_jax.model import exchange
 from dvi_jax.model.drafters import Drafter, StepDrafter
 from dvi_jax.model.llama import Llama
+from dvi_jax.model.quantised import Matrix, Quantised
 from dvi_jax.model.variables import Base, DeepLoRA, DrafterParam, ShallowLoRA
 
 Tree = dict[Any, Any]
@@ -64,10 +68,18 @@ class SpeculativeLlama(nnx.Module):
         if not len(chosen) or chosen[0] < 0 or chosen[-1] >= size:
             raise UserError(f"a draft vocabulary holds token ids between 0 and {size - 1}, at least one")
         self.draft_vocabulary["ids"] = Base(chosen)
-        self.draft_vocabulary["head"] = Base(self.llama.head_weight()[chosen])
+        head = self.llama.head_weight()
+        # Few rows: in the model's dtype, whatever the whole head is kept in.
+        rows = head.rows(chosen).dequantised(self.llama.dtype) if isinstance(head, Quantised) else head[chosen]
+        self.draft_vocabulary["head"] = Base(rows)
 
-    def draft_head(self) -> jax.Array:
-        """The rows of the LM head that drafts are chosen from: [Vd, D], all of it unless restricted."""
+    @property
+    def draft_shards(self) -> int:
+        """Devices that have a part of `draft_head` each; one that is restricted is small, and on all of them."""
+        return 1 if self.draft_vocabulary else self.llama.shards
+
+    def draft_head(self) -> Matrix:
+        """The rows of the LM head that drafts are chosen from: [Vd, D], all that are here unless restricted."""
         return self.draft_vocabulary["head"][...] if self.draft_vocabulary else self.llama.head_weight()
 
     def draft_token(self, index: jax.Array) -> jax.Array:
@@ -76,12 +88,16 @@ class SpeculativeLlama(nnx.Module):
 
     def draft_ids(self) -> jax.Array | None:
         """int32 [Vd], the token of each row of `draft_head`; None where it is the whole head."""
-        return self.draft_vocabulary["ids"][...] if self.draft_vocabulary else None
+        return self.draft_vocabulary["ids"][...] if self.draft_vocabulary else self.llama.own_ids()
+
+    def all_draft_logits(self, logits: jax.Array) -> jax.Array:
+        """Logits [..., Vd] of all rows of the draft head, from those of this device's."""
+        return logits if self.draft_shards == 1 else exchange.whole(logits)
 
     def over_vocabulary(self, logits: jax.Array) -> jax.Array:
         """Logits [B, Vd] of `draft_head`'s rows -> [B, V], minus infinity where nothing is drafted."""
         if not self.draft_vocabulary:
-            return logits
+            return logits if self.llama.shards == 1 else exchange.whole(logits)
         full = jnp.full((logits.shape[0], self.llama.config.vocab_size), -jnp.inf, logits.dtype)
         return full.at[:, self.draft_vocabulary["ids"][...]].set(logits)
 
@@ -96,26 +112,38 @@ class Params(NamedTuple):
 
 
 class Definition:
-    """All of a module but its arrays: static under jit.
+    """All of a module but its arrays, and the devices that they lie on: static under jit.
 
     Its hash is kept. nnx walks the whole module for one, 0.4 ms at 30 layers, and jit asks for it in every call.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef):
+    def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh | None = None):
         self.graphdef = graphdef
-        self._hash = hash(graphdef)
+        self.mesh = mesh  # None: one device
+        self._hash = hash((graphdef, mesh))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Definition) and self.graphdef == other.graphdef)
+        return self is other or (
+            isinstance(other, Definition) and self.graphdef == other.graphdef and self.mesh == other.mesh
+        )
+
+    def sharded(self, body: Callable[..., Any], params: Params, specs: tuple[Any, ...], out_specs: Any) -> Any:
+        """What `body(params, *others)` gives, as a function of those on all devices of the mesh.
+
+        `specs`: where the others lie, prefixes of them; `out_specs`: where what comes out does (`mesh.py`).
+        """
+        if self.mesh is None:
+            return body
+        return run_sharded(self.mesh, body, (specs_of(params), *specs), out_specs)
 
 
-def split(model: SpeculativeLlama) -> tuple[Definition, Params]:
-    """Definition and arrays of `model`."""
+def split(model: SpeculativeLlama, mesh: Mesh | None = None) -> tuple[Definition, Params]:
+    """Definition and arrays of `model`, which lie on the devices of `mesh`."""
     graphdef, *states = nnx.split(model, Base, DrafterParam, ShallowLoRA, DeepLoRA)
-    return Definition(graphdef), Params(*map(nnx.to_pure_dict, states))
+    return Definition(graphdef, mesh), Params(*map(nnx.to_pure_dict, states))
 
 
 def join(definition: Definition, params: Params) -> SpeculativeLlama:

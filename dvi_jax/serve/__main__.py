@@ -24,7 +24,7 @@ try:
     from dvi_jax.serve.learning_metrics import LearningCollector
     from dvi_jax.serve.running import address, bind, run
 except ModuleNotFoundError as error:
-    MISSING: str | None = f"the server needs {error.name}: pip install 'dvi_jax[serve]'"
+    MISSING: str | None = f"the server needs {error.name}: pip install 'dvi-jax[serve]'"
 else:
     MISSING = None
 
@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
             slots=options.slots,
             context=options.context,
             plan=options.plan,
+            together=options.together,
             max_waiting=settings.max_queued,
             logprobs=options.logprobs,
             warm_up=True,
@@ -113,18 +114,33 @@ def _parser() -> argparse.ArgumentParser:
     defaults = ServerSettings(model_name="model")
     parser = ArgumentParser(prog="python -m dvi_jax.serve", description="Serve a model behind OpenAI's HTTP API.")
     add_loading_options(parser)
-    parser.add_argument("--plan", default=AUTO, metavar="PLAN", help="how rounds draft (default: auto, by load)")
+    parser.add_argument(
+        "--plan", default=AUTO, metavar="PLAN", help="how rounds draft; auto goes by slots and acceptance"
+    )
     parser.add_argument("--slots", type=at_least_one, default=8, metavar="N", help="replies that run at once")
     parser.add_argument(
         "--context", type=at_least_one, default=2048, metavar="N", help="tokens of a request, reply included"
     )
     parser.add_argument(
-        "--logprobs", type=int, default=0, metavar="N", help="most alternatives with log-probabilities (default: none)"
+        "--together",
+        type=at_least_one,
+        default=1,
+        metavar="N",
+        help="prompts taken in side by side; above 1 no beginnings are shared",
     )
-    parser.add_argument("--host", default=defaults.host, help="address to listen at (default: this machine only)")
-    parser.add_argument("--port", type=int, default=defaults.port, metavar="N", help="0 for any free one")
+    parser.add_argument(
+        "--logprobs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="most alternatives a token with log-probabilities; 0 for none",
+    )
+    parser.add_argument(
+        "--host", default=defaults.host, help="address to listen on; the default is for this machine only"
+    )
+    parser.add_argument("--port", type=int, default=defaults.port, metavar="N", help="port; 0 for any free one")
     parser.add_argument("--model-name", metavar="NAME", help="what clients call it (default: the checkpoint's)")
-    parser.add_argument("--api-key", metavar="KEY", help=f"that clients must send (better: {KEY_VARIABLE})")
+    parser.add_argument("--api-key", metavar="KEY", help=f"key that clients must send (better: {KEY_VARIABLE})")
     parser.add_argument(
         "--max-queued", type=int, default=defaults.max_queued, metavar="N", help="requests that may wait for a slot"
     )
@@ -135,8 +151,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="how long running replies may take after SIGTERM",
     )
+    _add_learning_options(parser)
+    return parser
+
+
+def _add_learning_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("learning while serving (docs/serving.md)")
-    group.add_argument("--learn", action="store_true", help="train the drafter on replies (store: false apart)")
+    group.add_argument(
+        "--learn", action="store_true", help="train the drafter on replies, except those with store: false"
+    )
     group.add_argument("--out", metavar="DIR", help="directory of the run: snapshots, metrics, the drafter at the end")
     group.add_argument("--resume", action="store_true", help="go on with what was learned there, if anything was")
     group.add_argument(
@@ -161,7 +184,6 @@ def _parser() -> argparse.ArgumentParser:
         help="between two snapshots (default: %(default)s)",
     )
     group.add_argument("--drafter", metavar="KIND", help="begin with an untrained drafter of this kind")
-    return parser
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import atexit
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -19,11 +19,13 @@ import jax
 
 from dvi_jax.decode.batch import MOST_EOS_IDS, check_prompts
 from dvi_jax.decode.branches import most_branches
+from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.stream import StreamedText, stop_ids
 from dvi_jax.errors import UserError
 from dvi_jax.learn.replay import Windows
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Params
+from dvi_jax.serve.agreement import check_plans
 from dvi_jax.serve.intake import Intake
 from dvi_jax.serve.memory import check_engine_memory, engine_memory
 from dvi_jax.serve.plans import choose, plans_of
@@ -52,18 +54,19 @@ class Learns(Protocol):
     def has_work(self) -> bool:
         """Whether a turn may do anything; quick."""
 
-    def turn(self, status: EngineStatus, *, idle: bool, settle: Callable[[], None]) -> Params | None:
+    def turn(self, status: EngineStatus, *, idle: bool) -> Params | None:
         """Between two stretches: a piece of work, and other weights to draft with (`Engine.swap`), if there are any.
 
-        `idle`: no request is there. `settle` returns once the device has done what was started.
+        `idle`: no request is there.
         """
 
 
 class Engine:
     """Serves requests with a model; `requests.RequestEngine` says what each method promises.
 
-    A reply is a function of its request, of the model and of `slots`, `context`, `chunk` and the plan's width, whatever
-    else is served. Where a round's row class is `any` (`decode/plan.py`), slots and width do not matter either.
+    A reply is a function of its request, of the model and of `slots`, `context`, `chunk`, `together` and the plan's
+    width, whatever else is served. Where a round's row class is `any` (`decode/plan.py`), slots and width do not matter
+    either.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class Engine:
         max_waiting: int = 256,
         prefix_bytes: int = 2**30,
         chunk: int | None = None,
+        together: int = 1,
+        width: int = 1,
         warm_up: bool = False,
         logprobs: int = 0,
         on_window: OnWindow | None = None,
@@ -85,32 +90,32 @@ class Engine:
 
         `context`: tokens of a prompt and its reply together, at most the model's. `plan`: as in `DecodeConfig`, or
         `auto`. `max_waiting`: requests that may wait for a slot. `prefix_bytes`: memory for beginnings that prompts
-        share. `chunk`: tokens of a prompt that go through at once. `warm_up`: compile every program now, so
-        that no request waits for one. `logprobs`: alternatives that a request may want the log-probabilities of; 0:
-        there are none, which needs less memory. `on_window` gets the learning signals of every reply
-        that may be learned from, on the device, as one window of as many positions as a slot has; it is called by the
-        engine's thread and must be quick. A `learner` gets them in its place, and turns between stretches. Raises
-        `UserError` for sizes that cannot be, or that memory does not hold.
+        share. `chunk`: tokens of a prompt that go through at once. `together`: prompts that are taken in side by side,
+        which share no beginnings if they are several. `width`: of every plan at least, where bits depend on it, for the
+        replies of an engine whose plan is as wide. `warm_up`: compile every program now, so that no request waits for
+        one. `logprobs`: alternatives that a request may want the log-probabilities of; 0: none, which needs less
+        memory. `on_window` gets the learning signals of every reply that may be learned from, on the device, as one
+        window of as many positions as a slot has; the engine's thread calls it, so it must be quick. A `learner` gets
+        them in its place, and turns between stretches. Raises `UserError` for sizes that cannot be, or that memory does
+        not hold, and for a plan that on this device has other bits than plain decoding (`agreement.py`).
         """
-        for name, value in (("slots", slots), ("context", context), ("max_waiting", max_waiting)):
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
+        sizes = {"slots": slots, "context": context, "max_waiting": max_waiting, "together": together}
+        if too_few := [name for name, value in sizes.items() if value < 1]:
+            raise UserError(f"{too_few[0]} must be at least 1, got {sizes[too_few[0]]}")
         self.model, self.slots, self.max_waiting, self.logprobs = model, slots, max_waiting, logprobs
         self.context = min(context, model.config.context_length)
         self._learner, on_window = learner, on_window if learner is None else learner.take
-        record, (plans, width) = on_window is not None or logprobs > 0, plans_of(model, plan, slots)
+        record, (plans, least) = on_window is not None or logprobs > 0, plans_of(model, plan, slots)
+        width, prefix_bytes = max(width, least), prefix_bytes if together == 1 else 0
         chunk = min(chunk or (CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK), self.context)
         room = _rounded_up(max(_rounded_up(self.context, chunk), self.context + width), POSITIONS)
         branches = 0 if learner is None else learner.branches
-        of_position = min(branches, max(map(most_branches, plans)))
-        shape = Shape(slots, room, width, record, of_position)
-        self.memory = engine_memory(model, shape, prefix_bytes)
+        shape = Shape(slots, room, width, record, min(branches, max(map(most_branches, plans))))
+        self.memory = engine_memory(model, shape, prefix_bytes, together)
         check_engine_memory(self.memory)
-        empty = empty_slots(model.definition, model.decode_params, shape)
-        intake = Intake(model, room=room, chunk=chunk, prefix_bytes=prefix_bytes, record=record)
-        choice, empty = choose(model, plans, width, empty)
-        self._scheduler = Scheduler(
-            model, empty, intake, choice, on_window=on_window, most_logprobs=logprobs, branches=branches
+        intake = Intake(model, rows=together, room=room, chunk=chunk, prefix_bytes=prefix_bytes, record=record)
+        self._scheduler = _scheduler(
+            model, shape, intake, plans, on_window=on_window, most_logprobs=logprobs, branches=branches
         )
         if warm_up:
             self._scheduler.warm_up()
@@ -231,7 +236,7 @@ class Engine:
     def _learn(self, learner: Learns) -> None:
         """The learner's turn."""
         idle = not (self._waiting or self._scheduler.is_busy)
-        params = learner.turn(self._scheduler.status, idle=idle, settle=self._scheduler.settle)
+        params = learner.turn(self._scheduler.status, idle=idle)
         if params is not None:
             self.swap(params)
 
@@ -284,6 +289,22 @@ class Engine:
             else:
                 reply.fail(self._failure)
         return True
+
+
+def _scheduler(
+    model: LoadedModel,
+    shape: Shape,
+    intake: Intake,
+    plans: Sequence[Plan],
+    *,
+    on_window: OnWindow | None,
+    most_logprobs: int,
+    branches: int,
+) -> Scheduler:
+    """All slots free, and plans that were compared with plain decoding, and timed, in them."""
+    empty = empty_slots(model.definition, model.decode_params, shape)
+    choice, empty = choose(model, plans, shape.width, check_plans(model, plans, empty, intake))
+    return Scheduler(model, empty, intake, choice, on_window=on_window, most_logprobs=most_logprobs, branches=branches)
 
 
 def _rounded_up(size: int, step: int) -> int:

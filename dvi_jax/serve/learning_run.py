@@ -149,7 +149,7 @@ def load_to_learn(options: argparse.Namespace) -> tuple[Checkpoint, LoadedModel]
     """The model that the options of loading name, with an untrained drafter of kind `--drafter` if they ask for one."""
     enable_compilation_cache()
     tell_when_compiling()
-    checkpoint = open_checkpoint(options.checkpoint, options.dtype)
+    checkpoint = open_checkpoint(options.checkpoint, options.dtype, options.weights)
     if options.drafter_from is not None:
         checkpoint = with_drafter_from(checkpoint, options.drafter_from, any_model=options.any_drafter)
     if options.draft_vocabulary is not None:

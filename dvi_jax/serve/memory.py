@@ -10,7 +10,7 @@ import jax
 from dvi_jax.decode.memory import available_bytes, cast_bytes, held_bytes, readable, tree_bytes
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
-from dvi_jax.serve.slots import Shape, abstract_slots, empty_prompt
+from dvi_jax.serve.slots import Shape, abstract_slots, empty_prompts
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class EngineMemory:
     shape: Shape
     weights: int  # with the copies that decoding casts to its dtype
     slot: int  # of one slot: caches, the drafter's state, learning signals, tokens
-    intake: int  # where a prompt is taken in before it has a slot
+    intake: int  # where prompts are taken in before they have slots
     prefixes: int  # beginnings of prompts, at most
     workspace: int  # logits of a round, read while others are written: the largest of what programs need besides
     held: int  # of these, on the device already
@@ -39,15 +39,18 @@ class EngineMemory:
         )
 
 
-def engine_memory(model: LoadedModel, shape: Shape, prefix_bytes: int) -> EngineMemory:
-    """The memory of an engine. The model's arrays may be `jax.ShapeDtypeStruct`s."""
+def engine_memory(model: LoadedModel, shape: Shape, prefix_bytes: int, together: int = 1) -> EngineMemory:
+    """The memory of an engine that takes in so many prompts together.
+
+    The model's arrays may be `jax.ShapeDtypeStruct`s.
+    """
     params = jax.eval_shape(lambda params: model.with_params(params).decode_params, model.params)
-    prompt = partial(empty_prompt, model.definition, room=shape.room, record=shape.record)
+    prompts = partial(empty_prompts, model.definition, rows=together, room=shape.room, record=shape.record)
     return EngineMemory(
         shape=shape,
         weights=tree_bytes(model.params) + cast_bytes(model),
         slot=tree_bytes(abstract_slots(model.definition, params, shape)) // shape.slots,
-        intake=tree_bytes(jax.eval_shape(prompt, params)),
+        intake=tree_bytes(jax.eval_shape(prompts, params)),
         prefixes=prefix_bytes,
         workspace=2 * 4 * shape.slots * shape.width * model.config.vocab_size,
         held=held_bytes(model),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -19,9 +19,7 @@ import numpy as np
 
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.choosing import (
-    MOST_LOSS,
     MOST_ROUND_ROWS,
-    RETRY,
     Followed,
     costs_path,
     options,
@@ -71,39 +69,26 @@ class OnePlan:
 class BestPlan(Followed):
     """The plan that is worth most: the tokens that its rounds can be expected to give, over what a round costs.
 
-    Where that is plain decoding, drafting is tried again now and then, with sequences whose every row the drafter has
-    seen, so rarely that it costs a hundredth at most where it is in vain.
+    Where that is plain decoding, drafting is tried again now and then (`Followed.choose`), with sequences whose every
+    row the drafter has seen.
     """
 
     def __init__(self, costs: Mapping[Plan, float], width: int):
         """`costs`: seconds of a round of each plan, plain decoding among them."""
         super().__init__()
         self.costs, self.width, self.plans = dict(costs), width, tuple(costs)
-        self._plain_stretches = 0  # since drafting was tried
-        self.plan = self._best()
+        self.plan = max(self.plans, key=self._worth)
 
     def next_plan(self, *, fresh: bool) -> Plan:
         """The best, or one that is worth another try."""
-        self.plan = self._best()
-        if self.plan.drafts:
-            self._plain_stretches = 0
-            return self.plan
-        self._plain_stretches += 1
-        drafting = max((plan for plan in self.plans if plan.drafts), key=self._worth, default=None)
-        if drafting is not None and fresh:
-            loss = self._worth(self.plan) / self._worth(drafting) - 1  # of a stretch, in its own time
-            if self._plain_stretches > max(RETRY, loss / MOST_LOSS):
-                self._plain_stretches, self.plan = 0, drafting
+        worth = {plan: self._worth(plan) for plan in self.plans}
+        self.plan = self.choose(worth, [plan for plan in self.plans if plan.drafts], may_try=fresh)
         return self.plan
 
     def add(self, plan: Plan, accept_lengths: np.ndarray, drafted: np.ndarray) -> None:
         """Follow how often drafts are right."""
-        acceptance = self.of(plan)
-        for lengths, drafts in zip(accept_lengths, drafted, strict=True):
-            acceptance.add(lengths[lengths > 0], drafts[lengths > 0])
-
-    def _best(self) -> Plan:
-        return max(self.plans, key=self._worth)
+        real = accept_lengths > 0
+        self.follow(plan, map(np.compress, real, accept_lengths), map(np.compress, real, drafted))
 
     def _worth(self, plan: Plan) -> float:
         return self.tokens(plan) / self.costs[plan]
@@ -128,7 +113,7 @@ def plans_of(model: LoadedModel, name: str, slots: int) -> tuple[tuple[Plan, ...
     return (plan,), plan.drafts + 1 if alike else plan.rows
 
 
-def choose(model: LoadedModel, plans: tuple[Plan, ...], width: int, slots: Slots) -> tuple[PlanChoice, Slots]:
+def choose(model: LoadedModel, plans: Sequence[Plan], width: int, slots: Slots) -> tuple[PlanChoice, Slots]:
     """A choice among `plans`, whose costs are read from disk, or measured in `slots`, all free, and kept there.
 
     The slots come back free.
@@ -137,31 +122,35 @@ def choose(model: LoadedModel, plans: tuple[Plan, ...], width: int, slots: Slots
         return OnePlan(plans[0], width), slots
     path = costs_path(model, *slots.decode.tokens.shape, width, "slots")
     known = read_costs(path)
-    for plan in plans:
-        if str(plan) not in known:
-            known[str(plan)], slots = round_seconds(model, slots, plan)
-    write_costs(path, known)
+    if not all(str(plan) in known for plan in plans):
+        measured, slots = round_seconds(model, slots, plans)
+        known |= {str(plan): seconds for plan, seconds in measured.items()}
+        write_costs(path, known)
     return BestPlan({plan: known[str(plan)] for plan in plans}, width), slots
 
 
-def round_seconds(model: LoadedModel, slots: Slots, plan: Plan) -> tuple[float, Slots]:
-    """Seconds of a round in which every slot drafts all it may; the slots come back free.
+def round_seconds(model: LoadedModel, slots: Slots, plans: Sequence[Plan]) -> tuple[dict[Plan, float], Slots]:
+    """Seconds of a round of each plan in which every slot drafts all it may; the slots come back free.
 
-    From stretches of two lengths: the difference is free of what starting a program takes.
+    From stretches of two lengths: the difference is free of what starting a program takes. The plans take turns, so
+    that a device that is warmer, or busier, by and by is so for all.
     """
-    seconds: dict[int, list[float]] = {MOST_ROUNDS // 4: [], MOST_ROUNDS: []}
+    lengths = MOST_ROUNDS // 4, MOST_ROUNDS
+    seconds: dict[tuple[Plan, int], list[float]] = {(plan, rounds): [] for plan in plans for rounds in lengths}
     for _ in range(REPEATS + 1):
-        for rounds, times in seconds.items():
-            slots = _set_under_way(slots)
-            jax.block_until_ready(slots)
+        for (plan, rounds), times in seconds.items():
+            slots = jax.block_until_ready(_set_under_way(slots))
             began = time.perf_counter()
             slots, packed = run_stretch(
                 model.definition, model.decode_params, slots, np.int32(rounds), plan, sampled=False
             )
             jax.block_until_ready(packed)
             times.append(time.perf_counter() - began)
-    few, many = (statistics.median(times[1:]) for times in seconds.values())
-    return max(many - few, 0.1 * many) / (MOST_ROUNDS - MOST_ROUNDS // 4), _set_free(slots)
+    costs = {}
+    for plan in plans:
+        few, many = (statistics.median(seconds[plan, rounds][1:]) for rounds in lengths)
+        costs[plan] = max(many - few, 0.1 * many) / (lengths[1] - lengths[0])
+    return costs, _set_free(slots)
 
 
 @partial(jax.jit, donate_argnames="slots")

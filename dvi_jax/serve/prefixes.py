@@ -99,15 +99,15 @@ def cut_block(filled: Filled, axes: Axes, chunk: int) -> Block:
 
 
 @partial(jax.jit, static_argnames="axes", donate_argnames="filled")
-def put_block(filled: Filled, block: Block, axes: Axes) -> Filled:
-    """The next chunk from what is kept of it: as if it had been taken in."""
+def put_block(filled: Filled, block: Block, axes: Axes, start: jax.Array) -> Filled:
+    """The chunk from position `start` on from what is kept of it: as if it had been taken in."""
     leaves, tree = jax.tree.flatten(_rows(filled))
     new = jax.tree.leaves(block.rows)
     put = [
-        rows if axis is None else jax.lax.dynamic_update_slice_in_dim(leaf, rows, filled.position, axis)
+        rows if axis is None else jax.lax.dynamic_update_slice_in_dim(leaf, rows, start, axis)
         for leaf, rows, axis in zip(leaves, new, axes, strict=True)
     ]
-    position = filled.position + block.rows["tokens"].shape[1]
+    position = start + block.rows["tokens"].shape[1]
     return filled._replace(**jax.tree.unflatten(tree, put), position=position, frontier=block.frontier)
 
 

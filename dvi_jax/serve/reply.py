@@ -1,6 +1,7 @@
 """One request under way, on the host: what its reader sees of it, and how the engine fills it.
 
-A reply is written by the engine's thread and read by one reader, in a thread or in an event loop.
+A reply is written by the engine's thread and read by one reader, in a thread or in an event loop. Text is made where it
+is read, which costs the engine nothing; only with stop strings must the engine know it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -30,6 +32,8 @@ class Reply:
         self.cancelled = False
         self.committed = len(request.prompt_ids)  # tokens known to be on the device, prompt included
         self.is_fresh = True  # the drafter has seen every row of it
+        self.accept_lengths: list[int] = []  # tokens committed in each round, also those behind a stop string
+        self.drafted: list[int] = []  # tokens drafted in each
         self._text, self._wake = text, wake
         self._pieces: deque[ReplyPiece] = deque()
         self._failure: str | None = None
@@ -81,11 +85,14 @@ class Reply:
     def _next(self) -> ReplyPiece | None:
         """The oldest piece that was not taken yet; `UserError` after the last if the engine failed."""
         with self._changed:
-            if self._pieces:
-                return self._pieces.popleft()
-            if self._failure is not None:
-                raise UserError(self._failure)
-            return None
+            if not self._pieces:
+                if self._failure is not None:
+                    raise UserError(self._failure)
+                return None
+            piece = self._pieces.popleft()
+        if self._text is not None and not self.request.stop and piece.ids:
+            return replace(piece, text=self._text.add(piece.ids, last=piece.finish_reason is not None)[1])
+        return piece
 
     # What the engine calls.
 
@@ -95,7 +102,7 @@ class Reply:
         reason, text = None, ""
         if done:
             reason = "eos" if ids[-1] in self.eos_ids else "length"
-        if self._text is not None:
+        if self._text is not None and self.request.stop:
             count, text = self._text.add(ids, last=done)
             ids = ids[:count]
             if self._text.stopped:
@@ -110,6 +117,8 @@ class Reply:
     def count(self, accept_lengths: np.ndarray, drafted: np.ndarray) -> None:
         """Rounds in which so many tokens each were committed and drafted; none once the sequence is done."""
         rounds, statistics = int((accept_lengths > 0).sum()), self.statistics
+        self.accept_lengths += accept_lengths[:rounds].tolist()
+        self.drafted += drafted[:rounds].tolist()
         statistics.rounds += rounds
         statistics.drafted += int(drafted[:rounds].sum())
         statistics.accepted += int(accept_lengths.sum()) - rounds

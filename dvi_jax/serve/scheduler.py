@@ -1,15 +1,15 @@
 """What an engine's thread does in a turn: which request goes into which slot, and when rounds run.
 
-A turn takes in a chunk or so of a prompt, lays a finished one into a free slot, starts a stretch of rounds, and reads
-what the stretch before did: the device is always one stretch ahead of what is read. Which reply a stretch's tokens
-belong to is written down when it starts, so a slot that has changed hands since confuses nobody.
+A turn takes in a chunk or so of prompts, lays finished ones into free slots, runs a stretch of rounds and reads what it
+did. Nothing is gained by starting a stretch before the last one is read: on a GPU starting it returns when it is over,
+as XLA reads a loop's condition on the host, and a slot whose reply has ended would be idle for all of it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -40,16 +40,7 @@ GREEDY = SamplingConfig(temperature=0.0)
 EARLY_TOKENS = 64  # of a reply: its beginning
 
 OnWindow = Callable[[Windows, Request], None]
-
-
-@dataclass(frozen=True)
-class _Flight:
-    """A stretch that was started, and what must be known to read it."""
-
-    packed: jax.Array  # of `run_stretch`
-    replies: tuple[Reply | None, ...]  # what each slot holds
-    plan: Plan
-    fresh: tuple[int, ...]  # slots whose rows the drafter has all seen
+_Laid = tuple[list[tuple[int, int, Reply]], jax.Array]  # row of what `lay` gave, slot and reply of each; what it gave
 
 
 class Scheduler:
@@ -77,7 +68,6 @@ class Scheduler:
         count = len(slots.eos_ids)
         self._replies: list[Reply | None] = [None] * count
         self._ended = np.zeros(count, bool)  # slots whose sequence must go no further, though the device would
-        self._flight: _Flight | None = None
         self._pace = Pace(MOST_ROUNDS)
         self._slot_seconds = 1.0  # of a request, lately
         self.status = EngineStatus(count, running=0, waiting=0, context=0, plan=str(choice.plan))
@@ -89,12 +79,13 @@ class Scheduler:
 
     @property
     def is_busy(self) -> bool:
-        """Whether there is anything to do, or to read."""
-        return self._flight is not None or any(True for _ in self.replies())
+        """Whether there is anything to do."""
+        return any(True for _ in self.replies())
 
     def replies(self) -> Iterator[Reply]:
         """All under way."""
-        yield from (reply for reply in (*self._replies, self._intake.reply) if reply is not None)
+        yield from (reply for reply in self._replies if reply is not None)
+        yield from self._intake.replies
 
     def warm_up(self) -> None:
         """Compile every program, by running it with nothing in the slots."""
@@ -104,8 +95,10 @@ class Scheduler:
             nothing = np.int32(0)
             window = take_window(self._slots, nothing, nothing, nothing, branches=self._branches)
             self._on_window(window, Request((), 0))
-        done = Terms.of(1, 1, (), GREEDY, vocab_size)  # a reply that ends with its first token
-        self._slots, _ = lay(definition, self.params, self._slots, filled, np.int32(0), done)
+        done = Terms.joined([Terms.of(1, 1, (), GREEDY, vocab_size)] * self._intake.rows)  # with their first tokens
+        places = np.arange(self._intake.rows, dtype=np.int32)
+        for sampled in (False, True):
+            self._slots, _ = lay(definition, self.params, self._slots, filled, places, done.packed(), sampled=sampled)
         self._slots = release(self._slots, self._ended.copy())
         for plan in self._choice.plans:
             for sampled in (False, True):
@@ -114,35 +107,31 @@ class Scheduler:
                 )
                 packed.block_until_ready()
 
-    def settle(self) -> None:
-        """Return once the device has done the stretch that was started."""
-        if self._flight is not None:
-            self._flight.packed.block_until_ready()
-
     def turn(self, next_reply: Callable[[], Reply | None], waiting: int) -> None:
         """One turn; `next_reply` gives the next one of those that wait, about so many, if one does."""
         self._drop_cancelled()
         firsts = self._take_in(next_reply, waiting)
-        following = self._start_stretch(somebody_waits=waiting > 0)
-        if self._flight is not None:
-            self._land(self._flight)
-        for reply, first in firsts:  # these were there before the stretch began
-            token, ends = np.asarray(first).tolist()
-            self._give(reply, [token], done=bool(ends))
-        self._flight = following
-        if following is None:
+        stretch = self._start_stretch(somebody_waits=waiting > 0)
+        for laid, first in firsts:
+            found = np.asarray(first).tolist()
+            for row, slot, reply in laid:
+                token, ends = found[row]
+                self._give(slot, reply, [token], done=bool(ends))
+        if stretch is None:
             self._pace.idle()
+        else:
+            self._land(*stretch)
         self.status = replace(
             self.status,
             running=sum(reply is not None for reply in self._replies),
-            waiting=int(self._intake.reply is not None),
+            waiting=len(self._intake.replies),
             plan=str(self._choice.plan),
         )
 
     def _drop_cancelled(self) -> None:
         """Replies that nobody wants make room."""
-        if self._intake.reply is not None and self._intake.reply.cancelled:
-            self._intake.drop().end("cancelled")
+        for dropped in self._intake.drop_cancelled():
+            dropped.end("cancelled")
         for slot, reply in enumerate(self._replies):
             if reply is not None and reply.cancelled:
                 self._free(slot)
@@ -152,49 +141,63 @@ class Scheduler:
             self._slots = release(self._slots, self._ended.copy())
             self._ended[:] = False
 
-    def _take_in(self, next_reply: Callable[[], Reply | None], waiting: int) -> list[tuple[Reply, jax.Array]]:
-        """Chunks of prompts, and those that are complete into free slots. -> replies laid, with their first tokens.
+    def _take_in(self, next_reply: Callable[[], Reply | None], waiting: int) -> list[_Laid]:
+        """Chunks of prompts, and those that are complete into free slots. -> what was laid.
 
-        While others run, as many chunks as there are prompts for free slots, and at least one: a long prompt that comes
-        alone does not keep them waiting, and many that come together find their slots.
+        While others run, as many chunks as it takes to fill the free slots with short prompts, and at least one: a long
+        prompt that comes alone does not keep them waiting, and many that come together find their slots.
         """
-        laid: list[tuple[Reply, jax.Array]] = []
-        under_way = waiting + (self._intake.reply is not None)
-        chunks, most = 0, max(1, min(self._replies.count(None), under_way))
+        laid: list[_Laid] = []
+        rows, under_way = self._intake.rows, waiting + len(self._intake.replies)
+        chunks, most = 0, max(1, -(-min(self._replies.count(None), under_way) // rows))
         runs = any(reply is not None for reply in self._replies)
         while True:
-            if self._intake.ready:
+            if self._intake.is_ready:
                 if None not in self._replies:
                     return laid
-                laid.append(self._lay(self._replies.index(None)))
+                laid.append(self._lay())
             if (runs or laid) and chunks >= most:
                 return laid
-            if self._intake.reply is None:
-                reply = next_reply()
-                if reply is None:
+            if not self._intake.replies:
+                replies = [reply for reply in (next_reply() for _ in range(rows)) if reply is not None]
+                if not replies:
                     return laid
-                self._intake.begin(reply)
+                self._intake.begin(replies)
             self._intake.step(self.params)
             chunks += 1
 
-    def _lay(self, slot: int) -> tuple[Reply, jax.Array]:
-        """The prompt that is complete into a free slot, with its first token."""
-        reply, filled = self._intake.hand_over()
-        request, config = reply.request, self._model.config
-        length, sampling = len(request.prompt_ids), request.sampling or GREEDY
-        terms = Terms.of(length, request.max_new_tokens, reply.eos_ids, sampling, config.vocab_size)
-        self._slots, first = lay(self._model.definition, self.params, self._slots, filled, np.int32(slot), terms)
-        self._replies[slot] = reply
-        reply.statistics.started = time.monotonic()
-        self.status = replace(
-            self.status,
-            prompt_tokens=self.status.prompt_tokens + length,
-            cached_tokens=self.status.cached_tokens + reply.statistics.cached_tokens,
+    def _lay(self) -> _Laid:
+        """Prompts that are complete into free slots, as many as there are."""
+        free = [slot for slot, reply in enumerate(self._replies) if reply is None]
+        replies, filled = self._intake.hand_over(len(free))
+        vocab_size = self._model.config.vocab_size
+        places = np.full(self._intake.rows, len(self._replies), np.int32)
+        terms = [Terms.of(1, 1, (), GREEDY, vocab_size)] * self._intake.rows
+        laid = [(row, slot, reply) for slot, (row, reply) in zip(free, replies.items(), strict=False)]
+        for row, slot, reply in laid:
+            request, length = reply.request, len(reply.request.prompt_ids)
+            sampling = request.sampling or GREEDY
+            terms[row] = Terms.of(length, request.max_new_tokens, reply.eos_ids, sampling, vocab_size)
+            places[row], self._replies[slot] = slot, reply
+            reply.statistics.started = time.monotonic()
+            self.status = replace(
+                self.status,
+                prompt_tokens=self.status.prompt_tokens + length,
+                cached_tokens=self.status.cached_tokens + reply.statistics.cached_tokens,
+            )
+        self._slots, first = lay(
+            self._model.definition,
+            self.params,
+            self._slots,
+            filled,
+            places,
+            Terms.joined(terms).packed(),
+            sampled=any(_is_sampled(reply.request.sampling) for _, _, reply in laid),
         )
-        return reply, first
+        return laid, first
 
-    def _start_stretch(self, *, somebody_waits: bool) -> _Flight | None:
-        """Start rounds of what is in the slots; None where that is nothing.
+    def _start_stretch(self, *, somebody_waits: bool) -> tuple[jax.Array, Plan] | None:
+        """Start rounds of what is in the slots: what they give, packed, and how they draft; None without any.
 
         Few rounds while somebody waits for a slot, or for the beginning of a reply.
         """
@@ -202,40 +205,34 @@ class Scheduler:
         if not running:
             return None
         early = any(reply.statistics.new_tokens < EARLY_TOKENS for reply in running)
-        rounds = self._pace.rounds(hurry=early or somebody_waits or self._intake.reply is not None)
+        rounds = self._pace.rounds(hurry=early or somebody_waits or bool(self._intake.replies))
         plan = self._choice.next_plan(fresh=any(reply.is_fresh for reply in running))
         sampled = any(_is_sampled(reply.request.sampling) for reply in running)
         self._slots, packed = run_stretch(
             self._model.definition, self.params, self._slots, np.int32(rounds), plan, sampled=sampled
         )
-        for reply in running:
-            reply.is_fresh &= plan.drafts > 0
-        fresh = tuple(slot for slot, reply in enumerate(self._replies) if reply is not None and reply.is_fresh)
-        return _Flight(packed, tuple(self._replies), plan, fresh)
+        return packed, plan
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, packed: jax.Array, plan: Plan) -> None:
         """Read a stretch: give its tokens, count, and free the slots of the replies that ended."""
-        outcome = Outcome.read(flight.packed)
+        outcome = Outcome.read(packed)
         self._pace.landed(outcome.accept_lengths.shape[1])
-        live = [
-            (slot, reply)
-            for slot, reply in enumerate(flight.replies)
-            if reply is not None and reply.finish_reason is None
-        ]
+        live = [(slot, reply) for slot, reply in enumerate(self._replies) if reply is not None]
         for slot, reply in live:
+            reply.is_fresh &= plan.drafts > 0
             reply.count(outcome.accept_lengths[slot], outcome.drafted[slot])
             start = outcome.start[slot]
             ids = outcome.tokens[slot, reply.committed - start : outcome.length[slot] - start].tolist()
-            self._give(reply, ids, done=bool(outcome.done[slot]))
+            self._give(slot, reply, ids, done=bool(outcome.done[slot]))
         rows = [slot for slot, _ in live]
-        fresh = [slot for slot in rows if slot in flight.fresh]
-        if flight.plan.drafts:
-            self._choice.add(flight.plan, outcome.accept_lengths[fresh], outcome.drafted[fresh])
+        fresh = [slot for slot, reply in live if reply.is_fresh]
+        if plan.drafts:
+            self._choice.add(plan, outcome.accept_lengths[fresh], outcome.drafted[fresh])
         self.status = counted(self.status, outcome.accept_lengths[rows], outcome.drafted[rows], self._choice.width - 1)
 
-    def _give(self, reply: Reply, ids: list[int], *, done: bool) -> None:
+    def _give(self, slot: int, reply: Reply, ids: list[int], *, done: bool) -> None:
         """Tokens to their reader; a reply that has ended leaves its slot."""
-        slot, before = self._replies.index(reply), reply.statistics.new_tokens
+        before = reply.statistics.new_tokens
         reply.take(ids, done=done, logprobs=self._logprobs(slot, reply, ids))
         self.status = replace(self.status, new_tokens=self.status.new_tokens + reply.statistics.new_tokens - before)
         if reply.finish_reason is not None:
@@ -244,7 +241,7 @@ class Scheduler:
             self._ended[slot] = reply.finish_reason == "stop"
 
     def _logprobs(self, slot: int, reply: Reply, ids: list[int]) -> tuple[TokenLogprob, ...] | None:
-        """Of new tokens, if they are asked for. They are computed behind the stretch under way, which is waited for."""
+        """Of new tokens, if they are asked for."""
         wanted, state = reply.request.logprobs, self._slots.decode
         if wanted is None:
             return None

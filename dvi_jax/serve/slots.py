@@ -1,17 +1,18 @@
 """The device's side of an engine: sequences in a fixed number of slots, and the programs that change them.
 
-A prompt is taken in by itself (`take_chunk`, batch 1, chunks of one length), laid into a slot (`lay`), and decoded with
+Prompts are taken in (`take_chunk`, so many together, chunks of one length), laid into slots (`lay`), and decoded with
 whatever is in the other slots (`run_stretch`). Every program has one shape whatever the requests are, and no row of a
 pass depends on the rows beside it: a reply depends on its request and on the engine's shape, and on nothing else.
 
-Letters: B slots, S positions in the caches, C tokens of a chunk, W most tokens that a round commits, E room for
-end-of-sequence ids, V vocabulary.
+Letters: B slots, P prompts that are taken in together, S positions in the caches, C tokens of a chunk, W most tokens
+that a round commits, E room for end-of-sequence ids, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,17 +39,17 @@ class Slots(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """How prompts are to be continued: arrays of one row each, of a single row from `of`."""
+    """How prompts are to be continued: arrays of one row each, NumPy's on the host, of a single row from `of`."""
 
-    length: np.ndarray  # int32 [B], tokens of the prompt
-    limit: np.ndarray  # int32 [B], prompt and reply
-    eos_ids: np.ndarray  # int32 [B, E], NO_TOKEN where unused
-    seed: np.ndarray  # uint32 [B]
-    temperature: np.ndarray  # float32 [B], 0 is greedy
-    top_k: np.ndarray  # int32 [B], V for all
-    top_p: np.ndarray  # float32 [B]
-    min_p: np.ndarray  # float32 [B]
-    penalty: np.ndarray  # float32 [B], repetition penalty
+    length: Any  # int32 [P], tokens of the prompt
+    limit: Any  # int32 [P], prompt and reply
+    eos_ids: Any  # int32 [P, E], NO_TOKEN where unused
+    seed: Any  # uint32 [P]
+    temperature: Any  # float32 [P], 0 is greedy
+    top_k: Any  # int32 [P], V for all
+    top_p: Any  # float32 [P]
+    min_p: Any  # float32 [P]
+    penalty: Any  # float32 [P], repetition penalty
 
     @classmethod
     def of(
@@ -68,8 +69,38 @@ class Terms(NamedTuple):
             np.array([sampling.repetition_penalty], np.float32),
         )
 
+    @classmethod
+    def joined(cls, rows: Sequence[Terms]) -> Terms:
+        """Of several prompts."""
+        return cls(*map(np.concatenate, zip(*rows, strict=True)))
+
+    def packed(self) -> np.ndarray:
+        """All in one array int32 [P, 8 + E], which costs one copy to the device."""
+        return np.column_stack([field.view(np.int32) for field in self])
+
+    @classmethod
+    def unpacked(cls, packed: jax.Array) -> Terms:
+        """From `packed`, on the device."""
+        columns = jnp.split(packed, [1, 2, 2 + MOST_EOS_IDS, *range(3 + MOST_EOS_IDS, packed.shape[1])], axis=1)
+        length, limit, eos_ids, seed, temperature, top_k, top_p, min_p, penalty = columns
+
+        def of(column: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+            return jax.lax.bitcast_convert_type(column[:, 0], dtype)
+
+        return cls(
+            length=of(length, jnp.int32),
+            limit=of(limit, jnp.int32),
+            eos_ids=eos_ids,
+            seed=of(seed, jnp.uint32),
+            temperature=of(temperature, jnp.float32),
+            top_k=of(top_k, jnp.int32),
+            top_p=of(top_p, jnp.float32),
+            min_p=of(min_p, jnp.float32),
+            penalty=of(penalty, jnp.float32),
+        )
+
     def sampling(self, tokens: jax.Array, vocab_size: int) -> Sampling:
-        """The same for `decode/sampling.py`, behind the prompts in tokens int32 [B, S]."""
+        """The same for `decode/sampling.py`, behind the prompts in tokens int32 [P, S]."""
         batch, positions = tokens.shape
         prompts = jnp.where(jnp.arange(positions) < self.length[:, None], tokens, vocab_size)
         return Sampling(
@@ -125,9 +156,9 @@ def abstract_slots(definition: Definition, params: Params, shape: Shape) -> Slot
     def make(params: Params) -> Slots:
         model = join(definition, params)
         one = Terms.of(1, 1, (), SamplingConfig(), model.llama.config.vocab_size)
-        terms = Terms(*(np.repeat(array, shape.slots, axis=0) for array in one))
+        terms = Terms.joined([one] * shape.slots)
         filled = Filled.empty(model, shape.slots, shape.room, keep=shape.record)
-        return _begin(model, filled, terms, shape.width, shape.branches)[0]
+        return _begin(model, filled, terms, shape.width, shape.branches, sampled=True)[0]
 
     return jax.eval_shape(make, params)
 
@@ -143,42 +174,57 @@ def empty_slots(definition: Definition, params: Params, shape: Shape) -> Slots:
     return slots._replace(decode=state)
 
 
-@partial(jax.jit, static_argnames=("definition", "room", "record"))
-def empty_prompt(definition: Definition, params: Params, *, room: int, record: bool) -> Filled:
-    """Where prompts are taken in."""
-    return Filled.empty(join(definition, params), 1, room, keep=record)
-
-
-@partial(jax.jit, donate_argnames="filled")
-def restart(filled: Filled) -> Filled:
-    """For another prompt. What the last one left lies behind whatever is filled, and is masked."""
-    return filled._replace(position=jnp.int32(0), frontier=jax.tree.map(jnp.zeros_like, filled.frontier))
+@partial(jax.jit, static_argnames=("definition", "rows", "room", "record"))
+def empty_prompts(definition: Definition, params: Params, *, rows: int, room: int, record: bool) -> Filled:
+    """Where so many prompts together are taken in."""
+    return Filled.empty(join(definition, params), rows, room, keep=record)
 
 
 @partial(jax.jit, static_argnames="definition", donate_argnames="filled")
-def take_chunk(definition: Definition, params: Params, filled: Filled, tokens: jax.Array, length: jax.Array) -> Filled:
-    """The next chunk of a prompt of `length` int32 [1] tokens: int32 [1, C], zeros behind the prompt's end."""
+def take_chunk(
+    definition: Definition, params: Params, filled: Filled, tokens: jax.Array, length: jax.Array, position: jax.Array
+) -> Filled:
+    """The next chunk of prompts of `length` int32 [P] tokens: int32 [P, C], zeros behind a prompt's end.
+
+    `position`: tokens taken in before; at 0 other prompts begin. What the last ones left lies behind them, masked.
+    """
+    frontier = jax.tree.map(lambda x: jnp.where(position > 0, x, jnp.zeros_like(x)), filled.frontier)
+    filled = filled._replace(position=position, frontier=frontier)
     return fill_chunk(join(definition, params), filled, tokens, length, fresh=False)
 
 
-@partial(jax.jit, static_argnames=("definition",), donate_argnames="slots")
+@partial(jax.jit, static_argnames=("definition", "sampled"), donate_argnames="slots")
 def lay(
-    definition: Definition, params: Params, slots: Slots, filled: Filled, slot: jax.Array, terms: Terms
+    definition: Definition,
+    params: Params,
+    slots: Slots,
+    filled: Filled,
+    places: jax.Array,
+    terms: jax.Array,
+    *,
+    sampled: bool,
 ) -> tuple[Slots, jax.Array]:
-    """A prompt that is all taken in, with its first new token, into a slot.
+    """Prompts that are all taken in, with their first new tokens, into slots `places` int32 [P]; B is none.
 
-    -> slots, and int32 [2]: that token, and whether the reply ends with it.
+    `terms`: as `Terms.packed`. `sampled`: as of `run_stretch`.
+
+    -> slots, and int32 [P, 2]: that token, and whether the reply ends with it.
     """
     width = slots.decode.committed.hidden.shape[1]
     signals = slots.decode.signals
     branches = 0 if signals is None else signals.most_branches
-    row, first_token = _begin(join(definition, params), filled, terms, width, branches)
+    model = join(definition, params)
+    rows, first_token = _begin(model, filled, Terms.unpacked(terms), width, branches, sampled=sampled)
 
     def put(buffer: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(buffer, new, slot, axis=0) if buffer.ndim else buffer
+        if not buffer.ndim:
+            return buffer
+        if len(places) == 1:  # one slice update is cheaper than a scatter
+            return jax.lax.dynamic_update_slice_in_dim(buffer, new, places[0], axis=0)
+        return buffer.at[places].set(new, mode="drop")
 
-    ends = row.decode.done[0].astype(jnp.int32)
-    return jax.tree.map(put, slots, row), jnp.stack([first_token[0], ends])
+    ends = rows.decode.done.astype(jnp.int32)
+    return jax.tree.map(put, slots, rows), jnp.stack([first_token, ends], axis=1)
 
 
 @partial(jax.jit, donate_argnames="slots")
@@ -257,10 +303,12 @@ def columns_of(state: DecodeState) -> int:
     return min(MOST_ROUNDS * state.committed.hidden.shape[1], state.tokens.shape[1])
 
 
-def _begin(model: SpeculativeLlama, filled: Filled, terms: Terms, width: int, branches: int) -> tuple[Slots, jax.Array]:
-    """Sequences before their first round, and their first tokens int32 [B]."""
+def _begin(
+    model: SpeculativeLlama, filled: Filled, terms: Terms, width: int, branches: int, *, sampled: bool
+) -> tuple[Slots, jax.Array]:
+    """Sequences before their first round, and their first tokens int32 [P]."""
     sampling = terms.sampling(filled.tokens, model.llama.config.vocab_size)
-    first_token = choose_first(model.llama.logits(filled.features.final), sampling, jnp.asarray(terms.length))
+    first_token = choose_first(model, filled, sampling if sampled else None, jnp.asarray(terms.length))
     length, limit = jnp.asarray(terms.length), jnp.asarray(terms.limit)
     state = begin(filled, first_token, length, limit, jnp.asarray(terms.eos_ids), width, sampling, branches)
     counts = jnp.zeros((len(length), MOST_ROUNDS), jnp.int32)  # of one stretch alone

@@ -22,6 +22,7 @@ AXES = {
     "trunk": ("shared", "separate"),
     "vocabulary": ("whole", "few"),
     "plan": ("early-exit", "chain", "tree"),
+    "weights": ("whole", "int8", "int4", "float8"),
 }
 
 
@@ -37,6 +38,7 @@ class Case:
     prefix: bool = False  # the prompts' beginning is taken in before, by `make_prefix`
     trunk: str = "shared"  # separate: lora_S inside the shallow layers too
     vocabulary: str = "whole"  # few: drafts are chosen from a part of the vocabulary
+    weights: str = "whole"  # else what the verifier's matrices are kept in (with int4, `down` is in int8: 48 inputs)
     plan: str = "early-exit"  # chain: rounds written out, plain decoding a program of its own; tree: of as many rows
 
     def __str__(self) -> str:
@@ -83,6 +85,7 @@ PAIRS = (
     Case(plan="chain", drafter="kangaroo", sampling="rejection"),
     Case(plan="chain", drafter="tapped_step", dtype="bfloat16", prefix=True),
     Case(plan="tree", dtype="bfloat16", trunk="separate"),
+    Case(plan="tree", dtype="bfloat16", weights="int4"),
     Case(plan="tree", drafter="medusa", sampling="coupled"),
     Case(plan="tree", drafter="kangaroo", sampling="rejection"),
     Case(plan="tree", drafter="tapped_block", dtype="bfloat16", prefix=True),

@@ -11,12 +11,14 @@ import pytest
 
 from dvi_jax.checkpoint import Manifest
 from dvi_jax.config import DistillConfig, LlamaConfig
+from dvi_jax.importing.rounding import rounded
 from dvi_jax.learn.distill import distill_step, init_distill
 from dvi_jax.loading import LoadedModel, build_model
 from dvi_jax.model import drafters
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import Params, Tree, join, split
 from dvi_jax.presets import TINY
+from dvi_jax.quantisation import Quantisation
 from tests.compiling import lightly_compiled
 from tests.contract.cases import PROMPTS, Case, along, everything, star
 from tests.contract.probe import PROBES
@@ -73,7 +75,22 @@ def untrained(case: Case, config: LlamaConfig | None = None) -> LoadedModel:
         lora={"rank_s": 2, "rank_d": 0} if case.trunk == "separate" else {},
     )
     with lightly_compiled():
-        return LoadedModel(config, manifest, *split(build_model(config, manifest, base)))
+        return LoadedModel(config, manifest, *split(build_model(config, manifest, kept(base, case.weights))))
+
+
+def kept(base: Tree, weights: str) -> Tree:
+    """A base tree with the matrices of its layers in the format `weights`."""
+    if weights == "whole":
+        return base
+    how = Quantisation(weights=weights)
+    layers = {
+        i: {
+            name: rounded(np.asarray(array, np.float32), how).parts() if how.includes((name,)) else array
+            for name, array in layer.items()
+        }
+        for i, layer in base["layers"].items()
+    }
+    return base | {"layers": jax.tree.map(jnp.asarray, layers)}
 
 
 @cache

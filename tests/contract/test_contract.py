@@ -114,7 +114,7 @@ def test_online_update_moves_the_drafter_alone(case, case_model):
     np.testing.assert_array_equal(again.tokens, state.tokens)
 
 
-@pytest.mark.axes("drafter", "dtype", "trunk")
+@pytest.mark.axes("drafter", "dtype", "trunk", "weights")
 def test_checkpoint_round_trip(case, case_model, tmp_path):
     """Saved and loaded, the drafter is the same in every bit, its options too."""
     base = case_model.params.base["llama"]

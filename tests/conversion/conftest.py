@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
+from gguf.constants import GGMLQuantizationType
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -126,5 +128,77 @@ def make_hf(tmp_path: Path) -> Callable[..., Path]:
             tensors = tiny_tensors({**TINY, **changes})
         safetensors.numpy.save_file(tensors, directory / "model.safetensors")
         return directory
+
+    return make
+
+
+GGUF_PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+GGUF_TOP = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
+def gguf_name(name):
+    if name in GGUF_TOP:
+        return GGUF_TOP[name]
+    _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+    return f"blk.{layer}.{GGUF_PARTS[part]}.weight"
+
+
+def interleave(weights, heads):
+    """The permutation of llama.cpp's converter: a head's two rotary halves, row by row."""
+    return weights.reshape(heads, 2, -1, weights.shape[-1]).swapaxes(1, 2).reshape(weights.shape)
+
+
+@pytest.fixture
+def write_gguf(tmp_path, helpers):
+    """write_gguf(tensors, kind) writes them as llama.cpp's converter does, matrices in blocks of `kind`."""
+
+    def make(tensors, kind=GGMLQuantizationType.F32, metadata=None, extra=None, **config):
+        config = {**helpers.tiny, **config}
+        path = tmp_path / "tiny.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_block_count(config["num_hidden_layers"])
+        writer.add_context_length(config["max_position_embeddings"])
+        writer.add_embedding_length(config["hidden_size"])
+        writer.add_feed_forward_length(config["intermediate_size"])
+        writer.add_head_count(config["num_attention_heads"])
+        writer.add_head_count_kv(config["num_key_value_heads"])
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        writer.add_rope_freq_base(config["rope_theta"])
+        for key, value in (metadata or {}).items():
+            add = {
+                str: writer.add_string,
+                int: writer.add_uint32,
+                float: writer.add_float32,
+                list: writer.add_array,
+            }
+            add[type(value)](key, value)
+        heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+        for name, value in tensors.items():
+            part = name.split(".")[-2]
+            stored = interleave(value, heads[part]) if part in heads else value
+            stored_kind = kind if stored.ndim == 2 else GGMLQuantizationType.F32
+            data = gguf.quants.quantize(stored, stored_kind)
+            writer.add_tensor(gguf_name(name), data, raw_dtype=stored_kind)
+        for name, value in (extra or {}).items():
+            writer.add_tensor(name, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
 
     return make

@@ -13,84 +13,15 @@ from dvi_jax.config import RopeScaling
 from dvi_jax.errors import UserError
 from dvi_jax.importing.source import load_base, open_source
 
-PARTS = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-TOP = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-
-
-def gguf_name(name):
-    if name in TOP:
-        return TOP[name]
-    _, _, layer, part = name.removesuffix(".weight").split(".", 3)
-    return f"blk.{layer}.{PARTS[part]}.weight"
-
-
-def interleave(weights, heads):
-    """The permutation of llama.cpp's converter: a head's two rotary halves, row by row."""
-    return weights.reshape(heads, 2, -1, weights.shape[-1]).swapaxes(1, 2).reshape(weights.shape)
-
-
-@pytest.fixture
-def write(tmp_path, helpers):
-    def make(tensors, kind=Kind.F32, metadata=None, extra=None, **config):
-        config = {**helpers.tiny, **config}
-        path = tmp_path / "tiny.gguf"
-        writer = gguf.GGUFWriter(path, "llama")
-        writer.add_block_count(config["num_hidden_layers"])
-        writer.add_context_length(config["max_position_embeddings"])
-        writer.add_embedding_length(config["hidden_size"])
-        writer.add_feed_forward_length(config["intermediate_size"])
-        writer.add_head_count(config["num_attention_heads"])
-        writer.add_head_count_kv(config["num_key_value_heads"])
-        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-        writer.add_rope_freq_base(config["rope_theta"])
-        for key, value in (metadata or {}).items():
-            add = {
-                str: writer.add_string,
-                int: writer.add_uint32,
-                float: writer.add_float32,
-                list: writer.add_array,
-            }
-            add[type(value)](key, value)
-        heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-        for name, value in tensors.items():
-            part = name.split(".")[-2]
-            stored = interleave(value, heads[part]) if part in heads else value
-            stored_kind = kind if stored.ndim == 2 else Kind.F32
-            data = gguf.quants.quantize(stored, stored_kind)
-            writer.add_tensor(gguf_name(name), data, raw_dtype=stored_kind)
-        for name, value in (extra or {}).items():
-            writer.add_tensor(name, value)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
-
-    return make
-
 
 def load(path):
     return load_base(open_source(path), "float32")
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1, Kind.Q5_0])
-def test_every_type_is_the_quantised_value_in_hugging_face_order(helpers, write, kind):
+def test_every_type_is_the_quantised_value_in_hugging_face_order(helpers, write_gguf, kind):
     tensors = helpers.tensors(helpers.tiny)
-    base = load(write(tensors, kind))
+    base = load(write_gguf(tensors, kind))
     # Blocks lie inside a row, so quantising commutes with the permutation of rows.
     stored = {
         name: gguf.quants.dequantize(gguf.quants.quantize(value, kind), kind) if value.ndim == 2 else value
@@ -99,21 +30,21 @@ def test_every_type_is_the_quantised_value_in_hugging_face_order(helpers, write,
     helpers.assert_equal(base, helpers.expected(helpers.tiny, stored))
 
 
-def test_many_chunks_of_whole_heads(helpers, write, monkeypatch):
+def test_many_chunks_of_whole_heads(helpers, write_gguf, monkeypatch):
     monkeypatch.setattr("dvi_jax.importing.tensors.CHUNK_BYTES", 1500)
     tensors = helpers.tensors(helpers.tiny)
-    helpers.assert_equal(load(write(tensors)), helpers.expected(helpers.tiny, tensors))
+    helpers.assert_equal(load(write_gguf(tensors)), helpers.expected(helpers.tiny, tensors))
 
 
-def test_tied_without_an_output_tensor(helpers, write):
+def test_tied_without_an_output_tensor(helpers, write_gguf):
     tensors = helpers.tensors(helpers.tiny)
     del tensors["lm_head.weight"]
-    path = write(tensors)
+    path = write_gguf(tensors)
     assert open_source(path).config.tie_word_embeddings
     assert "head" not in load(path)
 
 
-def test_config_and_end_tokens_from_metadata(helpers, write):
+def test_config_and_end_tokens_from_metadata(helpers, write_gguf):
     metadata = {
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
@@ -123,7 +54,7 @@ def test_config_and_end_tokens_from_metadata(helpers, write):
         "llama.rope.scaling.factor": 4.0,
         "tokenizer.chat_template": "{{ messages }}",
     }
-    source = open_source(write(helpers.tensors(helpers.tiny), metadata=metadata))
+    source = open_source(write_gguf(helpers.tensors(helpers.tiny), metadata=metadata))
     config = source.config
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (3, 4, 2, 8)
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (40, 32, 64)
@@ -149,16 +80,16 @@ def llama3_factors(theta, size, factor):
     return np.array(result, np.float32)
 
 
-def test_stored_rope_factors_are_llama3_scaling_or_refused(helpers, write):
+def test_stored_rope_factors_are_llama3_scaling_or_refused(helpers, write_gguf):
     config = {**helpers.tiny, "head_dim": 64, "num_key_value_heads": 2}
     tensors = helpers.tensors(config)
     size = {"llama.attention.key_length": 64, "llama.attention.value_length": 64}
     factors = llama3_factors(500000.0, 64, 32.0)
-    path = write(tensors, metadata=size, extra={"rope_freqs.weight": factors})
+    path = write_gguf(tensors, metadata=size, extra={"rope_freqs.weight": factors})
     assert open_source(path).config.rope_scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
     helpers.assert_equal(load(path), helpers.expected(config, tensors))
     with pytest.raises(UserError, match="are not those of llama3 rope scaling"):
-        open_source(write(tensors, metadata=size, extra={"rope_freqs.weight": factors * 1.5 - 0.5}))
+        open_source(write_gguf(tensors, metadata=size, extra={"rope_freqs.weight": factors * 1.5 - 0.5}))
 
 
 @pytest.mark.parametrize(
@@ -181,15 +112,15 @@ def test_stored_rope_factors_are_llama3_scaling_or_refused(helpers, write):
         ),
     ],
 )
-def test_metadata_that_is_refused(helpers, write, metadata, message):
+def test_metadata_that_is_refused(helpers, write_gguf, metadata, message):
     with pytest.raises(UserError) as caught:
-        open_source(write(helpers.tensors(helpers.tiny), metadata=metadata))
+        open_source(write_gguf(helpers.tensors(helpers.tiny), metadata=metadata))
     assert message in str(caught.value)
 
 
-def test_rope_factors_without_end_are_not_read(helpers, write):
+def test_rope_factors_without_end_are_not_read(helpers, write_gguf):
     """A tensor of rows without bytes may have any number of rows."""
-    path = write(helpers.tensors(helpers.tiny), extra={"rope_freqs.weight": np.ones((3, 4), np.float32)})
+    path = write_gguf(helpers.tensors(helpers.tiny), extra={"rope_freqs.weight": np.ones((3, 4), np.float32)})
     data = path.read_bytes()
     for dims in ((0, 2**62), (0, 0), (4, 3)):
         path.write_bytes(data.replace(struct.pack("<2Q", 4, 3), struct.pack("<2Q", *dims), 1))
@@ -197,10 +128,10 @@ def test_rope_factors_without_end_are_not_read(helpers, write):
             open_source(path)
 
 
-def test_other_architectures_and_extra_tensors_are_refused(helpers, write, tmp_path):
+def test_other_architectures_and_extra_tensors_are_refused(helpers, write_gguf, tmp_path):
     bias = {"blk.0.attn_q.bias": np.zeros(32, np.float32)}
     with pytest.raises(UserError, match=r"unknown tensor blk\.0\.attn_q\.bias"):
-        load(write(helpers.tensors(helpers.tiny), extra=bias))
+        load(write_gguf(helpers.tensors(helpers.tiny), extra=bias))
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "qwen3")
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
     writer.write_header_to_file()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dvi_jax.errors import UserError
+from dvi_jax.errors import UserError, run_cli
 from experiments import fetch
 
 CONTENT = b"weights"
@@ -112,3 +112,49 @@ def test_the_cache_folder_can_be_chosen(monkeypatch):
     assert fetch.cache_folder() == Path("/some/where")
     monkeypatch.delenv("DVI_JAX_CACHE")
     assert fetch.cache_folder() == Path.home() / ".cache" / "dvi_jax"
+
+
+QUESTION = '{"question_id": 81, "category": "writing", "turns": ["Write a poem."]}\n'
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(fetch.sys, "argv", ["dvi fetch", *map(str, arguments)])
+    return run_cli(fetch.main)
+
+
+def test_questions_are_kept_once_they_are_checked(tmp_path, monkeypatch, capsys):
+    mine, cache = tmp_path / "mine.jsonl", tmp_path / "cache"
+    for more in ("", QUESTION.replace("81", "82").replace("writing", "rag")):  # a newer file takes the place
+        mine.write_text(QUESTION + more, encoding="utf-8")
+        assert run(monkeypatch, "--questions", mine, "--cache", cache) == 0
+        shown = capsys.readouterr()
+        assert shown.out == f"{cache / 'question.jsonl'}\n"
+        assert (cache / "question.jsonl").read_text(encoding="utf-8") == QUESTION + more
+    assert shown.err == "2 questions in 2 categories: writing, rag\n"
+    assert [path.name for path in cache.iterdir()] == ["question.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (QUESTION * 2, "line 2: question_id 81 is already on line 1"),
+        ('{"conversations": []}\n', "line 1: question_id is missing"),
+        ("<html>not found</html>", "line 1: "),
+        (None, "no question file at "),
+    ],
+)
+def test_what_is_no_question_file_is_one_line_and_keeps_the_earlier(tmp_path, monkeypatch, capsys, text, message):
+    (tmp_path / "question.jsonl").write_text(QUESTION, encoding="utf-8")
+    mine = tmp_path / "mine.jsonl"
+    if text is not None:
+        mine.write_text(text, encoding="utf-8")
+    assert run(monkeypatch, "--questions", mine, "--cache", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "question.jsonl").read_text(encoding="utf-8") == QUESTION
+
+
+def test_questions_of_an_address_are_refused(tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "--questions", "https://example.org/question.jsonl", "--cache", tmp_path) == 2
+    assert "takes a local file: download https://example.org/question.jsonl first" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def grown(rows=ROWS, growth=None, table=TABLE, **knobs):
         drafted=zeros,
         sampling=None,
     )
-    model = SimpleNamespace(draft_token=lambda index: index, calibrated=lambda logits, level: logits)
+    model = SimpleNamespace(draft_token=lambda index: index, draft_shards=1, calibrated=lambda logits, level: logits)
     settings = {"draft_steps": LEVELS, "threshold": 0.0, "eos_ids": (), **knobs}
 
     def expand(level, frontier):

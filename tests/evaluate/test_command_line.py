@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from dvi_jax.checkpoint import read_checkpoint, rewrite_checkpoint
 from dvi_jax.errors import run_cli
 from dvi_jax.evaluate import __main__ as command
 from dvi_jax.evaluate.runner import EARLIER_TURN, TOO_LONG, PairedDecoder
 from dvi_jax.evaluate.trace import PLAIN
+from dvi_jax.loading import load
+
+SAME = ("question_id", "turn", "mode", "prompt_tokens", "drafted", "accept_lengths", "new_ids", "finish_reason")
 
 
 def lines(path: Path) -> list[dict]:
@@ -26,6 +30,38 @@ def evaluation(checkpoint, questions_file, tmp_path_factory) -> Path:
     arguments = ["--checkpoint", checkpoint, "--questions", questions_file, "--out", out, "--max-new-tokens", 20]
     assert command.main([str(argument) for argument in arguments]) == 0
     return out
+
+
+def test_drafts_as_in_training_unless_told(checkpoint, questions_file, tmp_path, monkeypatch):
+    """What training recorded in the manifest; the fixture's drafter passes for a trained one."""
+    found = read_checkpoint(checkpoint)
+    trained = tmp_path / "trained"
+    rewrite_checkpoint(found, trained, manifest=replace(found.manifest, draft_steps=2))
+    monkeypatch.setattr(command, "load_model", lambda options: replace(load(trained), drafter_is_trained=True))
+    seen = []
+
+    class Enough(Exception):  # noqa: N818
+        pass
+
+    def look(decoder, *_):
+        seen.append(decoder.settings.draft_steps)
+        raise Enough
+
+    monkeypatch.setattr(command, "evaluate", look)
+    for told in ([], ["--draft-steps", "1"]):
+        with pytest.raises(Enough):
+            command.main(
+                [
+                    "--checkpoint",
+                    str(trained),
+                    "--questions",
+                    str(questions_file),
+                    "--out",
+                    str(tmp_path / "out"),
+                    *told,
+                ]
+            )
+    assert seen == [2, 1]
 
 
 def test_every_file_is_there(evaluation):
@@ -91,6 +127,21 @@ def test_metrics_have_a_line_per_question_and_the_summary(evaluation):
     summary = json.loads((evaluation / "summary.json").read_text())
     assert metrics[-1]["tokens_per_round"] == summary["overall"]["tokens_per_round"]
     assert metrics[3]["skipped"] == [{"turn": 0, "reason": TOO_LONG}]
+
+
+def test_many_at_a_time_are_the_same_generations(evaluation, checkpoint, questions_file, tmp_path):
+    """Round by round, in every mode; and the same turns are left out."""
+    arguments = ["--checkpoint", checkpoint, "--questions", questions_file, "--max-new-tokens", 20, "--batch", 2]
+    assert command.main([str(argument) for argument in [*arguments, "--out", tmp_path / "out"]]) == 0
+    of_one, of_many = (
+        [{name: value for name, value in trace.items() if name in SAME} for trace in lines(out / "traces.jsonl")]
+        for out in (evaluation, tmp_path / "out")
+    )
+    assert of_one == of_many
+    one, many = (json.loads((out / "summary.json").read_text()) for out in (evaluation, tmp_path / "out"))
+    assert one["skipped"] == many["skipped"]
+    assert (many["settings"]["batch"], many["settings"]["row_class"]) == (2, "2x4")
+    assert all(trace["seconds"] > 0 for trace in lines(tmp_path / "out" / "traces.jsonl"))
 
 
 def test_limit_takes_the_first_questions(checkpoint, questions_file, tmp_path, capsys):
@@ -166,4 +217,4 @@ def test_without_matplotlib_the_command_says_so_at_once(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     arguments = ["--checkpoint", "nowhere", "--questions", "none", "--out", "out"]
     assert run_cli(lambda: command.main(arguments)) == 2
-    assert "pip install 'dvi_jax[plots]'" in capsys.readouterr().err
+    assert "pip install 'dvi-jax[plots]'" in capsys.readouterr().err

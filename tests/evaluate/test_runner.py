@@ -12,7 +12,7 @@ from dvi_jax.decode.choosing import PlanChooser
 from dvi_jax.decode.plan import Option, Plan
 from dvi_jax.errors import UserError
 from dvi_jax.evaluate import runner
-from dvi_jax.evaluate.runner import EARLIER_TURN, TOO_LONG, PairedDecoder, Skipped, first_prompt, run_questions
+from dvi_jax.evaluate.runner import EARLIER_TURN, TOO_LONG, PairedDecoder, Skipped, first_prompt
 from dvi_jax.evaluate.spec_bench import Question
 
 SETTINGS = DecodeConfig(draft_steps=3, max_new_tokens=20)
@@ -38,7 +38,7 @@ def decoder(model):
 
 
 def test_a_later_prompt_holds_the_models_own_answer(decoder, model):
-    (answered,) = run_questions(decoder, [TWO_TURNS])
+    (answered,) = decoder.run([TWO_TURNS])
     answer = answered.texts[0]
     assert answer
     encode = model.tokenizer.encode
@@ -50,7 +50,7 @@ def test_a_later_prompt_holds_the_models_own_answer(decoder, model):
 
 
 def test_both_modes_give_what_generate_gives(decoder, model):
-    (answered,) = run_questions(decoder, [TWO_TURNS])
+    (answered,) = decoder.run([TWO_TURNS])
     for turn, prompt in zip(answered.turns, decoder.prompts, strict=True):
         (plain,), _ = generate_batch(model, [prompt], SETTINGS, plain=True)
         (speculative,), _ = generate_batch(model, [prompt], SETTINGS)
@@ -64,7 +64,7 @@ def test_both_modes_give_what_generate_gives(decoder, model):
 
 def test_the_model_is_one_that_can_tell_modes_apart(decoder):
     """Some drafts are accepted and some are not, else the tests above say little."""
-    (answered,) = run_questions(decoder, [TWO_TURNS])
+    (answered,) = decoder.run([TWO_TURNS])
     lengths = [length for turn in answered.turns for length in turn.speculative.accept_lengths]
     assert 1 in lengths
     assert max(lengths) > 1
@@ -72,9 +72,7 @@ def test_the_model_is_one_that_can_tell_modes_apart(decoder):
 
 def test_each_mode_goes_first_in_turn(decoder):
     answers = list(
-        run_questions(
-            decoder, [TWO_TURNS, Question(2, "qa", ("Is the moon old?",)), Question(3, "qa", ("Is the moon new?",))]
-        )
+        decoder.run([TWO_TURNS, Question(2, "qa", ("Is the moon old?",)), Question(3, "qa", ("Is the moon new?",))])
     )
     assert decoder.turns == [0, 1, 1, 2]
     turns = [turn for answered in answers for turn in answered.turns]
@@ -87,7 +85,7 @@ def test_turns_beyond_the_context_are_skipped_with_their_reason(decoder, model):
     room = model.config.max_position_embeddings - SETTINGS.max_new_tokens - template
     fits, too_long = "x" * room, "x" * (room + 1)
     long_later = Question(3, "qa", ("Is the moon old?", "x" * room, "never"))
-    answers = list(run_questions(decoder, [Question(1, "qa", (fits,)), Question(2, "qa", (too_long,)), long_later]))
+    answers = list(decoder.run([Question(1, "qa", (fits,)), Question(2, "qa", (too_long,)), long_later]))
     assert len(decoder.prompts[0]) + SETTINGS.max_new_tokens == model.config.max_position_embeddings
     assert [len(answered.turns) for answered in answers] == [1, 0, 1]
     assert answers[0].skipped == []
@@ -108,7 +106,7 @@ def test_a_program_serves_all_prompts_of_its_size(model, monkeypatch):
     decode = runner.decode_rounds
     monkeypatch.setattr(runner, "decode_rounds", Counting)
     questions = [Question(size, "qa", ("x" * size,)) for size in (20, 21, 22, 100, 101)]
-    answers = list(run_questions(PairedDecoder(model, SETTINGS), questions))
+    answers = list(PairedDecoder(model, SETTINGS).run(questions))
     slots = [trace.cache_slots for a in answers for trace in (a.turns[0].plain, a.turns[0].speculative)]
     assert len(set(slots)) == 2
     programs = [(size, *program) for size in set(slots) for program in ((1, "plain"), (4, "early-exit:3"))]
@@ -128,7 +126,7 @@ def test_a_model_without_tokenizer_is_refused(model):
 
 
 def test_the_fastest_plain_decoding_is_one_row_wide(decoder, model):
-    (answered,) = run_questions(decoder, [TWO_TURNS])
+    (answered,) = decoder.run([TWO_TURNS])
     for turn, prompt in zip(answered.turns, decoder.prompts, strict=True):
         (narrow,), _ = generate_batch(model, [prompt], replace(SETTINGS, draft_steps=0))
         assert turn.fastest is turn.narrow
@@ -139,7 +137,7 @@ def test_the_fastest_plain_decoding_is_one_row_wide(decoder, model):
 def test_where_rows_are_alike_plain_decoding_is_the_fastest(model, monkeypatch, plan, measured_apart):
     """But for early exit, whose program is as wide as ever when it drafts nothing."""
     monkeypatch.setattr(runner, "rows_alike", lambda rows, config, dtype: True)
-    (answered,) = run_questions(PairedDecoder(model, replace(SETTINGS, plan=plan)), [TWO_TURNS])
+    (answered,) = PairedDecoder(model, replace(SETTINGS, plan=plan)).run([TWO_TURNS])
     assert all((turn.narrow is not None) == measured_apart for turn in answered.turns)
     assert all(turn.fastest is (turn.narrow if measured_apart else turn.plain) for turn in answered.turns)
 
@@ -168,9 +166,9 @@ def test_a_chooser_chooses_every_generation(model):
     """It starts with what costs nothing, is told what was accepted, and plain decoding follows its width."""
     costs = {Option(Plan("early-exit", 3), 4): 1.0, Option(Plan("early-exit", 1), 2): 50.0}
     chooser = PlanChooser(model, costs)
-    (answered,) = run_questions(PairedDecoder(model, SETTINGS, chooser=chooser), [TWO_TURNS])
+    (answered,) = PairedDecoder(model, SETTINGS, chooser=chooser).run([TWO_TURNS])
     assert all(turn.identical and max(turn.speculative.drafted) == 3 for turn in answered.turns)
     assert chooser.acceptance.judged[0] > 1
     chooser.costs[Option(Plan("early-exit", 1), 2)] = 0.01
-    (answered,) = run_questions(PairedDecoder(model, SETTINGS, chooser=chooser), [TWO_TURNS])
+    (answered,) = PairedDecoder(model, SETTINGS, chooser=chooser).run([TWO_TURNS])
     assert all(turn.identical and max(turn.speculative.drafted) == 1 for turn in answered.turns)

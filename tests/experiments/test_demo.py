@@ -36,6 +36,8 @@ def test_demo(roomy, conversations, tmp_path, capsys):
     assert held_out == 1
     count = int(printed.split("decoding the ")[1].split()[0])
     assert f"{count} of {count}" in printed
+    assert "minutes of learning are over; --minutes gives it more\n" in printed
+    assert "--resume" not in printed
     for name in ("metrics.jsonl", "curve.png", "checkpoint"):
         assert (run / name).exists()
         assert f" {run / name}\n" in printed

@@ -250,7 +250,7 @@ def test_run_learns_resumes_and_stays_lossless(own_text, tmp_path):
     result = train_offline(config)
     assert result.after[0] > result.before[0] + 0.1
     model = load(result.checkpoint)
-    assert (model.manifest.drafter, model.manifest.training_step) == ("fused", 60)
+    assert (model.manifest.drafter, model.manifest.training_step, model.manifest.draft_steps) == ("fused", 60, 2)
     fast, _ = generate_batch(model, PROMPTS, DECODE, eos_ids=())
     plain, _ = generate_batch(model, PROMPTS, DECODE, plain=True, eos_ids=())
     assert [g.output_ids for g in fast] == [g.output_ids for g in plain]

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import jax
+import matplotlib.image
 import numpy as np
 import pytest
 
@@ -67,15 +68,17 @@ def test_what_a_run_leaves(write_config, tmp_path):
     main(["--config", str(write_config(prompts=40, eval_every=10))])
     out = tmp_path / "run"
     assert {path.name for path in out.iterdir()} == {
-        *("LOCK", "run.json", "metrics.jsonl", "snapshots", "checkpoint", "curve.png")
+        *("LOCK", "run.json", "metrics.jsonl", "snapshots", "checkpoint", "curve.png", "curve-dark.png")
     }
-    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    brightness = [matplotlib.image.imread(out / name)[0, 0, 0] for name in ("curve.png", "curve-dark.png")]
+    assert brightness == pytest.approx([1.0, 0.05], abs=0.01)  # of the background
     records = read_records(out)
     assert [record["step"] for record in records if record["kind"] == "eval"] == [0, 20, 40]
     train = [record for record in records if record["kind"] == "train"]
     assert [record["prompts"] for record in train] == list(range(2, 41, 2))
     assert {path.name for path in (out / "snapshots").iterdir()} == {"30", "40"}  # the newest two, and the best
-    assert load(out / "checkpoint").manifest.training_step == 40
+    manifest = load(out / "checkpoint").manifest
+    assert (manifest.training_step, manifest.draft_steps) == (40, 2)  # and how it drafted while it learned
     waited = [record["save_seconds"] for record in train]
     assert [index for index, seconds in enumerate(waited) if seconds] == [5, 10, 15]  # after rollouts 5, 10, 15
     assert records[-1]["save_seconds"] == sum(waited)

@@ -41,6 +41,26 @@ def test_a_second_trainer_is_refused(write_config, tmp_path):
         train_offline(DistillConfig("none", str(out), ("none.npz",)))
 
 
+def test_a_failed_start_leaves_no_folder(tmp_path):
+    """Nor its parents; what was there before stays, and so does a folder in which somebody else put something."""
+    (tmp_path / "runs").mkdir()
+    for out in (tmp_path / "new" / "er" / "run", tmp_path / "runs" / "run"):
+        with pytest.raises(UserError, match="no checkpoint at none"):
+            train_offline(DistillConfig("none", str(out), ("none.npz",)))
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert not list((tmp_path / "runs").iterdir())
+    out = tmp_path / "mine"
+
+    def fail():
+        with run_directory(out):
+            (out / "notes.txt").write_text("keep", encoding="utf-8")
+            raise UserError("a reason")
+
+    with pytest.raises(UserError, match="a reason"):
+        fail()
+    assert (out / "notes.txt").read_text(encoding="utf-8") == "keep"
+
+
 def test_a_killed_owner_blocks_nobody(tmp_path):
     """The owner is another process, which SIGKILL ends without a chance to clean up."""
     command = [sys.executable, "-c", f"{HOLD}; print('held', flush=True); sys.stdin.read()", str(tmp_path)]

@@ -157,7 +157,9 @@ def build_jax(config, tensors, adapter, exit_layer):
         "out": adapter[f"{layer}.o_proj.weight"].numpy(),
         "norm": adapter["norm.weight"].numpy(),
     }
-    return LoadedModel(config, manifest, definition, restore_trained(params, drafter, None, "the random adapter"))
+    return LoadedModel(
+        config, manifest, definition, restore_trained(params, drafter, None, "the random adapter", config)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -155,7 +155,7 @@ def test_windows_decide_what_traffic_does_not(model, make_learner, train_noise, 
 
     def turn():
         status = EngineStatus(4, running=0, waiting=0, context=96, plan="plain")
-        return learner.turn(status, idle=True, settle=lambda: None)
+        return learner.turn(status, idle=True)
 
     for params, kind in [(model.params, "held"), (train_noise(model.params, "drafter", std=1.0), "rollback")]:
         go_bad(learner, params)

@@ -1,5 +1,7 @@
 """An engine's memory is counted to the byte before it is taken, and refused with the numbers."""
 
+import gc
+
 import jax
 import pytest
 
@@ -10,6 +12,7 @@ from dvi_jax.serve.slots import Shape
 
 
 def live_bytes():
+    gc.collect()  # engines of other tests
     return sum(array.nbytes for array in jax.live_arrays())
 
 

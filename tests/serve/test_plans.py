@@ -15,12 +15,12 @@ COSTS = {PLAIN: 1.0, Plan("chain", 1): 1.2, Plan("chain", 3): 1.6, Plan("chain",
 
 
 def run_stretches(choice, rate, stretches, rng, slots=4, rounds=4):
-    """Rounds of sequences whose every draft is right with probability `rate`; how often each plan was chosen."""
+    """Rounds of sequences whose every draft is right with probability `rate(plan)`; which plans were chosen."""
     chosen = []
     for _ in range(stretches):
         plan = choice.next_plan(fresh=True)
         chosen.append(plan)
-        right = rng.random((slots, rounds, plan.drafts)) < rate
+        right = rng.random((slots, rounds, plan.drafts)) < (rate(plan) if callable(rate) else rate)
         accepted = np.cumprod(right, axis=2).sum(axis=2) + 1
         if plan.drafts:
             choice.add(plan, accepted, np.full((slots, rounds), plan.drafts))
@@ -50,6 +50,22 @@ def test_drafts_in_vain_cost_a_hundredth():
     assert 0 < lost <= 0.01
     assert {choice.next_plan(fresh=False) for _ in range(1000)} == {PLAIN}
     run_stretches(choice, 0.95, 1500, rng)
+    assert choice.plan == Plan("chain", 5)
+
+
+def test_a_drafter_that_becomes_better_is_drafted_with_more():
+    """Of its first drafts none was right, of any plan; later the best is by far a tree, then a long chain."""
+    tree = Plan("tree", 8)
+    choice, rng = BestPlan(COSTS | {tree: 1.3}, width=6), np.random.default_rng(0)
+    chosen = run_stretches(choice, 0.0, 300, rng)
+    assert {tree, PLAIN} <= set(chosen)
+    tokens = {plan: (1 - 0.5 ** (plan.drafts + 1)) / 0.5 for plan in COSTS} | {tree: 1 + 0.7 + 0.7 * 0.7}
+    assert max(tokens, key=lambda plan: tokens[plan] / choice.costs[plan]) == tree
+    later = run_stretches(choice, lambda plan: 0.7 if plan == tree else 0.5, 900, rng)
+    assert later[-300:].count(tree) > 250
+    del choice.costs[tree]
+    choice.plans = tuple(COSTS)
+    run_stretches(choice, 0.95, 100, rng)
     assert choice.plan == Plan("chain", 5)
 
 

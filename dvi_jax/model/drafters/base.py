@@ -18,6 +18,7 @@ from flax import nnx, struct
 from dvi_jax.config import LlamaConfig
 from dvi_jax.model.features import Features
 from dvi_jax.model.products import linear
+from dvi_jax.model.quantised import Matrix
 
 
 class Committed(struct.PyTreeNode):
@@ -103,7 +104,7 @@ class Drafter(nnx.Module):
         """
         raise NotImplementedError
 
-    def logits(self, draft_hidden: jax.Array, head: jax.Array) -> jax.Array:
+    def logits(self, draft_hidden: jax.Array, head: Matrix) -> jax.Array:
         """Draft hidden [..., D] through the frozen LM head [Vd, D] -> float32 logits [..., Vd]."""
         with jax.named_scope("draft_head"):
             return linear(draft_hidden, head, jnp.float32)

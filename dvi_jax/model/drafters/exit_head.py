@@ -12,6 +12,7 @@ from flax import nnx
 from dvi_jax.model.drafters.base import BranchRows, Committed, Origin, StepDrafter
 from dvi_jax.model.features import Features
 from dvi_jax.model.layers import LoRA
+from dvi_jax.model.quantised import Matrix
 from dvi_jax.model.residual import rms_norm
 from dvi_jax.model.variables import DrafterParam, ShallowLoRA
 from dvi_jax.settings import require
@@ -65,7 +66,7 @@ class ExitHead(StepDrafter):
     ) -> tuple[list[jax.Array], list[jax.Array]]:
         return [self._translate(hidden)], [self._translate(branches.hidden)]
 
-    def logits(self, draft_hidden: jax.Array, head: jax.Array) -> jax.Array:
+    def logits(self, draft_hidden: jax.Array, head: Matrix) -> jax.Array:
         return super().logits(draft_hidden, head) * self.scale[...]
 
     def _translate(self, hidden: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from flax import nnx
 from dvi_jax.config import LlamaConfig
 from dvi_jax.model import attention, decode_attention
 from dvi_jax.model.attention import AnyCache
-from dvi_jax.model.decode_products import by_sequence, gated_product, laid_flat, part_count, product
+from dvi_jax.model.decode_products import by_sequence, gated_product, laid_flat, product, sum_parts
 from dvi_jax.model.products import linear
 from dvi_jax.model.residual import Residual, rms_norm
 from dvi_jax.model.variables import DrafterParam
@@ -95,7 +95,7 @@ def run_round(
     """A round's rows at `positions` [B, T] through the layer and its cache."""
 
     def project(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return product(x, weight, parts=part_count(weight.shape)) if residual.kernels else linear(x, weight)[None]
+        return product(x, weight, parts=sum_parts(weight)) if residual.kernels else linear(x, weight)[None]
 
     residual, normed = residual.normed(weights.attn_norm, geometry.eps)
     mixed, cache = attention.attend_cached(project(normed, weights.qkv), geometry.heads, rope, cache, positions)

@@ -14,9 +14,12 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dvi_jax.errors import UserError
+from dvi_jax.serve.learner import Learned
+from dvi_jax.serve.learning_metrics import LearningCollector
 from dvi_jax.serve.logs import JsonLines
 from dvi_jax.serve.monitor import Monitor
 from dvi_jax.serve.requests import EngineStatus
@@ -97,8 +100,12 @@ def test_what_the_docs_and_grafana_read_is_there(served):
     there = set(re.findall(r"^(dvi_\w+)\{", served.http.get("/metrics").text, re.MULTILINE))
     board = (ROOT / "docs" / "serving" / "grafana.json").read_text(encoding="utf-8")
     shown = set(re.findall(r"dvi_\w+", board)) - {"dvi_jax"}
-    assert len(shown) >= 10
-    assert shown <= there
+    registry = CollectorRegistry()
+    registry.register(LearningCollector("tiny", Learned))
+    learning = set(re.findall(r"^(dvi_\w+)\{", generate_latest(registry).decode(), re.MULTILINE))
+    assert len(shown & there) >= 10
+    assert shown & learning == {name for name in learning if not name.endswith(("_created", "_update_seconds"))}
+    assert shown <= there | learning
     table = (
         (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").partition("behind `dvi_`")[2].partition("\n\n")[0]
     )

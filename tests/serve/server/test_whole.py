@@ -149,4 +149,4 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
         patch.setattr(sys, "argv", ["command", "--checkpoint", "x"])
         assert run_cli(command_line.main) == 2
     importlib.reload(command_line)
-    assert capsys.readouterr().err == "error: the server needs uvicorn: pip install 'dvi_jax[serve]'\n"
+    assert capsys.readouterr().err == "error: the server needs uvicorn: pip install 'dvi-jax[serve]'\n"

@@ -1,0 +1,121 @@
+"""What fewer bits cost in quality: perplexity on held-out conversations, and how far predictions move.
+
+    python -m experiments.quality --checkpoint MODEL --data sharegpt.json --out quality.json
+
+`MODEL` is a source that can be imported (a Hugging Face directory, a GGUF file, org/name); each format is imported once
+into the cache. What it is compared with are the source's weights, dequantised, in the device's dtype. Rows are packed
+from conversations whose first question is held out from every training; at each of their positions are measured the
+probability of the next token, whether the most probable token is the same, and the divergence KL(before || after).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dvi_jax.data.conversations import ConversationStream
+from dvi_jax.data.prompts import HELD_OUT_SALT, is_held_out
+from dvi_jax.data.tokenizer import Tokenizer
+from dvi_jax.decode.memory import tree_bytes
+from dvi_jax.errors import ArgumentParser, run_cli
+from dvi_jax.learn.packing import pack
+from dvi_jax.loading import LoadedModel, load
+from dvi_jax.model.speculative_llama import Definition, Params, join
+from dvi_jax.quantisation import BFLOAT16, FORMATS
+from experiments.domains import HELD_OUT_FRACTION, question_of
+from experiments.measure import environment, settings_of, write_result
+from experiments.pack import encoded
+
+SOURCE = "source"  # the name of what is compared with
+
+
+def main() -> int:
+    """Measure the source and every format, a line each."""
+    parser = ArgumentParser(prog="python -m experiments.quality", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="MODEL")
+    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="conversations")
+    parser.add_argument("--formats", nargs="+", choices=(BFLOAT16, *FORMATS), default=list(FORMATS))
+    parser.add_argument("--also", nargs="+", default=[], metavar="CKPT", help="checkpoints made of it in other ways")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPUs, else bfloat16")
+    parser.add_argument("--row-length", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    options = parser.parse_args()
+    source = load(options.checkpoint, dtype=options.dtype)
+    rows = held_out_rows(source, options)
+    options.data = [Path(name).name for name in options.data]
+    result: dict[str, Any] = {"environment": environment(), "settings": settings_of(options), "formats": {}}
+    for weights in (SOURCE, *options.formats, *options.also):
+        model = source if weights == SOURCE else other(weights, options)
+        found = compared(source, model, rows)
+        before = result["formats"].get(SOURCE, found)["perplexity"]
+        found |= {"perplexity_change": found["perplexity"] / before - 1, "base_bytes": tree_bytes(model.params.base)}
+        result["formats"][weights] = found
+        print(
+            f"{weights}: perplexity {found['perplexity']:.4f} ({found['perplexity_change']:+.2%}), same first choice"
+            f" {found['same_first']:.2%}, KL {found['kl']:.5f}, {found['base_bytes'] / 2**20:.0f} MiB",
+            flush=True,
+        )
+        if options.out:
+            write_result(options.out, result)
+    return 0
+
+
+def other(weights: str, options: Any) -> LoadedModel:
+    """The model in a format, or a checkpoint by its name."""
+    if weights in options.also:
+        return load(weights)
+    return load(options.checkpoint, dtype=None if weights == BFLOAT16 else options.dtype, weights=weights)
+
+
+def held_out_rows(model: LoadedModel, options: Any) -> np.ndarray:
+    """int32 [rows, row length], from conversations that nothing trains on."""
+    tokenizer: Tokenizer = model.need_tokenizer(f"{options.checkpoint} has no tokenizer, and texts need one")
+    held_out = (
+        conversation
+        for conversation in ConversationStream(options.data)
+        if is_held_out(question_of(conversation), HELD_OUT_FRACTION, HELD_OUT_SALT)
+    )
+    # A conversation has some hundred tokens: twice as many as rows are enough, and reading stops there.
+    sequences = islice(encoded(held_out, tokenizer), 2 * options.rows)
+    return pack(sequences, options.row_length, model.config.vocab_size).tokens[: options.rows].astype(np.int32)
+
+
+def compared(source: LoadedModel, model: LoadedModel, rows: np.ndarray) -> dict[str, float]:
+    """Means over all positions of `rows` [rows, T]: of `model`, and of it against `source`."""
+    sums = np.zeros(3)
+    for row in rows:
+        sums += np.asarray(
+            _row(source.definition, source.params, model.definition, model.params, row[None]), np.float64
+        )
+    loss, same, divergence = sums / (rows.size - len(rows))
+    return {"perplexity": math.exp(loss), "same_first": float(same), "kl": float(divergence), "positions": rows.size}
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _row(before: Definition, params: Params, after: Definition, others: Params, tokens: jax.Array) -> jax.Array:
+    """float32 [3], summed over the positions of tokens [1, T] that have a next one: loss, equal first choices, KL."""
+    left, right = (log_probabilities(*each, tokens)[0, :-1] for each in ((before, params), (after, others)))
+    loss = -jnp.take_along_axis(right, tokens[0, 1:, None], axis=1).sum()
+    same = jnp.sum(jnp.argmax(left, axis=1) == jnp.argmax(right, axis=1))
+    return jnp.stack([loss, same.astype(jnp.float32), jnp.sum(jnp.exp(left) * (left - right))])
+
+
+def log_probabilities(definition: Definition, params: Params, tokens: jax.Array) -> jax.Array:
+    """The verifier's, of what follows each of tokens [B, T]: float32 [B, T, V]."""
+    llama = join(definition, params).llama
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    final = llama.deep(llama.shallow(tokens, None, positions)[0], None, positions)[0]
+    return jax.nn.log_softmax(llama.logits(final))
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

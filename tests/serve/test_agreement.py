@@ -1,0 +1,51 @@
+"""An engine's plans are compared with plain decoding before it serves: once, and to the bit."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dvi_jax.decode.plan import PLAIN
+from dvi_jax.errors import UserError
+from dvi_jax.serve import agreement
+
+pytestmark = pytest.mark.optimized
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVI_JAX_CACHE", str(tmp_path))
+
+
+def test_plans_that_agree_are_compared_once(model, make_engine, pieces_of, tmp_path, monkeypatch):
+    make_engine(model).close()
+    assert len(list((tmp_path / "agreement").iterdir())) == 1
+    monkeypatch.setattr(agreement, "run_stretch", None)  # would fail if it were called
+    make_engine(model).close()
+    make_engine(model, plan="plain").close()
+    (kept,) = (tmp_path / "agreement").iterdir()
+    kept.unlink()
+    with pytest.raises(TypeError):
+        make_engine(model)
+
+
+@pytest.mark.parametrize("where", ["token", "value"])
+def test_a_single_bit_is_enough(model, make_engine, tmp_path, monkeypatch, where):
+    """Plain decoding is made to differ in the first new row of one slot: in a value of the last layer, or its token."""
+    run_stretch = agreement.run_stretch
+
+    def other(definition, params, slots, rounds, plan, *, sampled):
+        slots, packed = run_stretch(definition, params, slots, rounds, plan, sampled=sampled)
+        if plan != PLAIN:
+            return slots, packed
+        state = slots.decode
+        if where == "token":
+            return slots._replace(decode=state.replace(tokens=state.tokens.at[2, 16].add(1))), packed
+        value = state.deep[-1].value
+        bits = jax.lax.bitcast_convert_type(value, jnp.uint32).at[2, 1, 16, 3].add(1)
+        layer = state.deep[-1]._replace(value=jax.lax.bitcast_convert_type(bits, value.dtype))
+        return slots._replace(decode=state.replace(deep=(*state.deep[:-1], layer))), packed
+
+    monkeypatch.setattr(agreement, "run_stretch", other)
+    with pytest.raises(UserError, match=r"plan chain:2: with jax .* do not have the bits of plain decoding"):
+        make_engine(model)
+    assert not (tmp_path / "agreement").exists()
