@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Temperatures that the drafter has already play no part here: its logits are asked.
     model = from_checkpoint(checkpoint)
     tokenizer = model.need_tokenizer(f"{options.checkpoint} has no tokenizer")
-    held_out = list(every_prompt(options.fit, tokenizer, options.prompts, options.longest_prompt).values())
+    held_out = list(every_prompt(str(options.fit), tokenizer, options.prompts, options.longest_prompt).values())
     unseen = questions(options, tokenizer)
     temperatures = fit_temperatures(model, replies(model, held_out, options), options.draft_steps, options.batch)
     both = np.stack([np.ones(len(temperatures)), np.array(temperatures)], axis=1)
@@ -72,8 +72,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m experiments.calibration", description=__doc__)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--drafter-from", metavar="DIR")
-    parser.add_argument("--fit", required=True, help="held-out conversations, whose last questions are replied to")
-    parser.add_argument("--questions", required=True, help="Spec-Bench questions, whose first turns are replied to")
+    parser.add_argument(
+        "--fit", required=True, type=Path, help="held-out conversations, whose last questions are replied to"
+    )
+    parser.add_argument(
+        "--questions", required=True, type=Path, help="Spec-Bench questions, whose first turns are replied to"
+    )
     parser.add_argument("--prompts", type=at_least_one, default=64, help="of each file, spread over it")
     parser.add_argument("--longest-prompt", type=at_least_one, default=128, help="longer prompts are left out")
     parser.add_argument("--new-tokens", type=at_least_one, default=128)

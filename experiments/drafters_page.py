@@ -28,7 +28,7 @@ MODELS = {
 OPENING = """# Drafters and plans compared
 
 Made by `python -m experiments.drafters_page` from `experiments/results/`; do not edit. What was done and tried around
-these figures is in [README.md](README.md). Checkpoints and texts are made as it says there.
+these figures is in [results/README.md](results/README.md), and how checkpoints and texts are made.
 """
 
 Table = list[list[str]]  # rows of cells, the header first
