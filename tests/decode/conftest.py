@@ -22,10 +22,10 @@ RECITED = "aé b€c😀defghij"  # no byte occurs twice
 
 @pytest.fixture(scope="session")
 def make_close(make_tiny):
-    """make_close(dtype): weak deep layers, so that the untrained drafter is right now and then, sampled or not."""
+    """make_close(dtype): a weak deep layer, so that the untrained drafter is right now and then, sampled or not."""
 
     def make(dtype="float32"):
-        model = make_tiny(dtype, layers=3)
+        model = make_tiny(dtype, layers=2)
         llama = model.params.base["llama"]
         layers = {
             index: layer | {"out": layer["out"] * 0.1, "down": layer["down"] * 0.1} if index else layer

@@ -12,6 +12,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from scipy.stats import chi2
 from transformers.generation import (
@@ -24,6 +25,7 @@ from transformers.generation import (
 
 from dvi_jax.checkpoint import Manifest
 from dvi_jax.config import DecodeConfig, SamplingConfig
+from dvi_jax.decode import batch as batch_module
 from dvi_jax.decode.batch import generate_batch
 from dvi_jax.decode.sampling import Sampling
 from dvi_jax.loading import LoadedModel, build_model
@@ -95,6 +97,7 @@ def total_variation(log_q):
 # Whole generations of a model whose distribution is enumerated.
 
 PROMPT, NEW, ROWS, STEPS = [1, 3], 4, 2000, 3  # ROWS: generations for each setting
+SLOTS = 32  # of the caches: a padded prompt of 16, what is new and a round; every slot more is 12,000 rows' work
 SMALL = replace(
     TINY, vocab_size=5, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8
 )
@@ -183,19 +186,14 @@ def sample(model, *, coupled, stops=(0.0, 0.0), plain=False, plan=None, rows=ROW
         for index, setting in enumerate(SETTINGS)
         for row in range(rows)
     ]
-    options = {"plain": plain, "eos_ids": (), "sampling": settings}
-    generations, _ = generate_batch(
-        model,
-        [PROMPT] * len(settings),
-        DecodeConfig(
-            draft_steps=7 if plan else STEPS,
-            plan=plan,
-            threshold=stops[0],
-            max_new_tokens=NEW,
-            draft_cost=stops[1],
-        ),
-        **options,
+    decoding = DecodeConfig(
+        draft_steps=7 if plan else STEPS, plan=plan, threshold=stops[0], max_new_tokens=NEW, draft_cost=stops[1]
     )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_module, "cache_slots", lambda longest: SLOTS)
+        generations, _ = generate_batch(
+            model, [PROMPT] * len(settings), decoding, plain=plain, eos_ids=(), sampling=settings
+        )
     drafted = sum(sum(generation.drafted) for generation in generations)
     kept = sum(generation.accepted for generation in generations) / max(drafted, 1)
     return np.array([generation.new_ids for generation in generations]).reshape(-1, rows, NEW), kept

@@ -14,7 +14,6 @@ from dvi_jax.decode.drafting import least_reach
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.errors import UserError
 
-pytestmark = pytest.mark.optimized
 NEW = 48
 
 

@@ -12,7 +12,7 @@ from dvi_jax.decode.state import Knobs
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Params
 
-pytestmark = pytest.mark.optimized
+pytestmark = pytest.mark.optimized(emitters=True)
 
 
 def teach(model: LoadedModel, train_noise) -> LoadedModel:
@@ -72,7 +72,7 @@ def _drafters(model: LoadedModel, train_noise) -> list[tuple[str, Params]]:
     """Plain first. Weak deep layers make the exit head right most of the time, so every accept length occurs."""
     base = model.params.base["llama"]
     layers = dict(base["layers"])
-    for index in (1, 2):
+    for index in sorted(layers)[1:]:
         layers[index] = {
             **layers[index],
             "out": layers[index]["out"] * 0.05,
@@ -121,7 +121,7 @@ def test_temperature_zero_is_greedy(make_close, run_rows):
 
 def test_threshold_stops_drafting_and_keeps_the_output(make_tiny):
     """At 1.1 no draft is sure enough, so every round drafts exactly one token."""
-    model = make_tiny(layers=3)
+    model = make_tiny(layers=2)
     plain, _ = generate_batch(
         model, [[5, 9, 2]], DecodeConfig(draft_steps=3, max_new_tokens=32), plain=True, eos_ids=()
     )
@@ -140,7 +140,7 @@ def test_threshold_stops_drafting_and_keeps_the_output(make_tiny):
 @pytest.mark.parametrize("steps", [0, 3])
 def test_exact_length(make_tiny, steps, new_tokens):
     (generation,), _ = generate_batch(
-        make_tiny(layers=3), [[5, 9]], DecodeConfig(draft_steps=steps, max_new_tokens=new_tokens), eos_ids=()
+        make_tiny(layers=2), [[5, 9]], DecodeConfig(draft_steps=steps, max_new_tokens=new_tokens), eos_ids=()
     )
     assert len(generation.new_ids) == new_tokens == 1 + sum(generation.accept_lengths)
     assert generation.finish_reason == "length"
@@ -148,7 +148,7 @@ def test_exact_length(make_tiny, steps, new_tokens):
 
 def test_eos_ends_the_sequence_wherever_it_comes(make_tiny, train_noise):
     """For each token of a plain continuation as eos, both modes stop at its first occurrence."""
-    model = make_tiny(layers=3)
+    model = make_tiny(layers=2)
     model = model.with_params(_drafters(model, train_noise)[1][1])
     settings = DecodeConfig(draft_steps=3, max_new_tokens=24)
     (free,), _ = generate_batch(model, [[5, 9, 2]], settings, eos_ids=())
@@ -163,7 +163,7 @@ def test_compiles_once(make_tiny):
     """Prompts, accept lengths, thresholds, draft steps and eos ids change; the loop is traced once."""
     from dvi_jax.decode import speculative
 
-    model = make_tiny(seed=5, layers=3)
+    model = make_tiny(seed=5, layers=2)
     traces = []
     original = speculative.speculative_round
 
@@ -189,7 +189,7 @@ def test_compiles_once(make_tiny):
 
 
 def test_first_token_may_end_it(make_tiny):
-    model = make_tiny(layers=3)
+    model = make_tiny(layers=2)
     (free,), _ = generate_batch(model, [[5, 9, 2]], DecodeConfig(draft_steps=3, max_new_tokens=4), eos_ids=())
     (stopped,), _ = generate_batch(
         model, [[5, 9, 2]], DecodeConfig(draft_steps=3, max_new_tokens=4), eos_ids=(free.new_ids[0],)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvi_jax.config import DecodeConfig
@@ -16,6 +16,7 @@ from dvi_jax.loading import load
 from experiments.self_generate import main, read_prompts
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=40))
 def test_rows_hold_whole_sequences(lengths):
     """Sequence n is the token n + 1 throughout: found once, in one piece, its reply marked."""
