@@ -32,7 +32,7 @@ from dvi_jax.directories import hash_files, link_files, partial_directory, verif
 from dvi_jax.errors import UserError
 from dvi_jax.model.llama import base_shapes
 from dvi_jax.settings import MOST_MESSAGE, from_dict, require, require_count
-from dvi_jax.stored_array import StoredArray, read_stored
+from dvi_jax.stored_array import StoredArray, one_process, read_stored, reader
 from dvi_jax.text_files import read_json, read_text
 
 FORMAT_VERSION = 1
@@ -272,9 +272,10 @@ def save_tree(path: Path, tree: dict[str, Any]) -> None:
     copies = "deepcopy_host_arrays" in inspect.signature(handlers.NumpyHandler).parameters  # orbax 0.12.4 never copies
     numpy_handler = handlers.NumpyHandler(**({"deepcopy_host_arrays": False} if copies else {}))
     registry = handlers.create_type_handler_registry((np.ndarray, numpy_handler), (jax.Array, handlers.ArrayHandler()))
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+    alone = {"multiprocessing_options": one_process()}
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry, **alone)
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
+        with ocp.Checkpointer(handler, **alone) as checkpointer:
             checkpointer.save(path.absolute(), ocp.args.PyTreeSave(string_keys(tree)))
     except ValueError as error:  # what tensorstore makes of errors of the file system, e.g. a quota
         raise UserError(f"cannot write {path}: {error}") from error
@@ -297,7 +298,7 @@ def load_tree(path: Path, shapes: dict[str, Any] | None = None, *, lazy: bool = 
         raise UserError(f"{path} is missing from the checkpoint")
     size = _size_of(path)
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with reader() as checkpointer:
             metadata = checkpointer.metadata(path.absolute()).item_metadata
             if metadata is None:
                 raise ValueError("what it says of its arrays is damaged")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -24,12 +25,28 @@ class StoredArray:
         arguments: Any = ocp.RestoreArgs(restore_type=np.ndarray)
         for name in reversed(self.names):
             item, arguments = {name: item}, {name: arguments}
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with reader() as checkpointer:
             wanted = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
             found = checkpointer.restore(self.path.absolute(), args=wanted)
         for name in self.names:
             found = found[name]
         return found if dtype is None else found.astype(dtype)
+
+
+def one_process() -> Any:
+    """Options for orbax: this process reads and writes by itself, and waits for no other."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )
+
+
+def reader() -> ocp.Checkpointer:
+    """What reads nested dicts of arrays."""
+    alone = one_process()
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
 
 
 def read_stored(tree: Any) -> Any:

@@ -27,6 +27,7 @@ from dvi_jax.learn.packing import Packed, load_packed, pack
 from dvi_jax.learn.run import Run
 from dvi_jax.learn.run_directory import Report, RunDirectory
 from dvi_jax.learn.run_identity import RunIdentity, identify
+from dvi_jax.learn.shared_directory import open_directory
 from dvi_jax.learn.shared_gradient import check_learning
 from dvi_jax.learn.stopping import StopSignals
 from dvi_jax.loading import LoadedModel, from_checkpoint
@@ -54,7 +55,7 @@ def train_offline(
     SIGTERM and SIGINT end it with `stopping.Stopped`, a `SystemExit`: after the running update, with a snapshot.
     """
     kept = {"keep": config.keep_checkpoints, "keep_best": 0}
-    with StopSignals() as signals, RunDirectory(config.out, **kept, resume=resume, report=report) as directory:
+    with StopSignals() as signals, open_directory(config.out, **kept, resume=resume, report=report) as directory:
         checkpoint = matching_or_new_drafter(
             open_checkpoint(config.checkpoint, lazy=config.mesh.is_several),
             config.drafter,

@@ -34,6 +34,7 @@ from dvi_jax.learn.rollout import rollout, window_length
 from dvi_jax.learn.run import Run
 from dvi_jax.learn.run_directory import Report, RunDirectory
 from dvi_jax.learn.run_identity import RunIdentity, identify
+from dvi_jax.learn.shared_directory import open_directory
 from dvi_jax.learn.shared_gradient import check_learning
 from dvi_jax.learn.slow_update import init_slow, is_due, slow_update
 from dvi_jax.learn.stopping import StopSignals
@@ -76,7 +77,7 @@ def train_online(
     SIGTERM and SIGINT end it with `stopping.Stopped`, a `SystemExit`: after the running update, with a snapshot.
     """
     kept = {"keep": config.keep_checkpoints, "keep_best": config.keep_best}
-    with StopSignals() as signals, RunDirectory(config.out, **kept, resume=resume, report=report) as directory:
+    with StopSignals() as signals, open_directory(config.out, **kept, resume=resume, report=report) as directory:
         checkpoint = open_checkpoint(config.checkpoint, lazy=config.mesh.is_several)
         checkpoint = kept_or_new_drafter(checkpoint, config.drafter, config.drafter_options, config.exit_layer)
         run = OnlineRun(config, with_new_lora_d(checkpoint, config), directory)
