@@ -33,7 +33,7 @@ from dvi_jax.errors import UserError
 from dvi_jax.model.llama import base_shapes
 from dvi_jax.quantisation import Quantisation, with_wholes
 from dvi_jax.settings import MOST_MESSAGE, from_dict, require, require_count
-from dvi_jax.stored_array import read_stored, stored_tree
+from dvi_jax.stored_array import one_process, read_stored, reader, stored_tree
 from dvi_jax.text_files import read_json, read_text
 
 FORMAT_VERSION = 1
@@ -94,8 +94,7 @@ class Manifest:
         require_count(f"{MANIFEST}: exit_layer", self.exit_layer, 0)
         require_count(f"{MANIFEST}: training_step", self.training_step, 0)
         require_count(f"{MANIFEST}: draft_steps", self.draft_steps, 0, MOST_DRAFTS)
-        share = self.held_out_fraction
-        require(0 <= share < 1, f"{MANIFEST}: held_out_fraction", share, "at least 0 and below 1")
+        require(0 <= self.held_out_fraction < 1, f"{MANIFEST}: held_out_fraction", self.held_out_fraction, "in [0, 1)")
         fits = len(self.calibration) <= MOST_DRAFTS and all(0.01 <= t <= 100 for t in self.calibration)
         require(fits, f"{MANIFEST}: calibration", self.calibration, f"at most {MOST_DRAFTS} numbers from 0.01 to 100")
 
@@ -284,9 +283,10 @@ def save_tree(path: Path, tree: dict[str, Any]) -> None:
     copies = "deepcopy_host_arrays" in inspect.signature(handlers.NumpyHandler).parameters  # orbax 0.12.4 never copies
     numpy_handler = handlers.NumpyHandler(**({"deepcopy_host_arrays": False} if copies else {}))
     registry = handlers.create_type_handler_registry((np.ndarray, numpy_handler), (jax.Array, handlers.ArrayHandler()))
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+    alone = {"multiprocessing_options": one_process()}
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry, **alone)
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
+        with ocp.Checkpointer(handler, **alone) as checkpointer:
             checkpointer.save(path.absolute(), ocp.args.PyTreeSave(string_keys(tree)))
     except ValueError as error:  # what tensorstore makes of errors of the file system, e.g. a quota
         raise UserError(f"cannot write {path}: {error}") from error
@@ -309,7 +309,7 @@ def load_tree(path: Path, shapes: dict[str, Any] | None = None, *, lazy: bool = 
         raise UserError(f"{path} is missing from the checkpoint")
     size = _size_of(path)
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with reader() as checkpointer:
             metadata = checkpointer.metadata(path.absolute()).item_metadata
             if metadata is None:
                 raise ValueError("what it says of its arrays is damaged")

@@ -15,8 +15,8 @@ import jax
 from rich.console import Console
 
 from dvi_jax.checkpoint import DTYPES
-from dvi_jax.command_line import AUTO_DRAFTS, progress_bar
-from dvi_jax.config import DecodeConfig, DistillConfig
+from dvi_jax.command_line import AUTO_DRAFTS, add_mesh_option, progress_bar
+from dvi_jax.config import DecodeConfig, DistillConfig, MeshConfig
 from dvi_jax.decode.batch import generate_batch
 from dvi_jax.decode.choosing import PlanChooser
 from dvi_jax.decode.memory import readable
@@ -46,7 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"--{name} must be above 0, got {getattr(options, name):g}")
     enable_compilation_cache()
     console = Console()
-    work = SelfDistillation(options.model, options.data, options.out, dtype=options.dtype, weights=options.weights)
+    mesh = MeshConfig() if options.mesh is None else MeshConfig.parse(options.mesh)
+    storage = {"dtype": options.dtype, "weights": options.weights}
+    work = SelfDistillation(options.model, options.data, options.out, **storage, mesh=mesh)
     if work.recipe is None:
         say(console, "measuring a batch of replies and an update; their programs are compiled first, about a minute")
         estimate = work.prepare(options.minutes, options.passes)
@@ -204,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=MINUTES, metavar="M", help="minutes that it may take, roughly")
     parser.add_argument("--passes", type=int, default=8, metavar="N", help="passes over the replies in training")
     parser.add_argument("--estimate", action="store_true", help="say what it would take, and stop")
+    add_mesh_option(parser)
     add_debug(parser)
     return parser
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from dvi_jax.command_line import (
@@ -37,7 +39,7 @@ from dvi_jax.decode.stream import EVERY, Stream
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
 from dvi_jax.generate_file import Decoding, answer_file, read_lines
 from dvi_jax.loading import LoadedModel
-from dvi_jax.processes import add_process_options, check_alike, one_of_several
+from dvi_jax.processes import add_process_options, check_alike, is_first, one_of_several
 from dvi_jax.texts import decode_texts, prompt_ids
 
 UNANSWERED = 1  # exit status when a prompt of a file could not be answered
@@ -61,7 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
     sampling = sampling_settings(options)
     with one_of_several(options):
         decode_settings(options)  # what is wrong with them is said before anything is loaded
-        check_alike(options, measured=options.plan == AUTO or options.adaptive)
+        check_alike(
+            measured=options.plan == AUTO or options.adaptive,
+            instead="name a --plan other than auto, and leave out --adaptive, as both measure times",
+        )
         model = load_model(options)
         if options.drafter not in (None, model.manifest.drafter):
             raise UserError(f"--drafter {options.drafter}: this checkpoint's drafter is {model.manifest.drafter}")
@@ -119,6 +124,11 @@ def answer_one(model: LoadedModel, options: argparse.Namespace, sampling: Sampli
 
 def answer_all(model: LoadedModel, options: argparse.Namespace, sampling: SamplingConfig | None) -> int:
     """Answer the prompts of a file that have no reply yet; status 1 if some could not be answered."""
+    output = Path(options.output)
+    if jax.process_count() > 1 and is_first() and output.exists():
+        raise UserError(f"several processes write a file of replies from its beginning: {output} already exists")
+    if not is_first():
+        output = Path(tempfile.mkdtemp()) / output.name  # that nobody reads
     lines = read_lines(options.input, model, options.max_new_tokens)
     plan = AUTO if options.plan == AUTO else str(choose_plan(model, _settings(options, model)))
     decoding = Decoding(
@@ -137,7 +147,7 @@ def answer_all(model: LoadedModel, options: argparse.Namespace, sampling: Sampli
         failed = answer_file(
             model,
             lines,
-            Path(options.output),
+            output,
             decoding,
             report=lambda done, of: bar.update(task, completed=done),
         )

@@ -170,8 +170,10 @@ def copied(mesh: Mesh | None, tree: Any) -> Any:
     sharding = NamedSharding(mesh, WHOLE)
 
     def one(leaf: Any) -> jax.Array:
-        if jax.process_count() == 1 or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jax.process_count() == 1:
             return jax.device_put(leaf, sharding)
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(leaf)))
         return jax.make_array_from_callback(leaf.shape, sharding, to_host(leaf).__getitem__)
 
     return jax.tree.map(one, tree)

@@ -53,6 +53,7 @@ def one_of_several(options: argparse.Namespace) -> Iterator[None]:
     errors = sys.stderr
     if jax.process_index():
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process is
+        os.dup2(sys.stdout.fileno(), 1)  # libraries say how they connect
     try:
         yield
     except UserError as error:
@@ -70,10 +71,10 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def check_alike(options: argparse.Namespace, *, measured: bool) -> None:
-    """Raise `UserError` for what would be decided by measuring, in which processes differ."""
+def check_alike(*, measured: bool, instead: str) -> None:
+    """Raise `UserError` that says what to do `instead` of what would be decided by measuring times, which differ."""
     if measured and jax.process_count() > 1:
-        raise UserError("several processes must decode alike: name a --plan other than auto, and leave out --adaptive")
+        raise UserError(f"several processes must do alike: {instead}")
 
 
 def _are_named(options: argparse.Namespace) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -24,7 +25,7 @@ class StoredArray:
         arguments: Any = ocp.RestoreArgs(restore_type=np.ndarray)
         for name in reversed(self.names):
             item, arguments = {name: item}, {name: arguments}
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with reader() as checkpointer:
             wanted = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
             found = checkpointer.restore(self.path.absolute(), args=wanted)
         for name in self.names:
@@ -40,6 +41,22 @@ def stored_tree(path: Path, structure: dict[str, Any], *names: str) -> dict[str,
         else StoredArray(path, (*names, key), tuple(leaf.shape), np.dtype(leaf.dtype))
         for key, leaf in structure.items()
     }
+
+
+def one_process() -> Any:
+    """Options for orbax: this process reads and writes by itself, and waits for no other."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )
+
+
+def reader() -> ocp.Checkpointer:
+    """What reads nested dicts of arrays."""
+    alone = one_process()
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
 
 
 def read_stored(tree: Any) -> Any:

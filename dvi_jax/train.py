@@ -18,6 +18,7 @@ from dvi_jax.evaluate.curve import plot_learning_curve
 from dvi_jax.learn.offline import train_offline
 from dvi_jax.learn.online import OnlineResult, train_online
 from dvi_jax.loading import enable_compilation_cache
+from dvi_jax.processes import add_process_options, check_alike, is_first, one_of_several
 from dvi_jax.settings_list import list_settings
 
 PLAIN_EVERY = 10  # updates between two lines where the output is not a terminal
@@ -92,6 +93,8 @@ def run(config: TrainConfig, *, resume: bool, console: Console, going_on: GoingO
     display = Display(config, console, going_on)
     with display.bar:
         result = train_online(config, resume=resume, report=display)
+    if not is_first():
+        return result
     try:
         plot_learning_curve(f"{config.out}/metrics.jsonl", f"{config.out}/curve.png")
     except (UserError, OSError, MemoryError) as error:  # the run is done and saved; matplotlib is an extra
@@ -148,6 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--tensorboard", action="store_true", help="also write TensorBoard events (--set tensorboard=true)"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest snapshot in the run's `out`")
+    add_process_options(parser)
     add_debug(parser)
     options = parser.parse_args(arguments)
     if options.list_settings:
@@ -156,12 +160,19 @@ def main(arguments: list[str] | None = None) -> int:
     if options.config is None:
         raise UserError("--config is needed: a file of settings, or the name of a shipped one (see --list-settings)")
     config = load_train_config(options.config, options.set + ["tensorboard=true"] * options.tensorboard)
+    with one_of_several(options):
+        return _train(config, resume=options.resume)
+
+
+def _train(config: TrainConfig | DistillConfig, *, resume: bool) -> int:
+    """Run it, and say what came of it."""
     enable_compilation_cache()
     console = unfailing_console()
     if isinstance(config, DistillConfig):
-        run_distillation(config, resume=options.resume, console=console)
+        run_distillation(config, resume=resume, console=console)
         return 0
-    result = run(config, resume=options.resume, console=console)
+    check_alike(measured=config.max_minutes > 0, instead="leave out max_minutes, as clocks differ")
+    result = run(config, resume=resume, console=console)
     console.print(f"read: {result.stream['conversations']}", soft_wrap=True)
     console.print(f"held-out accept rate {result.before.accept_rate:.1%} -> {result.after.accept_rate:.1%}")
     for name, path in (("metrics", "metrics.jsonl"), ("curve", "curve.png"), ("checkpoint", result.checkpoint.name)):

@@ -26,7 +26,7 @@ from dvi_jax.checkpoint import Manifest
 from dvi_jax.config import DistillConfig, LlamaConfig, MeshConfig
 from dvi_jax.decode.kernel_loading import load_kernels
 from dvi_jax.decode.memory import Sizes, abstract_state
-from dvi_jax.decode.plan import Plan
+from dvi_jax.decode.plan import Plan, rows_alike
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import STATE_SPECS, DecodeState, Knobs
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
@@ -108,7 +108,8 @@ def begun_state(model: LoadedModel, batch: int, width: int) -> DecodeState:
 
 def round_ms(model: LoadedModel, plan: Plan, batch: int) -> tuple[float, float, int]:
     """Milliseconds of a round, seconds of the first call, and bytes that a device reads for one."""
-    mesh, state = model.definition.mesh, begun_state(model, batch, plan.drafts + 1)
+    alike = rows_alike(batch * plan.rows, model.config, model.manifest.dtype)
+    mesh, state = model.definition.mesh, begun_state(model, batch, plan.drafts + 1 if alike else plan.rows)
     caches = bytes_of(mesh, (state.shallow, state.deep), CACHES)
     nbytes = bytes_of(mesh, model.params.base) + caches * (PROMPT + ROUNDS // 2) // SLOTS
     params, knobs = model.decode_params, Knobs.make(plan.drafts, 0.0, (), until=ROUNDS)

@@ -27,6 +27,7 @@ from dvi_jax.learn.packing import Packed, load_packed, pack
 from dvi_jax.learn.run import Run
 from dvi_jax.learn.run_directory import Report, RunDirectory
 from dvi_jax.learn.run_identity import RunIdentity, identify
+from dvi_jax.learn.shared_directory import open_directory
 from dvi_jax.learn.shared_gradient import check_learning
 from dvi_jax.learn.stopping import StopSignals
 from dvi_jax.loading import LoadedModel, from_checkpoint
@@ -53,7 +54,7 @@ def train_offline(
 
     SIGTERM and SIGINT end it with `stopping.Stopped`, a `SystemExit`: after the running update, with a snapshot.
     """
-    directory = RunDirectory(
+    directory = open_directory(
         config.out,
         keep=config.keep_checkpoints,
         keep_best=0,

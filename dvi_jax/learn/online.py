@@ -34,6 +34,7 @@ from dvi_jax.learn.rollout import rollout, window_length
 from dvi_jax.learn.run import Run
 from dvi_jax.learn.run_directory import Report, RunDirectory
 from dvi_jax.learn.run_identity import RunIdentity, identify
+from dvi_jax.learn.shared_directory import open_directory
 from dvi_jax.learn.shared_gradient import check_learning
 from dvi_jax.learn.slow_update import init_slow, is_due, slow_update
 from dvi_jax.learn.stopping import StopSignals
@@ -75,7 +76,7 @@ def train_online(
 
     SIGTERM and SIGINT end it with `stopping.Stopped`, a `SystemExit`: after the running update, with a snapshot.
     """
-    directory = RunDirectory(
+    directory = open_directory(
         config.out,
         keep=config.keep_checkpoints,
         keep_best=config.keep_best,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,7 +17,7 @@ from dvi_jax.learn.run_directory import RunDirectory
 from dvi_jax.learn.run_identity import RunIdentity
 from dvi_jax.learn.snapshot import State
 from dvi_jax.learn.stopping import Stopped, StopSignals
-from dvi_jax.loading import LoadedModel, stored_parts
+from dvi_jax.loading import LoadedModel, TrainedParts, stored_parts
 from dvi_jax.mesh import copied, to_host
 from dvi_jax.model.speculative_llama import Params
 
@@ -135,9 +136,9 @@ class Run(ABC, Generic[State, Measured]):
             self.after = self.evaluate()
         elif self.after is None:  # there was nothing to learn
             self.after = self.before
-        path, exists = self.directory.checkpoint_path(self.step, self._is_checkpoint)
+        parts = stored_parts(self.model)  # by all processes, which may have parts of them
+        path, exists = self.directory.checkpoint_path(self.step, partial(self._is_checkpoint, parts))
         if not exists:
-            parts = stored_parts(self.model)
             rewrite_checkpoint(self.checkpoint, path, share_base=True, manifest=self.manifest(), **parts)
         self.directory.finish(self.step)
         return path
@@ -154,7 +155,7 @@ class Run(ABC, Generic[State, Measured]):
             draft_steps=draft_steps,
         )
 
-    def _is_checkpoint(self, path: Path) -> bool:
+    def _is_checkpoint(self, parts: TrainedParts, path: Path) -> bool:
         """Whether this is a checkpoint of the present state, by its manifest and by every bit of what was learned."""
         try:
             manifest = read_manifest(path)
@@ -163,7 +164,7 @@ class Run(ABC, Generic[State, Measured]):
             trees = {name: load_tree(path / name) for name in ("drafter", "lora") if (path / name).exists()}
         except UserError:  # damaged, or something else
             return False
-        learned = {name: tree for name, tree in stored_parts(self.model).items() if tree}
+        learned = {name: tree for name, tree in parts.items() if tree}
         return hash_tree(trees) == hash_tree(learned)
 
     def take_over(self) -> None:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from dvi_jax.checkpoint import Checkpoint
-from dvi_jax.config import DataConfig, DistillConfig
+from dvi_jax.config import DataConfig, DistillConfig, MeshConfig
 from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import PromptStream
 from dvi_jax.data.tokenizer import Tokenizer
@@ -37,7 +37,8 @@ from dvi_jax.learn.packing import load_packed
 from dvi_jax.learn.recipe import Rates, Recipe, choose_recipe, fit_to_time, reply_length
 from dvi_jax.learn.replies import Progress, deal_all, make_replies, measure
 from dvi_jax.learn.run_directory import Report, lock
-from dvi_jax.loading import LoadedModel, from_checkpoint
+from dvi_jax.loading import LoadedModel, from_checkpoint, load
+from dvi_jax.mesh import copied, make_mesh
 from dvi_jax.text_files import read_json
 
 RECIPE, REPLIES = "recipe.json", "replies.npz"
@@ -64,13 +65,21 @@ class SelfDistillation:
     """One directory's work: `prepare`, then `reply`, then `train`; each goes on where an earlier one stopped."""
 
     def __init__(
-        self, model: str, data: Sequence[str], out: str | Path, *, dtype: str | None = None, weights: str | None = None
+        self,
+        model: str,
+        data: Sequence[str],
+        out: str | Path,
+        *,
+        dtype: str | None = None,
+        weights: str | None = None,
+        mesh: MeshConfig = MeshConfig(),  # noqa: B008 - it cannot change
     ):
         """`model`, `dtype` and `weights` as of `open_checkpoint`; `data`: conversation files.
 
-        Raises `UserError` for bad ones.
+        `mesh`: the devices of this sitting; another one may have others. Raises `UserError` for bad ones.
         """
-        self.checkpoint: Checkpoint = open_checkpoint(model, dtype, weights)
+        self.mesh = mesh
+        self.checkpoint: Checkpoint = open_checkpoint(model, dtype, weights, lazy=mesh.is_several)
         self.tokenizer = Tokenizer.from_checkpoint(self.checkpoint)
         self.data, self.out = tuple(data), Path(out)
         self._stream()
@@ -106,7 +115,7 @@ class SelfDistillation:
         recipe, path = self._recipe(), self.out / REPLIES
         if path.exists():
             return
-        model = from_checkpoint(self.checkpoint)
+        model = from_checkpoint(self.checkpoint, mesh=make_mesh(self.mesh))
         prompts = list(self.prompts(recipe, recipe.prompts))
         partial = path.with_name(f".{REPLIES}")
         with lock(self.out):
@@ -117,11 +126,17 @@ class SelfDistillation:
         """The settings of the training run on the replies."""
         path = self.out / REPLIES
         rows = len(load_packed([path]).tokens)
-        return self._recipe().training(str(self.checkpoint.path), str(self.out), str(path), rows)
+        return replace(
+            self._recipe().training(str(self.checkpoint.path), str(self.out), str(path), rows), mesh=self.mesh
+        )
 
     def train(self, report: Report) -> OfflineResult:
         """Distil from the replies."""
-        return train_offline(self.training(), resume=True, report=report)
+        result = train_offline(self.training(), resume=True, report=report)
+        if self.mesh.data == 1:
+            return result
+        # One sequence at a time is what comes next, and that cannot be shared out.
+        return replace(result, model=load(result.checkpoint, mesh=make_mesh(replace(self.mesh, data=1))))
 
     def held_out_prompts(self, count: int) -> list[list[int]]:
         """Prompts of the log that were kept apart."""
@@ -165,7 +180,7 @@ class SelfDistillation:
         new = matching_or_new_drafter(self.checkpoint, recipe.drafter, recipe.drafter_options, recipe.exit_layer)
         if recipe.draft_vocabulary and new.drafter is None:  # which tokens those will be does not matter here
             new = replace(new, draft_vocabulary=tuple(range(recipe.draft_vocabulary)))
-        model = from_checkpoint(new)
+        model = from_checkpoint(new, mesh=make_mesh(self.mesh))
         reply_rate, reply_memory = self._measure_replies(model, recipe)
         seconds, training_memory = self._measure_update(model, recipe)
         return Rates(
@@ -190,8 +205,8 @@ class SelfDistillation:
         tokens = rng.integers(0, model.config.vocab_size, shape, np.int32)
         mask = rng.random(shape) < 0.7
         paths = str(self.checkpoint.path), str(self.out), str(self.out / REPLIES)
-        config = recipe.training(*paths, rows=4 * recipe.batch_rows)
-        state = init_distill(model.params, config)
+        config = replace(recipe.training(*paths, rows=4 * recipe.batch_rows), mesh=self.mesh)
+        state = copied(model.definition.mesh, init_distill(model.params, config))
         memory = step_memory(model.definition, model.params, state, tokens, mask, config=config)
         seconds = []
         for _ in range(1 + TIMED_UPDATES):

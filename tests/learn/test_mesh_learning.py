@@ -40,10 +40,10 @@ def gradient_of(checkpoint: Checkpoint, mesh: MeshConfig):
 
 
 @pytest.mark.parametrize(
-    ("drafter", "options"), [("fused", {}), ("exit_head", {"rank": 4, "alpha": 4.0}), ("medusa", {"markov_rank": 4})]
+    ("drafter", "options"), [("exit_head", {"rank": 4, "alpha": 4.0}), ("medusa", {"markov_rank": 4})]
 )
 def test_gradient_is_that_of_one_device(drafter, options):
-    """Of drafters with weights behind the vocabulary's logits (a scale, a bigram term) and without."""
+    """Of drafters with weights before the vocabulary's logits and behind them (a scale, a bigram term)."""
     exit_layer = 0 if drafter == "medusa" else 1
     manifest = Manifest(
         source="r", source_sha256="", dtype="float32", exit_layer=exit_layer, drafter=drafter, drafter_config=options
