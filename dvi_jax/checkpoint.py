@@ -10,11 +10,9 @@ files that were changed on purpose. Training snapshots (optimiser, replay, strea
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import inspect
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -28,7 +26,7 @@ import orbax.checkpoint as ocp
 
 from dvi_jax.archives import MOST_INFLATED, SMALL
 from dvi_jax.config import MOST_DRAFTS, LlamaConfig
-from dvi_jax.directories import hash_files, link_files, partial_directory, verify_files
+from dvi_jax.directories import hash_files, link_files, partial_directory, require_space, verify_files
 from dvi_jax.errors import UserError
 from dvi_jax.model.llama import base_shapes
 from dvi_jax.quantisation import Quantisation, with_wholes
@@ -94,7 +92,8 @@ class Manifest:
         require_count(f"{MANIFEST}: exit_layer", self.exit_layer, 0)
         require_count(f"{MANIFEST}: training_step", self.training_step, 0)
         require_count(f"{MANIFEST}: draft_steps", self.draft_steps, 0, MOST_DRAFTS)
-        require(0 <= self.held_out_fraction < 1, f"{MANIFEST}: held_out_fraction", self.held_out_fraction, "in [0, 1)")
+        share = self.held_out_fraction
+        require(0 <= share < 1, f"{MANIFEST}: held_out_fraction", share, "at least 0 and below 1")
         fits = len(self.calibration) <= MOST_DRAFTS and all(0.01 <= t <= 100 for t in self.calibration)
         require(fits, f"{MANIFEST}: calibration", self.calibration, f"at most {MOST_DRAFTS} numbers from 0.01 to 100")
 
@@ -277,7 +276,7 @@ def save_tree(path: Path, tree: dict[str, Any]) -> None:
 
     A disk without room for them is an `OSError` before anything is written.
     """
-    _require_space(path.parent, sum(leaf.nbytes for _, leaf in _flatten(tree)))
+    require_space(path.parent, sum(leaf.nbytes for _, leaf in _flatten(tree)))
     # Synchronous, uncompressed and without orbax's copy of host arrays: the write then takes no memory of its own.
     handlers = ocp.type_handlers
     copies = "deepcopy_host_arrays" in inspect.signature(handlers.NumpyHandler).parameters  # orbax 0.12.4 never copies
@@ -290,13 +289,6 @@ def save_tree(path: Path, tree: dict[str, Any]) -> None:
             checkpointer.save(path.absolute(), ocp.args.PyTreeSave(string_keys(tree)))
     except ValueError as error:  # what tensorstore makes of errors of the file system, e.g. a quota
         raise UserError(f"cannot write {path}: {error}") from error
-
-
-def _require_space(directory: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if nbytes > free:
-        reason = f"no space left: {nbytes / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB are free"
-        raise OSError(errno.ENOSPC, reason)
 
 
 def load_tree(path: Path, shapes: dict[str, Any] | None = None, *, lazy: bool = False) -> dict[str, Any]:

@@ -143,6 +143,14 @@ def _size(path: Path) -> int:
         return 0
 
 
+def require_space(directory: Path, nbytes: int) -> None:
+    """Raise `OSError` (ENOSPC) where so many bytes do not fit."""
+    free = shutil.disk_usage(directory).free
+    if nbytes > free:
+        reason = f"no space left: {nbytes / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB are free"
+        raise OSError(errno.ENOSPC, reason)
+
+
 def _flush_directory(path: Path) -> None:
     """Bring a rename to the disk, where directories can be: some file systems refuse, and the rename is done."""
     try:

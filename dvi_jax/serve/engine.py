@@ -100,11 +100,7 @@ class Engine:
         them in its place, and turns between stretches. Raises `UserError` for sizes that cannot be, or that memory does
         not hold, and for a plan that on this device has other bits than plain decoding (`agreement.py`).
         """
-        sizes = {"slots": slots, "context": context, "max_waiting": max_waiting, "together": together}
-        if too_few := [name for name, value in sizes.items() if value < 1]:
-            raise UserError(f"{too_few[0]} must be at least 1, got {sizes[too_few[0]]}")
-        if shards(model.definition.mesh) > 1:
-            raise UserError("an engine needs a model that is whole on every device: leave out the mesh's model=")
+        _check(model, {"slots": slots, "context": context, "max_waiting": max_waiting, "together": together})
         self.model, self.slots, self.max_waiting, self.logprobs = model, slots, max_waiting, logprobs
         self.context = min(context, model.config.context_length)
         self._learner, on_window = learner, on_window if learner is None else learner.take
@@ -292,6 +288,14 @@ class Engine:
             else:
                 reply.fail(self._failure)
         return True
+
+
+def _check(model: LoadedModel, sizes: dict[str, int]) -> None:
+    """Raise `UserError` for what no engine can have."""
+    if too_few := [name for name, value in sizes.items() if value < 1]:
+        raise UserError(f"{too_few[0]} must be at least 1, got {sizes[too_few[0]]}")
+    if shards(model.definition.mesh) > 1:
+        raise UserError("an engine needs a model that is whole on every device: leave out the mesh's model=")
 
 
 def _scheduler(
