@@ -170,6 +170,7 @@ def hostile(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             answer = client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 4})
             ordinary[answer.status_code] += 1
             seconds.append(time.perf_counter() - began)
+        afterwards = client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 4}).status_code
         large = client.post("/v1/completions", json={"prompt": "x" * 10_000_000}).status_code
         refused = Counter(one.result().status_code for one in chats)
         engine = server.status()["engine"]
@@ -177,10 +178,13 @@ def hostile(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "chats": dict(refused),
         "ordinary": dict(ordinary),
         "longest_seconds": max(seconds),
+        "afterwards": afterwards,
         "large": large,
         "running": engine["running"],
     }
-    fine = refused.keys() <= {400, 503} and ordinary.keys() == {200} and large == 413 and not engine["running"]
+    # Chats that wait for the template are open replies: beyond so many, whoever comes is told to come later.
+    fine = refused.keys() <= {400, 503} and ordinary.keys() <= {200, 503} and (afterwards, large) == (200, 413)
+    fine &= not engine["running"]
     return found | {"broken": not fine}
 
 

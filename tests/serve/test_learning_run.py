@@ -1,5 +1,6 @@
 """A learning server's directory: what a kill leaves, what a restart goes on with, the drafter at the end."""
 
+import resource
 import signal
 import subprocess
 import sys
@@ -133,3 +134,24 @@ def test_bad_options_are_one_line(byte_checkpoint, monkeypatch, capsys, options,
     output = capsys.readouterr()
     assert message in output.err
     assert output.err.count("\n") == 1
+
+
+def test_a_full_disk_stops_neither_serving_nor_learning(byte_checkpoint, tmp_path):
+    """The operating system refuses all files beyond some bytes; when it no longer does, all is written."""
+    told = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def is_told() -> bool:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # the engine is there, and its programs are compiled
+        return "failed_save" in told
+
+    with open_run(byte_checkpoint, tmp_path / "run", report=lambda kind, record: told.append(kind)) as run:
+        try:
+            serve_until(run, is_told)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (run.learner.status.state, run.learner.status.updates > 0) == ("learning", True)
+        assert not list((tmp_path / "run" / "snapshots").glob("[0-9]*"))
+    kinds = {record["kind"] for record in read_records(tmp_path / "run" / "metrics.jsonl")}
+    assert {"update", "failed_save", "summary"} <= kinds
+    assert run.drafter == tmp_path / "run" / "checkpoint"
