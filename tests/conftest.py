@@ -174,9 +174,9 @@ def tokenizer_json() -> str:
 
 @pytest.fixture(scope="session")
 def byte_checkpoint(tmp_path_factory) -> Path:
-    """A tiny random model that speaks bytes, with room for 128 tokens."""
+    """A tiny random model that speaks bytes, with room for 128 tokens: a shallow layer and a deep one."""
     path = tmp_path_factory.mktemp("bytes") / "tiny"
-    write_tiny_model(path)
+    write_tiny_model(path, layers=2)
     return path
 
 
