@@ -51,10 +51,22 @@ def write_questions(path: Path, count: int) -> None:
             file.write(json.dumps({"messages": [{"role": "user", "content": question}]}) + "\n")
 
 
-def write_tiny_model(path: Path, *, seed: int = 0, context: int = 128, chat_template: str | None = None) -> None:
+def write_tiny_model(
+    path: Path,
+    *,
+    seed: int = 0,
+    context: int = 128,
+    layers: int = TINY.num_layers,
+    chat_template: str | None = None,
+) -> None:
     """A random checkpoint that speaks bytes, with room for `context` tokens."""
     config = replace(
-        TINY, vocab_size=258, max_position_embeddings=context, tie_word_embeddings=True, eos_token_ids=(1,)
+        TINY,
+        vocab_size=258,
+        num_layers=layers,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        eos_token_ids=(1,),
     )
     manifest = Manifest(source="random", source_sha256="0" * 64, dtype="float32", exit_layer=1)
     base = random_base(config, jax.random.key(seed + 3), std=0.15)

@@ -3,7 +3,9 @@
 A program compiled without most optimisations is ready in half the time, computes the same formulas, and is as good for
 what a test says of files, updates, counts and distributions. Where bits of differently shaped programs are compared,
 it would prove less than it should, as vectors and fused loops are where such bits part: those modules are marked
-`optimized`.
+`optimized`. They take machine code from XLA's older emitters, which has vectors, fused multiplications and products of
+the same kernels, at two thirds of the cost. Modules whose programs are to be those of users in everything are marked
+`optimized(emitters=True)`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ QUICKER = "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_extra_options=
 DEVICES = "--xla_force_host_platform_device_count=4"  # made up, for tests of meshes; others see the first alone
 # XLA's newer way from a fused loop to machine code goes through MLIR, which costs three times what the older does.
 EMITTERS = "xla_cpu_use_fusion_emitters"
+_emitters = True  # whether optimised programs come from the newer way
 _mixed = False  # whether an optimised module left programs of the other kind, whose bits may differ
 
 
@@ -34,23 +37,26 @@ def begin() -> None:
 
     def options(*args: Any, **kwargs: Any) -> Any:
         chosen = options_of_jax(*args, **kwargs)
-        if jax.config.read(FLAG):
+        if jax.config.read(FLAG) or not _emitters:
             chosen.env_option_overrides = [*chosen.env_option_overrides, (EMITTERS, False)]
         return chosen
 
     compiler.get_compile_options = options
 
 
-def optimize(yes: bool) -> None:
-    """How all is compiled from now on, here and in processes started from here; programs of the other kind go."""
-    global _mixed
+def optimize(yes: bool, *, emitters: bool = False) -> None:
+    """How all is compiled from now on, here and in processes started from here; programs of another kind go.
+
+    `emitters`: optimised programs come from XLA's newer emitters, as those of users do.
+    """
+    global _emitters, _mixed
     os.environ[FLAG.upper()] = str(int(not yes))
     others = os.environ["XLA_FLAGS"].removesuffix(f" --{EMITTERS}=false")
-    os.environ["XLA_FLAGS"] = others if yes else f"{others} --{EMITTERS}=false"
-    if jax.config.read(FLAG) == yes or _mixed:
+    os.environ["XLA_FLAGS"] = others if emitters else f"{others} --{EMITTERS}=false"
+    if jax.config.read(FLAG) == yes or _emitters != emitters or _mixed:
         jax.config.update(FLAG, not yes)
         jax.clear_caches()
-        _mixed = False
+        _emitters, _mixed = emitters, False
 
 
 @contextmanager

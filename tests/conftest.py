@@ -79,22 +79,29 @@ LONG = (
     "contract/test_contract",
     "real/test_smollm2",
     "decode/test_lossless",
+    "decode/test_tree",
+    "decode/test_prefill",
+    "serve/test_engine",
+    "server/test_whole",
+    "contract/test_taps",
     "decode/test_tree_sampling",
     "decode/test_sampling",
-    "decode/test_prefill",
     "learn/test_distill",
     "learn/test_resume",
     "parity/test_random_models",
-    "contract/test_taps",
-    "decode/test_tree",
-    "experiments/test_learning",
     "conversion/test_command_line",
     "experiments/test_kill",
-    "model/test_tree_attention",
-    "parity/test_command_line",
-    "experiments/test_demo",
-    "learn/test_online_slow",
     "decode/test_stream",
+    "serve/test_learning_run",
+    "parity/test_command_line",
+    "tests/test_terminals",
+    "learn/test_rollback",
+    "experiments/test_learning",
+    "tests/test_distill",
+    "decode/test_tree_drafting",
+    "model/test_tree_attention",
+    "fuzz/test_parsers",
+    "learn/test_fast_update",
 )
 
 
@@ -145,7 +152,8 @@ def compilation_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.T
 @pytest.fixture(scope="module", autouse=True)
 def optimizations(request: pytest.FixtureRequest) -> None:
     """Most only where a module asks for what users get (tests/compiling.py)."""
-    optimize(request.node.get_closest_marker("optimized") is not None)
+    marker = request.node.get_closest_marker("optimized")
+    optimize(marker is not None, emitters=marker is not None and marker.kwargs.get("emitters", False))
 
 
 @pytest.fixture(scope="session")
@@ -166,9 +174,9 @@ def tokenizer_json() -> str:
 
 @pytest.fixture(scope="session")
 def byte_checkpoint(tmp_path_factory) -> Path:
-    """A tiny random model that speaks bytes, with room for 128 tokens."""
+    """A tiny random model that speaks bytes, with room for 128 tokens: a shallow layer and a deep one."""
     path = tmp_path_factory.mktemp("bytes") / "tiny"
-    write_tiny_model(path)
+    write_tiny_model(path, layers=2)
     return path
 
 

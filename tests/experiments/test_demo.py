@@ -44,7 +44,7 @@ def test_demo(roomy, conversations, tmp_path, capsys):
 
 
 def test_exit_layer_fits_the_model(roomy, tmp_path):
-    """demo.yaml's layer 8 is beyond four layers; a trained drafter keeps its own."""
+    """demo.yaml's layer 8 is beyond two layers; a trained drafter keeps its own."""
     assert demo_config(roomy, Path("it's here.json"), tmp_path, None).exit_layer == 1
     (roomy / "drafter").mkdir()
     config = demo_config(roomy, Path("it's here.json"), tmp_path, 2.5)

@@ -30,7 +30,7 @@ MASK = jnp.asarray(np.random.default_rng(1).random((3, 9)) < 0.6)
 
 @pytest.fixture(scope="module")
 def fused(make_tiny) -> LoadedModel:
-    tiny = make_tiny()
+    tiny = make_tiny(layers=3)
     manifest = replace(tiny.manifest, drafter="fused", drafter_config={})
     base = tiny.params.base["llama"]
     tree = string_keys(base)
@@ -93,7 +93,7 @@ def test_the_gradient_is_that_of_the_loss(make_tiny, train_noise, monkeypatch, d
     """Against jax.grad of the loss written out, with total variation and cross-entropy too."""
     monkeypatch.setattr(distill_module, "POSITIONS_AT_ONCE", 4)
     config = replace(CONFIG, loss=DistillLoss(*mix))
-    tiny = make_tiny()
+    tiny = make_tiny(layers=3)
     options = {"layers": 1, "block": 3, "markov_rank": 2} if drafter == "block" else {}
     exit_layer = 0 if drafter == "block" else tiny.manifest.exit_layer
     manifest = replace(tiny.manifest, drafter=drafter, drafter_config=options, exit_layer=exit_layer)
@@ -128,7 +128,7 @@ def test_the_gradient_is_that_of_the_loss(make_tiny, train_noise, monkeypatch, d
 
 def test_sgp_learns_the_text_through_the_shallow_layers(make_tiny):
     """With lora_S in the shallow layers and the text as target: every matrix moves, the exit's cross-entropy falls."""
-    model = make_tiny(lora={"rank_s": 3, "rank_d": 0})
+    model = make_tiny(layers=2, lora={"rank_s": 3, "rank_d": 0})
     config = replace(CONFIG, targets="log", lr=1e-2)
     state, losses = init_distill(model.params, config), []
     before = jax.tree.map(np.asarray, state.trainable)
@@ -225,7 +225,7 @@ DECODE = DecodeConfig(draft_steps=3, max_new_tokens=29)
 @pytest.fixture(scope="module")
 def own_text(make_tiny, fused, tmp_path_factory) -> DistillConfig:
     """A run of 60 updates on the model's own text."""
-    tiny, folder = make_tiny(), tmp_path_factory.mktemp("distill")
+    tiny, folder = make_tiny(layers=3), tmp_path_factory.mktemp("distill")
     tree = string_keys(tiny.params.base["llama"])
     write_checkpoint(folder / "model", tiny.config, tiny.manifest, jax.tree.map(np.asarray, tree))
     texts, _ = generate_batch(fused, PROMPTS, DECODE, plain=True, eos_ids=())

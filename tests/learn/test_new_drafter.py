@@ -8,11 +8,15 @@ from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.errors import UserError
 from dvi_jax.learn.new_drafter import kept_or_new_drafter, matching_or_new_drafter
 from dvi_jax.loading import from_checkpoint
+from experiments.tiny import write_tiny_model
 
 
-@pytest.fixture
-def untrained(byte_checkpoint):
-    return read_checkpoint(byte_checkpoint)
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """Of four layers, so that the middle is not the first."""
+    path = tmp_path_factory.mktemp("new") / "tiny"
+    write_tiny_model(path)
+    return read_checkpoint(path)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from dvi_jax.config import load_train_config
 from dvi_jax.errors import UserError
 from dvi_jax.learn.online import train_online
 from dvi_jax.loading import load
+from experiments.tiny import write_tiny_model
 
 
 @pytest.fixture
@@ -26,9 +27,15 @@ def answered(tmp_path):
 
 
 def test_verifier_learns_from_the_log(write_config, answered, tmp_path, rollout_ids):
+    """With four layers: what two can learn in ten updates changes no token."""
+    write_tiny_model(tmp_path / "deep")
     config = load_train_config(
         write_config(
-            prompts=80, eval_every=1000, save_every=1000, slow={"every": 8, "rank_d": 2, "rows": 2, "lr": 3e-3}
+            checkpoint=str(tmp_path / "deep"),
+            prompts=80,
+            eval_every=1000,
+            save_every=1000,
+            slow={"every": 8, "rank_d": 2, "rows": 2, "lr": 3e-3},
         ),
         [f"data.files=[{answered}]"],
     )

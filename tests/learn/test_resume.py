@@ -132,7 +132,7 @@ def test_a_run_killed_before_its_first_snapshot_starts_again(write_config, tmp_p
 def test_a_run_that_could_not_start_leaves_nothing_to_resume(write_config, tmp_path):
     """Neither does one killed before its first snapshot: the next one starts afresh, with metrics of its own."""
     short = {"prompts": 4, "save_every": 1000, "eval_every": 1000}
-    with pytest.raises(UserError, match="exit_layer must be between 1 and 3"):
+    with pytest.raises(UserError, match="exit_layer must be between 1 and 1"):
         main(["--config", str(write_config(**short | {"exit_layer": 4}))])
     (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "train", "step": 2}\n', encoding="utf-8")
     assert main(["--config", str(write_config(**short))]) == 0

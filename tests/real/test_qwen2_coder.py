@@ -23,7 +23,7 @@ from experiments.fetch import QWEN
 GOLDEN = Path(__file__).parents[1] / "golden" / "qwen2_dev.json"
 CACHE = cache_folder()  # read before another test points DVI_JAX_CACHE elsewhere
 
-pytestmark = [pytest.mark.large, pytest.mark.optimized]
+pytestmark = [pytest.mark.large, pytest.mark.optimized(emitters=True)]
 
 
 @pytest.fixture(scope="module")

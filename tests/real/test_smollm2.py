@@ -15,7 +15,7 @@ from tests.real.conftest import KEPT
 
 SETTINGS = DecodeConfig(draft_steps=3, max_new_tokens=24)
 
-pytestmark = [pytest.mark.real, pytest.mark.optimized]
+pytestmark = [pytest.mark.real, pytest.mark.optimized(emitters=True)]
 
 
 def test_architecture(model):
