@@ -56,6 +56,9 @@ def make_mesh(shape: MeshConfig) -> Mesh | None:
         raise UserError(f"mesh {shape} leaves out devices: {jax.process_count()} processes have {len(devices)}")
     if count == 1:
         return None
+    if devices[0].platform == "gpu":
+        # Shardy of jaxlib 0.11.2 dies (in ManualComputationUnusedInputsPattern) compiling a round for several GPUs.
+        jax.config.update("jax_use_shardy_partitioner", False)
     return Mesh(np.array(devices[:count]).reshape(shape.data, shape.model), (DATA, MODEL))
 
 

@@ -184,7 +184,7 @@ def measure(shape: str, mesh_shape: MeshConfig, options: argparse.Namespace) -> 
             else:
                 plan = Plan.parse(what)
                 ms, first, nbytes = round_ms(model, plan, batch)
-                us = exchange_us(mesh, max(16, batch * plan.rows // mesh_shape.data), config.hidden_size)
+                us = exchange_us(mesh, batch * plan.rows // mesh_shape.data, config.hidden_size)
                 floor = 1e3 * nbytes / rate + 1e-3 * us * (2 * config.num_layers + 2)
                 row = Row(
                     shape, str(mesh_shape), what, batch, ms, 1e3 * batch / ms, floor, nbytes, rate / 1e9, us, first

@@ -85,7 +85,8 @@ class Block(nnx.Module):
         """
 
         project = partial(self._project, adapted=adapted, kernels=residual.kernels)
-        complete = partial(self._complete, few=positions.shape[1] <= decode_attention.MOST_ROUND_ROWS)
+        few = positions.shape[1] <= decode_attention.MOST_ROUND_ROWS
+        complete = partial(self._complete, rows=positions.size if residual.kernels else None, few=few)
         residual, normed = residual.normed(self.attn_norm[...], self.eps)
         entered = residual.x
         qkv = project("qkv", normed, wide=self.is_biased)
@@ -106,14 +107,15 @@ class Block(nnx.Module):
                 gated = jax.nn.silu(gate) * up
             return entered, residual.plus(complete(project("down", gated, wide=self.shards > 1))), cache
 
-    def _complete(self, parts: jax.Array, *, few: bool) -> jax.Array:
+    def _complete(self, parts: jax.Array, *, rows: int | None, few: bool) -> jax.Array:
         """Parts [P, ..., D] of a product over this device's share of its input -> of the whole product.
 
-        `few`: rows of a round, whose bits must not depend on where they lie.
+        `few`: rows of a round, whose bits must not depend on where they lie. `rows`: how many there are, if more fill
+        up a tile: those go to nobody.
         """
         if self.shards == 1:
             return parts
-        return exchange.joined_parts(parts) if few else exchange.summed(parts)
+        return exchange.joined_parts(parts[:, :rows]) if few else exchange.summed(parts)
 
     def _project(self, name: str, x: jax.Array, *, adapted: bool, kernels: bool, wide: bool = False) -> jax.Array:
         """x [..., in] times the weight `name`, in parts where kernels add them up: [P, ..., out].

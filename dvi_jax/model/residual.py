@@ -28,7 +28,7 @@ class Residual:
     """A residual stream, and what is still to be added to it."""
 
     x: jax.Array  # [B, T, D]; with kernels [R, D]: all rows, and more to fill up a tile (`decode_products.padded_rows`)
-    added: jax.Array | None = None  # parts of a product, [P, ..., D]
+    added: jax.Array | None = None  # parts of a product, [P, ..., D]; with kernels maybe of the first rows alone
     kernels: bool = False  # a decoding round on a device with kernels for it: nothing is differentiated
 
     def plus(self, parts: jax.Array) -> Residual:
@@ -37,7 +37,12 @@ class Residual:
 
     def total(self) -> jax.Array:
         """The stream with everything added: [..., D]."""
-        return self.x if self.added is None else self.x + total(self.added, self.x.dtype)
+        if self.added is None:
+            return self.x
+        added = total(self.added, self.x.dtype)
+        if len(added) < len(self.x):  # of the rows that more fill up
+            added = jnp.pad(added, ((0, len(self.x) - len(added)), (0, 0)))
+        return self.x + added
 
     def normed(self, weight: jax.Array, eps: float) -> tuple[Residual, jax.Array]:
         """The stream with everything added, and its RMSNorm with `weight` [D]: [..., D]."""
@@ -62,7 +67,8 @@ def add_and_norm(
 ) -> tuple[jax.Array, jax.Array]:
     """x [R, D] plus the sum of `parts` [P, R, D], if there are any, and the RMSNorm of that, both in x's dtype.
 
-    `interpret` runs the kernel on any device, for tests. It has no derivative.
+    Parts of the first rows alone may be given; nothing is added to the others. `interpret` runs the kernel on any
+    device, for tests. It has no derivative.
     """
     rows, size = x.shape
     warps = min(MOST_WARPS, max(4, pl.next_power_of_2(size) // 128))
@@ -85,7 +91,10 @@ def _kernel(x: Ref, *rest: Ref, eps: float) -> None:
     inside = lane < size
 
     def load(ref: Ref, *at: Any) -> jax.Array:
-        return plt.load(ref.at[(*at, lane)], mask=inside, other=0.0).astype(jnp.float32)
+        mask = inside
+        if len(at) == 2 and ref.shape[1] < x.shape[0]:  # parts of fewer rows
+            mask &= row < ref.shape[1]
+        return plt.load(ref.at[(*at, lane)], mask=mask, other=0.0).astype(jnp.float32)
 
     scales = load(weight).astype(dtype)  # asked for first: it waits for nothing
     here = load(x, row)

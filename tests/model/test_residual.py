@@ -39,6 +39,17 @@ def test_rows_do_not_meet():
         np.testing.assert_array_equal(same, [True] * 5 + [False])
 
 
+def test_nothing_is_added_to_rows_that_only_fill_up(monkeypatch):
+    """Parts of the first four rows of six, as devices hand them to each other."""
+    monkeypatch.setattr(module, "add_and_norm", lambda *args: add_and_norm(*args, interpret=True))
+    x, added, weight = arrays(2, 96)
+    everything = Residual(x, kernels=True).plus(added.at[:, 4:].set(0))
+    few = Residual(x, kernels=True).plus(added[:, :4])
+    np.testing.assert_array_equal(few.total(), everything.total())
+    for one, other in zip(few.normed(weight, EPS), everything.normed(weight, EPS), strict=True):
+        np.testing.assert_array_equal(getattr(one, "x", one), getattr(other, "x", other))
+
+
 @pytest.mark.parametrize("kernels", [False, True])
 def test_residual_stream(monkeypatch, kernels):
     """With kernels or without, a stream is its start and everything added, each product rounded before it is added."""
