@@ -134,6 +134,8 @@ def test_a_run_that_could_not_start_leaves_nothing_to_resume(write_config, tmp_p
     short = {"prompts": 4, "save_every": 1000, "eval_every": 1000}
     with pytest.raises(UserError, match="exit_layer must be between 1 and 1"):
         main(["--config", str(write_config(**short | {"exit_layer": 4}))])
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "train", "step": 2}\n', encoding="utf-8")
     assert main(["--config", str(write_config(**short))]) == 0
     assert [record["step"] for record in records(tmp_path / "run")] == [0, 2, 4, 4, 4]
