@@ -32,6 +32,7 @@ from dvi_jax.quantisation import PARTS
 
 DATA, MODEL = "data", "model"
 WHOLE, ROWS, CACHES = P(), P(DATA), P(DATA, MODEL)  # copied; a leading batch; keys or values [B, K, S, H]
+COPIED_CACHES = P(None, MODEL)  # of a batch that is on all devices along `data`
 BY_OUTPUT, BY_INPUT = P(MODEL, None), P(None, MODEL)  # weights [out, in]
 WEIGHTS = {
     "embed": BY_OUTPUT,

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from dvi_jax.decode import vocabulary
 from dvi_jax.decode.sampling import Sampling, draw, log_probs
 from dvi_jax.decode.state import STATE_SPECS, DecodeState, Signals
-from dvi_jax.mesh import MODEL, ROWS, WHOLE
+from dvi_jax.mesh import COPIED_CACHES, ROWS, WHOLE
 from dvi_jax.model.attention import Caches
 from dvi_jax.model.drafters import Committed
 from dvi_jax.model.features import Features
@@ -69,7 +68,7 @@ class Filled(NamedTuple):
 
 # Where what was filled of a prefix lies on a mesh: at batch 1, on all devices along `data`.
 _SPECS: dict[str, Any] = dict.fromkeys(Filled._fields, WHOLE)
-PREFIX_SPECS = Filled(**_SPECS | dict.fromkeys(("shallow", "deep", "trunk"), P(None, MODEL)))
+PREFIX_SPECS = Filled(**_SPECS | dict.fromkeys(("shallow", "deep", "trunk"), COPIED_CACHES))
 
 
 def bucket(size: int) -> int:

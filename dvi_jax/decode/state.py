@@ -14,7 +14,7 @@ from flax import struct
 
 from dvi_jax.decode.branches import Branches
 from dvi_jax.decode.sampling import Sampling
-from dvi_jax.mesh import CACHES, ROWS, WHOLE
+from dvi_jax.mesh import CACHES, COPIED_CACHES, ROWS, WHOLE
 from dvi_jax.model.attention import Caches
 from dvi_jax.model.drafters import Committed
 from dvi_jax.model.features import Features
@@ -111,6 +111,10 @@ class DecodeState(struct.PyTreeNode):
 # Where a state lies on a mesh: as prefixes of its fields, whatever those hold.
 _SPECS: dict[str, Any] = dict.fromkeys((field.name for field in fields(DecodeState)), ROWS)
 STATE_SPECS = DecodeState(**_SPECS | dict.fromkeys(("shallow", "deep", "trunk"), CACHES) | {"rounds": WHOLE})
+
+# Where that of a few sequences lies which are not split: on all devices along `data`.
+_COPIED: dict[str, Any] = dict.fromkeys(_SPECS, WHOLE)
+COPIED_SPECS = DecodeState(**_COPIED | dict.fromkeys(("shallow", "deep", "trunk"), COPIED_CACHES))
 
 
 def knob_specs(knobs: Knobs) -> Any:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from dvi_jax.command_line import AUTO, add_loading_options, load_model
+from dvi_jax.command_line import AUTO, add_loading_options, add_mesh_option, load_model
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, notice, run_cli
 from dvi_jax.serve.engine import Engine
 from dvi_jax.serve.learn_settings import LearnSettings
@@ -86,6 +86,8 @@ def _learn_settings(options: argparse.Namespace) -> LearnSettings | None:
         return None
     if options.out is None:
         raise UserError("--learn needs --out DIR, where what was learned is kept")
+    if options.mesh is not None:
+        raise UserError("--learn takes one device: leave out --mesh, or learn beforehand with train")
     return LearnSettings(share=options.learn_share, branches=options.learn_branches, save_seconds=options.save_seconds)
 
 
@@ -114,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     defaults = ServerSettings(model_name="model")
     parser = ArgumentParser(prog="python -m dvi_jax.serve", description="Serve a model behind OpenAI's HTTP API.")
     add_loading_options(parser)
+    add_mesh_option(parser)
     parser.add_argument(
         "--plan", default=AUTO, metavar="PLAN", help="how rounds draft; auto goes by slots and acceptance"
     )

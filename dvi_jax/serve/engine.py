@@ -24,7 +24,7 @@ from dvi_jax.decode.stream import StreamedText, stop_ids
 from dvi_jax.errors import UserError
 from dvi_jax.learn.replay import Windows
 from dvi_jax.loading import LoadedModel
-from dvi_jax.mesh import shards
+from dvi_jax.mesh import check_batch
 from dvi_jax.model.speculative_llama import Params
 from dvi_jax.serve.agreement import check_plans
 from dvi_jax.serve.intake import Intake
@@ -294,8 +294,7 @@ def _check(model: LoadedModel, sizes: dict[str, int]) -> None:
     """Raise `UserError` for what no engine can have."""
     if too_few := [name for name, value in sizes.items() if value < 1]:
         raise UserError(f"{too_few[0]} must be at least 1, got {sizes[too_few[0]]}")
-    if shards(model.definition.mesh) > 1:
-        raise UserError("an engine needs a model that is whole on every device: leave out the mesh's model=")
+    check_batch(model.definition.mesh, sizes["slots"], "slots")
 
 
 def _scheduler(

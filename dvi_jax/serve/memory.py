@@ -7,15 +7,17 @@ from functools import partial
 
 import jax
 
-from dvi_jax.decode.memory import available_bytes, cast_bytes, held_bytes, readable, tree_bytes
+from dvi_jax.decode.memory import available_bytes, cast_bytes, held_bytes, readable
+from dvi_jax.decode.prefill import PREFIX_SPECS
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
-from dvi_jax.serve.slots import Shape, abstract_slots, empty_prompts
+from dvi_jax.mesh import bytes_of
+from dvi_jax.serve.slots import SLOT_SPECS, Shape, abstract_slots, empty_prompts
 
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Bytes of an engine, by what they are for. Exact but for the workspace."""
+    """Bytes of an engine on each device, by what they are for. Exact but for the workspace."""
 
     shape: Shape
     weights: int  # with the copies that decoding casts to its dtype
@@ -44,13 +46,14 @@ def engine_memory(model: LoadedModel, shape: Shape, prefix_bytes: int, together:
 
     The model's arrays may be `jax.ShapeDtypeStruct`s.
     """
+    mesh = model.definition.mesh
     params = jax.eval_shape(lambda params: model.with_params(params).decode_params, model.params)
     prompts = partial(empty_prompts, model.definition, rows=together, room=shape.room, record=shape.record)
     return EngineMemory(
         shape=shape,
-        weights=tree_bytes(model.params) + cast_bytes(model),
-        slot=tree_bytes(abstract_slots(model.definition, params, shape)) // shape.slots,
-        intake=tree_bytes(jax.eval_shape(prompts, params)),
+        weights=bytes_of(mesh, model.params) + cast_bytes(model),
+        slot=bytes_of(mesh, abstract_slots(model.definition, params, shape), SLOT_SPECS) // shape.slots,
+        intake=bytes_of(mesh, jax.eval_shape(prompts, params), PREFIX_SPECS),
         prefixes=prefix_bytes,
         workspace=2 * 4 * shape.slots * shape.width * model.config.vocab_size,
         held=held_bytes(model),

@@ -21,11 +21,12 @@ import numpy as np
 from dvi_jax.config import SamplingConfig
 from dvi_jax.decode.batch import MOST_EOS_IDS
 from dvi_jax.decode.plan import Plan
-from dvi_jax.decode.prefill import Filled, begin, choose_first, fill_chunk
+from dvi_jax.decode.prefill import PREFIX_SPECS, Filled, begin, choose_first, fill_chunk
 from dvi_jax.decode.sampling import Sampling
 from dvi_jax.decode.speculative import decode_rounds
-from dvi_jax.decode.state import NO_TOKEN, DecodeState, Knobs
+from dvi_jax.decode.state import COPIED_SPECS, NO_TOKEN, STATE_SPECS, DecodeState, Knobs
 from dvi_jax.learn.replay import Windows, read_windows
+from dvi_jax.mesh import ROWS, WHOLE, replicas
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
 
 MOST_ROUNDS = 16  # of a stretch
@@ -36,6 +37,9 @@ class Slots(NamedTuple):
 
     decode: DecodeState  # sampling is always there, so that slots may change between greedy and sampled requests
     eos_ids: jax.Array  # int32 [B, E], NO_TOKEN where unused
+
+
+SLOT_SPECS = Slots(STATE_SPECS, ROWS)  # type: ignore[arg-type]  # where they lie on a mesh
 
 
 class Terms(NamedTuple):
@@ -152,32 +156,40 @@ class Shape(NamedTuple):
 
 def abstract_slots(definition: Definition, params: Params, shape: Shape) -> Slots:
     """Shapes and types of all slots; nothing is computed."""
-
-    def make(params: Params) -> Slots:
-        model = join(definition, params)
-        one = Terms.of(1, 1, (), SamplingConfig(), model.llama.config.vocab_size)
-        terms = Terms.joined([one] * shape.slots)
-        filled = Filled.empty(model, shape.slots, shape.room, keep=shape.record)
-        return _begin(model, filled, terms, shape.width, shape.branches, sampled=True)[0]
-
-    return jax.eval_shape(make, params)
+    return jax.eval_shape(definition.sharded(partial(_begun, definition, shape), params, (), SLOT_SPECS), params)
 
 
 @partial(jax.jit, static_argnames=("definition", "shape"))
 def empty_slots(definition: Definition, params: Params, shape: Shape) -> Slots:
     """All slots free."""
-    slots = jax.tree.map(_zeros, abstract_slots(definition, params, shape))
-    # Rounds look at a sequence's last two tokens, so there must be two.
-    ones = jnp.ones_like(slots.decode.length)
-    committed = slots.decode.committed.replace(count=ones)
-    state = slots.decode.replace(length=2 * ones, limit=2 * ones, done=ones.astype(bool), committed=committed)
-    return slots._replace(decode=state)
+
+    def make(params: Params) -> Slots:
+        slots = jax.tree.map(_zeros, jax.eval_shape(partial(_begun, definition, shape), params))
+        # Rounds look at a sequence's last two tokens, so there must be two.
+        ones = jnp.ones_like(slots.decode.length)
+        committed = slots.decode.committed.replace(count=ones)
+        state = slots.decode.replace(length=2 * ones, limit=2 * ones, done=ones.astype(bool), committed=committed)
+        return slots._replace(decode=state)
+
+    return definition.sharded(make, params, (), SLOT_SPECS)(params)
+
+
+def _begun(definition: Definition, shape: Shape, params: Params) -> Slots:
+    """This device's slots, each with a prompt of one token, to see what they are made of."""
+    model, count = join(definition, params), shape.slots // replicas(definition.mesh)
+    one = Terms.of(1, 1, (), SamplingConfig(), model.llama.config.vocab_size)
+    filled = Filled.empty(model, count, shape.room, keep=shape.record)
+    return _begin(model, filled, Terms.joined([one] * count), shape.width, shape.branches, sampled=True)[0]
 
 
 @partial(jax.jit, static_argnames=("definition", "rows", "room", "record"))
 def empty_prompts(definition: Definition, params: Params, *, rows: int, room: int, record: bool) -> Filled:
     """Where so many prompts together are taken in."""
-    return Filled.empty(join(definition, params), rows, room, keep=record)
+
+    def make(params: Params) -> Filled:
+        return Filled.empty(join(definition, params), rows, room, keep=record)
+
+    return definition.sharded(make, params, (), PREFIX_SPECS)(params)
 
 
 @partial(jax.jit, static_argnames="definition", donate_argnames="filled")
@@ -188,9 +200,14 @@ def take_chunk(
 
     `position`: tokens taken in before; at 0 other prompts begin. What the last ones left lies behind them, masked.
     """
-    frontier = jax.tree.map(lambda x: jnp.where(position > 0, x, jnp.zeros_like(x)), filled.frontier)
-    filled = filled._replace(position=position, frontier=frontier)
-    return fill_chunk(join(definition, params), filled, tokens, length, fresh=False)
+
+    def take(params: Params, filled: Filled, tokens: jax.Array, length: jax.Array, position: jax.Array) -> Filled:
+        frontier = jax.tree.map(lambda x: jnp.where(position > 0, x, jnp.zeros_like(x)), filled.frontier)
+        filled = filled._replace(position=position, frontier=frontier)
+        return fill_chunk(join(definition, params), filled, tokens, length, fresh=False)
+
+    run = definition.sharded(take, params, (PREFIX_SPECS, WHOLE, WHOLE, WHOLE), PREFIX_SPECS)
+    return run(params, filled, tokens, length, position)
 
 
 @partial(jax.jit, static_argnames=("definition", "sampled"), donate_argnames="slots")
@@ -213,8 +230,14 @@ def lay(
     width = slots.decode.committed.hidden.shape[1]
     signals = slots.decode.signals
     branches = 0 if signals is None else signals.most_branches
-    model = join(definition, params)
-    rows, first_token = _begin(model, filled, Terms.unpacked(terms), width, branches, sampled=sampled)
+
+    def begin_rows(params: Params, filled: Filled, terms: jax.Array) -> tuple[Slots, jax.Array]:
+        model = join(definition, params)
+        return _begin(model, filled, Terms.unpacked(terms), width, branches, sampled=sampled)
+
+    copied = Slots(COPIED_SPECS, WHOLE)  # type: ignore[arg-type]
+    run = definition.sharded(begin_rows, params, (PREFIX_SPECS, WHOLE), (copied, WHOLE))
+    rows, first_token = run(params, filled, terms)
 
     def put(buffer: jax.Array, new: jax.Array) -> jax.Array:
         if not buffer.ndim:
@@ -292,8 +315,12 @@ def token_logprobs(
         row = jax.lax.dynamic_slice_in_dim(buffer, slot, 1)[0]
         return jax.lax.dynamic_slice_in_dim(row, start, columns_of(state))
 
+    def log_probs(params: Params, features: jax.Array) -> jax.Array:
+        llama = join(definition, params).llama
+        return jax.nn.log_softmax(llama.all_logits(llama.logits(features)), axis=-1)
+
     features, tokens = of(state.signals.features.final), of(state.tokens)
-    log_p = jax.nn.log_softmax(join(definition, params).llama.logits(features), axis=-1)
+    log_p = definition.sharded(log_probs, params, (WHOLE,), WHOLE)(params, features)
     best, alternatives = jax.lax.top_k(log_p, most)
     return jnp.take_along_axis(log_p, tokens[:, None], axis=-1)[:, 0], best, alternatives
 

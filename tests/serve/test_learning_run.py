@@ -123,6 +123,7 @@ def test_another_model_cannot_resume(byte_checkpoint, tmp_path):
     ("options", "message"),
     [
         (["--learn"], "--learn needs --out DIR"),
+        (["--learn", "--out", "runs/x", "--mesh", "data=2"], "--learn takes one device"),
         (["--out", "runs/x"], "--out is of a server that learns: add --learn"),
         (["--resume"], "--resume is of a server that learns"),
         (["--learn", "--out", "runs/x", "--learn-share", "1.5"], "--learn-share must be above 0 and below 1, got 1.5"),
