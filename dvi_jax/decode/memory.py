@@ -222,7 +222,8 @@ def _prefill_arguments(model: LoadedModel, sizes: Sizes) -> tuple[tuple[Any, ...
     eos_ids = jax.eval_shape(lambda: Knobs.make(0, 0.0, ())).eos_ids
     arrays = _decode_params(model), prompts, count, count, eos_ids
     options = {"sampling": _abstract_sampling(model, sizes), "prefix": _abstract_prefix(model, sizes)}
-    return arrays, options, {"slots": sizes.slots, "width": sizes.width, "record": sizes.record}
+    statics = {"slots": sizes.slots, "width": sizes.width, "record": sizes.record, "branches": 0}
+    return arrays, options, statics
 
 
 def _abstract_sampling(model: LoadedModel, sizes: Sizes) -> Sampling | None:
