@@ -149,7 +149,7 @@ def test_a_manifest_without_checksums_is_believed(copied):
 
 def test_a_full_disk_leaves_nothing(copied, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(
         UserError, match=r"cannot write .*/again: no space left: 0\.\d MiB are needed, 0\.0 MiB are free"
     ):
