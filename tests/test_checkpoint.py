@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 
-from dvi_jax import checkpoint as checkpoint_module
 from dvi_jax.checkpoint import MANIFEST, read_checkpoint, read_manifest, rewrite_checkpoint
 from dvi_jax.errors import UserError
 from dvi_jax.loading import from_checkpoint, trained_parts
