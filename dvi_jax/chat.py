@@ -110,6 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, load the model, and reply until there is nothing more to reply to."""
     options = _parser().parse_args(arguments)
     decode_settings(options)
+    if options.adaptive or options.memory_limit is not None:
+        raise UserError("a conversation measures with --plan auto: leave out --adaptive and --memory-limit")
     sampling = sampling_settings(options)
     model = load_model(options)
     tokenizer = model.need_tokenizer("this checkpoint has no tokenizer, which a conversation needs")

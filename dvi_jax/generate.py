@@ -8,12 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from dvi_jax.command_line import (
@@ -39,7 +37,7 @@ from dvi_jax.decode.stream import EVERY, Stream
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
 from dvi_jax.generate_file import Decoding, answer_file, read_lines
 from dvi_jax.loading import LoadedModel
-from dvi_jax.processes import add_process_options, check_alike, is_first, one_of_several
+from dvi_jax.processes import add_process_options, check_alike, one_of_several
 from dvi_jax.texts import decode_texts, prompt_ids
 
 UNANSWERED = 1  # exit status when a prompt of a file could not be answered
@@ -55,11 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError("--input and --output go together: prompts from one file, replies into another")
     if options.input is not None and (options.json or options.stream):
         raise UserError("with --input the replies go to --output: leave out --json and --stream")
-    if options.input is not None and (options.rejection or options.adaptive or options.threshold):
-        raise UserError(
-            "with --input drafts follow --plan and samples their seeds:"
-            " leave out --rejection, --adaptive and --threshold"
-        )
+    if options.input is not None:
+        check_file_options(options)
     sampling = sampling_settings(options)
     with one_of_several(options):
         decode_settings(options)  # what is wrong with them is said before anything is loaded
@@ -122,13 +117,21 @@ def answer_one(model: LoadedModel, options: argparse.Namespace, sampling: Sampli
     return 0
 
 
+def check_file_options(options: argparse.Namespace) -> None:
+    """Raise `UserError` for options that say nothing of a file of prompts, whose replies an engine gives."""
+    if options.rejection or options.adaptive or options.threshold or options.memory_limit is not None:
+        raise UserError(
+            "with --input drafts follow --plan and samples their seeds:"
+            " leave out --rejection, --adaptive, --threshold and --memory-limit"
+        )
+    if options.plan == AUTO and options.draft_steps is not None:
+        raise UserError("with --input --plan auto chooses how far a round drafts: leave out --draft-steps")
+    if options.coordinator is not None:
+        raise UserError("a file of prompts is answered by one process: leave out --coordinator and its like")
+
+
 def answer_all(model: LoadedModel, options: argparse.Namespace, sampling: SamplingConfig | None) -> int:
     """Answer the prompts of a file that have no reply yet; status 1 if some could not be answered."""
-    output = Path(options.output)
-    if jax.process_count() > 1 and is_first() and output.exists():
-        raise UserError(f"several processes write a file of replies from its beginning: {output} already exists")
-    if not is_first():
-        output = Path(tempfile.mkdtemp()) / output.name  # that nobody reads
     lines = read_lines(options.input, model, options.max_new_tokens)
     plan = AUTO if options.plan == AUTO else str(choose_plan(model, _settings(options, model)))
     decoding = Decoding(
@@ -147,7 +150,7 @@ def answer_all(model: LoadedModel, options: argparse.Namespace, sampling: Sampli
         failed = answer_file(
             model,
             lines,
-            output,
+            Path(options.output),
             decoding,
             report=lambda done, of: bar.update(task, completed=done),
         )

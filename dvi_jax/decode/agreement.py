@@ -73,6 +73,7 @@ def agreed_path(model: LoadedModel, *shape: object) -> Path | None:
     facts = [
         *(jax.devices()[0].device_kind, jax.__version__, repr(model.config), manifest.dtype, manifest.exit_layer),
         *([] if manifest.quantisation is None else [repr(manifest.quantisation)]),
+        *([] if model.definition.mesh is None else [sorted(model.definition.mesh.shape.items())]),
         *(manifest.drafter, sorted(manifest.drafter_config.items()), str(manifest.lora), *shape),
     ]
     try:

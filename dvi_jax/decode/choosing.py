@@ -24,6 +24,7 @@ from dvi_jax.config import MOST_DRAFTS, DecodeConfig
 from dvi_jax.decode.agreement import require_equal_bits
 from dvi_jax.decode.batch import make_knobs, start
 from dvi_jax.decode.cost import ROUNDS, round_seconds
+from dvi_jax.decode.kernel_loading import load_kernels
 from dvi_jax.decode.plan import PLAIN, Option, Plan, plan_for, rows_alike
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
@@ -186,6 +187,7 @@ class PlanChooser(Followed):
         Stretches grow: each start of a program takes as long as a few rounds, and late choices change little.
         """
         program, until, read = (self.model.definition, self.model.decode_params), STRETCH, 0
+        load_kernels(self.model, state, knobs, *(other.plan for other in self.alternatives(option)))
         while True:
             state = decode_rounds(*program, state, knobs._replace(until=jnp.int32(until)), option.plan)
             accepted, drafted, done, rounds = jax.device_get(
@@ -223,6 +225,8 @@ def costs_path(model: LoadedModel, batch: int, *more: object) -> Path:
     facts = [
         *(jax.devices()[0].device_kind, os.cpu_count(), jax.__version__, repr(model.config), manifest.dtype),
         *(manifest.exit_layer, manifest.drafter, sorted(manifest.drafter_config.items()), str(manifest.lora), batch),
+        *([] if manifest.quantisation is None else [repr(manifest.quantisation)]),
+        *([] if model.definition.mesh is None else [sorted(model.definition.mesh.shape.items())]),
         *more,
     ]
     return cache_folder() / "plan_costs" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.json"

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError("a plan that drafts is needed: without drafts there is nothing to compare with plain decoding")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit must be at least 1, got {options.limit}")
-    if options.batch is not None and (options.adaptive or options.threshold or options.memory_limit):
+    if options.batch is not None and (options.adaptive or options.threshold or options.memory_limit is not None):
         raise UserError("with --batch drafts follow --plan: leave out --adaptive, --threshold and --memory-limit")
     new_figure(1, 1)  # without matplotlib there is no report: say so before the work, not after
     questions = read_questions(options.questions)[: options.limit]

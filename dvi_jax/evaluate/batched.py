@@ -18,6 +18,7 @@ from dvi_jax.evaluate.runner import NO_TOKENIZER, Answered, TimedGeneration, con
 from dvi_jax.evaluate.spec_bench import Question
 from dvi_jax.evaluate.trace import FASTEST, PLAIN, SPECULATIVE
 from dvi_jax.loading import LoadedModel
+from dvi_jax.mesh import check_batch, replicas
 from dvi_jax.serve.many import Decoded, decode_many, open_engine
 from dvi_jax.serve.plans import plans_of
 from dvi_jax.serve.requests import Request
@@ -31,10 +32,14 @@ class BatchedDecoder:
 
     def __init__(self, model: LoadedModel, settings: DecodeConfig, plan: str, slots: int):
         """`plan`: as an engine takes it. Of `settings` the length of answers counts. `UserError` for a wrong plan."""
+        check_batch(model.definition.mesh, slots, "slots")
         self.model, self.settings, self._slots = model, settings, slots
         _, self.width = plans_of(model, plan, slots)
         self._modes = {SPECULATIVE: (plan, self.width), PLAIN: (str(PLAIN_PLAN), self.width)}
-        if self.width > 1 and not rows_alike(slots * self.width, model.config, model.manifest.dtype):
+        rows = slots // replicas(model.definition.mesh) * self.width  # of each device
+        if self.width > 1 and not rows_alike(rows, model.config, model.manifest.dtype):
+            slots // replicas(model.definition.mesh) * self.width, model.config, model.manifest.dtype
+        ):
             self._modes[FASTEST] = (str(PLAIN_PLAN), 1)
 
     @property

@@ -49,9 +49,9 @@ def open_checkpoint(
     if dtype not in (None, checkpoint.manifest.dtype):
         raise UserError(f"{source} holds {checkpoint.manifest.dtype} weights; give its source to get {dtype}")
     kept = checkpoint.manifest.quantisation
-    if quantisation is not None and (kept is None or kept.weights != quantisation.weights):
+    if weights is not None and (kept and kept.weights) != (quantisation and quantisation.weights):
         found = checkpoint.manifest.dtype if kept is None else kept.weights
-        raise UserError(f"{source} holds matrices in {found}; give its source to get {quantisation.weights}")
+        raise UserError(f"{source} holds matrices in {found}; give its source to get {weights}")
     return checkpoint
 
 

@@ -27,6 +27,7 @@ from dvi_jax.decode.plan import PLAIN
 from dvi_jax.errors import UserError
 from dvi_jax.learn.packing import Packed
 from dvi_jax.loading import LoadedModel
+from dvi_jax.mesh import replicas
 from dvi_jax.serve.engine import Engine
 from dvi_jax.serve.many import decode_many, open_engine
 from dvi_jax.serve.requests import Request
@@ -266,9 +267,10 @@ def _replies_to(
 
 def _open_engine(model: LoadedModel, batch: Batch, config: ReplyConfig) -> Engine:
     """An engine for the batch's length class."""
+    parts = replicas(model.definition.mesh)
     return open_engine(
         replace(model, tokenizer=None),  # no text is made of the replies
-        slots=batch.slots,
+        slots=-(-batch.slots // parts) * parts,  # they divide among the devices
         context=batch.longest + config.new_tokens,
         longest_prompt=batch.longest,
         plan=str(PLAIN),

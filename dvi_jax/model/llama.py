@@ -177,7 +177,7 @@ class Llama(nnx.Module):
         """int32 [V/n], the tokens of this device's part of the vocabulary; None for all."""
         if self.shards == 1:
             return None
-        rows = len(self.head_weight())
+        rows = self.head_weight().shape[0]
         return exchange.first_id(rows) + jnp.arange(rows, dtype=jnp.int32)
 
     def init_caches(self, batch: int, slots: int) -> tuple[Caches, Caches]:

@@ -19,12 +19,15 @@ import jax
 
 from dvi_jax.decode.batch import MOST_EOS_IDS, check_prompts
 from dvi_jax.decode.branches import most_branches
-from dvi_jax.decode.plan import Plan
+from dvi_jax.decode.kernel_loading import load_kernels
+from dvi_jax.decode.plan import PLAIN, Plan
+from dvi_jax.decode.state import Knobs
 from dvi_jax.decode.stream import StreamedText, stop_ids
 from dvi_jax.errors import UserError
 from dvi_jax.learn.replay import Windows
 from dvi_jax.loading import LoadedModel
-from dvi_jax.mesh import check_batch
+from dvi_jax.mesh import check_batch, shards
+from dvi_jax.model.decode_attention import MOST_ROUND_ROWS
 from dvi_jax.model.speculative_llama import Params
 from dvi_jax.serve.agreement import check_plans
 from dvi_jax.serve.intake import Intake
@@ -107,6 +110,8 @@ class Engine:
         record, (plans, least) = on_window is not None or logprobs > 0, plans_of(model, plan, slots)
         width, prefix_bytes = max(width, least), prefix_bytes if together == 1 else 0
         chunk = min(chunk or (CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK), self.context)
+        if shards(model.definition.mesh) > 1:  # a chunk runs no kernel of a round, which would have to be loaded first
+            chunk = max(chunk, 2 * MOST_ROUND_ROWS)
         room = _rounded_up(max(_rounded_up(self.context, chunk), self.context + width), POSITIONS)
         branches = 0 if learner is None else learner.branches
         shape = Shape(slots, room, width, record, min(branches, max(map(most_branches, plans))))
@@ -294,6 +299,8 @@ def _check(model: LoadedModel, sizes: dict[str, int]) -> None:
     """Raise `UserError` for what no engine can have."""
     if too_few := [name for name, value in sizes.items() if value < 1]:
         raise UserError(f"{too_few[0]} must be at least 1, got {sizes[too_few[0]]}")
+    if jax.process_count() > 1:
+        raise UserError("an engine runs in one process: leave out --coordinator, --processes and --process-id")
     check_batch(model.definition.mesh, sizes["slots"], "slots")
 
 
@@ -309,6 +316,8 @@ def _scheduler(
 ) -> Scheduler:
     """All slots free, and plans that were compared with plain decoding, and timed, in them."""
     empty = empty_slots(model.definition, model.decode_params, shape)
+    knobs = Knobs.make(0, 0.0, ())._replace(eos_ids=empty.eos_ids)
+    load_kernels(model, empty.decode.replace(sampling=None), knobs, *plans, PLAIN)
     choice, empty = choose(model, plans, shape.width, check_plans(model, plans, empty, intake))
     return Scheduler(model, empty, intake, choice, on_window=on_window, most_logprobs=most_logprobs, branches=branches)
 

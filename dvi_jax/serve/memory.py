@@ -11,7 +11,7 @@ from dvi_jax.decode.memory import available_bytes, cast_bytes, held_bytes, reada
 from dvi_jax.decode.prefill import PREFIX_SPECS
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
-from dvi_jax.mesh import bytes_of
+from dvi_jax.mesh import bytes_of, replicas, shards
 from dvi_jax.serve.slots import SLOT_SPECS, Shape, abstract_slots, empty_prompts
 
 
@@ -55,7 +55,7 @@ def engine_memory(model: LoadedModel, shape: Shape, prefix_bytes: int, together:
         slot=bytes_of(mesh, abstract_slots(model.definition, params, shape), SLOT_SPECS) // shape.slots,
         intake=bytes_of(mesh, jax.eval_shape(prompts, params), PREFIX_SPECS),
         prefixes=prefix_bytes,
-        workspace=2 * 4 * shape.slots * shape.width * model.config.vocab_size,
+        workspace=2 * 4 * shape.slots * shape.width * model.config.vocab_size // (replicas(mesh) * shards(mesh)),
         held=held_bytes(model),
     )
 

@@ -29,6 +29,7 @@ from dvi_jax.decode.choosing import (
 from dvi_jax.decode.plan import PLAIN, Plan, check_plan, rows_alike
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
+from dvi_jax.mesh import replicas
 from dvi_jax.serve.slots import MOST_ROUNDS, Slots, run_stretch
 
 AUTO = "auto"
@@ -99,6 +100,7 @@ def plans_of(model: LoadedModel, name: str, slots: int) -> tuple[tuple[Plan, ...
 
     `UserError` for one that model and device cannot follow.
     """
+    slots = -(-slots // replicas(model.definition.mesh))  # of each device
     if name == AUTO:
         if 2 * slots > MOST_ROUND_ROWS:  # a draft would make rounds slower by more than it can bring
             return (PLAIN,), 1
