@@ -38,8 +38,6 @@ class BatchedDecoder:
         self._modes = {SPECULATIVE: (plan, self.width), PLAIN: (str(PLAIN_PLAN), self.width)}
         rows = slots // replicas(model.definition.mesh) * self.width  # of each device
         if self.width > 1 and not rows_alike(rows, model.config, model.manifest.dtype):
-            slots // replicas(model.definition.mesh) * self.width, model.config, model.manifest.dtype
-        ):
             self._modes[FASTEST] = (str(PLAIN_PLAN), 1)
 
     @property
