@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--limit must be at least 1, got {options.limit}")
     if options.batch is not None and (options.adaptive or options.threshold or options.memory_limit is not None):
         raise UserError("with --batch drafts follow --plan: leave out --adaptive, --threshold and --memory-limit")
+    if options.batch is not None and options.plan == AUTO and options.draft_steps is not None:
+        raise UserError("with --batch --plan auto chooses how far a round drafts: leave out --draft-steps")
     new_figure(1, 1)  # without matplotlib there is no report: say so before the work, not after
     questions = read_questions(options.questions)[: options.limit]
     out = Path(options.out)

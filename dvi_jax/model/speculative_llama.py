@@ -48,7 +48,10 @@ class SpeculativeLlama(nnx.Module):
         self.calibration: nnx.Dict[Base] = nnx.Dict()
 
     def calibrate(self, temperatures: Sequence[float]) -> None:
-        """Temperatures of the drafts of a round; the last serves those after it. They move confidences, no choice."""
+        """Temperatures of the drafts of a round; the last serves those after it.
+
+        In greedy decoding thresholds and trees go by them; sampled drafts are not calibrated. They move no token.
+        """
         self.calibration["inverse"] = Base(1 / jnp.array(temperatures, jnp.float32))
 
     def calibrated(self, logits: jax.Array, draft: jax.Array | int) -> jax.Array:

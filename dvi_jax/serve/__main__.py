@@ -80,7 +80,15 @@ def main(arguments: list[str] | None = None) -> int:
 def _learn_settings(options: argparse.Namespace) -> LearnSettings | None:
     """How to learn, None for not at all; `UserError` for options that say both."""
     if not options.learn:
-        given = {"--out": options.out, "--resume": options.resume, "--drafter": options.drafter}
+        usual = LearnSettings()
+        given = {
+            "--out": options.out,
+            "--resume": options.resume,
+            "--drafter": options.drafter,
+            "--learn-share": options.learn_share != usual.share,
+            "--learn-branches": options.learn_branches != usual.branches,
+            "--save-seconds": options.save_seconds != usual.save_seconds,
+        }
         for name in (name for name, value in given.items() if value):
             raise UserError(f"{name} is of a server that learns: add --learn, or leave it out")
         return None
