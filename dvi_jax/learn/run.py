@@ -151,6 +151,7 @@ class Run(ABC, Generic[State, Measured]):
             training_step=self.step,
             verifier=self.verifier(),
             run_digest=self.directory.identity.digest,
+            calibration=(),  # it was fitted to other weights
             plan=plan,
             draft_steps=draft_steps,
         )

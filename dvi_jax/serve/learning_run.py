@@ -141,7 +141,7 @@ class LearningRun:
 
     def _write_drafter(self, path: Path, state: LearnerState, step: int) -> None:
         params = with_trainable(self._model.params, state.trainable)
-        manifest = replace(self._model.manifest, **self._manifest_values(step))
+        manifest = replace(self._model.manifest, calibration=(), **self._manifest_values(step))  # fitted to others
         write_drafter(path, replace(self._checkpoint, manifest=manifest, **jax.device_get(trained_parts(params))))
 
 
