@@ -101,10 +101,11 @@ def check_blocks(mesh: Mesh | None, base: Mapping[str, Any]) -> None:
     for layer in base["layers"].values():
         for name, parts in layer.items():
             if isinstance(parts, Mapping) and WEIGHTS[name] == BY_INPUT:
-                (_, width), block = Quantised.of(parts).shape, Quantised.of(parts).block
-                if width % (n * block):
+                matrix = Quantised.of(parts)
+                width = matrix.shape[1]
+                if width % (n * matrix.block):
                     raise UserError(
-                        f"mesh model={n}: the {width} inputs of {name} are kept in blocks of {block},"
+                        f"mesh model={n}: the {width} inputs of {name} are kept in blocks of {matrix.block},"
                         f" which do not divide by {n}: import with a smaller --group, or as int8"
                     )
 

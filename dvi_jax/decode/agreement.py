@@ -8,7 +8,6 @@ below them came to, and the tokens what came of the last layer.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from pathlib import Path
 
 import jax
@@ -16,10 +15,10 @@ import jax.numpy as jnp
 
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.batch import choose_plan, make_knobs, start
+from dvi_jax.decode.kept import kept_path
 from dvi_jax.decode.plan import PLAIN, Plan
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
-from dvi_jax.directories import cache_folder
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
 
@@ -65,19 +64,9 @@ def refusal(plan: Plan) -> UserError:
 
 
 def agreed_path(model: LoadedModel, *shape: object) -> Path | None:
-    """Where it is kept that programs of such a shape agree: named by all that they depend on.
-
-    None for a user without a home.
-    """
-    manifest = model.manifest
-    facts = [
-        *(jax.devices()[0].device_kind, jax.__version__, repr(model.config), manifest.dtype, manifest.exit_layer),
-        *([] if manifest.quantisation is None else [repr(manifest.quantisation)]),
-        *([] if model.definition.mesh is None else [sorted(model.definition.mesh.shape.items())]),
-        *(manifest.drafter, sorted(manifest.drafter_config.items()), str(manifest.lora), *shape),
-    ]
+    """Where it is kept that programs of such a shape agree; None for a user without a home."""
     try:
-        return cache_folder() / "agreement" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+        return kept_path("agreement", model, *shape)
     except UserError:
         return None
 

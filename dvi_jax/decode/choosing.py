@@ -8,7 +8,6 @@ nothing it stays so: its drafter has missed rows.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -24,11 +23,11 @@ from dvi_jax.config import MOST_DRAFTS, DecodeConfig
 from dvi_jax.decode.agreement import require_equal_bits
 from dvi_jax.decode.batch import make_knobs, start
 from dvi_jax.decode.cost import ROUNDS, round_seconds
+from dvi_jax.decode.kept import kept_path
 from dvi_jax.decode.kernel_loading import load_kernels
 from dvi_jax.decode.plan import PLAIN, Option, Plan, plan_for, rows_alike
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
-from dvi_jax.directories import cache_folder
 from dvi_jax.loading import LoadedModel
 
 STRETCH = 64  # rounds until the first choice; twice as many until the next, and so on
@@ -220,16 +219,8 @@ def options(model: LoadedModel, settings: DecodeConfig, batch: int) -> list[Opti
 
 
 def costs_path(model: LoadedModel, batch: int, *more: object) -> Path:
-    """Where the costs of rounds are kept: named by what their time depends on, device, compiler, shapes and types."""
-    manifest = model.manifest
-    facts = [
-        *(jax.devices()[0].device_kind, os.cpu_count(), jax.__version__, repr(model.config), manifest.dtype),
-        *(manifest.exit_layer, manifest.drafter, sorted(manifest.drafter_config.items()), str(manifest.lora), batch),
-        *([] if manifest.quantisation is None else [repr(manifest.quantisation)]),
-        *([] if model.definition.mesh is None else [sorted(model.definition.mesh.shape.items())]),
-        *more,
-    ]
-    return cache_folder() / "plan_costs" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.json"
+    """Where the costs of rounds are kept."""
+    return kept_path("plan_costs", model, os.cpu_count(), batch, *more).with_suffix(".json")
 
 
 def read_costs(path: Path) -> dict[str, float]:

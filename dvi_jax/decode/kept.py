@@ -1,0 +1,25 @@
+"""Where it is kept what was found out about a model's programs on this device: their costs, and whose bits agree."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import jax
+
+from dvi_jax.directories import cache_folder
+from dvi_jax.loading import LoadedModel
+
+
+def kept_path(folder: str, model: LoadedModel, *more: object) -> Path:
+    """A place in `folder` of the cache, named by all that programs depend on: device, compiler, model, mesh, `more`.
+
+    Raises `UserError` for a user without a home.
+    """
+    manifest, mesh = model.manifest, model.definition.mesh
+    facts = [
+        *(jax.devices()[0].device_kind, jax.__version__, None if mesh is None else sorted(mesh.shape.items())),
+        *(repr(model.config), manifest.dtype, repr(manifest.quantisation), manifest.exit_layer),
+        *(manifest.drafter, sorted(manifest.drafter_config.items()), str(manifest.lora), *more),
+    ]
+    return cache_folder() / folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
