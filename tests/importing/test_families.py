@@ -15,19 +15,9 @@ from conversion.importing import import_model
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.importing.source import load_base, open_source
 from experiments.families import KEPT, cases, own_logits
+from tests.conversion.conftest import GGUF_PARTS
 
 CASES = {case.name: case for case in cases()}
-GGUF_PARTS = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 GGUF_TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
