@@ -44,8 +44,8 @@ def open_checkpoint(
     accelerators, float32 on CPUs. `weights`: what matrices are kept in ("int8", "int4" or "float8"; "bfloat16" is that
     dtype). Raises `UserError` for anything else, and for a checkpoint of other weights.
     """
+    checkpoint = read_checkpoint(checkpoint_directory(source, dtype, weights), lazy=lazy)
     dtype, quantisation = chosen_storage(weights, dtype)
-    checkpoint = read_checkpoint(_directory(source, dtype, quantisation), lazy=lazy)
     if dtype not in (None, checkpoint.manifest.dtype):
         raise UserError(f"{source} holds {checkpoint.manifest.dtype} weights; give its source to get {dtype}")
     kept = checkpoint.manifest.quantisation
@@ -57,10 +57,7 @@ def open_checkpoint(
 
 def checkpoint_directory(source: str | Path, dtype: str | None = None, weights: str | None = None) -> Path:
     """The directory of `open_checkpoint`, importing what has to be imported."""
-    return _directory(source, *chosen_storage(weights, dtype))
-
-
-def _directory(source: str | Path, dtype: str | None, quantisation: Quantisation | None) -> Path:
+    dtype, quantisation = chosen_storage(weights, dtype)
     require_path("a model's name", str(source))
     path = Path(source)
     if not _exists(path):

@@ -37,8 +37,3 @@ class Features(NamedTuple):
         """Zeros for rows of `shape` (such as (B, T, D)) with so many `taps`."""
         inner = jnp.zeros((*shape[:-1], taps, shape[-1]), dtype) if taps else None
         return cls(jnp.zeros(shape, dtype), inner)
-
-    @property
-    def tap_count(self) -> int:
-        """A, the layers that are tapped."""
-        return 0 if self.taps is None else self.taps.shape[-2]

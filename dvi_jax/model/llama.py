@@ -115,11 +115,6 @@ class Llama(nnx.Module):
         """Type of weights, activations and caches."""
         return self.embed.dtype
 
-    @property
-    def shallow_taps(self) -> int:
-        """How many of the taps lie below the exit; `shallow` gives those, `deep` the others."""
-        return sum(tap < self.exit_layer for tap in self.taps)
-
     def head_weight(self) -> Matrix:
         """The LM head [V, D], or this device's part of it, [V/n, D]: the embedding where tied and not quantised."""
         return (self.embed if self.is_tied else self.head)[...]
