@@ -8,7 +8,7 @@ NEWEST := .venv-newest
 PIP := -m pip install --quiet --disable-pip-version-check
 # Nearly all the time of the tests goes into compiling; the programs are kept for two weeks. PROGRAMS= compiles all anew.
 PROGRAMS := .pytest_cache/programs
-PYTEST := $(TEST)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(if $(PROGRAMS),--programs $(PROGRAMS))
+PYTEST := $(TEST)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(if $(PROGRAMS),--programs=$(PROGRAMS))
 
 .PHONY: demo serve-demo test test-fast test-newest contract lint format clean
 
