@@ -139,7 +139,7 @@ class OnlineRun(Run[LearnerState, Acceptance]):
         check_learning(model, slowly=config.slow.every > 0)
         choose_plan(model, config.decode)
         if config.branches:
-            check_branches(model)
+            check_branches(model, config.objective.unroll_steps)
         window = window_bytes(self.window, model.config.hidden_size, len(model.taps), config.branches)
         kept = f"replay_capacity {config.replay_capacity} and rollout_batch {config.rollout_batch}"
         check_room((config.replay_capacity + config.rollout_batch) * window, kept)
