@@ -35,7 +35,11 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="dtype of such an import (default: float32 on CPUs, else bfloat16)"
     )
     parser.add_argument("--weights", choices=WEIGHTS, help="format of its matrices (default: the dtype)")
-    parser.add_argument("--drafter-from", metavar="DIR", help="draft with the trained drafter of another directory")
+    parser.add_argument(
+        "--drafter-from",
+        metavar="DIR",
+        help="draft with the trained drafter of another directory, or of the package by its name",
+    )
     parser.add_argument("--any-drafter", action="store_true", help="accept one that was made for other weights")
     parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="list of the only token ids to draft")
     parser.add_argument("--exit-layer", type=int, metavar="K", help="layers below the split (untrained drafter only)")
@@ -101,6 +105,17 @@ def decode_settings(options: argparse.Namespace) -> DecodeConfig:
     return DecodeConfig(
         draft_steps=drafts, plan=plan, threshold=options.threshold, max_new_tokens=options.max_new_tokens
     )
+
+
+def check_engine_options(options: argparse.Namespace, flag: str) -> None:
+    """Raise `UserError` for options that say nothing where an engine decodes, as `flag` has it do."""
+    usual = {"rejection": False, "adaptive": False, "threshold": DecodeConfig.threshold, "memory_limit": None}
+    for name in (name for name, value in usual.items() if getattr(options, name, value) != value):
+        raise UserError(
+            f"with {flag} drafts follow --plan and samples their seeds: leave out --{name.replace('_', '-')}"
+        )
+    if options.plan == AUTO and options.draft_steps is not None:
+        raise UserError(f"with {flag} --plan auto chooses how far a round drafts: leave out --draft-steps")
 
 
 def settings_for(model: LoadedModel, options: argparse.Namespace) -> DecodeConfig:

@@ -18,6 +18,7 @@ from dvi_jax.command_line import (
     AUTO,
     add_model_options,
     add_sampling_options,
+    check_engine_options,
     decode_settings,
     load_model,
     memory_limit,
@@ -119,13 +120,7 @@ def answer_one(model: LoadedModel, options: argparse.Namespace, sampling: Sampli
 
 def check_file_options(options: argparse.Namespace) -> None:
     """Raise `UserError` for options that say nothing of a file of prompts, whose replies an engine gives."""
-    if options.rejection or options.adaptive or options.threshold or options.memory_limit is not None:
-        raise UserError(
-            "with --input drafts follow --plan and samples their seeds:"
-            " leave out --rejection, --adaptive, --threshold and --memory-limit"
-        )
-    if options.plan == AUTO and options.draft_steps is not None:
-        raise UserError("with --input --plan auto chooses how far a round drafts: leave out --draft-steps")
+    check_engine_options(options, "--input")
     if options.coordinator is not None:
         raise UserError("a file of prompts is answered by one process: leave out --coordinator and its like")
 
