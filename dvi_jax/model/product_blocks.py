@@ -22,6 +22,7 @@ MOST_PARTS = 4
 WIDE, NARROW = 64, 32  # results of a row in one program
 WIDE_FROM = 4096  # results of a row, from which on blocks are wide
 ENOUGH = 128  # programs that keep a large GPU's memory busy
+ENOUGH_PACKED = 384  # the same where they read half as much and convert it
 TOO_FEW = 80  # programs, below which narrower blocks are faster
 
 Ref = Any  # a pointer into an array; indexing gives another, `plt.load` and `plt.store` use it
@@ -56,8 +57,17 @@ def part_count(shape: tuple[int, ...], group: int = STEP) -> int:
 
 def sum_parts(weight: Matrix, whole: tuple[int, int] | None = None) -> int:
     """`part_count` of a weight, quantised or not; with `whole`, of a weight of that shape which is kept as this one."""
-    group = weight.group if isinstance(weight, Quantised) and weight.is_grouped else STEP
-    return part_count(whole or weight.shape, group)
+    shape = whole or weight.shape
+    if not isinstance(weight, Quantised) or not weight.is_grouped:
+        return part_count(shape)
+    return part_count(shape, weight.group) if weight.packing < PACKING["uint16"] else _word_parts(shape, weight.block)
+
+
+def _word_parts(shape: tuple[int, ...], block: int) -> int:
+    """The same for integers in words, `block` inputs of which are a step; the last part may have fewer steps."""
+    out, width = shape
+    counts = [n for n in range(1, MOST_PARTS + 1) if width // block // n >= 3]
+    return next((n for n in counts if pl.cdiv(out, NARROW) * n >= ENOUGH_PACKED), max(counts, default=1))
 
 
 def blocks_for(shape: tuple[int, ...], parts: int, rows: int) -> Blocks:
@@ -93,7 +103,7 @@ def fitted(blocks: Blocks, weight: Matrix, rows: int) -> Blocks:
         step = next(n for n in (4 * STEP, 2 * STEP, STEP) if length % n == 0 or n == STEP)
         return blocks._replace(step=STEP if many else step, stages=3 if step == 4 * STEP else 5)
     if weight.packing == PACKING["uint16"]:
-        return blocks._replace(step=4 * weight.group, stages=3)
+        return blocks._replace(step=weight.block, stages=4)
     groups = weight.shape[1] // blocks.parts // weight.group
     most = max(blocks.step // weight.group, 1)
     return blocks._replace(step=weight.group * next(n for n in range(most, 0, -1) if groups % n == 0))
