@@ -80,6 +80,11 @@ def each_alone() -> Iterator[None]:
         _alone = before
 
 
+def is_alone() -> bool:
+    """Whether this is traced inside `each_alone`."""
+    return _alone
+
+
 def _gathered(x: jax.Array, axis: int) -> jax.Array:
     """What all devices have, one after the other along `axis`."""
     if _alone:
