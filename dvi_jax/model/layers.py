@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dvi_jax.model import attention, decode_attention, exchange, peer_memory
+from dvi_jax.model import attention, decode_attention, exchange
 from dvi_jax.model.attention import AnyCache, LayerCache
 from dvi_jax.model.decode_products import gated_product, product, sum_parts
 from dvi_jax.model.products import linear, total
@@ -122,10 +122,8 @@ class Block(nnx.Module):
             return residual.plus(parts)
         if not few:
             return residual.plus(exchange.summed(parts))
-        if residual.inbox is not None:
-            whole, inbox = peer_memory.joined_parts(parts, rows, residual.inbox)
-            return replace(residual.plus(whole), inbox=inbox)
-        return residual.plus(exchange.joined_parts(parts[:, :rows] if residual.kernels else parts))
+        whole, inbox = exchange.joined_parts(parts, rows if residual.kernels else None, residual.inbox)
+        return replace(residual.plus(whole), inbox=inbox)
 
     def _project(self, name: str, x: jax.Array, *, adapted: bool, kernels: bool, wide: bool = False) -> jax.Array:
         """x [..., in] times the weight `name`, in parts where kernels add them up: [P, ..., out].

@@ -15,11 +15,10 @@ from flax import nnx
 
 from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import UserError
-from dvi_jax.model import attention, decode_attention, decode_products, exchange, peer_memory
+from dvi_jax.model import attention, decode_attention, decode_products, exchange
 from dvi_jax.model.attention import AnyCache, Caches
 from dvi_jax.model.features import check_taps
 from dvi_jax.model.layers import Block
-from dvi_jax.model.peer_memory import Inbox
 from dvi_jax.model.products import linear
 from dvi_jax.model.quantised import Matrix, frozen
 from dvi_jax.model.residual import Residual
@@ -203,7 +202,9 @@ class Llama(nnx.Module):
         # A prefill has rows enough, and where there is no cache something may be differentiated.
         few = x.shape[1] <= decode_attention.MOST_ROUND_ROWS
         kernels = not fresh and few and attention.has_round_kernels(x.shape[0] * x.shape[1], config.head_dim, x.dtype)
-        inbox = self._inbox(positions.size, layers) if kernels else None
+        inbox = None
+        if kernels and self.shards > 1 and layers:
+            inbox = exchange.inbox_for(self.layers[layers[0]].exchanged_parts(), positions.size, config.hidden_size)
         residual = Residual(decode_products.laid_flat(x) if kernels else x, kernels=kernels, inbox=inbox)
         tapped: list[jax.Array] = []
         updated: list[AnyCache] = []
@@ -216,10 +217,3 @@ class Llama(nnx.Module):
             if new_cache is not None:
                 updated.append(new_cache)
         return residual, tuple(tapped), tuple(updated)
-
-    def _inbox(self, rows: int, layers: range) -> Inbox | None:
-        """Where a round's parts arrive through peer memory, if that serves."""
-        if self.shards == 1 or not layers or exchange.is_alone() or not peer_memory.is_available():
-            return None
-        numbers = self.layers[layers[0]].exchanged_parts(), rows, self.config.hidden_size
-        return peer_memory.new_inbox(*numbers) if peer_memory.takes(*numbers) else None
