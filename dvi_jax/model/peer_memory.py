@@ -29,7 +29,7 @@ from jaxlib.mlir.dialects import arith, gpu
 from dvi_jax.mesh import MODEL
 
 THREADS = 128  # of a program: a warpgroup
-MOST_PROGRAMS = 256  # which a GPU runs side by side, whatever else they need
+MOST_PROGRAMS = 512  # which a large GPU runs side by side
 MOST_UNITS = 8  # of a thread, whose loads are under way at once
 LONGEST_WAIT = 50_000_000  # looks at a flag, half a minute: then a device is lost, and the program ends
 WITHOUT_BARRIER = "skip_device_barrier"  # an option of kernels that jax 0.10 does not have

@@ -53,9 +53,10 @@ class Case:
     def is_possible(self) -> bool:
         """A block drafter drafts from no shallow layers, so no place for a lora_S, and its chains are one plan.
 
-        A batch divides among the devices along `data`.
+        A batch divides among the devices along `data`, and the blocks of a matrix in four bits among those along
+        `model`: the tiny verifier has one block a row.
         """
-        if self.mesh == "data=3" and self.batch != 3:
+        if (self.mesh == "data=3" and self.batch != 3) or (self.mesh == "model=2" and self.weights == "int4"):
             return False
         return not ((self.trunk == "separate" or self.plan == "chain") and self.drafts_blocks)
 

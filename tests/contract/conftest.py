@@ -159,16 +159,19 @@ def case_model(case: Case, train_noise: Callable[..., Params]) -> LoadedModel:
     if parts.lora_s:
         params = params._replace(lora_s=overlaid(params.lora_s, parts.lora_s))
     model = model.with_params(params)
-    if case.vocabulary == "few":
-        module = join(model.definition, model.params)
-        module.restrict_drafts(range(0, TINY.vocab_size, 2))
-        definition, params = split(module)
-        model = replace(model, definition=definition, params=params)
-    return over_mesh(model, case.mesh) if case.mesh else model
+    vocabulary = None if case.vocabulary == "whole" else tuple(range(0, TINY.vocab_size, 2))
+    if case.mesh:
+        return over_mesh(model, case.mesh, vocabulary)
+    if vocabulary is None:
+        return model
+    module = join(model.definition, model.params)
+    module.restrict_drafts(vocabulary)
+    definition, params = split(module)
+    return replace(model, definition=definition, params=params)
 
 
-def over_mesh(model: LoadedModel, mesh: str) -> LoadedModel:
-    """The same model on the devices of a mesh."""
+def over_mesh(model: LoadedModel, mesh: str, vocabulary: tuple[int, ...] | None) -> LoadedModel:
+    """The same model on the devices of a mesh, drafting from `vocabulary` alone."""
     parts = stored_parts(model)
     options = join(model.definition, model.params).drafter.config()
     checkpoint = Checkpoint(
@@ -177,6 +180,7 @@ def over_mesh(model: LoadedModel, mesh: str) -> LoadedModel:
         replace(model.manifest, drafter_config=options),
         base_of(model),
         **jax.device_get(parts),
+        draft_vocabulary=vocabulary,
     )
     with lightly_compiled():
         return from_checkpoint(checkpoint, mesh=make_mesh(MeshConfig.parse(mesh)))
