@@ -1,6 +1,5 @@
 """Two processes that are one run, with a device each."""
 
-import json
 import os
 import re
 import signal
@@ -12,14 +11,9 @@ import time
 import pytest
 
 from dvi_jax.checkpoint import read_checkpoint
-from dvi_jax.config import DecodeConfig
-from dvi_jax.decode.batch import generate_batch
 from dvi_jax.errors import EXIT_STATUS, UserError
 from dvi_jax.generate import main
 from dvi_jax.identity import hash_tree
-from dvi_jax.loading import load
-from dvi_jax.texts import prompt_ids
-from experiments.tiny import write_tiny_model
 
 DEADLINE = 240  # seconds, after which a test fails rather than waits
 
@@ -73,25 +67,6 @@ def test_a_lost_process_ends_the_run_which_then_goes_on(write_config, tmp_path):
         assert read.manifest.training_step == 8
         learned.append(hash_tree({"drafter": read.drafter, "lora": read.lora}))
     assert learned[0] == learned[1]
-
-
-def test_evaluation_by_two_has_the_ids_of_one(tmp_path):
-    """Each has half of the model; the first one writes, and what it writes one device decodes, plainly."""
-    write_tiny_model(tmp_path / "model", context=96, layers=2)
-    questions, out = tmp_path / "question.jsonl", tmp_path / "out"
-    questions.write_text(json.dumps({"question_id": 1, "category": "qa", "turns": ["Where?"]}) + "\n")
-    options = ["--checkpoint", str(tmp_path / "model"), "--questions", str(questions), "--out", str(out)]
-    options += ["--plan", "chain:2", "--max-new-tokens", "12", "--mesh", "model=2"]
-    first, other = two("dvi_jax.evaluate", *options)
-    said, errors = first.communicate(timeout=DEADLINE)
-    silence, _ = other.communicate(timeout=DEADLINE)
-    assert (first.returncode, other.returncode, silence) == (0, 0, ""), errors
-    assert "identical outputs: 1 of 1 questions" in said
-    trace = json.loads((out / "traces.jsonl").read_text().splitlines()[0])
-    model = load(tmp_path / "model")
-    settings = DecodeConfig(draft_steps=0, max_new_tokens=12)
-    (plain,), _ = generate_batch(model, [prompt_ids(model, "Where?")], settings)
-    assert trace["new_ids"] == plain.new_ids
 
 
 @pytest.mark.parametrize(
