@@ -121,8 +121,6 @@ def answer_one(model: LoadedModel, options: argparse.Namespace, sampling: Sampli
 def check_file_options(options: argparse.Namespace) -> None:
     """Raise `UserError` for options that say nothing of a file of prompts, whose replies an engine gives."""
     check_engine_options(options, "--input")
-    if options.coordinator is not None:
-        raise UserError("a file of prompts is answered by one process: leave out --coordinator and its like")
 
 
 def answer_all(model: LoadedModel, options: argparse.Namespace, sampling: SamplingConfig | None) -> int:

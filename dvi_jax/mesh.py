@@ -131,7 +131,7 @@ def spec_of(path: tuple[str, ...], axes: int = 2) -> P:
     Of a matrix in fewer bits (`qkv/values`, `qkv/scales`), every part is cut as the matrix is. Scales of output
     channels have one axis (`axes`), and are copied where the inputs are cut. The model has those of groups transposed.
     """
-    if path[0] != "llama":
+    if not path or path[0] != "llama":
         return WHOLE
     if path[-1].startswith(BY_GROUP):
         return P(*reversed(spec_of(path[:-1])))
@@ -292,6 +292,6 @@ def _names(path: Any) -> tuple[str, ...]:
 
 def _order_of(mesh: Mesh | None, config: LlamaConfig, path: tuple[str, ...]) -> np.ndarray | None:
     """`row_order` of an array; the rows of a LoRA's B are those of its weight, A has none of them."""
-    if path[0] != "llama" or ("lora" in path and path[-1] == "a"):
+    if not path or path[0] != "llama" or ("lora" in path and path[-1] == "a"):
         return None
     return row_order(path[-2] if "lora" in path or path[-1] in PARTS else path[-1], config, shards(mesh))

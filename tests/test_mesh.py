@@ -17,7 +17,7 @@ from dvi_jax.decode.prefix import make_prefix
 from dvi_jax.decode.stream import Stream
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel, from_checkpoint, load, stored_parts
-from dvi_jax.mesh import ROWS, collect, make_mesh, row_order, shard_config, to_host
+from dvi_jax.mesh import ROWS, WHOLE, collect, make_mesh, row_order, shard_config, specs_of, spread, to_host
 from dvi_jax.model.llama import base_shapes, random_base
 from dvi_jax.model.speculative_llama import join
 from dvi_jax.presets import TINY
@@ -168,6 +168,12 @@ def test_each_device_gets_its_part_alone(written, models):
     for name in ("qkv", "gate_up", "out", "down"):
         parts = {shard.data.shape for shard in params["layers"][0][name].addressable_shards}
         assert parts == {shapes["layers"]["0"][name]}
+
+
+def test_a_bare_array_is_copied():
+    """It has no name, so nothing says how to cut it."""
+    assert specs_of(jnp.ones(3)) == WHOLE
+    np.testing.assert_array_equal(spread(mesh_of("data=2,model=2"), jnp.ones(3)), np.ones(3))
 
 
 def test_memory_of_each_device(models):

@@ -36,6 +36,7 @@ from dvi_jax.evaluate.style import new_figure
 from dvi_jax.evaluate.summary import measure, summarise
 from dvi_jax.evaluate.trace import LinesFile, trace_line
 from dvi_jax.loading import LoadedModel
+from dvi_jax.processes import add_process_options, check_alike, is_first, one_of_several
 from dvi_jax.texts import usual_drafting
 
 MAX_NEW_TOKENS = 128
@@ -54,9 +55,19 @@ def main(arguments: list[str] | None = None) -> int:
     if options.batch is not None:
         check_engine_options(options, "--batch")
     new_figure(1, 1)  # without matplotlib there is no report: say so before the work, not after
+    with one_of_several(options):
+        check_alike(
+            measured=options.plan == AUTO or options.adaptive,
+            instead="name a --plan other than auto, and leave out --adaptive, as both measure times",
+        )
+        return measured(options, settings)
+
+
+def measured(options: argparse.Namespace, settings: DecodeConfig) -> int:
+    """What the options ask for, measured and written; the exit status."""
     questions = read_questions(options.questions)[: options.limit]
     out = Path(options.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_first() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists; choose another --out or remove it first")
     model = load_model(options)
     if options.plan is None and options.draft_steps is None and model.drafter_is_trained:
@@ -77,7 +88,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(decoder: Decoder, questions: Sequence[Question], about: dict[str, Any], out: Path) -> int:
-    """Measure, and print the outcome; the exit status."""
+    """Measure, and print the outcome; the exit status. Other processes than the first only decode along."""
+    if not is_first():
+        first_prompt(decoder, questions)
+        for _ in decoder.run(questions):
+            pass
+        return 0
     summary = evaluate(decoder, questions, about, out, Console(stderr=True))
     print(outcome(summary, out))
     return DIFFERENT if summary["differences"] else 0
@@ -224,6 +240,7 @@ def _parser() -> argparse.ArgumentParser:
         "--batch", type=at_least_one, metavar="N", help="so many prompts at a time: speeds are those of a sequence then"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    add_process_options(parser)
     return parser
 
 

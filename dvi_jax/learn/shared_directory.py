@@ -20,6 +20,9 @@ from dvi_jax.learn.run_directory import CHECKPOINT, Report, RunDirectory
 from dvi_jax.learn.run_identity import RunIdentity
 from dvi_jax.learn.snapshot import Snapshot, State
 
+PIECE = 2**30  # bytes of one broadcast: jax counts an array's elements in 32 bits
+LENGTH_BYTES = 8
+
 
 def open_directory(
     out: str | Path, *, keep: int, keep_best: int, resume: bool, report: Report, tensorboard: bool = False
@@ -116,10 +119,17 @@ def _numbers(leaf: jax.Array) -> np.ndarray:
 
 
 def _tell(message: bytes) -> None:
-    multihost_utils.broadcast_one_to_all(np.int32(len(message)))
-    multihost_utils.broadcast_one_to_all(np.frombuffer(message, np.uint8))  # bytes, since a sum would lose minus zero
+    _told(len(message).to_bytes(LENGTH_BYTES, "little"))
+    for begin in range(0, len(message), PIECE):
+        _told(message[begin : begin + PIECE])
 
 
 def _hear() -> bytes:
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(0)))
-    return np.asarray(multihost_utils.broadcast_one_to_all(np.zeros(size, np.uint8))).tobytes()
+    size = int.from_bytes(_told(bytes(LENGTH_BYTES)), "little")
+    return b"".join(_told(bytes(min(PIECE, size - begin))) for begin in range(0, size, PIECE))
+
+
+def _told(piece: bytes) -> bytes:
+    """What the first process has, in every process; the others give as many bytes of anything."""
+    # As bytes: what is broadcast is a sum with zeros, in which minus zero would be lost.
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.frombuffer(piece, np.uint8))).tobytes()

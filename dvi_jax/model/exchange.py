@@ -17,13 +17,30 @@ import jax
 import jax.numpy as jnp
 
 from dvi_jax.mesh import MODEL
+from dvi_jax.model import peer_memory
+from dvi_jax.model.peer_memory import Inbox
 
 _alone = False  # `each_alone`
 
 
-def joined_parts(parts: jax.Array) -> jax.Array:
-    """Parts float32 [P, ..., D] of this device's share of sums -> of the whole sums, [n * P, ..., D] in order."""
-    return _gathered(parts, axis=0)
+def inbox_for(parts: int, rows: int, size: int) -> Inbox | None:
+    """For the `joined_parts` of a pass, [parts, rows, size] each at the most: peer memory, if that serves here."""
+    if _alone or not peer_memory.is_available() or not peer_memory.takes(parts, rows, size):
+        return None
+    return peer_memory.new_inbox(parts, rows, size)
+
+
+def joined_parts(
+    parts: jax.Array, rows: int | None = None, inbox: Inbox | None = None
+) -> tuple[jax.Array, Inbox | None]:
+    """Parts float32 [P, ..., D] of this device's share of sums -> of the whole sums, [n * P, ..., D] in order.
+
+    Of parts [P, R, D] only the first `rows` rows, if given. Through the `inbox` if there is one, which comes back for
+    the exchange after.
+    """
+    if inbox is not None:
+        return peer_memory.joined_parts(parts, parts.shape[1] if rows is None else rows, inbox)
+    return _gathered(parts[:, :rows], axis=0), None
 
 
 def summed(parts: jax.Array) -> jax.Array:

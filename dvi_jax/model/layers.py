@@ -6,6 +6,7 @@ parts of a product, D hidden, F feed-forward, V vocabulary, R LoRA rank.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -87,7 +88,7 @@ class Block(nnx.Module):
 
         project = partial(self._project, adapted=adapted, kernels=residual.kernels)
         few = positions.shape[1] <= decode_attention.MOST_ROUND_ROWS
-        complete = partial(self._complete, rows=positions.size if residual.kernels else None, few=few)
+        plus = partial(self._plus, rows=positions.size, few=few)
         residual, normed = residual.normed(self.attn_norm[...], self.eps)
         entered = residual.x
         qkv = project("qkv", normed, wide=self.is_biased)
@@ -98,7 +99,7 @@ class Block(nnx.Module):
                 mixed, cache = attention.attend_fresh(qkv, self.heads, rope, cache, positions, bias)
             else:
                 mixed, cache = attention.attend_cached(qkv, self.heads, rope, cache, positions, bias)
-        residual = residual.plus(complete(project("out", mixed, wide=self.shards > 1)))
+        residual = plus(residual, project("out", mixed, wide=self.shards > 1))
         with jax.named_scope("mlp"):
             residual, normed = residual.normed(self.mlp_norm[...], self.eps)
             if residual.kernels and "gate_up" not in self.lora:
@@ -106,17 +107,24 @@ class Block(nnx.Module):
             else:
                 gate, up = jnp.split(total(project("gate_up", normed), normed.dtype), 2, axis=-1)
                 gated = jax.nn.silu(gate) * up
-            return entered, residual.plus(complete(project("down", gated, wide=self.shards > 1))), cache
+            return entered, plus(residual, project("down", gated, wide=self.shards > 1)), cache
 
-    def _complete(self, parts: jax.Array, *, rows: int | None, few: bool) -> jax.Array:
-        """Parts [P, ..., D] of a product over this device's share of its input -> of the whole product.
+    def exchanged_parts(self) -> int:
+        """P: into how many parts, at most, a sum of this device goes to the others in a round."""
+        return max(self._sum_parts(name, getattr(self, name)[...]) for name in ("out", "down"))
 
-        `few`: rows of a round, whose bits must not depend on where they lie. `rows`: how many there are, if more fill
-        up a tile: those go to nobody.
+    def _plus(self, residual: Residual, parts: jax.Array, *, rows: int, few: bool) -> Residual:
+        """The stream with a product to be added, of which `parts` [P, ..., D] are this device's share.
+
+        `few`: rows of a round, whose bits must not depend on where they lie. `rows`: how many there are; with kernels
+        more may fill up a tile, and those go to nobody.
         """
         if self.shards == 1:
-            return parts
-        return exchange.joined_parts(parts[:, :rows]) if few else exchange.summed(parts)
+            return residual.plus(parts)
+        if not few:
+            return residual.plus(exchange.summed(parts))
+        whole, inbox = exchange.joined_parts(parts, rows if residual.kernels else None, residual.inbox)
+        return replace(residual.plus(whole), inbox=inbox)
 
     def _project(self, name: str, x: jax.Array, *, adapted: bool, kernels: bool, wide: bool = False) -> jax.Array:
         """x [..., in] times the weight `name`, in parts where kernels add them up: [P, ..., out].

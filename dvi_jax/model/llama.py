@@ -202,7 +202,10 @@ class Llama(nnx.Module):
         # A prefill has rows enough, and where there is no cache something may be differentiated.
         few = x.shape[1] <= decode_attention.MOST_ROUND_ROWS
         kernels = not fresh and few and attention.has_round_kernels(x.shape[0] * x.shape[1], config.head_dim, x.dtype)
-        residual = Residual(decode_products.laid_flat(x) if kernels else x, kernels=kernels)
+        inbox = None
+        if kernels and self.shards > 1 and layers:
+            inbox = exchange.inbox_for(self.layers[layers[0]].exchanged_parts(), positions.size, config.hidden_size)
+        residual = Residual(decode_products.laid_flat(x) if kernels else x, kernels=kernels, inbox=inbox)
         tapped: list[jax.Array] = []
         updated: list[AnyCache] = []
         for index, cache in zip(layers, caches or (None,) * len(layers), strict=True):

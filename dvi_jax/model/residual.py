@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from dvi_jax.model.peer_memory import Inbox
 from dvi_jax.model.products import total
 
 MOST_WARPS = 32
@@ -30,6 +31,7 @@ class Residual:
     x: jax.Array  # [B, T, D]; with kernels [R, D]: all rows, and more to fill up a tile (`product_blocks.padded_rows`)
     added: jax.Array | None = None  # parts of a product, [P, ..., D]; with kernels maybe of the first rows alone
     kernels: bool = False  # a decoding round on a device with kernels for it: nothing is differentiated
+    inbox: Inbox | None = None  # where other devices' parts arrive, if through peer memory
 
     def plus(self, parts: jax.Array) -> Residual:
         """The stream with `parts` [P, ..., D] to be added."""

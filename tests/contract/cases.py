@@ -24,6 +24,7 @@ AXES = {
     "vocabulary": ("whole", "few"),
     "plan": ("early-exit", "chain", "tree"),
     "weights": ("whole", "int8", "int4", "float8"),
+    "mesh": ("", "model=2", "data=3"),
 }
 
 
@@ -41,6 +42,7 @@ class Case:
     vocabulary: str = "whole"  # few: drafts are chosen from a part of the vocabulary
     weights: str = "whole"  # else what the verifier's matrices are kept in (with int4, `down` is in int8: 48 inputs)
     plan: str = "early-exit"  # chain: rounds written out, plain decoding a program of its own; tree: of as many rows
+    mesh: str = ""  # over which devices, as --mesh has it
 
     def __str__(self) -> str:
         """What differs from the defaults."""
@@ -49,7 +51,13 @@ class Case:
 
     @property
     def is_possible(self) -> bool:
-        """A block drafter drafts from no shallow layers, so no place for a lora_S, and its chains are one plan."""
+        """A block drafter drafts from no shallow layers, so no place for a lora_S, and its chains are one plan.
+
+        A batch divides among the devices along `data`, and the blocks of a matrix in four bits among those along
+        `model`: the tiny verifier has one block a row.
+        """
+        if (self.mesh == "data=3" and self.batch != 3) or (self.mesh == "model=2" and self.weights == "int4"):
+            return False
         return not ((self.trunk == "separate" or self.plan == "chain") and self.drafts_blocks)
 
     @property
@@ -75,9 +83,9 @@ class Case:
         return self == alike and self != Case()
 
     @property
-    def _verifying(self) -> tuple[str, int, str]:
-        """What shape, type and plan the verifier's pass has."""
-        return self.dtype, self.batch, self.settings_plan
+    def _verifying(self) -> tuple[str, int, str, str]:
+        """What shape, type, plan and devices the verifier's pass has."""
+        return self.dtype, self.batch, self.settings_plan, self.mesh
 
     @property
     def settings_plan(self) -> str:
@@ -113,8 +121,8 @@ def star() -> list[Case]:
 
 
 @cache
-def optimised() -> dict[tuple[str, int, str], Case]:
-    """The first case of `star` for each shape, type and plan of the verifier's pass."""
+def optimised() -> dict[tuple[str, int, str, str], Case]:
+    """The first case of `star` for each shape, type, plan and mesh of the verifier's pass."""
     cases = [case for case in star() if not (case.sampling == "rejection" or case._drafts_otherwise)]
     return {case._verifying: case for case in reversed(cases)}
 

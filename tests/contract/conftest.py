@@ -3,17 +3,19 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dvi_jax.checkpoint import Manifest
-from dvi_jax.config import DistillConfig, LlamaConfig
+from dvi_jax.checkpoint import Checkpoint, Manifest
+from dvi_jax.config import DistillConfig, LlamaConfig, MeshConfig
 from dvi_jax.importing.rounding import rounded
 from dvi_jax.learn.distill import distill_step, init_distill
-from dvi_jax.loading import LoadedModel, build_model
+from dvi_jax.loading import LoadedModel, build_model, from_checkpoint, stored_parts
+from dvi_jax.mesh import make_mesh
 from dvi_jax.model import drafters
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import Params, Tree, join, split
@@ -157,12 +159,38 @@ def case_model(case: Case, train_noise: Callable[..., Params]) -> LoadedModel:
     if parts.lora_s:
         params = params._replace(lora_s=overlaid(params.lora_s, parts.lora_s))
     model = model.with_params(params)
-    if case.vocabulary == "whole":
+    vocabulary = None if case.vocabulary == "whole" else tuple(range(0, TINY.vocab_size, 2))
+    if case.mesh:
+        return over_mesh(model, case.mesh, vocabulary)
+    if vocabulary is None:
         return model
     module = join(model.definition, model.params)
-    module.restrict_drafts(range(0, TINY.vocab_size, 2))
+    module.restrict_drafts(vocabulary)
     definition, params = split(module)
     return replace(model, definition=definition, params=params)
+
+
+def over_mesh(model: LoadedModel, mesh: str, vocabulary: tuple[int, ...] | None) -> LoadedModel:
+    """The same model on the devices of a mesh, drafting from `vocabulary` alone."""
+    parts = stored_parts(model)
+    options = join(model.definition, model.params).drafter.config()
+    checkpoint = Checkpoint(
+        Path("contract"),
+        model.config,
+        replace(model.manifest, drafter_config=options),
+        base_of(model),
+        **jax.device_get(parts),
+        draft_vocabulary=vocabulary,
+    )
+    with lightly_compiled():
+        return from_checkpoint(checkpoint, mesh=make_mesh(MeshConfig.parse(mesh)))
+
+
+def base_of(model: LoadedModel) -> Tree:
+    """The base tree that a checkpoint of the model has, on the host."""
+    base = model.params.base["llama"]
+    layers = {str(i): {n: w for n, w in x.items() if n != "lora"} for i, x in base["layers"].items()}
+    return jax.device_get({"embed": base["embed"], "norm": base["norm"], "head": base["head"], "layers": layers})
 
 
 @pytest.fixture

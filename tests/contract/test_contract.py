@@ -22,7 +22,7 @@ from dvi_jax.loading import from_checkpoint, trained_parts
 from dvi_jax.model.speculative_llama import join
 from tests.compiling import lightly_compiled
 from tests.contract.cases import BEGINNING, PROMPTS
-from tests.contract.conftest import UNROLLED
+from tests.contract.conftest import UNROLLED, base_of
 
 pytestmark = pytest.mark.optimized
 NEW = 28
@@ -117,15 +117,10 @@ def test_online_update_moves_the_drafter_alone(case, case_model):
 @pytest.mark.axes("drafter", "dtype", "trunk", "weights")
 def test_checkpoint_round_trip(case, case_model, tmp_path):
     """Saved and loaded, the drafter is the same in every bit, its options too."""
-    base = case_model.params.base["llama"]
-    tree = {"embed": base["embed"], "norm": base["norm"], "head": base["head"], "layers": base["layers"]}
-    tree["layers"] = {str(i): {n: w for n, w in x.items() if n != "lora"} for i, x in base["layers"].items()}
     options = join(case_model.definition, case_model.params).drafter.config()
     manifest = replace(case_model.manifest, drafter_config=options)
-    arrays = jax.device_get(tree)
-    write_checkpoint(
-        tmp_path / "saved", case_model.config, manifest, arrays, **jax.device_get(trained_parts(case_model.params))
-    )
+    parts = jax.device_get(trained_parts(case_model.params))
+    write_checkpoint(tmp_path / "saved", case_model.config, manifest, base_of(case_model), **parts)
     loaded = from_checkpoint(read_checkpoint(tmp_path / "saved"))
     assert loaded.manifest == manifest
     jax.tree.map(np.testing.assert_array_equal, loaded.params, case_model.params)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from dvi_jax.checkpoint import read_checkpoint, rewrite_checkpoint
-from dvi_jax.errors import run_cli
+from dvi_jax.errors import UserError, run_cli
 from dvi_jax.evaluate import __main__ as command
 from dvi_jax.evaluate.runner import EARLIER_TURN, TOO_LONG, PairedDecoder
 from dvi_jax.evaluate.trace import PLAIN
@@ -62,6 +64,45 @@ def test_drafts_as_in_training_unless_told(checkpoint, questions_file, tmp_path,
                 ]
             )
     assert seen == [2, 1]
+
+
+def test_another_process_than_the_first_decodes_along_and_writes_nothing(
+    checkpoint, questions_file, tmp_path, monkeypatch, capsys
+):
+    """It takes part in every exchange, so it goes through all questions, whatever lies in its folder."""
+    decoded = []
+
+    class Along:
+        def run(self, questions):
+            for question in questions:
+                decoded.append(question.question_id)
+                yield None
+
+    monkeypatch.setattr(command, "is_first", lambda: False)
+    monkeypatch.setattr(command, "PairedDecoder", lambda *_: Along())
+    monkeypatch.setattr(command, "first_prompt", lambda *_: [1])
+    arguments = ["--checkpoint", checkpoint, "--questions", questions_file, "--out", tmp_path]
+    (tmp_path / "of the first").touch()
+    assert command.main([str(argument) for argument in arguments]) == 0
+    assert decoded == [1, 2, "three", 4, 5]
+    assert [path.name for path in tmp_path.iterdir()] == ["of the first"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--batch", "2"], "with --batch one process decodes: leave out --coordinator, --processes and --process-id"),
+        (["--plan", "auto"], "several processes must do alike: name a --plan other than auto"),
+        (["--adaptive"], "several processes must do alike: .* leave out --adaptive"),
+    ],
+)
+def test_what_several_processes_cannot_do(checkpoint, questions_file, tmp_path, monkeypatch, options, said):
+    monkeypatch.setattr(command, "one_of_several", lambda _: nullcontext())
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    arguments = ["--checkpoint", checkpoint, "--questions", questions_file, "--out", tmp_path / "out", *options]
+    with pytest.raises(UserError, match=said):
+        command.main([*map(str, arguments), "--coordinator", "h:1", "--processes", "2", "--process-id", "0"])
 
 
 def test_every_file_is_there(evaluation):
