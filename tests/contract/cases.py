@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
+from dvi_jax.config import KV, WHOLE_KV
 from dvi_jax.model.drafters import DRAFTERS
 from tests.contract.probe import PROBES
 
@@ -24,6 +25,7 @@ AXES = {
     "vocabulary": ("whole", "few"),
     "plan": ("early-exit", "chain", "tree"),
     "weights": ("whole", "int8", "int4", "float8"),
+    "kv": KV,
 }
 
 
@@ -40,6 +42,7 @@ class Case:
     trunk: str = "shared"  # separate: lora_S inside the shallow layers too
     vocabulary: str = "whole"  # few: drafts are chosen from a part of the vocabulary
     weights: str = "whole"  # else what the verifier's matrices are kept in (with int4, `down` is in int8: 48 inputs)
+    kv: str = WHOLE_KV  # what keys and values are kept in
     plan: str = "early-exit"  # chain: rounds written out, plain decoding a program of its own; tree: of as many rows
 
     def __str__(self) -> str:
@@ -75,9 +78,9 @@ class Case:
         return self == alike and self != Case()
 
     @property
-    def _verifying(self) -> tuple[str, int, str]:
-        """What shape, type and plan the verifier's pass has."""
-        return self.dtype, self.batch, self.settings_plan
+    def _verifying(self) -> tuple[str, int, str, str]:
+        """What shape, types and plan the verifier's pass has."""
+        return self.dtype, self.batch, self.settings_plan, self.kv
 
     @property
     def settings_plan(self) -> str:
@@ -101,6 +104,7 @@ PAIRS = (
     Case(plan="tree", dtype="bfloat16", trunk="separate"),
     Case(plan="tree", dtype="bfloat16", weights="int4"),
     Case(plan="tree", drafter="medusa", sampling="coupled"),
+    Case(plan="tree", kv="int8", sampling="coupled"),
     Case(plan="tree", drafter="kangaroo", sampling="rejection"),
     Case(plan="tree", drafter="tapped_block", dtype="bfloat16", prefix=True),
 )
@@ -113,7 +117,7 @@ def star() -> list[Case]:
 
 
 @cache
-def optimised() -> dict[tuple[str, int, str], Case]:
+def optimised() -> dict[tuple[str, int, str, str], Case]:
     """The first case of `star` for each shape, type and plan of the verifier's pass."""
     cases = [case for case in star() if not (case.sampling == "rejection" or case._drafts_otherwise)]
     return {case._verifying: case for case in reversed(cases)}
