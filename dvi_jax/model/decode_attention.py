@@ -106,9 +106,7 @@ def cached_attention(
         interpret=interpret,
         name="cached_attention",
     )(*cache, qkv, cos, sin, positions, *([] if bias is None else [bias]))
-    found = written[len(cache) :]
-    mixed = found[0] if chunks == 1 else combine(*found).astype(key.dtype)
-    return mixed.reshape(rows, queries * size), *jax.tree.unflatten(tree, written[: len(cache)])
+    return results(written, tree, rows, key.dtype)
 
 
 def chunk_count(slots: int) -> int:
@@ -132,6 +130,14 @@ def entire(shape: tuple[int, ...]) -> pl.BlockSpec:
 def of_head(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
     """A program of a grid (batch, KV heads, ...) sees all that an array [B, K, ...] has of its sequence and head."""
     return pl.BlockSpec((None, None, *array.shape[2:]), lambda b, k, c: (b, k, 0, 0))
+
+
+def results(written: Sequence[jax.Array], tree: Any, rows: int, dtype: jnp.dtype) -> tuple[jax.Array, Rows, Rows]:
+    """From a kernel's outputs: the attention [R, N*H], and keys and values, of structure `tree`, which come first."""
+    key, value = jax.tree.unflatten(tree, written[: tree.num_leaves])
+    found = written[tree.num_leaves :]
+    mixed = found[0] if len(found) == 1 else combine(*found).astype(dtype)
+    return mixed.reshape(rows, -1), key, value
 
 
 def combine(mixed: jax.Array, top: jax.Array, total: jax.Array) -> jax.Array:

@@ -97,9 +97,7 @@ def tree_attention(
         interpret=interpret,
         name="tree_attention",
     )(*earlier, *cache, qkv, cos, sin, positions, tree.path, tree.start, *biases)
-    found = written[len(noted) :]
-    mixed = found[0] if chunks == 1 else chain.combine(*found).astype(key.dtype)
-    return mixed.reshape(rows, queries * size), *jax.tree.unflatten(structure, written[: len(noted)])
+    return chain.results(written, structure, rows, key.dtype)
 
 
 def _of_sequence(*shape: int) -> pl.BlockSpec:
