@@ -58,8 +58,7 @@ def tree_attention(
     batch, tokens = positions.shape
     kv_heads, slots = key.shape[1:3]
     queries = heads - 2 * kv_heads
-    chunks = chain.chunk_count(slots)
-    tiles = pl.cdiv(queries // kv_heads, TILE)
+    chunks, tiles = chain.chunk_count(slots), pl.cdiv(queries // kv_heads, TILE)
     cos, sin = (table[:, :, 0] for table in rope)
     cache, structure = jax.tree.flatten((key, value))
     earlier, biases = jax.tree.leaves(nodes), [] if bias is None else [bias]
@@ -83,8 +82,7 @@ def tree_attention(
             *map(chain.of_head, earlier),
             *map(chain.of_head, cache),
             chain.entire(qkv.shape),
-            _of_sequence(tokens, size // 2),
-            _of_sequence(tokens, size // 2),
+            *[_of_sequence(tokens, size // 2)] * 2,
             _of_sequence(tokens),
             _of_sequence(*tree.path.shape[1:]),
             chain.entire((batch,)),
