@@ -3,6 +3,9 @@
 The kernels are interpreted, against attention in numpy over what the 8 bits stand for.
 """
 
+from dataclasses import replace
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +18,7 @@ from dvi_jax.model.decode_attention import CHUNK_SLOTS, UNCUT_SLOTS, cached_atte
 from dvi_jax.model.kept_kv import KINDS, Kept, keep, quantised
 from dvi_jax.model.prefill_attention import prefill_attention
 from dvi_jax.model.tree_attention import Tree, keep_path, tree_attention
+from dvi_jax.presets import TINY
 
 HEADS, SIZE, TOKENS = (6, 2, 32), 32, 4  # three queries for each KV head
 SLOTS, STARTS = UNCUT_SLOTS + 76, np.array([CHUNK_SLOTS - 2, UNCUT_SLOTS + 72])  # ends in different chunks
@@ -134,6 +138,25 @@ def test_a_node_of_a_tree_has_the_bits_of_its_path(case):
     kept = keep_path([tuple(case.cache)], [tuple(nodes)], accepted, start, interpret=True)
     for found, right in zip(jax.tree.leaves(kept), jax.tree.leaves(written), strict=True):
         np.testing.assert_array_equal(found, right)
+
+
+@pytest.mark.parametrize("size", [32, 8])
+def test_a_long_prefill_on_a_gpu(monkeypatch, size):
+    """A fresh one: by the kernel, or for heads that it does not take by cuDNN's call; against the einsum."""
+    heads, tokens = (2, 1, size), 72
+    qkv = jax.random.normal(jax.random.key(0), (1, 1, tokens, 4 * size), jnp.float32)
+    (cache,) = attention.init_caches(replace(TINY, num_kv_heads=1, head_dim=size), 1, 1, 128, jnp.float32, "int8")
+    positions = jnp.arange(tokens)[None]
+    rope = attention.rope_tables(attention.rope_frequencies(size, 10000.0, None), positions)
+    expected, written = attention.attend_fresh(qkv, heads, rope, cache, positions)
+    monkeypatch.setattr(attention, "has_gpu_kernels", lambda dtype: True)
+    monkeypatch.setattr(attention, "CUDNN", "xla")
+    monkeypatch.setattr(attention, "attend", None)
+    kernel = partial(prefill_attention, interpret=True)
+    monkeypatch.setattr(attention.prefill_attention, "prefill_attention", kernel if size == 32 else None)
+    found, same = attention.attend_fresh(qkv, heads, rope, cache, positions)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, same, written)
 
 
 def test_nothing_else_is_a_format(make_tiny):
