@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dvi_jax.checkpoint import DTYPES
 from dvi_jax.compiling import tell_when_compiling
-from dvi_jax.config import DecodeConfig, MeshConfig, SamplingConfig
+from dvi_jax.config import KV, WHOLE_KV, DecodeConfig, MeshConfig, SamplingConfig
 from dvi_jax.decode.memory import GIB
 from dvi_jax.decode.plan import Plan, drafts_of
 from dvi_jax.errors import UserError, add_debug, notice
@@ -35,6 +35,7 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="dtype of such an import (default: float32 on CPUs, else bfloat16)"
     )
     parser.add_argument("--weights", choices=WEIGHTS, help="format of its matrices (default: the dtype)")
+    add_kv_option(parser)
     parser.add_argument(
         "--drafter-from",
         metavar="DIR",
@@ -44,6 +45,16 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="list of the only token ids to draft")
     parser.add_argument("--exit-layer", type=int, metavar="K", help="layers below the split (untrained drafter only)")
     add_debug(parser)
+
+
+def add_kv_option(parser: argparse.ArgumentParser) -> None:
+    """Add --kv."""
+    parser.add_argument(
+        "--kv",
+        choices=KV,
+        default=WHOLE_KV,
+        help="what the cache keeps keys and values in (default: the model's dtype)",
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -206,6 +217,7 @@ def load_model(options: argparse.Namespace) -> LoadedModel:
         exit_layer=options.exit_layer,
         drafter_from=options.drafter_from,
         draft_vocabulary=options.draft_vocabulary,
+        kv=options.kv,
         mesh=mesh_of(options),
     )
 

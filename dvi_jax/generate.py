@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.input is not None and (options.json or options.stream):
         raise UserError("with --input the replies go to --output: leave out --json and --stream")
     if options.input is not None:
-        check_file_options(options)
+        check_engine_options(options, "--input")
     sampling = sampling_settings(options)
     with one_of_several(options):
         decode_settings(options)  # what is wrong with them is said before anything is loaded
@@ -116,11 +116,6 @@ def answer_one(model: LoadedModel, options: argparse.Namespace, sampling: Sampli
             file=sys.stderr,
         )
     return 0
-
-
-def check_file_options(options: argparse.Namespace) -> None:
-    """Raise `UserError` for options that say nothing of a file of prompts, whose replies an engine gives."""
-    check_engine_options(options, "--input")
 
 
 def answer_all(model: LoadedModel, options: argparse.Namespace, sampling: SamplingConfig | None) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvi_jax.config import DecodeConfig
+from dvi_jax.config import KV, WHOLE_KV, DecodeConfig
 from dvi_jax.decode.batch import start
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
@@ -35,17 +36,21 @@ def main() -> int:
     """Run the check; exit status 1 if anything differs."""
     parser = ArgumentParser(prog="python -m experiments.lossless", description=__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
+    parser.add_argument("--layers", type=int, metavar="L", help="fewer than the shape has")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--weights", choices=WEIGHTS, default=BFLOAT16, help="what matrices are kept in")
     parser.add_argument("--draft-steps", type=int, nargs="+", default=[1, 3, 5])
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--kv", choices=KV, default=WHOLE_KV, help="what keys and values are kept in")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--out", metavar="FILE.json")
     options = parser.parse_args()
     enable_compilation_cache()
+    config = SHAPES[options.shape]
+    config = replace(config, num_layers=options.layers or config.num_layers)
     _, how = chosen_storage(options.weights, None)
-    model = with_scripted_drafter(random_model(SHAPES[options.shape], options.dtype, 2, quantisation=how))
+    model = with_scripted_drafter(random_model(config, options.dtype, 2, quantisation=how).with_kv(options.kv))
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, model.config.vocab_size, (options.batch, options.prompt)).tolist()
     rows = [

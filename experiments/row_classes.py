@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvi_jax.config import MOST_DRAFTS, DecodeConfig
+from dvi_jax.config import KV, MOST_DRAFTS, WHOLE_KV, DecodeConfig
 from dvi_jax.decode.batch import start
 from dvi_jax.decode.plan import MOST_ROWS, PLAIN, Plan, row_class, rows_alike
 from dvi_jax.decode.speculative import decode_rounds
@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--weights", choices=WEIGHTS, default=BFLOAT16, help="what matrices are kept in")
     parser.add_argument("--passes", nargs="+", default=["1x1", "4x1", "16x1", "4x4"], metavar="WxB")
     parser.add_argument("--trees", action="store_true", help="verify trees in place of chains")
+    parser.add_argument("--kv", choices=KV, default=WHOLE_KV, help="what keys and values are kept in")
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
@@ -51,7 +52,7 @@ def main() -> int:
     config = SHAPES[options.shape]
     config = replace(config, num_layers=options.layers or config.num_layers)
     _, how = chosen_storage(options.weights, None)
-    model = with_scripted_drafter(random_model(config, options.dtype, 1, quantisation=how))
+    model = with_scripted_drafter(random_model(config, options.dtype, 1, quantisation=how).with_kv(options.kv))
     prompt = np.random.default_rng(0).integers(3, config.vocab_size, options.prompt).tolist()
     rows: list[dict[str, Any]] = []
     first = None

@@ -37,10 +37,11 @@ def checkpoint(config, weights):
     return Checkpoint(Path("random"), config, manifest, base)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_two_devices_decode_what_one_does(weights):
+@pytest.mark.parametrize(("weights", "kv"), [("int8", "int8"), ("int4", "dtype")])
+def test_two_devices_decode_what_one_does(weights, kv):
     """Speculatively and plainly; a row of `qkv` on a wrong device, or a scale of another's inputs, would be seen."""
-    one, two = (from_checkpoint(checkpoint(WIDE, weights), mesh=mesh) for mesh in (None, make_mesh(MeshConfig(1, 2))))
+    meshes = (None, make_mesh(MeshConfig(1, 2)))
+    one, two = (from_checkpoint(checkpoint(WIDE, weights), kv=kv, mesh=mesh) for mesh in meshes)
     expected = generate_batch(one, PROMPTS, SETTINGS)[0]
     for plain in (False, True):
         found = generate_batch(two, PROMPTS, SETTINGS, plain=plain)[0]

@@ -155,6 +155,7 @@ def describe_run(
         "source": manifest.source,
         "verifier": manifest.verifier,
         "dtype": manifest.dtype,
+        "kv": model.kv,
         "drafter": manifest.drafter,
         "exit_layer": manifest.exit_layer,
         "num_layers": model.config.num_layers,

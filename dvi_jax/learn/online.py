@@ -106,7 +106,7 @@ class OnlineRun(Run[LearnerState, Acceptance]):
 
     def __init__(self, config: TrainConfig, checkpoint: Checkpoint, directory: RunDirectory):
         self.config = config
-        model = from_checkpoint(checkpoint, seed=config.seed, mesh=make_mesh(config.mesh))
+        model = from_checkpoint(checkpoint, kv=config.kv, seed=config.seed, mesh=make_mesh(config.mesh))
         self.window = window_length(config.decode, config.data.max_prompt_tokens)
         self._check(model)
         self.tokenizer = model.need_tokenizer(
