@@ -16,10 +16,11 @@ def main() -> int:
     # Imported here, so that --help does not wait for jax.
     if args.command == "import":
         from conversion.importing import import_model
+        from dvi_jax.importing.cache import named_source
 
         dtype, quantisation = chosen_storage(args.weights, args.dtype, group=args.group, head=args.quantise_head)
         manifest = import_model(
-            args.source,
+            named_source(args.source),
             args.out,
             adapter=args.adapter,
             dtype=dtype or "float32",
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     exporter = commands.add_parser("export", help="checkpoint -> orbax export or Hugging Face directory")
     exporter.add_argument("--to", required=True, choices=("orbax", "hf", "drafter"), help="form of the export")
     exporter.add_argument("--merge-lora", action="store_true", help="fold lora_D into the base weights first")
-    model, trained = "a Hugging Face directory or a GGUF file", "a checkpoint"
+    model, trained = "a Hugging Face directory, a GGUF file or a cached org/name", "a checkpoint"
     for command, source in ((importer, model), (exporter, trained)):
         command.add_argument("--from", dest="source", metavar="SOURCE", type=Path, required=True, help=source)
         command.add_argument(

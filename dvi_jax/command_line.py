@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dvi_jax.checkpoint import DTYPES
 from dvi_jax.compiling import tell_when_compiling
-from dvi_jax.config import DecodeConfig, MeshConfig, SamplingConfig
+from dvi_jax.config import KV, WHOLE_KV, DecodeConfig, MeshConfig, SamplingConfig
 from dvi_jax.decode.memory import GIB
 from dvi_jax.decode.plan import Plan, drafts_of
 from dvi_jax.errors import UserError, add_debug, notice
@@ -35,11 +35,26 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="dtype of such an import (default: float32 on CPUs, else bfloat16)"
     )
     parser.add_argument("--weights", choices=WEIGHTS, help="format of its matrices (default: the dtype)")
-    parser.add_argument("--drafter-from", metavar="DIR", help="draft with the trained drafter of another directory")
+    add_kv_option(parser)
+    parser.add_argument(
+        "--drafter-from",
+        metavar="DIR",
+        help="draft with the trained drafter of another directory, or of the package by its name",
+    )
     parser.add_argument("--any-drafter", action="store_true", help="accept one that was made for other weights")
     parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="list of the only token ids to draft")
     parser.add_argument("--exit-layer", type=int, metavar="K", help="layers below the split (untrained drafter only)")
     add_debug(parser)
+
+
+def add_kv_option(parser: argparse.ArgumentParser) -> None:
+    """Add --kv."""
+    parser.add_argument(
+        "--kv",
+        choices=KV,
+        default=WHOLE_KV,
+        help="what the cache keeps keys and values in (default: the model's dtype)",
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +116,19 @@ def decode_settings(options: argparse.Namespace) -> DecodeConfig:
     return DecodeConfig(
         draft_steps=drafts, plan=plan, threshold=options.threshold, max_new_tokens=options.max_new_tokens
     )
+
+
+def check_engine_options(options: argparse.Namespace, flag: str) -> None:
+    """Raise `UserError` for options that say nothing where an engine decodes, as `flag` has it do."""
+    usual = {"rejection": False, "adaptive": False, "threshold": DecodeConfig.threshold, "memory_limit": None}
+    for name in (name for name, value in usual.items() if getattr(options, name, value) != value):
+        raise UserError(
+            f"with {flag} drafts follow --plan and samples their seeds: leave out --{name.replace('_', '-')}"
+        )
+    if options.plan == AUTO and options.draft_steps is not None:
+        raise UserError(f"with {flag} --plan auto chooses how far a round drafts: leave out --draft-steps")
+    if options.coordinator is not None:
+        raise UserError(f"with {flag} one process decodes: leave out --coordinator, --processes and --process-id")
 
 
 def settings_for(model: LoadedModel, options: argparse.Namespace) -> DecodeConfig:
@@ -189,6 +217,7 @@ def load_model(options: argparse.Namespace) -> LoadedModel:
         exit_layer=options.exit_layer,
         drafter_from=options.drafter_from,
         draft_vocabulary=options.draft_vocabulary,
+        kv=options.kv,
         mesh=mesh_of(options),
     )
 

@@ -32,6 +32,8 @@ from dvi_jax.tools import shipped, shipped_names
 MOST_DRAFTS = 16  # of a round that may all be right
 MOST_RANK = 4096  # of a LoRA
 MOST_BRANCHES = 1024  # of a window that is learned from
+WHOLE_KV = "dtype"  # keys and values are kept as they are, in the model's dtype
+KV = (WHOLE_KV, "int8", "float8")  # else in 8 bits (`model/kept_kv.py`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +202,7 @@ class TrainConfig:
     drafter: str | None = None  # kind of a new drafter; None: the checkpoint's
     drafter_options: dict[str, Any] = field(default_factory=dict, hash=False)  # of a new drafter
     exit_layer: int | None = None  # of a new drafter; None: the checkpoint's
+    kv: str = WHOLE_KV  # what the verifier's cache keeps keys and values in: dtype (the model's), int8 or float8
     seed: int = 0  # of new weights and of the choice of windows
     prompts: int = 2000  # decoded in all
     rollout_batch: int = 8  # prompts decoded at once
@@ -239,6 +242,7 @@ class TrainConfig:
         for name in ("updates_per_rollout", "replayed_windows", "keep_best"):
             require_count(name, getattr(self, name), 0)
         require_count("branches", self.branches, 0, MOST_BRANCHES)
+        require(self.kv in KV, "kv", self.kv, "dtype (the model's), int8 or float8")
         _require_seed_and_paths(self.seed, self.checkpoint, self.out)
         self.mesh.require_rows("rollout_batch", self.rollout_batch)
         require(

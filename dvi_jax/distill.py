@@ -15,7 +15,7 @@ import jax
 from rich.console import Console
 
 from dvi_jax.checkpoint import DTYPES
-from dvi_jax.command_line import AUTO_DRAFTS, add_mesh_option, progress_bar
+from dvi_jax.command_line import AUTO_DRAFTS, add_kv_option, add_mesh_option, progress_bar
 from dvi_jax.config import DecodeConfig, DistillConfig, MeshConfig
 from dvi_jax.decode.batch import generate_batch
 from dvi_jax.decode.choosing import PlanChooser
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     enable_compilation_cache()
     console = Console()
     mesh = MeshConfig() if options.mesh is None else MeshConfig.parse(options.mesh)
-    storage = {"dtype": options.dtype, "weights": options.weights}
+    storage = {"dtype": options.dtype, "weights": options.weights, "kv": options.kv}
     work = SelfDistillation(options.model, options.data, options.out, **storage, mesh=mesh)
     if work.recipe is None:
         say(console, "measuring a batch of replies and an update; their programs are compiled first, about a minute")
@@ -203,6 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: float32 on CPUs, else bfloat16)")
     parser.add_argument("--weights", choices=WEIGHTS, help="format of its matrices (default: the dtype)")
+    add_kv_option(parser)
     parser.add_argument("--minutes", type=float, default=MINUTES, metavar="M", help="minutes that it may take, roughly")
     parser.add_argument("--passes", type=int, default=8, metavar="N", help="passes over the replies in training")
     parser.add_argument("--estimate", action="store_true", help="say what it would take, and stop")

@@ -18,6 +18,7 @@ from dvi_jax.command_line import (
     AUTO,
     add_model_options,
     add_sampling_options,
+    check_engine_options,
     decode_settings,
     load_model,
     memory_limit,
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.input is not None and (options.json or options.stream):
         raise UserError("with --input the replies go to --output: leave out --json and --stream")
     if options.input is not None:
-        check_file_options(options)
+        check_engine_options(options, "--input")
     sampling = sampling_settings(options)
     with one_of_several(options):
         decode_settings(options)  # what is wrong with them is said before anything is loaded
@@ -115,19 +116,6 @@ def answer_one(model: LoadedModel, options: argparse.Namespace, sampling: Sampli
             file=sys.stderr,
         )
     return 0
-
-
-def check_file_options(options: argparse.Namespace) -> None:
-    """Raise `UserError` for options that say nothing of a file of prompts, whose replies an engine gives."""
-    if options.rejection or options.adaptive or options.threshold or options.memory_limit is not None:
-        raise UserError(
-            "with --input drafts follow --plan and samples their seeds:"
-            " leave out --rejection, --adaptive, --threshold and --memory-limit"
-        )
-    if options.plan == AUTO and options.draft_steps is not None:
-        raise UserError("with --input --plan auto chooses how far a round drafts: leave out --draft-steps")
-    if options.coordinator is not None:
-        raise UserError("a file of prompts is answered by one process: leave out --coordinator and its like")
 
 
 def answer_all(model: LoadedModel, options: argparse.Namespace, sampling: SamplingConfig | None) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dvi_jax.checkpoint import Checkpoint, Manifest, check_finite, check_shapes, read_token_ids, string_keys
-from dvi_jax.config import LlamaConfig
+from dvi_jax.config import KV, WHOLE_KV, LlamaConfig
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.directories import cache_folder
 from dvi_jax.errors import UserError
@@ -23,6 +23,7 @@ from dvi_jax.model.drafters import BlockDrafter, Origin, build_drafter
 from dvi_jax.model.llama import Llama
 from dvi_jax.model.lora import inject_dual_lora
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, Tree, join, split
+from dvi_jax.settings import require
 from dvi_jax.trained_parts import with_drafter_from
 
 
@@ -57,6 +58,11 @@ class LoadedModel:
         """The most drafts that the drafter makes in a round; None: as many as are asked for."""
         return join(self.definition, self.params).drafter.max_drafts
 
+    @property
+    def kv(self) -> str:
+        """What its caches keep keys and values in (`config.KV`)."""
+        return join(self.definition, self.params).llama.kv
+
     @cached_property
     def decode_params(self) -> Params:
         """`params` for decoding: all in the weights' dtype, so that a draft does not convert its drafter first.
@@ -77,6 +83,14 @@ class LoadedModel:
             raise UserError(otherwise)
         return self.tokenizer
 
+    def with_kv(self, kv: str) -> LoadedModel:
+        """The same model with caches that keep keys and values so; `UserError` for none of `config.KV`."""
+        require(kv in KV, "kv", kv, " or ".join(KV))
+        module = join(self.definition, self.params)
+        module.llama.kv = kv
+        definition, params = split(module, self.definition.mesh)
+        return replace(self, definition=definition, params=params)
+
     def with_params(self, params: Params) -> LoadedModel:
         """The same model with other arrays, e.g. after learning."""
         return replace(self, params=params)
@@ -91,6 +105,7 @@ def load(
     drafter_from: str | Path | None = None,
     any_drafter: bool = False,
     draft_vocabulary: str | Path | None = None,
+    kv: str = WHOLE_KV,
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> LoadedModel:
@@ -98,8 +113,9 @@ def load(
 
     `exit_layer` overrides the manifest's while the drafter is untrained. `seed` initialises what the checkpoint does
     not hold. `drafter_from`: a directory whose trained drafter to use, made for these weights unless `any_drafter`.
-    `draft_vocabulary`: a JSON list of the only token ids to draft, in place of its own list. `mesh`: the devices that
-    share it, each array of which goes to them as it is read. Raises `UserError` naming what does not fit.
+    `draft_vocabulary`: a JSON list of the only token ids to draft, in place of its own list. `kv`: what keys and values
+    are kept in (`config.KV`). `mesh`: the devices that share it, each array of which goes to them as it is read.
+    Raises `UserError` naming what does not fit.
     Compiled programs are kept on disk from here on, unless jax was told of a folder for them.
     """
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # jax declares its flags at run time
@@ -107,7 +123,7 @@ def load(
     checkpoint = open_checkpoint(path, dtype, weights, lazy=mesh is not None)
     if drafter_from is not None:
         checkpoint = with_drafter_from(checkpoint, drafter_from, any_model=any_drafter)
-    model = from_checkpoint(checkpoint, exit_layer=exit_layer, seed=seed, mesh=mesh)
+    model = from_checkpoint(checkpoint, exit_layer=exit_layer, kv=kv, seed=seed, mesh=mesh)
     return model if draft_vocabulary is None else with_draft_vocabulary(model, draft_vocabulary)
 
 
@@ -121,7 +137,12 @@ def with_draft_vocabulary(model: LoadedModel, path: str | Path) -> LoadedModel:
 
 
 def from_checkpoint(
-    checkpoint: Checkpoint, *, exit_layer: int | None = None, seed: int = 0, mesh: Mesh | None = None
+    checkpoint: Checkpoint,
+    *,
+    exit_layer: int | None = None,
+    kv: str = WHOLE_KV,
+    seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> LoadedModel:
     """The same from a `Checkpoint` in memory, or of which the base weights are still to be read (`stored_array.py`)."""
     if jax.dtypes.canonicalize_dtype(np.int64) != np.int32:
@@ -147,7 +168,7 @@ def from_checkpoint(
     definition, params = split(model, mesh)
     params = restore_trained(params, checkpoint.drafter, checkpoint.lora, str(checkpoint.path), config, mesh)
     is_trained = checkpoint.drafter is not None or "lora_s" in (checkpoint.lora or {})
-    return LoadedModel(config, manifest, definition, params, tokenizer, is_trained)
+    return LoadedModel(config, manifest, definition, params, tokenizer, is_trained).with_kv(kv)
 
 
 def build_model(

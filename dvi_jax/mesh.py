@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from dvi_jax.config import LlamaConfig, MeshConfig
 from dvi_jax.errors import UserError
-from dvi_jax.model.quantised import Quantised
+from dvi_jax.model.quantised import BY_GROUP, Quantised
 from dvi_jax.quantisation import PARTS
 
 DATA, MODEL = "data", "model"
@@ -129,10 +129,12 @@ def spec_of(path: tuple[str, ...], axes: int = 2) -> P:
     """Where an array of `Params` lies, by the names on the way to it, such as `llama/layers/3/qkv`.
 
     Of a matrix in fewer bits (`qkv/values`, `qkv/scales`), every part is cut as the matrix is. Scales of output
-    channels have one axis (`axes`), and are copied where the inputs are cut.
+    channels have one axis (`axes`), and are copied where the inputs are cut. The model has those of groups transposed.
     """
     if not path or path[0] != "llama":
         return WHOLE
+    if path[-1].startswith(BY_GROUP):
+        return P(*reversed(spec_of(path[:-1])))
     if path[-1] in PARTS:
         whole = spec_of(path[:-1])
         return whole if axes == 2 else P(*whole[:1])

@@ -107,7 +107,8 @@ def with_drafter_from(checkpoint: Checkpoint, path: str | Path, *, any_model: bo
     parts = read_trained_parts(
         Path(path) if Path(path).exists() else shipped("results/drafters", str(path)) or Path(path)
     )
-    if not any_model and not _belongs(parts.manifest, checkpoint):
+    belongs = _belongs(parts.manifest, checkpoint)
+    if not any_model and not belongs:
         raise UserError(
             f"{path}: this drafter was made for {parts.manifest.source}, another model than"
             f" {checkpoint.manifest.source} by their weights; --any-drafter takes it all the same"
@@ -119,6 +120,7 @@ def with_drafter_from(checkpoint: Checkpoint, path: str | Path, *, any_model: bo
         source_sha256=checkpoint.manifest.source_sha256,
         base_sha256=checkpoint.manifest.base_sha256,
         quantisation=checkpoint.manifest.quantisation,
+        calibration=parts.manifest.calibration if belongs else (),  # fitted to what another verifier accepts
     )
     return replace(
         checkpoint,

@@ -2,11 +2,13 @@
 
     python -m experiments.fewer_bits --shape 7b --out fewer_bits.json
     python -m experiments.fewer_bits --shape 70b --formats int4 --batches 1 --plans
+    python -m experiments.fewer_bits --formats bfloat16 --kv dtype int8 float8 --prompt 16320 --batches 4 8 --plans
 
 Random weights of a published shape, made on the device as they are kept. Plain decoding with so many sequences of one
 row (`--batches`) and a round of each plan with an untrained drafter, from a filled cache; medians after a first call
 that is not counted. The floor is the format's bytes over the bandwidth of a copy in the same process. Programs of all
-formats are compiled side by side, before anything is measured.
+formats are compiled side by side, before anything is measured. `--kv`: the same for what keys and values are kept in;
+sequences whose caches don't fit beside the weights are a row without times.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from dvi_jax.decode.memory import Sizes, abstract_state, tree_bytes
+from dvi_jax.config import KV, WHOLE_KV
+from dvi_jax.decode.memory import Sizes, abstract_state, available_bytes, tree_bytes
 from dvi_jax.decode.plan import PLAIN, Plan
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import Knobs
@@ -45,6 +48,7 @@ from experiments.measure import (
 
 COLUMNS = {
     "weights": "{}",
+    "kv": "{}",
     "plan": "{}",
     "batch": "{}",
     "round_ms": "{:.3f}",
@@ -52,8 +56,17 @@ COLUMNS = {
     "floor_fraction": "{:.2f}",
     "against_bfloat16": "{:.2f}",
     "weight_gb": "{:.2f}",
+    "state_gb": "{:.2f}",
 }
-Case = tuple[str, Plan, int]  # weights, plan, sequences
+
+
+class Case(NamedTuple):
+    """What is measured."""
+
+    weights: str  # what matrices are kept in
+    kv: str  # and keys and values
+    plan: Plan
+    batch: int  # sequences
 
 
 def main() -> int:
@@ -63,6 +76,7 @@ def main() -> int:
     parser.add_argument("--formats", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--group", type=int, choices=GROUPS, default=64)
     parser.add_argument("--quantise-head", action="store_true", help="the LM head too")
+    parser.add_argument("--kv", nargs="+", choices=KV, default=[WHOLE_KV], help="what keys and values are kept in")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="sequences decoded plainly")
     parser.add_argument("--plans", nargs="*", default=["chain:3"], help="of one sequence's rounds")
     parser.add_argument("--drafter", default="fused")
@@ -76,8 +90,9 @@ def main() -> int:
     enable_compilation_cache()
     began = time.perf_counter()
     cases = [
-        (weights, plan, batch)
+        Case(weights, kv, plan, batch)
         for weights in options.formats
+        for kv in options.kv
         for plan, batch in [(PLAIN, b) for b in options.batches] + [(Plan.parse(text), 1) for text in options.plans]
     ]
     programs = compile_all(cases, options)
@@ -88,8 +103,8 @@ def main() -> int:
     for weights in options.formats:
         gc.collect()  # one model at a time
         model = make(weights, options)
-        for case in (case for case in cases if case[0] == weights):
-            result["rows"].append(measured(model, case, programs[case].result(), bandwidth, options))
+        for case in (case for case in cases if case.weights == weights):
+            result["rows"].append(measured(model.with_kv(case.kv), case, programs[case].result(), bandwidth, options))
             add_ratio(result["rows"])
             print(line(result["rows"][-1]), flush=True)
             if options.out:
@@ -114,12 +129,13 @@ def compile_all(cases: list[Case], options: Any) -> dict[Case, Future[jax.stages
     with ThreadPoolExecutor() as pool:
         for weights in options.formats:
             model = make(weights, options, abstract=True)
-            for case in (case for case in cases if case[0] == weights):
-                _, plan, batch = case
-                state = abstract_state(model, sizes(plan, batch, options))
+            params = jax.eval_shape(lambda p, model=model: model.with_params(p).decode_params, model.params)
+            for case in (case for case in cases if case.weights == weights):
+                keeping = model.with_kv(case.kv)
+                state = abstract_state(keeping, sizes(case.plan, case.batch, options))
                 knobs = jax.eval_shape(lambda: Knobs.make(0, 0.0, ()))
-                params = jax.eval_shape(lambda p, model=model: model.with_params(p).decode_params, model.params)
-                programs[case] = pool.submit(decode_rounds.lower(model.definition, params, state, knobs, plan).compile)
+                lowered = decode_rounds.lower(keeping.definition, params, state, knobs, case.plan)
+                programs[case] = pool.submit(lowered.compile)
     return programs
 
 
@@ -133,26 +149,29 @@ def measured(
     model: LoadedModel, case: Case, program: jax.stages.Compiled, bandwidth: float, options: Any
 ) -> dict[str, Any]:
     """One row of the table."""
-    weights, plan, batch = case
+    weights, kv, plan, batch = case
     size = sizes(plan, batch, options)
+    state_bytes = tree_bytes(abstract_state(model, size))
+    about = {"weights": weights, "kv": kv, "plan": str(plan), "batch": batch}
+    about |= {"weight_gb": tree_bytes(model.params.base) / 1e9, "state_gb": state_bytes / 1e9}
+    if state_bytes > available_bytes():
+        return about | dict.fromkeys(("round_ms", "floor_ms", "floor_fraction"), float("nan"))
     fresh = partial(filled_state, model, batch, size.slots, size.width, options.prompt, new_tokens=options.new_tokens)
     timing = time_decode(program, model, fresh, plan.drafts, options.repeats)
     floor_bytes = floor_of(model, batch).bytes(timing.drafted_per_round, options.prompt + options.new_tokens / 2)
     return {
-        "weights": weights,
-        "plan": str(plan),
-        "batch": batch,
+        **about,
         **vars(timing),
         "floor_ms": 1e3 * floor_bytes / bandwidth,
         "floor_fraction": 1e3 * floor_bytes / bandwidth / timing.round_ms,
-        "weight_gb": tree_bytes(model.params.base) / 1e9,
     }
 
 
 def add_ratio(rows: list[dict[str, Any]]) -> None:
     """To the last row: how many times bfloat16's speed at the same plan and batch it is, where that was measured."""
     row = rows[-1]
-    same = [r for r in rows if r["weights"] == BFLOAT16 and (r["plan"], r["batch"]) == (row["plan"], row["batch"])]
+    wanted = {"weights": BFLOAT16, "kv": WHOLE_KV, "plan": row["plan"], "batch": row["batch"]}
+    same = [r for r in rows if wanted.items() <= r.items()]
     row["against_bfloat16"] = same[0]["round_ms"] / row["round_ms"] if same else float("nan")
 
 

@@ -1,6 +1,7 @@
 """Bit-exact losslessness with drafts of every accept length: speculative rounds against plain ones of the same program.
 
     python -m experiments.lossless --shape 7b --dtype bfloat16
+    python -m experiments.lossless --shape 7b --weights int4
 
 The drafter proposes the plain continuation with some tokens replaced, so every accept length occurs. Compared are the
 token ids and every bit of the verifier's final hidden state (whose head gives the logits) at every position.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvi_jax.config import DecodeConfig
+from dvi_jax.config import KV, WHOLE_KV, DecodeConfig
 from dvi_jax.decode.batch import start
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
@@ -25,6 +27,7 @@ from dvi_jax.errors import ArgumentParser, run_cli
 from dvi_jax.loading import LoadedModel, enable_compilation_cache
 from dvi_jax.model.speculative_llama import join, split
 from dvi_jax.presets import SHAPES
+from dvi_jax.quantisation import BFLOAT16, WEIGHTS, chosen_storage
 from experiments.measure import environment, random_model, settings_of, write_result
 from experiments.scripted import Scripted
 
@@ -33,15 +36,21 @@ def main() -> int:
     """Run the check; exit status 1 if anything differs."""
     parser = ArgumentParser(prog="python -m experiments.lossless", description=__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
+    parser.add_argument("--layers", type=int, metavar="L", help="fewer than the shape has")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--weights", choices=WEIGHTS, default=BFLOAT16, help="what matrices are kept in")
     parser.add_argument("--draft-steps", type=int, nargs="+", default=[1, 3, 5])
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--kv", choices=KV, default=WHOLE_KV, help="what keys and values are kept in")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--out", metavar="FILE.json")
     options = parser.parse_args()
     enable_compilation_cache()
-    model = with_scripted_drafter(random_model(SHAPES[options.shape], options.dtype, 2))
+    config = SHAPES[options.shape]
+    config = replace(config, num_layers=options.layers or config.num_layers)
+    _, how = chosen_storage(options.weights, None)
+    model = with_scripted_drafter(random_model(config, options.dtype, 2, quantisation=how).with_kv(options.kv))
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, model.config.vocab_size, (options.batch, options.prompt)).tolist()
     rows = [

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvi_jax.checkpoint import Manifest
-from dvi_jax.config import LlamaConfig
+from dvi_jax.config import WHOLE_KV, LlamaConfig
 from dvi_jax.decode.memory import Sizes, abstract_state
 from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.speculative import decode_rounds
@@ -143,15 +143,16 @@ def filled_state(model: LoadedModel, batch: int, slots: int, width: int, length:
 
 
 def _pattern(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros for integers; for floats finite values that differ, since zeros alone would spare the device power."""
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    """Finite values that differ for floats and what is kept in 8 bits, since zeros would spare the device power."""
+    if not (jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == jnp.int8):
         return jnp.zeros(leaf.shape, leaf.dtype)
     return _waves(leaf.shape, leaf.dtype)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _waves(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return jnp.sin(jnp.arange(prod(shape), dtype=jnp.float32)).reshape(shape).astype(dtype)
+    waves = jnp.sin(jnp.arange(prod(shape), dtype=jnp.float32)).reshape(shape)
+    return (waves * (127 if dtype == jnp.int8 else 1)).astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,12 @@ def floor_of(model: LoadedModel, batch: int = 1) -> Floor:
     head = base.get("head", base["embed"])
     draft_head = params.base.get("draft_vocabulary", {}).get("head", head)
     exit_layer, item = model.manifest.exit_layer, jnp.dtype(model.manifest.dtype).itemsize
+    kept = item * config.head_dim if model.kv == WHOLE_KV else config.head_dim + item  # 8 bits with a scale
     return Floor(
         row_bytes=sum(layers[:exit_layer]),
         draft_bytes=_bytes((draft_head, params.drafter, params.lora_s)),
         verify_bytes=sum(layers[exit_layer:]) + _bytes(head),
-        kv_bytes=batch * 2 * config.num_kv_heads * config.head_dim * item * config.num_layers,
+        kv_bytes=batch * 2 * config.num_kv_heads * kept * config.num_layers,
     )
 
 

@@ -1,20 +1,25 @@
 """`python -m experiments.mutants`: faults put into the core on purpose, each with the test that must notice it.
 
-    python -m experiments.mutants [--only TEXT] [--jobs N] [--out FILE.json]
+    python -m experiments.mutants [--only TEXT] [--part I/N] [--jobs N] [--out FILE.json]
 
 `mutants.toml` lists them. Each is made in a copy of the repository, where its test then has to fail; a test that does
 not pass without the fault proves nothing, so all of them run there once before. Exit status 1 if a fault survives.
+With --part the list is tried in pieces: FILE.json keeps what is known of the faults that were not tried this time, each
+with the day it was tried.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import datetime
 import importlib.util
 import inspect
+import json
 import os
 import pkgutil
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -77,7 +82,9 @@ def load_mutants() -> list[Mutant]:
 def main(arguments: list[str] | None = None) -> int:
     """Try all mutants, print the table."""
     options = _parser().parse_args(arguments)
+    part, parts = options.part
     mutants = [mutant for mutant in load_mutants() if options.only in mutant.name + mutant.file + mutant.test]
+    mutants = mutants[len(mutants) * (part - 1) // parts : len(mutants) * part // parts]
     with tempfile.TemporaryDirectory() as scratch:
         programs = Path(scratch) / "programs"
         copies: queue.Queue[Path] = queue.Queue()
@@ -88,14 +95,37 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError("a test fails without any fault: see the lines above")
         with ThreadPoolExecutor(options.jobs) as pool:
             outcomes = list(pool.map(lambda mutant: _try(mutant, copies, programs), mutants))
+    today = datetime.date.today().isoformat()
     rows = [
-        {"mutant": mutant.name, "file": mutant.file, "test": mutant.test, "outcome": outcome}
+        describe(mutant) | {"outcome": outcome, "tried": today}
         for mutant, outcome in zip(mutants, outcomes, strict=True)
     ]
     show(rows, Console())
     if options.out:
-        write_result(Path(options.out), {"environment": environment(), "mutants": rows})
+        known = with_earlier(rows, Path(options.out))
+        write_result(Path(options.out), {"environment": environment(), "mutants": known})
     return int(any(row["outcome"] != KILLED for row in rows))
+
+
+def describe(mutant: Mutant) -> dict[str, str]:
+    """What tells a fault from others in a table."""
+    return {"mutant": mutant.name, "file": mutant.file, "test": mutant.test}
+
+
+def with_earlier(rows: Sequence[dict[str, str]], path: Path) -> list[dict[str, str]]:
+    """`rows`, and those that an earlier result has of other faults which are still listed, in the list's order."""
+    found = json.loads(path.read_text(encoding="utf-8"))["mutants"] if path.exists() else []
+    keys = [tuple(describe(mutant).values()) for mutant in load_mutants()]
+    outcomes = {(row["mutant"], row["file"], row["test"]): row for row in [*found, *rows]}
+    return [outcomes[key] for key in keys if key in outcomes]
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """I and N of I/N."""
+    found = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", text, re.ASCII)
+    if found is None or int(found[1]) > int(found[2]):
+        raise argparse.ArgumentTypeError(f"must be I/N, the I-th of N pieces, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def show(rows: Sequence[dict[str, str]], console: Console) -> None:
@@ -229,6 +259,9 @@ def _call(test: Callable[..., None], scratch: Path) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="python -m experiments.mutants", description="Put faults in; the tests must notice.")
     parser.add_argument("--only", default="", metavar="TEXT", help="only mutants with this in name, file or test")
+    parser.add_argument(
+        "--part", type=part_of, default=(1, 1), metavar="I/N", help="only the I-th of N pieces of these"
+    )
     parser.add_argument("--jobs", type=at_least_one, default=2, metavar="N", help="mutants tried at once")
     parser.add_argument("--out", metavar="FILE.json", help="write what the table says, too")
     add_debug(parser)

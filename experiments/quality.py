@@ -1,11 +1,13 @@
 """What fewer bits cost in quality: perplexity on held-out conversations, and how far predictions move.
 
     python -m experiments.quality --checkpoint MODEL --data sharegpt.json --out quality.json
+    python -m experiments.quality --checkpoint MODEL --data sharegpt.json --formats --kv int8 float8 --row-length 8192
 
 `MODEL` is a source that can be imported (a Hugging Face directory, a GGUF file, org/name); each format is imported once
-into the cache. What it is compared with are the source's weights, dequantised, in the device's dtype. Rows are packed
-from conversations whose first question is held out from every training; at each of their positions are measured the
-probability of the next token, whether the most probable token is the same, and the divergence KL(before || after).
+into the cache, and with `--kv` the source's own weights keep keys and values in 8 bits. What it is compared with are
+the source's weights, dequantised, in the device's dtype. Rows are packed from conversations whose first question is
+held out from every training; at each of their positions are measured the probability of the next token, whether the
+most probable token is the same, and the divergence KL(before || after).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dvi_jax.config import KV, WHOLE_KV
 from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import HELD_OUT_SALT, is_held_out
 from dvi_jax.data.tokenizer import Tokenizer
@@ -42,7 +45,8 @@ def main() -> int:
     parser = ArgumentParser(prog="python -m experiments.quality", description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="MODEL")
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="conversations")
-    parser.add_argument("--formats", nargs="+", choices=(BFLOAT16, *FORMATS), default=list(FORMATS))
+    parser.add_argument("--formats", nargs="*", choices=(BFLOAT16, *FORMATS), default=list(FORMATS))
+    parser.add_argument("--kv", nargs="+", choices=KV[1:], default=[], help="the source with such keys and values")
     parser.add_argument("--also", nargs="+", default=[], metavar="CKPT", help="checkpoints made of it in other ways")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPUs, else bfloat16")
     parser.add_argument("--row-length", type=int, default=512)
@@ -53,8 +57,9 @@ def main() -> int:
     rows = held_out_rows(source, options)
     options.data = [Path(name).name for name in options.data]
     result: dict[str, Any] = {"environment": environment(), "settings": settings_of(options), "formats": {}}
-    for weights in (SOURCE, *options.formats, *options.also):
-        model = source if weights == SOURCE else other(weights, options)
+    kept = {f"kv {kv}": source.with_kv(kv) for kv in options.kv}
+    for weights in (SOURCE, *kept, *options.formats, *options.also):
+        model = source if weights == SOURCE else kept.get(weights) or other(weights, options)
         found = compared(source, model, rows)
         before = result["formats"].get(SOURCE, found)["perplexity"]
         found |= {"perplexity_change": found["perplexity"] / before - 1, "base_bytes": tree_bytes(model.params.base)}
@@ -113,7 +118,10 @@ def log_probabilities(definition: Definition, params: Params, tokens: jax.Array)
     """The verifier's, of what follows each of tokens [B, T]: float32 [B, T, V]."""
     llama = join(definition, params).llama
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    final = llama.deep(llama.shallow(tokens, None, positions)[0], None, positions)[0]
+    # Without caches nothing is kept, and so nothing is read in fewer bits.
+    shallow, deep = (None, None) if llama.kv == WHOLE_KV else llama.init_caches(*tokens.shape)
+    hidden = llama.shallow(tokens, shallow, positions, fresh=True)[0]
+    final = llama.deep(hidden, deep, positions, fresh=True)[0]
     return jax.nn.log_softmax(llama.logits(final))
 
 

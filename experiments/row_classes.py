@@ -2,6 +2,7 @@
 
     python -m experiments.row_classes --shape smollm2 --passes 1x1 6x1 16x1 4x8 16x4 8x32
     python -m experiments.row_classes --shape 7b --layers 8 --trees --passes 1x1 16x1 64x1 32x8
+    python -m experiments.row_classes --shape 7b --layers 8 --weights int4
 
 One sequence is decoded in passes of W rows (all but one of them wrong drafts) among B sequences that differ from it.
 With `--trees` passes of more than one row are trees.
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvi_jax.config import MOST_DRAFTS, DecodeConfig
+from dvi_jax.config import KV, MOST_DRAFTS, WHOLE_KV, DecodeConfig
 from dvi_jax.decode.batch import start
 from dvi_jax.decode.plan import MOST_ROWS, PLAIN, Plan, row_class, rows_alike
 from dvi_jax.decode.speculative import decode_rounds
@@ -27,6 +28,7 @@ from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.loading import LoadedModel, enable_compilation_cache
 from dvi_jax.presets import SHAPES
+from dvi_jax.quantisation import BFLOAT16, WEIGHTS, chosen_storage
 from experiments.lossless import final_bits, with_scripted_drafter
 from experiments.measure import environment, random_model, settings_of, write_result
 
@@ -37,8 +39,10 @@ def main() -> int:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
     parser.add_argument("--layers", type=int, metavar="L", help="fewer than the shape has")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--weights", choices=WEIGHTS, default=BFLOAT16, help="what matrices are kept in")
     parser.add_argument("--passes", nargs="+", default=["1x1", "4x1", "16x1", "4x4"], metavar="WxB")
     parser.add_argument("--trees", action="store_true", help="verify trees in place of chains")
+    parser.add_argument("--kv", choices=KV, default=WHOLE_KV, help="what keys and values are kept in")
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
@@ -47,7 +51,8 @@ def main() -> int:
     enable_compilation_cache()
     config = SHAPES[options.shape]
     config = replace(config, num_layers=options.layers or config.num_layers)
-    model = with_scripted_drafter(random_model(config, options.dtype, 1))
+    _, how = chosen_storage(options.weights, None)
+    model = with_scripted_drafter(random_model(config, options.dtype, 1, quantisation=how).with_kv(options.kv))
     prompt = np.random.default_rng(0).integers(3, config.vocab_size, options.prompt).tolist()
     rows: list[dict[str, Any]] = []
     first = None

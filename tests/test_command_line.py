@@ -13,6 +13,7 @@ import pytest
 
 from conversion.__main__ import main as conversion
 from dvi_jax.errors import UserError, run_cli
+from dvi_jax.evaluate.__main__ import main as evaluate
 from dvi_jax.generate import main as generate
 from dvi_jax.train import main as train
 
@@ -70,6 +71,24 @@ def copy_of(checkpoint: Path, target: Path) -> Path:
 def test_generate(byte_checkpoint, complaint, changes, message):
     options = {"--checkpoint": str(byte_checkpoint), "--prompt-ids": "5,6"} | changes
     assert message in complaint(generate, *[part for option in options.items() for part in option])
+
+
+@pytest.mark.parametrize("option", [["--adaptive"], ["--threshold", "0.5"], ["--memory-limit", "1"]])
+def test_what_says_nothing_where_an_engine_decodes(complaint, option):
+    """Before anything is read: neither the checkpoint nor the files are there."""
+    files = (
+        {"--input": "in.jsonl", "--output": "out.jsonl"},
+        {"--batch": "4", "--questions": "in.jsonl", "--out": "out"},
+    )
+    for main, given in zip((generate, evaluate), files, strict=True):
+        arguments = ["--checkpoint", "nowhere", *(part for pair in given.items() for part in pair)]
+        flag = next(iter(given))
+        assert f"with {flag} drafts follow --plan" in complaint(main, *arguments, *option)
+        assert f"leave out {option[0]}\n" in complaint(main, *arguments, *option)
+        message = complaint(main, *arguments, "--plan", "auto", "--draft-steps", "2")
+        assert f"with {flag} --plan auto chooses how far a round drafts: leave out --draft-steps" in message
+    sampled = complaint(generate, "--checkpoint", "nowhere", "--input", "a", "--output", "b", "--rejection")
+    assert "leave out --rejection" in sampled
 
 
 def test_generate_without_a_prompt(byte_checkpoint, complaint):

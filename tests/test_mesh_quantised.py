@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from dvi_jax.checkpoint import Checkpoint, Manifest
 from dvi_jax.config import DecodeConfig, MeshConfig
@@ -13,7 +14,7 @@ from dvi_jax.decode.batch import generate_batch
 from dvi_jax.errors import UserError
 from dvi_jax.importing.rounding import rounded
 from dvi_jax.loading import from_checkpoint
-from dvi_jax.mesh import make_mesh
+from dvi_jax.mesh import make_mesh, specs_of
 from dvi_jax.model.llama import random_base
 from dvi_jax.presets import TINY
 from dvi_jax.quantisation import Quantisation
@@ -36,14 +37,18 @@ def checkpoint(config, weights):
     return Checkpoint(Path("random"), config, manifest, base)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_two_devices_decode_what_one_does(weights):
+@pytest.mark.parametrize(("weights", "kv"), [("int8", "int8"), ("int4", "dtype")])
+def test_two_devices_decode_what_one_does(weights, kv):
     """Speculatively and plainly; a row of `qkv` on a wrong device, or a scale of another's inputs, would be seen."""
-    one, two = (from_checkpoint(checkpoint(WIDE, weights), mesh=mesh) for mesh in (None, make_mesh(MeshConfig(1, 2))))
+    meshes = (None, make_mesh(MeshConfig(1, 2)))
+    one, two = (from_checkpoint(checkpoint(WIDE, weights), kv=kv, mesh=mesh) for mesh in meshes)
     expected = generate_batch(one, PROMPTS, SETTINGS)[0]
     for plain in (False, True):
         found = generate_batch(two, PROMPTS, SETTINGS, plain=plain)[0]
         assert [g.output_ids for g in found] == [g.output_ids for g in expected]
+    specs = jax.tree.map(lambda spec: NamedSharding(make_mesh(MeshConfig(1, 2)), spec), specs_of(two.params))
+    for leaf, sharding in zip(jax.tree.leaves(two.params.base), jax.tree.leaves(specs.base), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)  # scales too, which the model has transposed
     integers = [leaf for leaf in jax.tree.leaves(two.params.base) if leaf.dtype in (np.int8, np.uint16)]
     assert len(integers) == 2 * 4  # four matrices of each layer
     assert all(shard.data.nbytes == leaf.nbytes // 2 for leaf in integers for shard in leaf.addressable_shards)

@@ -50,6 +50,7 @@ def complaint_of(function, *arguments) -> str:
             "checkpoint: c\nout: o\ndrafter_options: {alpha: .inf}",
             r"drafter_options\.alpha must be a finite number, got inf",
         ),
+        ("checkpoint: c\nout: o\nkv: int4", r"kv must be dtype \(the model's\), int8 or float8, got 'int4'"),
         ("checkpoint: c\nout: o\nprompts: true", "prompts must be of type int, got True"),
         ("checkpoint: c\nout: o\nmax_minutes: 1" + "0" * 400, "int too large to convert to float"),
         ("checkpoint: c\nout: o\ncheckpoint2: " + "x" * 5000, "unknown key checkpoint2"),
@@ -60,7 +61,7 @@ def complaint_of(function, *arguments) -> str:
             r"rollback\.collapse must be 0 \(never\) or a share below 1",
         ),
     ],
-    ids=range(19),
+    ids=range(20),
 )
 def test_a_training_config(tmp_path, text, message):
     path = tmp_path / "run.yaml"

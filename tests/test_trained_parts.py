@@ -54,7 +54,7 @@ def trained(request, plain, tmp_path_factory):
     rewrite_checkpoint(checkpoint, out / "untrained", manifest=manifest)
     model = load(out / "untrained")
     parts = jax.tree.map(lambda x: np.asarray(x + 0.25), trained_parts(model.params))
-    manifest = replace(manifest, drafter_config=model.manifest.drafter_config)
+    manifest = replace(manifest, drafter_config=model.manifest.drafter_config, calibration=(0.8, 1.1))
     few = (3, 5, 8) if request.param == "fused" else None
     rewrite_checkpoint(checkpoint, out / "checkpoint", manifest=manifest, draft_vocabulary=few, **parts)
     return out / "checkpoint"
@@ -113,11 +113,14 @@ def test_all_forms_are_lent_to_the_same_weights_alone(trained, plain, tmp_path):
         assert (lent.manifest.source, lent.manifest.dtype) == ("source", "float32")
         assert flat(lent.drafter).keys() == flat(first.drafter).keys()
         assert lent.draft_vocabulary == first.draft_vocabulary
+        assert lent.manifest.calibration == (0.8, 1.1)
     other = replace(receiver, base={**receiver.base, "norm": receiver.base["norm"] * 2}, path=tmp_path)
     other = replace(other, manifest=replace(other.manifest, base_sha256=hash_base(other.base)))
     with pytest.raises(UserError, match="another model than source by their weights; --any-drafter takes it"):
         with_drafter_from(other, tmp_path / "hf")
-    assert with_drafter_from(other, tmp_path / "hf", any_model=True).manifest.base_sha256 == other.manifest.base_sha256
+    lent = with_drafter_from(other, tmp_path / "hf", any_model=True).manifest
+    assert lent.base_sha256 == other.manifest.base_sha256
+    assert lent.calibration == ()  # it was fitted to what the first verifier accepts
 
 
 def test_a_drafter_of_another_model_is_refused_where_a_model_is_loaded(trained, plain, tmp_path):

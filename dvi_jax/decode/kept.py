@@ -20,6 +20,6 @@ def kept_path(folder: str, model: LoadedModel, *more: object) -> Path:
     facts = [
         *(jax.devices()[0].device_kind, jax.__version__, None if mesh is None else sorted(mesh.shape.items())),
         *(repr(model.config), manifest.dtype, repr(manifest.quantisation), manifest.exit_layer),
-        *(manifest.drafter, sorted(manifest.drafter_config.items()), str(manifest.lora), *more),
+        *(model.kv, manifest.drafter, sorted(manifest.drafter_config.items()), str(manifest.lora), *more),
     ]
     return cache_folder() / folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

@@ -13,7 +13,15 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from dvi_jax.command_line import AUTO, add_model_options, decode_settings, load_model, memory_limit, progress_bar
+from dvi_jax.command_line import (
+    AUTO,
+    add_model_options,
+    check_engine_options,
+    decode_settings,
+    load_model,
+    memory_limit,
+    progress_bar,
+)
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.batch import choose_plan
 from dvi_jax.decode.choosing import PlanChooser
@@ -44,12 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError("a plan that drafts is needed: without drafts there is nothing to compare with plain decoding")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit must be at least 1, got {options.limit}")
-    if options.batch is not None and (options.adaptive or options.threshold or options.memory_limit is not None):
-        raise UserError("with --batch drafts follow --plan: leave out --adaptive, --threshold and --memory-limit")
-    if options.batch is not None and options.plan == AUTO and options.draft_steps is not None:
-        raise UserError("with --batch --plan auto chooses how far a round drafts: leave out --draft-steps")
-    if options.batch is not None and options.coordinator is not None:
-        raise UserError("many prompts at a time are decoded by one process: leave out --batch or --coordinator")
+    if options.batch is not None:
+        check_engine_options(options, "--batch")
     new_figure(1, 1)  # without matplotlib there is no report: say so before the work, not after
     with one_of_several(options):
         check_alike(
@@ -151,6 +155,7 @@ def describe_run(
         "source": manifest.source,
         "verifier": manifest.verifier,
         "dtype": manifest.dtype,
+        "kv": model.kv,
         "drafter": manifest.drafter,
         "exit_layer": manifest.exit_layer,
         "num_layers": model.config.num_layers,

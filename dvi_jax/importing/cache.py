@@ -59,17 +59,20 @@ def checkpoint_directory(source: str | Path, dtype: str | None = None, weights: 
     """The directory of `open_checkpoint`, importing what has to be imported."""
     dtype, quantisation = chosen_storage(weights, dtype)
     require_path("a model's name", str(source))
-    path = Path(source)
+    path = named_source(source)
     if not _exists(path):
-        found = _in_hub_cache(str(source))
-        if found is None:
-            raise UserError(
-                f"no checkpoint at {source}: no such file or directory, nor a repository in the Hugging Face cache"
-            )
-        path = found
+        raise UserError(
+            f"no checkpoint at {source}: no such file or directory, nor a repository in the Hugging Face cache"
+        )
     if path.is_dir() and not (path / MANIFEST).exists() and not (path / "config.json").exists():
         path = _only_gguf(path) or path
     return _import_once(path, dtype or _default_dtype(), quantisation) if _is_source(path) else path
+
+
+def named_source(name: str | Path) -> Path:
+    """What a model's name stands for: the path itself, unless only the local Hugging Face cache has such a name."""
+    path = Path(name)
+    return path if _exists(path) else _in_hub_cache(str(name)) or path
 
 
 def _exists(path: Path) -> bool:

@@ -106,7 +106,7 @@ class OnlineRun(Run[LearnerState, Acceptance]):
 
     def __init__(self, config: TrainConfig, checkpoint: Checkpoint, directory: RunDirectory):
         self.config = config
-        model = from_checkpoint(checkpoint, seed=config.seed, mesh=make_mesh(config.mesh))
+        model = from_checkpoint(checkpoint, kv=config.kv, seed=config.seed, mesh=make_mesh(config.mesh))
         self.window = window_length(config.decode, config.data.max_prompt_tokens)
         self._check(model)
         self.tokenizer = model.need_tokenizer(
@@ -139,7 +139,7 @@ class OnlineRun(Run[LearnerState, Acceptance]):
         check_learning(model, slowly=config.slow.every > 0)
         choose_plan(model, config.decode)
         if config.branches:
-            check_branches(model)
+            check_branches(model, config.objective.unroll_steps)
         window = window_bytes(self.window, model.config.hidden_size, len(model.taps), config.branches)
         kept = f"replay_capacity {config.replay_capacity} and rollout_batch {config.rollout_batch}"
         check_room((config.replay_capacity + config.rollout_batch) * window, kept)

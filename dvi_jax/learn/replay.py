@@ -103,10 +103,22 @@ def window_bytes(window: int, hidden_size: int, taps: int, branches: int) -> int
     return window * (state * (1 + taps) + 10) + branches * (2 * state + 8)
 
 
-def check_branches(model: LoadedModel) -> None:
-    """Raise `UserError` for a model whose draft pass is not the verifier's: its exit hidden states are not kept."""
+def check_branches(model: LoadedModel, unroll_steps: int) -> None:
+    """Raise `UserError` where nothing would be learned from branches.
+
+    So it is in a model whose draft pass is not the verifier's: its exit hidden states are not kept. And where a round's
+    first draft alone is learned, since what is learned behind a branch are the drafts after it.
+    """
     if join(model.definition, model.params).separate_trunk:
         raise UserError("branches are learned from where lora_S lies outside the shallow layers: set branches to 0")
+    if model.drafts_blocks:
+        if model.max_drafts == 1:
+            raise UserError("behind a branch second drafts are learned, and this drafter makes one: set branches to 0")
+    elif unroll_steps < 2:
+        raise UserError(
+            "behind a branch a round's second draft is learned, and those after it:"
+            f" raise objective.unroll_steps above {unroll_steps}, or set branches to 0"
+        )
 
 
 @partial(jax.jit, static_argnames=("window", "branches"))

@@ -215,7 +215,15 @@ def _purpose(model: LoadedModel, batches: Sequence[Batch], config: ReplyConfig) 
     """All that the replies depend on."""
     seed = config.seed if config.temperature else None
     return repr(
-        (model.manifest.base_sha256, model.manifest.dtype, batches, config.new_tokens, config.temperature, seed)
+        (
+            model.manifest.base_sha256,
+            model.manifest.dtype,
+            model.kv,
+            batches,
+            config.new_tokens,
+            config.temperature,
+            seed,
+        )
     )
 
 

@@ -101,6 +101,7 @@ def identify(
         "model.tokenizer": _digest(texts),
         "model.trained parts": hash_tree({name: tree for name, tree in trained.items() if tree}),
         "draft_vocabulary": _digest(checkpoint.draft_vocabulary),
+        "calibration": manifest.calibration,  # where rollouts stop drafting, with a threshold
         "exit_layer": manifest.exit_layer,
         "drafter": manifest.drafter,
         **{f"drafter_options.{name}": value for name, value in manifest.drafter_config.items()},

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from dvi_jax.checkpoint import Checkpoint
-from dvi_jax.config import DataConfig, DistillConfig, MeshConfig
+from dvi_jax.config import WHOLE_KV, DataConfig, DistillConfig, MeshConfig
 from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import PromptStream
 from dvi_jax.data.tokenizer import Tokenizer
@@ -72,13 +72,15 @@ class SelfDistillation:
         *,
         dtype: str | None = None,
         weights: str | None = None,
+        kv: str = WHOLE_KV,
         mesh: MeshConfig = MeshConfig(),  # noqa: B008 - it cannot change
     ):
         """`model`, `dtype` and `weights` as of `open_checkpoint`; `data`: conversation files.
 
-        `mesh`: the devices of this sitting; another one may have others. Raises `UserError` for bad ones.
+        `kv`: what the cache of replies keeps keys and values in (`config.KV`). `mesh`: the devices of this sitting;
+        another one may have others. Raises `UserError` for bad ones.
         """
-        self.mesh = mesh
+        self.kv, self.mesh = kv, mesh
         self.checkpoint: Checkpoint = open_checkpoint(model, dtype, weights, lazy=mesh.is_several)
         self.tokenizer = Tokenizer.from_checkpoint(self.checkpoint)
         self.data, self.out = tuple(data), Path(out)
@@ -115,7 +117,7 @@ class SelfDistillation:
         recipe, path = self._recipe(), self.out / REPLIES
         if path.exists():
             return
-        model = from_checkpoint(self.checkpoint, mesh=make_mesh(self.mesh))
+        model = from_checkpoint(self.checkpoint, kv=self.kv, mesh=make_mesh(self.mesh))
         prompts = list(self.prompts(recipe, recipe.prompts))
         partial = path.with_name(f".{REPLIES}")
         with lock(self.out):
@@ -134,9 +136,10 @@ class SelfDistillation:
         """Distil from the replies."""
         result = train_offline(self.training(), resume=True, report=report)
         if self.mesh.data == 1:
-            return result
+            return replace(result, model=result.model.with_kv(self.kv))
         # One sequence at a time is what comes next, and that cannot be shared out.
-        return replace(result, model=load(result.checkpoint, mesh=make_mesh(replace(self.mesh, data=1))))
+        mesh = make_mesh(replace(self.mesh, data=1))
+        return replace(result, model=load(result.checkpoint, kv=self.kv, mesh=mesh))
 
     def held_out_prompts(self, count: int) -> list[list[int]]:
         """Prompts of the log that were kept apart."""
@@ -180,7 +183,7 @@ class SelfDistillation:
         new = matching_or_new_drafter(self.checkpoint, recipe.drafter, recipe.drafter_options, recipe.exit_layer)
         if recipe.draft_vocabulary and new.drafter is None:  # which tokens those will be does not matter here
             new = replace(new, draft_vocabulary=tuple(range(recipe.draft_vocabulary)))
-        model = from_checkpoint(new, mesh=make_mesh(self.mesh))
+        model = from_checkpoint(new, kv=self.kv, mesh=make_mesh(self.mesh))
         reply_rate, reply_memory = self._measure_replies(model, recipe)
         seconds, training_memory = self._measure_update(model, recipe)
         return Rates(

@@ -12,16 +12,17 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from dvi_jax.config import LlamaConfig, RopeScaling
-from dvi_jax.model import decode_attention, decode_products
+from dvi_jax.config import WHOLE_KV, LlamaConfig, RopeScaling
+from dvi_jax.model import decode_attention, decode_products, prefill_attention
+from dvi_jax.model.kept_kv import Kept, Rows, empty, keep, stored, times_scales
 from dvi_jax.model.products import has_gpu_kernels, precision, total
 
 
 class LayerCache(NamedTuple):
     """Keys and values of one layer, each [B, K, S, H]. Slot s holds position s; later slots are masked, not cleared."""
 
-    key: jax.Array
-    value: jax.Array
+    key: Rows
+    value: Rows
 
 
 Caches = tuple[LayerCache, ...]
@@ -42,21 +43,31 @@ AnyCache = LayerCache | BranchingCache
 CUDNN: Literal["cudnn", "xla"] = "cudnn"  # the implementation of `jax.nn.dot_product_attention`
 
 
-def init_caches(config: LlamaConfig, num_layers: int, batch: int, slots: int, dtype: jnp.dtype) -> Caches:
-    """Zeroed caches of `num_layers` layers. Zeros, since a NaN in a masked slot would poison a row (0 * NaN)."""
+def init_caches(
+    config: LlamaConfig, num_layers: int, batch: int, slots: int, dtype: jnp.dtype, kv: str = WHOLE_KV
+) -> Caches:
+    """Zeroed caches of `num_layers` layers, rows of `dtype` kept as `kv` says (`kept_kv.py`).
+
+    Zeros, since a NaN in a masked slot would poison a row (0 * NaN).
+    """
     shape = (batch, config.num_kv_heads, slots, config.head_dim)
-    return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(num_layers))
+    return tuple(LayerCache(empty(shape, dtype, kv), empty(shape, dtype, kv)) for _ in range(num_layers))
 
 
 def write_rows(cache: LayerCache, key: jax.Array, value: jax.Array, start: jax.Array) -> LayerCache:
     """Write `key`, `value` [B, K, T, H] into slots start[b] .. start[b] + T - 1 of each row b. start: int32 [B]."""
+    return put_rows(cache, LayerCache(keep(key, cache.key), keep(value, cache.value)), start)
+
+
+def put_rows(cache: LayerCache, rows: LayerCache, start: jax.Array) -> LayerCache:
+    """`write_rows` of rows that are as `cache` keeps them already."""
 
     def write(buffer: jax.Array, rows: jax.Array) -> jax.Array:
         if buffer.shape[0] == 1:  # one slice update is cheaper than the scatter that vmap makes of it
             return jax.lax.dynamic_update_slice(buffer, rows, (0, 0, start[0], 0))
         return jax.vmap(lambda b, r, s: jax.lax.dynamic_update_slice(b, r, (0, s, 0)))(buffer, rows, start)
 
-    return LayerCache(write(cache.key, key), write(cache.value, value))
+    return jax.tree.map(write, cache, rows)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
@@ -121,8 +132,20 @@ def attend_cached(
     mask = cached_mask(positions, cache.key.shape[2])
     # Rounds stay with the einsum, in which no row depends on the rows beside it.
     if query.shape[1] > decode_attention.MOST_ROUND_ROWS and has_gpu_kernels(dtype):
-        return cudnn_attention(query, *cache, mask=mask[:, None]), cache
+        return attend_many(query, *cache, positions, mask), cache
     return attend(query, *cache, mask), cache
+
+
+def attend_many(query: jax.Array, key: Rows, value: Rows, positions: jax.Array, mask: jax.Array) -> jax.Array:
+    """`attend` of a prefill's rows on a GPU: by cuDNN, or by a kernel that reads 8 bits as they are.
+
+    For heads that this does not take, cuDNN reads a copy of the layer in the model's dtype.
+    """
+    if isinstance(key, Kept) and decode_attention.fits(query.shape[-1]):
+        assert isinstance(value, Kept)
+        return prefill_attention.prefill_attention(query, key, value, positions)
+    whole = (rows.dequantised() if isinstance(rows, Kept) else rows for rows in (key, value))
+    return cudnn_attention(query, *whole, mask=mask[:, None])
 
 
 def attend_fresh(
@@ -134,6 +157,8 @@ def attend_fresh(
     bias: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache | None]:
     """The same where nothing lies in the cache yet, or there is none: rows see the rows of this call alone. P is 1."""
+    if cache is not None and isinstance(cache.key, Kept):
+        return attend_cached(qkv, heads, rope, cache, positions, bias)  # they see what is kept of those
     rows = qkv[0] if bias is None else total(qkv, bias.dtype, bias)
     query, key, value = split_heads(rows, heads, rope)
     if cache is not None:
@@ -173,7 +198,7 @@ def split_heads(qkv: jax.Array, heads: Heads, rope: Rope) -> tuple[jax.Array, ja
     return query, key.swapaxes(1, 2), value.swapaxes(1, 2)
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+def attend(query: jax.Array, key: Rows, value: Rows, mask: jax.Array) -> jax.Array:
     """Softmax attention in float32. query [B, T, N, H]; key, value [B, K, S, H]; mask bool [B, T, S] -> [B, T, N*H].
 
     A plain einsum on purpose: each query row's sum runs over the slots in a fixed order and masked slots add an exact
@@ -182,15 +207,16 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
     batch, tokens, heads, size = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, tokens, kv_heads, heads // kv_heads, size)
-    scores = wide_einsum("btkgh,bksh->bkgts", grouped, key)
+    scores = times_scales(wide_einsum("btkgh,bksh->bkgts", grouped, stored(key)), key)
     scores = jnp.where(mask[:, None, None], scores / math.sqrt(size), -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = wide_einsum("bkgts,bksh->btkgh", weights, value)
+    weights = times_scales(jax.nn.softmax(scores, axis=-1), value).astype(value.dtype)
+    mixed = wide_einsum("bkgts,bksh->btkgh", weights, stored(value))
     return mixed.astype(query.dtype).reshape(batch, tokens, heads * size)
 
 
 def wide_einsum(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """An einsum accumulated and returned in float32."""
+    """An einsum accumulated and returned in float32; what has 8 bits on the right is taken as the left's dtype."""
+    right = right.astype(left.dtype)
     if jax.default_backend() == "cpu":  # XLA's CPU backend has no batched bfloat16 product with a float32 result
         left, right = left.astype(jnp.float32), right.astype(jnp.float32)
     return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32, precision=precision(left))

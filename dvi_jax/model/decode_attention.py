@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from dvi_jax.model.kept_kv import Rows, quantised
 from dvi_jax.model.products import has_gpu_kernels
 
 CHUNK_SLOTS = 512  # slots of a chunk
@@ -40,30 +41,34 @@ MASKED = -1e30  # finite: the maximum of a chunk that a row cannot see must not 
 
 def is_supported(rows: int, head_dim: int, dtype: jnp.dtype) -> bool:
     """Whether the kernel takes `rows` = T rows of 16-bit heads of this size on the default backend."""
+    return has_gpu_kernels(dtype) and rows <= MOST_ROUND_ROWS and fits(head_dim)
+
+
+def fits(head_dim: int) -> bool:
+    """Whether half a head of this size may be an operand of Triton's matrix product."""
     half = head_dim // 2
-    sizes_fit = rows <= MOST_ROUND_ROWS and half >= 16 and half & (half - 1) == 0
-    return has_gpu_kernels(dtype) and sizes_fit
+    return half >= 16 and half & (half - 1) == 0
 
 
 @partial(jax.jit, static_argnames=("interpret",))  # traced and lowered once for all layers: seconds of every start
 def cached_attention(
     qkv: jax.Array,
     rope: Rope,
-    key: jax.Array,
-    value: jax.Array,
+    key: Rows,
+    value: Rows,
     positions: jax.Array,
     bias: jax.Array | None = None,
     *,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Rows, Rows]:
     """Rows qkv [P, R, N+2K, H], not turned yet, into slots `positions` [B, T] of key, value [B, K, S, H].
 
     Row t of sequence b is row b * T + t; rows beyond B * T are left out.
 
     `bias` [N+2K, H] is added to every row's sum of parts, which are then in float32, before that is rounded.
     Returns the rows' attention [R, N*H] over slots 0 .. position, with anything in the rows left out, and key and
-    value, in place where they are not needed any more; all in key's dtype. rope: cos and sin [B, T, 1, H/2].
-    `interpret` runs it on any device, for tests.
+    value, in place where they are not needed any more; all in key's dtype, though keys and values in 8 bits are kept so
+    (`kept_kv.py`). rope: cos and sin [B, T, 1, H/2]. `interpret` runs it on any device, for tests.
     """
     _, rows, heads, size = qkv.shape
     batch, tokens = positions.shape
@@ -72,30 +77,36 @@ def cached_attention(
     chunks = chunk_count(slots)
     tiles = pl.cdiv(tokens * queries // kv_heads, TILE)
     cos, sin = (table[:, :, 0] for table in rope)
-    cache = pl.BlockSpec((None, None, slots, size), lambda b, k, c: (b, k, 0, 0))
+    cache, tree = jax.tree.flatten((key, value))
     table = pl.BlockSpec((None, tokens, size // 2), lambda b, k, c: (b, 0, 0))
     outputs = output_shapes(chunks, (rows, queries, size), key.dtype)
-    key, value, *found = pl.pallas_call(
-        partial(_kernel, biased=bias is not None, kv_heads=kv_heads, chunks=chunks, interpret=interpret),
+    written = pl.pallas_call(
+        partial(
+            _kernel,
+            arrays=len(cache),
+            biased=bias is not None,
+            kv_heads=kv_heads,
+            chunks=chunks,
+            dtype=key.dtype,
+            interpret=interpret,
+        ),
         grid=(batch, kv_heads, tiles * chunks),
         in_specs=[
-            cache,
-            cache,
+            *map(of_head, cache),
             entire(qkv.shape),
             table,
             table,
             pl.BlockSpec((None, tokens), lambda b, k, c: (b, 0)),
             *([] if bias is None else [entire((heads, size))]),
         ],
-        out_specs=[cache, cache, *(entire(output.shape) for output in outputs)],
-        out_shape=[*[jax.ShapeDtypeStruct(key.shape, key.dtype)] * 2, *outputs],
-        input_output_aliases={0: 0, 1: 1},
+        out_specs=[*map(of_head, cache), *(entire(output.shape) for output in outputs)],
+        out_shape=[*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in cache), *outputs],
+        input_output_aliases={i: i for i in range(len(cache))},
         compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
         name="cached_attention",
-    )(key, value, qkv, cos, sin, positions, *([] if bias is None else [bias]))
-    mixed = found[0] if chunks == 1 else combine(*found).astype(key.dtype)
-    return mixed.reshape(rows, queries * size), key, value
+    )(*cache, qkv, cos, sin, positions, *([] if bias is None else [bias]))
+    return results(written, tree, rows, key.dtype)
 
 
 def chunk_count(slots: int) -> int:
@@ -116,31 +127,69 @@ def entire(shape: tuple[int, ...]) -> pl.BlockSpec:
     return pl.BlockSpec(shape, lambda b, k, c: (0,) * len(shape))
 
 
+def of_head(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+    """A program of a grid (batch, KV heads, ...) sees all that an array [B, K, ...] has of its sequence and head."""
+    return pl.BlockSpec((None, None, *array.shape[2:]), lambda b, k, c: (b, k, 0, 0))
+
+
+def results(written: Sequence[jax.Array], tree: Any, rows: int, dtype: jnp.dtype) -> tuple[jax.Array, Rows, Rows]:
+    """From a kernel's outputs: the attention [R, N*H], and keys and values, of structure `tree`, which come first."""
+    key, value = jax.tree.unflatten(tree, written[: tree.num_leaves])
+    found = written[tree.num_leaves :]
+    mixed = found[0] if len(found) == 1 else combine(*found).astype(dtype)
+    return mixed.reshape(rows, -1), key, value
+
+
 def combine(mixed: jax.Array, top: jax.Array, total: jax.Array) -> jax.Array:
     """Chunks [C, R, N, H] with the maxima and sums of their scores [C, R, N] -> [R, N, H]."""
     weight = jnp.exp(top - jnp.max(top, axis=0))
     return jnp.sum(mixed * weight[..., None], axis=0) / jnp.sum(total * weight, axis=0)[..., None]
 
 
+class HeadRows(NamedTuple):
+    """Keys or values of a sequence and a head in a kernel: the arrays of a `kept_kv.Rows`."""
+
+    values: Ref  # [S, H]
+    scales: Ref | None = None  # [S, 1], of 8 bits
+
+    @classmethod
+    def pair(cls, refs: Sequence[Ref]) -> tuple[HeadRows, HeadRows]:
+        """Keys and values from all their arrays in order."""
+        half = len(refs) // 2
+        return cls(*refs[:half]), cls(*refs[half:])
+
+    def store(self, slot: jax.Array, pieces: Sequence[jax.Array], mask: jax.Array | None = None) -> None:
+        """Rows, in pieces [rows, H/n] that are joined, into `slot` [rows, 1]; where `mask` [rows, 1] says so."""
+        if self.scales is not None:
+            pieces, scale = quantised(pieces, self.values.dtype, self.scales.dtype)
+            plt.store(self.scales.at[slot, 0], scale, mask=mask)
+        width = pieces[0].shape[1]
+        for number, piece in enumerate(pieces):
+            plt.store(self.values.at[slot, jnp.arange(width)[None, :] + number * width], piece, mask=mask)
+
+    def load(self, slot: jax.Array, column: jax.Array, mask: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Columns [1, n] of rows `slot` [rows, 1], not scaled, in `dtype`; zeros outside `mask` [rows, 1]."""
+        zero = 0 if self.values.dtype == jnp.int8 else 0.0
+        return plt.load(self.values.at[slot, column], mask=mask, other=zero).astype(dtype)
+
+    def load_scales(self, slot: jax.Array, mask: jax.Array) -> jax.Array | None:
+        """float32 [rows] of rows `slot` [rows]; None where there are none."""
+        if self.scales is None:
+            return None
+        return plt.load(self.scales.at[slot, 0], mask=mask, other=0.0).astype(jnp.float32)
+
+
 def _kernel(
-    _key: Ref,
-    _value: Ref,
-    qkv: Ref,
-    cos: Ref,
-    sin: Ref,
-    positions: Ref,
-    *rest: Ref,
-    biased: bool,
-    kv_heads: int,
-    chunks: int,
-    interpret: bool,
+    *refs: Ref, arrays: int, biased: bool, kv_heads: int, chunks: int, dtype: jnp.dtype, interpret: bool
 ) -> None:
     """One KV head, 16 queries and one chunk: write the new rows, then attend.
 
-    `rest`: the bias if there is one, then the outputs key, value and what `cached_attention` makes its result of.
-    `_key` and `_value` are key and value before the call: the same memory.
+    `refs`: the `arrays` of keys and values before the call; the rows, their tables and positions; the bias if there is
+    one; then the outputs, the same arrays in the same memory and what `cached_attention` makes its result of.
     """
-    bias, (key, value, *outputs) = (rest[0], rest[1:]) if biased else (None, rest)
+    qkv, cos, sin, positions, *rest = refs[arrays:]
+    bias, rest = (rest[0], rest[1:]) if biased else (None, rest)
+    (key, value), outputs = HeadRows.pair(rest[:arrays]), rest[arrays:]
     heads, size = qkv.shape[2:]
     (tokens,) = positions.shape
     queries, kv_head, chunk = heads - 2 * kv_heads, pl.program_id(1), pl.program_id(2) % chunks
@@ -149,50 +198,50 @@ def _kernel(
     query_index = pl.program_id(2) // chunks * TILE + jnp.arange(TILE)
     query_index = jnp.where(query_index < tokens * group, query_index, 0)
     token, head = query_index // group, kv_head * group + query_index % group
-    query = turned(qkv, bias, (cos, sin), (token[:, None], head[:, None]), first_row, key.dtype)
+    turn = partial(turned, qkv, bias, (cos, sin), first_row=first_row, dtype=dtype)
+    query = turn((token[:, None], head[:, None]))
 
     # Every program writes all of the new rows, always the same: each then reads what it wrote itself.
     new = jnp.arange(pl.next_power_of_2(tokens))[:, None]
     new = jnp.where(new < tokens, new, 0)
     slot, column = plt.load(positions.at[new]), jnp.arange(size)[None, :]
-    half = jnp.arange(size // 2)[None, :]
-    low, high = turned(qkv, bias, (cos, sin), (new, queries + kv_head), first_row, key.dtype)
-    plt.store(key.at[slot, half], low)
-    plt.store(key.at[slot, half + size // 2], high)
+    key.store(slot, turn((new, queries + kv_head)))
     at = (first_row + new, queries + kv_heads + kv_head, column)
-    plt.store(value.at[slot, column], summed(qkv, bias, at, value.dtype))
+    value.store(slot, [summed(qkv, bias, at, dtype)])
     if not interpret:
         plt.debug_barrier()  # the program's other threads wrote what the next lines read
 
-    slots = key.shape[0]
+    slots = key.values.shape[0]
     begin = chunk * CHUNK_SLOTS
     limit = slots if chunks == 1 else jnp.minimum(begin + CHUNK_SLOTS, slots)
     position = plt.load(positions.at[token])
     end = jnp.minimum(limit, jnp.max(position) + 1)
     steps = (0, pl.cdiv(end - begin, STEP_SLOTS))
-    carry = attend(nothing_yet(size), query, cached_slots(key, value), position, begin, steps)
+    carry = attend(nothing_yet(size), query, cached_slots(key, value, dtype), position, begin, steps)
     write(outputs, carry, first_row + token, head, chunk)
 
 
 class Slots(NamedTuple):
-    """How a program reads slots [64] of keys and values."""
+    """How a program reads slots [64] of keys and values; what is kept in 8 bits comes with scales float32 [64]."""
 
-    keys: Callable[[jax.Array], tuple[jax.Array, jax.Array]]  # both halves, [64, H/2] each
-    values: Callable[[jax.Array], jax.Array]  # [64, H]
+    keys: Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array | None]]  # both halves, [64, H/2] each; scales
+    values: Callable[[jax.Array], tuple[jax.Array, jax.Array | None]]  # [64, H]; scales
 
 
-def cached_slots(key: Ref, value: Ref) -> Slots:
-    """Slots of a cache [S, H]; zeros beyond it."""
-    slots, size = key.shape
+def cached_slots(key: HeadRows, value: HeadRows, dtype: jnp.dtype) -> Slots:
+    """Slots of a cache; zeros beyond it."""
+    slots, size = key.values.shape
     column, half = jnp.arange(size)[None, :], jnp.arange(size // 2)[None, :]
 
-    def keys(slot: jax.Array) -> tuple[jax.Array, jax.Array]:
-        inside = (slot < slots)[:, None]
-        left = plt.load(key.at[slot[:, None], half], mask=inside, other=0.0)
-        return left, plt.load(key.at[slot[:, None], half + size // 2], mask=inside, other=0.0)
+    def keys(slot: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        inside, at = (slot < slots)[:, None], slot[:, None]
+        left = key.load(at, half, inside, dtype)
+        right = key.load(at, half + size // 2, inside, dtype)
+        return left, right, key.load_scales(slot, slot < slots)
 
-    def values(slot: jax.Array) -> jax.Array:
-        return plt.load(value.at[slot[:, None], column], mask=(slot < slots)[:, None], other=0.0)
+    def values(slot: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        inside = slot < slots
+        return value.load(slot[:, None], column, inside[:, None], dtype), value.load_scales(slot, inside)
 
     return Slots(keys, values)
 
@@ -200,9 +249,9 @@ def cached_slots(key: Ref, value: Ref) -> Slots:
 Carry = tuple[jax.Array, jax.Array, jax.Array]  # weighted sum of values [16, H], highest score and sum of weights [16]
 
 
-def nothing_yet(size: int) -> Carry:
-    """What `attend` begins with, for heads of `size`."""
-    return jnp.zeros((TILE, size), jnp.float32), jnp.full((TILE,), MASKED), jnp.zeros((TILE,), jnp.float32)
+def nothing_yet(size: int, tile: int = TILE) -> Carry:
+    """What `attend` begins with, for `tile` queries and heads of `size`."""
+    return jnp.zeros((tile, size), jnp.float32), jnp.full((tile,), MASKED), jnp.zeros((tile,), jnp.float32)
 
 
 def attend(
@@ -219,13 +268,16 @@ def attend(
     def step(index: jax.Array, carry: Carry) -> Carry:
         mixed, top, total = carry
         slot = begin + index * STEP_SLOTS + jnp.arange(STEP_SLOTS)
-        left, right = slots.keys(slot)
+        left, right, key_scales = slots.keys(slot)
         scores = (plt.dot(query[0], left.T) + plt.dot(query[1], right.T)) * scale
+        if key_scales is not None:
+            scores = scores * key_scales[None, :]
         scores = jnp.where(slot[None, :] <= position[:, None], scores, MASKED)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         shrink, weights = jnp.exp(top - new_top), jnp.exp(scores - new_top[:, None])
-        values = slots.values(slot)
-        mixed = mixed * shrink[:, None] + plt.dot(weights.astype(values.dtype), values)
+        values, value_scales = slots.values(slot)
+        scaled = weights if value_scales is None else weights * value_scales[None, :]
+        mixed = mixed * shrink[:, None] + plt.dot(scaled.astype(values.dtype), values)
         return mixed, new_top, total * shrink + jnp.sum(weights, axis=1)
 
     return jax.lax.fori_loop(*steps, step, carry)
@@ -255,7 +307,7 @@ def summed(qkv: Ref, bias: Ref | None, at: tuple[Any, ...], dtype: jnp.dtype) ->
 
 
 def turned(
-    qkv: Ref, bias: Ref | None, rope: tuple[Ref, Ref], at: tuple[Any, Any], first_row: jax.Array, dtype: jnp.dtype
+    qkv: Ref, bias: Ref | None, rope: tuple[Ref, Ref], at: tuple[Any, Any], *, first_row: jax.Array, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
     """Both halves [rows, H/2] of the heads `at` (token, head) of a sequence, turned to the token's position."""
     (cos, sin), (token, head) = rope, at

@@ -16,7 +16,8 @@ from flax import nnx
 
 from dvi_jax.model import attention, decode_attention, exchange
 from dvi_jax.model.attention import AnyCache, LayerCache
-from dvi_jax.model.decode_products import gated_product, product, sum_parts
+from dvi_jax.model.decode_products import gated_product, product
+from dvi_jax.model.product_blocks import sum_parts
 from dvi_jax.model.products import linear, total
 from dvi_jax.model.quantised import Matrix, frozen
 from dvi_jax.model.residual import Residual

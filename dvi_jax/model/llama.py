@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dvi_jax.config import LlamaConfig
+from dvi_jax.config import WHOLE_KV, LlamaConfig
 from dvi_jax.errors import UserError
 from dvi_jax.model import attention, decode_attention, decode_products, exchange
 from dvi_jax.model.attention import AnyCache, Caches
@@ -85,11 +85,13 @@ class Llama(nnx.Module):
         *,
         taps: tuple[int, ...] = (),
         shards: int = 1,
+        kv: str = WHOLE_KV,
     ):
         """`base`: tree of `base_shapes(config)`. `exit_layer` in 0..L-1, 0 where nothing is to be split off below.
 
         `taps`: ascending layer numbers in 1..L-1; tap i is the hidden state after i layers. Others: `UserError`.
         `shards`: devices that have a part of the model each, of which `config` then is (`mesh.shard_config`).
+        `kv`: what `init_caches` keeps keys and values in (`config.KV`).
         """
         last = config.num_layers - 1
         if not 0 <= exit_layer <= last:
@@ -100,6 +102,7 @@ class Llama(nnx.Module):
         self.exit_layer = exit_layer
         self.taps = check_taps(taps, config.num_layers)
         self.shards = shards
+        self.kv = kv
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         self.embed = Base(base["embed"])
         self.layers = nnx.List(
@@ -112,7 +115,7 @@ class Llama(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Type of weights, activations and caches."""
+        """Type of weights and activations, and of caches unless `kv` says otherwise."""
         return self.embed.dtype
 
     def head_weight(self) -> Matrix:
@@ -180,8 +183,8 @@ class Llama(nnx.Module):
         below = self.exit_layer
         make = attention.init_caches
         return (
-            make(self.config, below, batch, slots, self.dtype),
-            make(self.config, self.config.num_layers - below, batch, slots, self.dtype),
+            make(self.config, below, batch, slots, self.dtype, self.kv),
+            make(self.config, self.config.num_layers - below, batch, slots, self.dtype, self.kv),
         )
 
     def _run(

@@ -25,6 +25,7 @@ from flax import nnx
 from dvi_jax.model.variables import Base
 
 PACKING = {"uint8": 2, "uint16": 4}  # four-bit integers of a byte, and of a word
+BY_GROUP = "group_"  # how names of arrays begin that a model has for groups, [G, O]
 OFFSET = 8  # what four bits without minima are more than the integer they stand for
 
 
@@ -127,25 +128,42 @@ Matrix = jax.Array | Quantised  # what a product takes for a weight
 
 
 class QuantisedWeight(nnx.Module):
-    """A frozen matrix of the model in fewer bits, where else a `Base` variable stands."""
+    """A frozen matrix of the model in fewer bits, where else a `Base` variable stands.
+
+    What a matrix has for each group lies here by groups, [G, O]: programs of a GPU work on neighbouring channels at a
+    time, and find their scales side by side.
+    """
 
     def __init__(self, parts: Mapping[str, Any]):
         """`parts`: the fields of a `Quantised` by name, as a base tree has them."""
-        self.values, self.scales = Base(parts["values"]), Base(parts["scales"])
-        self.has_minima = "minima" in parts
+        whole = Quantised.of(parts)
+        self.values = Base(whole.values)
+        self.is_grouped, self.has_minima = whole.is_grouped, whole.minima is not None
+        if self.is_grouped:
+            self.group_scales = Base(by_group(whole.scales))
+        else:
+            self.scales = Base(whole.scales)
         if self.has_minima:
-            self.minima = Base(parts["minima"])
+            self.group_minima = Base(by_group(whole.minima))
 
     def __getitem__(self, everything: Any) -> Quantised:
-        """The matrix, by [...] as a variable's array is had."""
+        """The matrix, by [...] as a variable's array is had; XLA takes transposing out where it is transposed back."""
         return Quantised(
-            self.values[everything], self.scales[everything], self.minima[everything] if self.has_minima else None
+            self.values[everything],
+            by_group(self.group_scales[everything]) if self.is_grouped else self.scales[everything],
+            by_group(self.group_minima[everything]) if self.has_minima else None,
         )
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of the matrix that it stands for: (O, I)."""
         return self[...].shape
+
+
+@jax.jit
+def by_group(scales: jax.Array) -> jax.Array:
+    """What each channel has for its groups, [O, G], as each group has it for the channels, [G, O]; and back."""
+    return scales.T
 
 
 def frozen(weight: Any) -> Base | QuantisedWeight:

@@ -28,7 +28,7 @@ Ref = Any  # a pointer into an array; indexing gives another, `plt.load` and `pl
 class Residual:
     """A residual stream, and what is still to be added to it."""
 
-    x: jax.Array  # [B, T, D]; with kernels [R, D]: all rows, and more to fill up a tile (`decode_products.padded_rows`)
+    x: jax.Array  # [B, T, D]; with kernels [R, D]: all rows, and more to fill up a tile (`product_blocks.padded_rows`)
     added: jax.Array | None = None  # parts of a product, [P, ..., D]; with kernels maybe of the first rows alone
     kernels: bool = False  # a decoding round on a device with kernels for it: nothing is differentiated
     inbox: Inbox | None = None  # where other devices' parts arrive, if through peer memory

@@ -21,9 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from dvi_jax.model import decode_attention as chain
-from dvi_jax.model.decode_attention import STEP_SLOTS, TILE, Ref, Rope, Slots
+from dvi_jax.model.decode_attention import STEP_SLOTS, TILE, HeadRows, Ref, Rope, Slots
+from dvi_jax.model.kept_kv import Rows
 
-LAYERS_AT_ONCE = 16  # of `keep_path`: a kernel takes a few thousand bytes of pointers
+ARRAYS_AT_ONCE = 32  # of `keep_path`, as those of 16 layers: a kernel takes a few thousand bytes of pointers
 
 
 class Tree(struct.PyTreeNode):
@@ -39,77 +40,86 @@ class Tree(struct.PyTreeNode):
 def tree_attention(
     qkv: jax.Array,
     rope: Rope,
-    key: jax.Array,
-    value: jax.Array,
+    key: Rows,
+    value: Rows,
     positions: jax.Array,
     tree: Tree,
-    nodes: tuple[jax.Array, jax.Array] | None,
+    nodes: tuple[Rows, Rows] | None,
     bias: jax.Array | None = None,
     *,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Rows, Rows]:
     """`decode_attention.cached_attention` of a tree's rows: key and value [B, K, S, H] are read and left as they are.
 
-    `nodes`: keys and values [B, K, M, H] of the nodes of earlier passes; None in the first. Returns the rows' attention
-    [R, N*H], and both with the nodes of this pass; those of later passes hold anything.
+    `nodes`: keys and values [B, K, M, H] of the nodes of earlier passes, kept as the cache's are; None in the first.
+    Returns the rows' attention [R, N*H], and both with the nodes of this pass; those of later passes hold anything.
     """
     _, rows, heads, size = qkv.shape
     batch, tokens = positions.shape
     kv_heads, slots = key.shape[1:3]
     queries = heads - 2 * kv_heads
-    chunks = chain.chunk_count(slots)
-    tiles = pl.cdiv(queries // kv_heads, TILE)
+    chunks, tiles = chain.chunk_count(slots), pl.cdiv(queries // kv_heads, TILE)
     cos, sin = (table[:, :, 0] for table in rope)
-    earlier, biases = list(nodes or ()), [] if bias is None else [bias]
+    cache, structure = jax.tree.flatten((key, value))
+    earlier, biases = jax.tree.leaves(nodes), [] if bias is None else [bias]
+    noted = [jax.ShapeDtypeStruct((batch, kv_heads, tree.room, array.shape[3]), array.dtype) for array in cache]
     outputs = chain.output_shapes(chunks, (rows, queries, size), key.dtype)
     kernel = partial(
         _kernel,
         earlier=len(earlier),
         biased=bias is not None,
+        arrays=len(cache),
         kv_heads=kv_heads,
         chunks=chunks,
         first=tree.first,
+        dtype=key.dtype,
         interpret=interpret,
     )
-    node_key, node_value, *found = pl.pallas_call(
+    written = pl.pallas_call(
         kernel,
         grid=(batch, kv_heads, tokens * tiles * chunks),
         in_specs=[
-            *(_of_head(tree.room, size) for _ in earlier),
-            _of_head(slots, size),
-            _of_head(slots, size),
+            *map(chain.of_head, earlier),
+            *map(chain.of_head, cache),
             chain.entire(qkv.shape),
-            _of_sequence(tokens, size // 2),
-            _of_sequence(tokens, size // 2),
+            *[_of_sequence(tokens, size // 2)] * 2,
             _of_sequence(tokens),
             _of_sequence(*tree.path.shape[1:]),
             chain.entire((batch,)),
             *(chain.entire((heads, size)) for _ in biases),
         ],
-        out_specs=[*[_of_head(tree.room, size)] * 2, *(chain.entire(output.shape) for output in outputs)],
-        out_shape=[*[jax.ShapeDtypeStruct((batch, kv_heads, tree.room, size), key.dtype)] * 2, *outputs],
+        out_specs=[*map(chain.of_head, noted), *(chain.entire(output.shape) for output in outputs)],
+        out_shape=[*noted, *outputs],
         input_output_aliases={i: i for i in range(len(earlier))},
         compiler_params=plt.CompilerParams(num_warps=chain.WARPS, num_stages=chain.STAGES),
         interpret=interpret,
         name="tree_attention",
-    )(*earlier, key, value, qkv, cos, sin, positions, tree.path, tree.start, *biases)
-    mixed = found[0] if chunks == 1 else chain.combine(*found).astype(key.dtype)
-    return mixed.reshape(rows, queries * size), node_key, node_value
-
-
-def _of_head(length: int, size: int) -> pl.BlockSpec:
-    """A program sees the slots or nodes of its sequence and KV head."""
-    return pl.BlockSpec((None, None, length, size), lambda b, k, c: (b, k, 0, 0))
+    )(*earlier, *cache, qkv, cos, sin, positions, tree.path, tree.start, *biases)
+    return chain.results(written, structure, rows, key.dtype)
 
 
 def _of_sequence(*shape: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, *shape), lambda b, k, c: (b, *(0,) * len(shape)))
 
 
-def _kernel(*refs: Ref, earlier: int, biased: bool, kv_heads: int, chunks: int, first: int, interpret: bool) -> None:
+def _kernel(
+    *refs: Ref,
+    earlier: int,
+    arrays: int,
+    biased: bool,
+    kv_heads: int,
+    chunks: int,
+    first: int,
+    dtype: jnp.dtype,
+    interpret: bool,
+) -> None:
     """One row, one KV head and one chunk: note the keys and values of the row and its ancestors, then attend."""
-    key, value, qkv, cos, sin, positions, path, start, *rest = refs[earlier:]
-    bias, (node_key, node_value, *outputs) = (rest[0], rest[1:]) if biased else (None, rest)
+    committed_refs, (qkv, cos, sin, positions, path, start, *rest) = (
+        refs[earlier : earlier + arrays],
+        refs[earlier + arrays :],
+    )
+    bias, rest = (rest[0], rest[1:]) if biased else (None, rest)
+    (key, value), nodes, outputs = HeadRows.pair(committed_refs), HeadRows.pair(rest[:arrays]), rest[arrays:]
     heads, size = qkv.shape[2:]
     tokens, longest = path.shape
     sequence, kv_head, place = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -120,93 +130,96 @@ def _kernel(*refs: Ref, earlier: int, biased: bool, kv_heads: int, chunks: int, 
     member = place // (chunks * tokens) * TILE + jnp.arange(TILE)
     head = kv_head * group + jnp.where(member < group, member, 0)
     token = jnp.full((TILE,), row)
-    turn = partial(chain.turned, qkv, bias, (cos, sin))
-    query = turn((token[:, None], head[:, None]), first_row, key.dtype)
+    turn = partial(chain.turned, qkv, bias, (cos, sin), first_row=first_row, dtype=dtype)
+    query = turn((token[:, None], head[:, None]))
 
     # Every program notes its own path, as far as it is of this pass: it then reads what it wrote itself.
     step = jnp.arange(pl.next_power_of_2(longest))[:, None]
     node = plt.load(path.at[row, jnp.where(step < longest, step, 0)])
     new = node >= first
-    column, half = jnp.arange(size)[None, :], jnp.arange(size // 2)[None, :]
     source = jnp.where(new, node - first, 0)
-    low, high = turn((source, queries + kv_head), first_row, key.dtype)
-    plt.store(node_key.at[node, half], low, mask=new)
-    plt.store(node_key.at[node, half + size // 2], high, mask=new)
-    at = (first_row + source, queries + kv_heads + kv_head, column)
-    plt.store(node_value.at[node, column], chain.summed(qkv, bias, at, value.dtype), mask=new)
+    nodes[0].store(node, turn((source, queries + kv_head)), new)
+    at = (first_row + source, queries + kv_heads + kv_head, jnp.arange(size)[None, :])
+    nodes[1].store(node, [chain.summed(qkv, bias, at, dtype)], new)
     if not interpret:
         plt.debug_barrier()  # the program's other threads wrote what the next lines read
 
-    slots = key.shape[0]
+    slots = key.values.shape[0]
     begin = chunk * chain.CHUNK_SLOTS
     limit = slots if chunks == 1 else jnp.minimum(begin + chain.CHUNK_SLOTS, slots)
     position = plt.load(positions.at[token])
     root = plt.load(start.at[sequence])
     last_step = pl.cdiv(jnp.minimum(limit, jnp.max(position) + 1) - begin, STEP_SLOTS)
-    committed = chain.cached_slots(key, value)
+    committed = chain.cached_slots(key, value, dtype)
     split = jnp.clip((root - begin) // STEP_SLOTS, 0, last_step)  # steps before it hold no node
     carry = chain.nothing_yet(size)
     carry = chain.attend(carry, query, committed, position, begin, (0, split))
-    behind = _slots_of_path(committed, (node_key, node_value), path, row, root)
+    behind = _slots_of_path(committed, nodes, path, row, root, dtype)
     carry = chain.attend(carry, query, behind, position, begin, (split, last_step))
     chain.write(outputs, carry, first_row + token, head, chunk)
 
 
-def _slots_of_path(committed: Slots, nodes: tuple[Ref, Ref], path: Ref, row: jax.Array, root: jax.Array) -> Slots:
+def _slots_of_path(
+    committed: Slots, nodes: tuple[HeadRows, HeadRows], path: Ref, row: jax.Array, root: jax.Array, dtype: jnp.dtype
+) -> Slots:
     """Slots before `root` from the cache, those from it on from the nodes of the row's path."""
     node_key, node_value = nodes
-    size, longest = node_key.shape[1], path.shape[1]
+    size, longest = node_key.values.shape[1], path.shape[1]
     column, half = jnp.arange(size)[None, :], jnp.arange(size // 2)[None, :]
 
     def of_path(slot: jax.Array) -> tuple[jax.Array, jax.Array]:
         depth = slot - root
         behind = (depth >= 0) & (depth < longest)
-        return plt.load(path.at[row, jnp.where(behind, depth, 0)])[:, None], behind[:, None]
+        return plt.load(path.at[row, jnp.where(behind, depth, 0)]), behind
 
-    def keys(slot: jax.Array) -> tuple[jax.Array, jax.Array]:
-        node, behind = of_path(slot)
-        left, right = committed.keys(slot)
-        own_left = plt.load(node_key.at[node, half], mask=behind, other=0.0)
-        own_right = plt.load(node_key.at[node, half + size // 2], mask=behind, other=0.0)
-        return jnp.where(behind, own_left, left), jnp.where(behind, own_right, right)
+    def scales(own: HeadRows, node: jax.Array, behind: jax.Array, others: jax.Array | None) -> jax.Array | None:
+        found = own.load_scales(node, behind)
+        return others if found is None or others is None else jnp.where(behind, found, others)
 
-    def values(slot: jax.Array) -> jax.Array:
+    def keys(slot: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         node, behind = of_path(slot)
-        return jnp.where(behind, plt.load(node_value.at[node, column], mask=behind, other=0.0), committed.values(slot))
+        left, right, others = committed.keys(slot)
+        at, mask = node[:, None], behind[:, None]
+        own_left = node_key.load(at, half, mask, dtype)
+        own_right = node_key.load(at, half + size // 2, mask, dtype)
+        scale = scales(node_key, node, behind, others)
+        return jnp.where(mask, own_left, left), jnp.where(mask, own_right, right), scale
+
+    def values(slot: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        node, behind = of_path(slot)
+        others, other_scales = committed.values(slot)
+        own = node_value.load(node[:, None], column, behind[:, None], dtype)
+        return jnp.where(behind[:, None], own, others), scales(node_value, node, behind, other_scales)
 
     return Slots(keys, values)
 
 
 @partial(jax.jit, static_argnames=("interpret",))
 def keep_path(
-    caches: Sequence[tuple[jax.Array, jax.Array]],
-    nodes: Sequence[tuple[jax.Array, jax.Array]],
+    caches: Sequence[tuple[Rows, Rows]],
+    nodes: Sequence[tuple[Rows, Rows]],
     path: jax.Array,
     start: jax.Array,
     *,
     interpret: bool = False,
-) -> list[tuple[jax.Array, jax.Array]]:
+) -> list[tuple[Rows, Rows]]:
     """The caches of layers with the nodes of `path` int32 [B, A] in slots start[b] .. start[b] + A - 1.
 
     Caches [B, K, S, H] and nodes [B, K, M, H]: keys and values of each layer. One kernel for many layers.
     """
-    kept: list[tuple[jax.Array, jax.Array]] = []
-    for begin in range(0, len(caches), LAYERS_AT_ONCE):
-        some = slice(begin, begin + LAYERS_AT_ONCE)
-        kept += _keep_some(caches[some], nodes[some], path, start, interpret=interpret)
-    return kept
+    arrays, structure = jax.tree.flatten(list(caches))
+    new = jax.tree.leaves(list(nodes))
+    kept: list[jax.Array] = []
+    for begin in range(0, len(arrays), ARRAYS_AT_ONCE):
+        some = slice(begin, begin + ARRAYS_AT_ONCE)
+        kept += _keep_some(arrays[some], new[some], path, start, interpret=interpret)
+    return jax.tree.unflatten(structure, kept)
 
 
 def _keep_some(
-    caches: Sequence[tuple[jax.Array, jax.Array]],
-    nodes: Sequence[tuple[jax.Array, jax.Array]],
-    path: jax.Array,
-    start: jax.Array,
-    *,
-    interpret: bool,
-) -> list[tuple[jax.Array, jax.Array]]:
-    old, new = ([array for pair in pairs for array in pair] for pairs in (caches, nodes))
-    (batch, longest), (kv_heads, _, size) = path.shape, old[0].shape[1:]
+    old: list[jax.Array], new: list[jax.Array], path: jax.Array, start: jax.Array, *, interpret: bool
+) -> list[jax.Array]:
+    (batch, longest), kv_heads = path.shape, old[0].shape[1]
 
     def of_head(array: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, *array.shape[2:]), lambda i, b, k: (b, k, 0, 0))
@@ -219,14 +232,14 @@ def _keep_some(
         depth = jnp.where(depth < longest, depth, 0)[:, None]
         node = plt.load(path.at[sequence, depth])
         slot = plt.load(start.at[sequence]) + depth
-        column = jnp.arange(size)[None, :]
         for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            column = jnp.arange(target.shape[1])[None, :]
 
             @pl.when(which == index)
-            def _(source: Ref = source, target: Ref = target) -> None:
+            def _(source: Ref = source, target: Ref = target, column: jax.Array = column) -> None:
                 plt.store(target.at[slot, column], plt.load(source.at[node, column]))
 
-    written = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         grid=(len(old), batch, kv_heads),
         in_specs=[chain.entire(path.shape), chain.entire(start.shape), *map(of_head, old), *map(of_head, new)],
@@ -237,4 +250,3 @@ def _keep_some(
         interpret=interpret,
         name="keep_path",
     )(path, start, *old, *new)
-    return list(zip(written[::2], written[1::2], strict=True))

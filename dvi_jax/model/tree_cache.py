@@ -43,8 +43,8 @@ class TreeCache(struct.PyTreeNode):
         self, qkv: jax.Array, heads: Heads, rope: Rope, positions: jax.Array, bias: jax.Array | None
     ) -> tuple[jax.Array, TreeCache]:
         query, key, value = attention.split_heads(total(qkv, self.committed.key.dtype, bias), heads, rope)
-        batch, kv_heads, _, size = key.shape
-        nodes = self.nodes or LayerCache(*[jnp.zeros((batch, kv_heads, self.tree.room, size), key.dtype)] * 2)
+        batch, size = positions.shape[0], heads[2]
+        nodes = self.nodes or _room(self.committed, self.tree.room)
         first = jnp.full((batch,), self.tree.first)
         nodes = attention.write_rows(nodes, key, value, first)
         mask = attention.cached_mask(positions, self.committed.key.shape[2])
@@ -80,5 +80,10 @@ def keep_path(caches: Sequence[TreeCache], path: jax.Array, start: jax.Array) ->
 
 def _laid(committed: LayerCache, nodes: LayerCache, path: jax.Array, start: jax.Array) -> LayerCache:
     """The cache with the nodes of `path` [B, A] from slot `start` [B] on."""
-    key, value = (jnp.take_along_axis(x, path[:, None, :, None], axis=2) for x in nodes)
-    return attention.write_rows(committed, key, value, start)
+    rows = jax.tree.map(lambda x: jnp.take_along_axis(x, path[:, None, :, None], axis=2), nodes)
+    return attention.put_rows(committed, rows, start)
+
+
+def _room(cache: LayerCache, room: int) -> LayerCache:
+    """Zeros for so many nodes, kept as `cache` keeps its rows."""
+    return jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], room, x.shape[3]), x.dtype), cache)

@@ -86,7 +86,7 @@ class Learner:
                 " merge it into the model (python -m conversion export --merge-lora), or leave out --learn"
             )
         if settings.branches:
-            check_branches(model)
+            check_branches(model, settings.objective.unroll_steps)
         self.settings, self._model, self._clock = settings, model, clock
         self._report, self._save = report, save
         self._window = min(settings.window, context)

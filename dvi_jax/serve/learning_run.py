@@ -156,4 +156,4 @@ def load_to_learn(options: argparse.Namespace) -> tuple[Checkpoint, LoadedModel]
         checkpoint = replace(checkpoint, draft_vocabulary=read_token_ids(Path(options.draft_vocabulary)))
     if options.drafter is not None:
         checkpoint = kept_or_new_drafter(checkpoint, options.drafter, {}, options.exit_layer)
-    return checkpoint, from_checkpoint(checkpoint, exit_layer=options.exit_layer)
+    return checkpoint, from_checkpoint(checkpoint, exit_layer=options.exit_layer, kv=options.kv)

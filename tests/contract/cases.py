@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
+from dvi_jax.config import KV, WHOLE_KV
 from dvi_jax.model.drafters import DRAFTERS
 from tests.contract.probe import PROBES
 
@@ -25,6 +26,7 @@ AXES = {
     "plan": ("early-exit", "chain", "tree"),
     "weights": ("whole", "int8", "int4", "float8"),
     "mesh": ("", "model=2", "data=3"),
+    "kv": KV,
 }
 
 
@@ -41,6 +43,7 @@ class Case:
     trunk: str = "shared"  # separate: lora_S inside the shallow layers too
     vocabulary: str = "whole"  # few: drafts are chosen from a part of the vocabulary
     weights: str = "whole"  # else what the verifier's matrices are kept in (with int4, `down` is in int8: 48 inputs)
+    kv: str = WHOLE_KV  # what keys and values are kept in
     plan: str = "early-exit"  # chain: rounds written out, plain decoding a program of its own; tree: of as many rows
     mesh: str = ""  # over which devices, as --mesh has it
 
@@ -83,9 +86,9 @@ class Case:
         return self == alike and self != Case()
 
     @property
-    def _verifying(self) -> tuple[str, int, str, str]:
-        """What shape, type, plan and devices the verifier's pass has."""
-        return self.dtype, self.batch, self.settings_plan, self.mesh
+    def _verifying(self) -> tuple[str, int, str, str, str]:
+        """What shape, types, plan and devices the verifier's pass has."""
+        return self.dtype, self.batch, self.settings_plan, self.mesh, self.kv
 
     @property
     def settings_plan(self) -> str:
@@ -109,6 +112,7 @@ PAIRS = (
     Case(plan="tree", dtype="bfloat16", trunk="separate"),
     Case(plan="tree", dtype="bfloat16", weights="int4"),
     Case(plan="tree", drafter="medusa", sampling="coupled"),
+    Case(plan="tree", kv="int8", sampling="coupled"),
     Case(plan="tree", drafter="kangaroo", sampling="rejection"),
     Case(plan="tree", drafter="tapped_block", dtype="bfloat16", prefix=True),
 )
@@ -121,8 +125,8 @@ def star() -> list[Case]:
 
 
 @cache
-def optimised() -> dict[tuple[str, int, str, str], Case]:
-    """The first case of `star` for each shape, type, plan and mesh of the verifier's pass."""
+def optimised() -> dict[tuple[str, int, str, str, str], Case]:
+    """The first case of `star` for each shape, types, plan and mesh of the verifier's pass."""
     cases = [case for case in star() if not (case.sampling == "rejection" or case._drafts_otherwise)]
     return {case._verifying: case for case in reversed(cases)}
 

@@ -77,7 +77,8 @@ def untrained(case: Case, config: LlamaConfig | None = None) -> LoadedModel:
         lora={"rank_s": 2, "rank_d": 0} if case.trunk == "separate" else {},
     )
     with lightly_compiled():
-        return LoadedModel(config, manifest, *split(build_model(config, manifest, kept(base, case.weights))))
+        model = LoadedModel(config, manifest, *split(build_model(config, manifest, kept(base, case.weights))))
+    return model.with_kv(case.kv)
 
 
 def kept(base: Tree, weights: str) -> Tree:

@@ -126,7 +126,7 @@ def test_checkpoint_round_trip(case, case_model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, case_model.params)
 
 
-@pytest.mark.axes("drafter", "prefix", full=("drafter", "dtype", "trunk", "prefix"))
+@pytest.mark.axes("drafter", "prefix", "kv", full=("drafter", "dtype", "trunk", "prefix", "kv"))
 def test_memory_counts_the_state_to_the_byte(case, case_model):
     sizes = Sizes(case.batch, 64, case.draft_steps + 1, prompt=16, record=True, prefix=16 if case.prefix else 0)
     state = jax.eval_shape(lambda: decoded(case, case_model))

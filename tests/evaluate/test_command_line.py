@@ -92,7 +92,7 @@ def test_another_process_than_the_first_decodes_along_and_writes_nothing(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--batch", "2"], "many prompts at a time are decoded by one process: leave out --batch or --coordinator"),
+        (["--batch", "2"], "with --batch one process decodes: leave out --coordinator, --processes and --process-id"),
         (["--plan", "auto"], "several processes must do alike: name a --plan other than auto"),
         (["--adaptive"], "several processes must do alike: .* leave out --adaptive"),
     ],

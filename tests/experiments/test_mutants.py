@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from dvi_jax.learn.rollback import Watch
-from experiments.mutants import ROOT, faulty, is_noticed, load_mutants
+from experiments.mutants import ROOT, describe, faulty, is_noticed, load_mutants, with_earlier
 
 MUTANTS = load_mutants()
 QUICK = [mutant for mutant in MUTANTS if mutant.quick]
@@ -31,3 +33,15 @@ def test_a_fault_is_taken_out_again():
     with faulty(mutant):
         assert watch.is_good(50)
     assert not watch.is_good(50)
+
+
+def test_pieces_come_to_the_whole_list(tmp_path):
+    """A later outcome replaces an earlier one; a fault that is listed no more goes."""
+    first, second, *_ = MUTANTS
+    gone = {"mutant": "gone", "file": "gone.py", "test": "gone", "outcome": "killed"}
+    earlier = [gone, describe(second) | {"outcome": "killed"}, describe(first) | {"outcome": "SURVIVED"}]
+    (tmp_path / "mutants.json").write_text(json.dumps({"mutants": earlier}), encoding="utf-8")
+    now = [describe(first) | {"outcome": "killed"}]
+    found = with_earlier(now, tmp_path / "mutants.json")
+    assert [(row["mutant"], row["outcome"]) for row in found] == [(first.name, "killed"), (second.name, "killed")]
+    assert with_earlier(now, tmp_path / "none.json") == now

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from conversion.__main__ import main as conversion
 from conversion.importing import import_model
 from dvi_jax import load
 from dvi_jax.checkpoint import read_checkpoint
@@ -73,7 +74,7 @@ def test_dtypes_and_changes_are_imports_of_their_own(cache, tmp_path):
     assert len(models(cache)) == 4
 
 
-def test_names_in_the_hugging_face_cache(cache, tmp_path):
+def test_names_in_the_hugging_face_cache(cache, tmp_path, monkeypatch):
     """Blobs, and snapshots of links to them, as huggingface_hub lays them out."""
     repository = tmp_path / "hub" / "models--some-org--Tiny-Model.v1"
     (repository / "blobs").mkdir(parents=True)
@@ -89,6 +90,10 @@ def test_names_in_the_hugging_face_cache(cache, tmp_path):
     (repository / "refs" / "main").write_text("b" * 40)
     assert open_checkpoint("some-org/Tiny-Model.v1").config.rope_theta == 5e6
     assert [name[:23] for name in models(cache)] == ["some-org--Tiny-Model.v1"] * 2
+    command = ["conversion", "import", "--from", "some-org/Tiny-Model.v1", "--out", str(tmp_path / "imported")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert conversion() == 0
+    assert read_checkpoint(tmp_path / "imported").config.rope_theta == 5e6
     for name in ("some-org/other", "../no/such", "some-org/Tiny-Model.v1/x/y", "org/" + "x" * 5000):
         with pytest.raises(UserError, match="no checkpoint at"):
             open_checkpoint(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,9 @@ from dvi_jax.errors import UserError
 from dvi_jax.learn.fast_update import Batch, evaluate_positions, fast_update, init_learner
 from dvi_jax.learn.replay import Replay, WindowBranches, Windows, check_branches, push
 from dvi_jax.learn.rollout import rollout, window_length
-from dvi_jax.model.speculative_llama import join
+from dvi_jax.loading import build_model
+from dvi_jax.model.llama import random_base
+from dvi_jax.model.speculative_llama import join, split
 from dvi_jax.serve.learning import keep
 
 PROMPTS = [[5, 9, 2], [7, 7, 1, 30, 4]]
@@ -167,4 +171,21 @@ def test_a_window_that_is_not_finite_is_left_out(windows):
 
 def test_where_the_draft_pass_is_not_the_verifiers(make_tiny):
     with pytest.raises(UserError, match="set branches to 0"):
-        check_branches(make_tiny(lora={"rank_s": 2, "rank_d": 0}))
+        check_branches(make_tiny(lora={"rank_s": 2, "rank_d": 0}), 3)
+
+
+def test_where_only_first_drafts_are_learned(model):
+    """They would be recorded, and nothing learned from them. A block is learned whole, whatever is unrolled."""
+    check_branches(model, 2)
+    with pytest.raises(UserError, match=r"raise objective\.unroll_steps above 1, or set branches to 0$"):
+        check_branches(model, 1)
+    base = random_base(model.config, jax.random.key(0), jnp.float32)
+
+    def medusa(heads):
+        manifest = replace(model.manifest, drafter="medusa", drafter_config={"heads": heads})
+        definition, params = split(build_model(model.config, manifest, base))
+        return replace(model, definition=definition, params=params)
+
+    check_branches(medusa(2), 1)
+    with pytest.raises(UserError, match="this drafter makes one: set branches to 0"):
+        check_branches(medusa(1), 3)

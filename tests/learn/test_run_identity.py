@@ -18,7 +18,7 @@ from dvi_jax.errors import UserError
 from dvi_jax.identity import hash_tree
 from dvi_jax.learn.online import train_online
 from dvi_jax.learn.run_directory import RunDirectory
-from dvi_jax.learn.run_identity import DATA, MAY_CHANGE, RESOLVED, RUN, RunIdentity, read_identity
+from dvi_jax.learn.run_identity import DATA, MAY_CHANGE, RESOLVED, RUN, RunIdentity, identify, read_identity
 from dvi_jax.learn.snapshot import CHECKSUMS, PROGRESS
 from experiments.tiny import write_tiny_run
 
@@ -230,6 +230,16 @@ def test_by_hand(tmp_path):
     assert read_identity(tmp_path) == begun
     with pytest.raises(UserError, match=f"{tmp_path} holds a run with seed 0, which cannot be resumed with 1"):
         RunIdentity.of({"seed": 1}, {}).resuming(begun, tmp_path)
+
+
+def test_temperatures_of_the_drafter_belong_to_it(finished, tmp_path):
+    """With a threshold they decide where a rollout stops drafting, and so what is learned from."""
+    checkpoint = read_checkpoint(finished.checkpoint)
+    calibrated = replace(checkpoint.manifest, calibration=(0.8, 1.1))
+    begun, now = (identify(finished, checkpoint, manifest, {}) for manifest in (checkpoint.manifest, calibrated))
+    assert begun.digest != now.digest
+    with pytest.raises(UserError, match=r"calibration \[\], which cannot be resumed with \[0\.8, 1\.1\]"):
+        now.resuming(begun, tmp_path)
 
 
 def test_others_may_write_beside_a_run(tmp_path):

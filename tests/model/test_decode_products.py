@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dvi_jax.model import decode_products
-from dvi_jax.model.decode_products import blocks_for, gated_product, padded_rows, part_count, product
+from dvi_jax.model.decode_products import gated_product, product
+from dvi_jax.model.product_blocks import blocks_for, padded_rows, part_count
 
 # rows, results, terms, parts: whole blocks and steps, and none of them whole
 SHAPES = [(16, 64, 192, 1), (32, 40, 576, 3), (128, 33, 100, 1)]

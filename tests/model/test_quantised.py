@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dvi_jax.importing.rounding import rounded
-from dvi_jax.model.decode_products import blocks_for, gated_product, part_count, product, sum_parts
+from dvi_jax.model.decode_products import gated_product, product
+from dvi_jax.model.product_blocks import blocks_for, part_count, sum_parts
 from dvi_jax.model.products import linear
 from dvi_jax.model.quantised import Quantised
 from dvi_jax.quantisation import Quantisation

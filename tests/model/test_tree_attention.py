@@ -120,7 +120,7 @@ def test_without_the_kernel_it_is_the_einsum_of_a_chain(case):
 
 def test_the_accepted_path_is_kept_in_all_layers(case, monkeypatch):
     """More layers than one kernel takes, here two; slots before and behind stay as they were."""
-    monkeypatch.setattr(tree_attention_module, "LAYERS_AT_ONCE", 2)
+    monkeypatch.setattr(tree_attention_module, "ARRAYS_AT_ONCE", 4)
     layers = 3
     caches = [(case.key + i, case.value - i) for i in range(layers)]
     path = jnp.array([PATHS[4], PATHS[2]])

@@ -1,12 +1,14 @@
 """What prompts share is taken in once: a hit gives the bits of a miss, and memory stays within its budget."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dvi_jax.serve.intake import Intake
 from dvi_jax.serve.prefixes import Block, Prefixes
 from dvi_jax.serve.requests import Request
 
@@ -38,6 +40,23 @@ def test_hits_and_misses_have_equal_bits(model, make_engine, pieces_of):
 
 def window_rows(window):
     return [window.tokens, window.proposal, window.reward, window.step, *jax.tree.leaves(window.features)]
+
+
+def test_what_is_kept_in_8_bits_is_laid_back_to_the_bit(model):
+    """The chunk behind a prefix's two, and keys and values of all three: computed, and with two of them laid back."""
+    model = model.with_kv("int8")
+    intake = Intake(model, rows=1, chunk=16, room=64, prefix_bytes=10**6, record=False)
+    prompt, found = tuple(range(2, 42)), []
+    for _ in range(2):
+        reply = SimpleNamespace(request=Request(prompt, 1), statistics=SimpleNamespace(cached_tokens=0))
+        intake.begin([reply])
+        while not intake.is_ready:
+            intake.step(model.decode_params)
+        _, filled = intake.hand_over(1)
+        found.append(jax.device_get((filled.shallow, filled.deep, filled.features)))
+    assert reply.statistics.cached_tokens == 32
+    assert found[0][0][0].key.values.dtype == np.int8
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def block(value):

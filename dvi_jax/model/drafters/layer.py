@@ -15,7 +15,8 @@ from flax import nnx
 from dvi_jax.config import LlamaConfig
 from dvi_jax.model import attention, decode_attention
 from dvi_jax.model.attention import AnyCache
-from dvi_jax.model.decode_products import by_sequence, gated_product, laid_flat, product, sum_parts
+from dvi_jax.model.decode_products import by_sequence, gated_product, laid_flat, product
+from dvi_jax.model.product_blocks import sum_parts
 from dvi_jax.model.products import linear
 from dvi_jax.model.residual import Residual, rms_norm
 from dvi_jax.model.variables import DrafterParam

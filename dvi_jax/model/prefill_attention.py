@@ -1,0 +1,71 @@
+"""Attention of a prefill's rows over keys and values in 8 bits, as one GPU kernel in Pallas for Triton.
+
+cuDNN takes keys and values of the queries' dtype alone, so it would need a copy of the cache. This kernel reads the 8
+bits as a round's does (`decode_attention.py`), with more queries to a program; the rows lie in the cache already.
+
+Letters: B batch, T rows of a sequence in this call, N query heads, K KV heads, G = N/K, H head size, S cache slots.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from dvi_jax.model import decode_attention as round_attention
+from dvi_jax.model.decode_attention import STEP_SLOTS, HeadRows, Ref
+from dvi_jax.model.kept_kv import Kept
+
+TILE = 128  # queries that one program works on
+WARPS = 8
+STAGES = 2  # steps whose loads are under way at once
+
+
+@partial(jax.jit, static_argnames=("interpret",))
+def prefill_attention(
+    query: jax.Array, key: Kept, value: Kept, positions: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """Turned queries [B, T, N, H] at `positions` int32 [B, T] over slots 0 .. position of key, value [B, K, S, H].
+
+    -> [B, T, N*H] in the queries' dtype. `interpret` runs it on any device, for tests.
+    """
+    batch, tokens, heads, size = query.shape
+    kv_heads = key.shape[1]
+    cache = jax.tree.leaves((key, value))
+    return pl.pallas_call(
+        partial(_kernel, arrays=len(cache), group=heads // kv_heads),
+        grid=(batch, kv_heads, pl.cdiv(tokens * heads // kv_heads, TILE)),
+        in_specs=[
+            *map(round_attention.of_head, cache),
+            pl.BlockSpec((None, *query.shape[1:]), lambda b, k, t: (b, 0, 0, 0)),
+            pl.BlockSpec((None, tokens), lambda b, k, t: (b, 0)),
+        ],
+        out_specs=pl.BlockSpec((None, *query.shape[1:]), lambda b, k, t: (b, 0, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+        interpret=interpret,
+        name="prefill_attention",
+    )(*cache, query, positions).reshape(batch, tokens, heads * size)
+
+
+def _kernel(*refs: Ref, arrays: int, group: int) -> None:
+    """One KV head and 128 queries: attend over the slots up to the last of them."""
+    key, value = HeadRows.pair(refs[:arrays])
+    query, positions, out = refs[arrays:]
+    tokens, _, size = query.shape
+    # Queries by row, then head; what fills up the last tile does the first one's work again.
+    index = pl.program_id(2) * TILE + jnp.arange(TILE)
+    index = jnp.where(index < tokens * group, index, 0)
+    token, head = index // group, pl.program_id(1) * group + index % group
+    half = jnp.arange(size // 2)[None, :]
+    halves = [plt.load(query.at[token[:, None], head[:, None], half + start]) for start in (0, size // 2)]
+    position = plt.load(positions.at[token])
+    steps = (0, pl.cdiv(jnp.max(position) + 1, STEP_SLOTS))
+    slots = round_attention.cached_slots(key, value, query.dtype)
+    carry = round_attention.nothing_yet(size, TILE)
+    mixed, _, total = round_attention.attend(carry, (halves[0], halves[1]), slots, position, 0, steps)
+    column = jnp.arange(size)[None, :]
+    plt.store(out.at[token[:, None], head[:, None], column], (mixed / total[:, None]).astype(out.dtype))
