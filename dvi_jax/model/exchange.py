@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dvi_jax.mesh import MODEL
+from dvi_jax.mesh import DATA, MODEL
 from dvi_jax.model import peer_memory
 from dvi_jax.model.peer_memory import Inbox
 
@@ -24,8 +24,14 @@ _alone = False  # `each_alone`
 
 
 def inbox_for(parts: int, rows: int, size: int) -> Inbox | None:
-    """For the `joined_parts` of a pass, [parts, rows, size] each at the most: peer memory, if that serves here."""
-    if _alone or not peer_memory.is_available() or not peer_memory.takes(parts, rows, size):
+    """For the `joined_parts` of a pass, [parts, rows, size] each at the most: peer memory, if that serves here.
+
+    Not where a batch is split too: an inbox is opened by all devices of the mesh together, and a device whose sequences
+    have ended makes no more passes, while others go on.
+    """
+    if _alone or jax.lax.axis_size(DATA) > 1 or not peer_memory.is_available():
+        return None
+    if not peer_memory.takes(parts, rows, size):
         return None
     return peer_memory.new_inbox(parts, rows, size)
 

@@ -7,6 +7,7 @@ The protocol is that of NCCL's "LL": of each eight bytes four are data and four 
 waits looks at them until the flag is the exchange's number. So nothing is fenced, signalled or cleared on the way. An
 inbox has two slots that take turns: who sends exchange i + 2 has heard i + 1 from all, who sent that behind reading i.
 It is new in every pass, and zero; a pass's first exchange begins with a barrier, so nobody writes before all are clear.
+That barrier is one of all devices of the mesh, which therefore must make the same passes.
 
 Letters: n devices along `model`, P parts, R rows, D hidden, U units: two numbers that travel together with their flags.
 """
@@ -28,6 +29,7 @@ from jaxlib.mlir.dialects import arith, gpu
 
 from dvi_jax.mesh import MODEL
 
+HOPPER = 9  # compute capability
 THREADS = 128  # of a program: a warpgroup
 MOST_PROGRAMS = 512  # which a large GPU runs side by side
 MOST_UNITS = 8  # of a thread, whose loads are under way at once
@@ -47,10 +49,12 @@ class Inbox:
 def is_available() -> bool:
     """Whether GPUs can exchange so: those of one process, of NVIDIA's Hopper and later, with jax 0.11."""
     device = jax.devices()[0]
+    generation = str(getattr(device, "compute_capability", "")).partition(".")[0]  # AMD's have names
     return (
         device.platform == "gpu"
         and jax.process_count() == 1
-        and float(getattr(device, "compute_capability", 0)) >= 9
+        and generation.isdecimal()
+        and int(generation) >= HOPPER
         and WITHOUT_BARRIER in {field.name for field in dataclasses.fields(plgpu.CompilerParams)}
     )
 

@@ -18,6 +18,8 @@ ROW_TILE = 16  # rows of the smallest matrix product in Triton
 MOST_BLOCK_ROWS = 64  # rows of one program; more are further programs, which read the weight again
 MOST_ROWS = 256  # beyond which a round is bound by arithmetic, where XLA is faster
 STEP = 64  # terms of one step of a sum, at least
+STAGES = {STEP: 5, 2 * STEP: 4}  # steps of each length whose loads are under way at once, usually
+SHARE_STAGES = 6  # the same for narrow blocks of a device's share of a matrix
 MOST_PARTS = 4
 WIDE, NARROW = 64, 32  # results of a row in one program
 WIDE_FROM = 4096  # results of a row, from which on blocks are wide
@@ -77,18 +79,20 @@ def blocks_for(shape: tuple[int, ...], parts: int, rows: int) -> Blocks:
     if rows > MOST_BLOCK_ROWS and out >= WIDE_FROM:
         return Blocks(2 * WIDE, STEP, 4, parts)
     columns = WIDE if out >= WIDE_FROM else NARROW
-    if pl.cdiv(out, columns) * parts < TOO_FEW:
-        columns //= 2
-    if length % (2 * STEP) == 0 and length >= 6 * STEP:
-        return Blocks(columns, 2 * STEP, 4, parts)
-    return Blocks(columns, STEP, 5, parts)
+    step = 2 * STEP if length % (2 * STEP) == 0 and length >= 6 * STEP else STEP
+    programs = pl.cdiv(out, columns) * parts
+    if columns == WIDE and programs < ENOUGH and rows <= 2 * ROW_TILE:
+        # A device's share of a large matrix: half the columns have half as much under way, unless it is more steps.
+        return Blocks(NARROW, step, SHARE_STAGES, parts)
+    return Blocks(columns // 2 if programs < TOO_FEW else columns, step, STAGES[step], parts)
 
 
 def gated_blocks_for(shape: tuple[int, ...], rows: int) -> Blocks:
     """Blocks of a `gated_product` with weights of `shape` (F, in) for gate and up each, measured likewise."""
     if rows >= MOST_BLOCK_ROWS:  # twice the sums: longer steps would leave a multiprocessor one program
         return Blocks(WIDE if shape[0] >= WIDE_FROM else NARROW, STEP, 4, 1, warps=8)
-    return blocks_for(shape, 1, rows)._replace(columns=NARROW)
+    blocks = blocks_for(shape, 1, rows)
+    return blocks._replace(columns=NARROW, stages=STAGES[blocks.step])
 
 
 def fitted(blocks: Blocks, weight: Matrix, rows: int) -> Blocks:
@@ -97,7 +101,7 @@ def fitted(blocks: Blocks, weight: Matrix, rows: int) -> Blocks:
         return blocks
     # Of 64 rows four warps would make another instruction, which adds up in another order; two do not.
     many = rows >= MOST_BLOCK_ROWS
-    blocks = blocks._replace(columns=NARROW, warps=2 if many else 4)
+    blocks = blocks._replace(columns=NARROW, stages=STAGES[blocks.step], warps=2 if many else 4)
     if not weight.is_grouped:
         length = weight.shape[1] // blocks.parts
         step = next(n for n in (4 * STEP, 2 * STEP, STEP) if length % n == 0 or n == STEP)
