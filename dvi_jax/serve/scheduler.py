@@ -89,6 +89,11 @@ class Scheduler:
         self.status = EngineStatus(count, running=0, waiting=0, context=0, plan=str(choice.plan))
 
     @property
+    def chunk(self) -> int:
+        """Tokens of a prompt that go through at once."""
+        return self._intake.chunk
+
+    @property
     def seconds_a_slot(self) -> float:
         """How often, lately, a slot became free while all were in use: every so many seconds."""
         return self._slot_seconds / len(self._replies)
@@ -124,11 +129,11 @@ class Scheduler:
                 )
                 packed.block_until_ready()
 
-    def turn(self, next_reply: Callable[[], Reply | None], waiting: int) -> None:
-        """One turn; `next_reply` gives the next one of those that wait, about so many, if one does."""
+    def turn(self, next_replies: Callable[[int], list[Reply]], waiting: int) -> None:
+        """One turn; `next_replies` gives so many of those that wait at most, of about `waiting`."""
         began, self._waited = time.monotonic(), 0.0
         self._drop_cancelled()
-        laid = self._take_in(next_reply, waiting)
+        laid = self._take_in(next_replies, waiting)
         taken_in = time.monotonic() - began
         if self._ahead:
             stretch = self._start_stretch(somebody_waits=waiting > 0)
@@ -187,7 +192,7 @@ class Scheduler:
             self._slots = release(self._slots, self._ended.copy())
             self._ended[:] = False
 
-    def _take_in(self, next_reply: Callable[[], Reply | None], waiting: int) -> list[_Laid]:
+    def _take_in(self, next_replies: Callable[[int], list[Reply]], waiting: int) -> list[_Laid]:
         """Chunks of prompts, and those that are complete into free slots. -> what was laid.
 
         While others run, as many chunks as it takes to fill the free slots with short prompts, and at least one: a long
@@ -205,7 +210,7 @@ class Scheduler:
             if (runs or laid) and chunks >= most:
                 return laid
             if not self._intake.replies:
-                replies = [reply for reply in (next_reply() for _ in range(rows)) if reply is not None]
+                replies = next_replies(rows)
                 if not replies:
                     return laid
                 self._intake.begin(replies)
