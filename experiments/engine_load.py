@@ -47,6 +47,7 @@ from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
 from dvi_jax.presets import SHAPES
 from dvi_jax.serve.engine import Engine
+from dvi_jax.serve.many import side_by_side
 from dvi_jax.serve.pace import SWITCH_SECONDS
 from dvi_jax.serve.plans import AUTO
 from dvi_jax.serve.reply import Reply
@@ -57,6 +58,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 # Logarithms of ShareGPT's lengths in tokens are about normal: medians, and standard deviations of the logarithm.
 PROMPT_MEDIAN, PROMPT_SPREAD = 100, 1.0
 REPLY_MEDIAN, REPLY_SPREAD = 200, 0.8
+REQUESTS_EACH = 25  # requests for each slot
 # Of the time to first token, and of the gap between one piece of a reply and the next.
 MILLISECONDS = ("ttft_p50", "ttft_p99", "gap_p50", "gap_p99")
 
@@ -100,9 +102,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--plan", default="plain", help="of the engine; batches take it too, or plain for auto")
-    parser.add_argument("--chunk", type=int, help="tokens of a prompt that go through at once")
-    parser.add_argument("--together", type=int, default=1, help="prompts that are taken in side by side")
-    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--chunk", type=int, help="tokens of a prompt that go through at once (as files of prompts)")
+    parser.add_argument("--together", type=int, help="prompts that are taken in side by side (as files of prompts)")
+    parser.add_argument("--requests", type=int, default=0, help="0: 25 for each slot, so that the last ones are few")
     parser.add_argument("--longest-prompt", type=int, default=1024)
     parser.add_argument("--longest-reply", type=int, default=1024)
     parser.add_argument("--beside-prompt", type=int, default=2048, help="tokens of the prompts that arrive beside")
@@ -195,12 +197,12 @@ class Report:
             sample()
 
 
-def draw_requests(options: argparse.Namespace, vocab_size: int) -> list[Request]:
+def draw_requests(options: argparse.Namespace, slots: int, vocab_size: int) -> list[Request]:
     """Requests of ShareGPT-like lengths."""
-    rng = np.random.default_rng(options.seed)
+    rng, count = np.random.default_rng(options.seed), options.requests or REQUESTS_EACH * slots
 
     def lengths(median: float, spread: float, longest: int) -> np.ndarray:
-        drawn = np.exp(rng.normal(np.log(median), spread, options.requests))
+        drawn = np.exp(rng.normal(np.log(median), spread, count))
         return np.clip(drawn, 4, longest).astype(int)
 
     prompts = lengths(PROMPT_MEDIAN, PROMPT_SPREAD, options.longest_prompt)
@@ -247,7 +249,8 @@ async def follow(reply: Reply, timeline: Timeline) -> None:
 
 def measure(model: LoadedModel, slots: int, options: argparse.Namespace, report: Report) -> None:
     """All results of one number of slots."""
-    requests, vocab_size = draw_requests(options, model.config.vocab_size), model.config.vocab_size
+    vocab_size = model.config.vocab_size
+    requests, (chunk, together) = draw_requests(options, slots, vocab_size), side_by_side(slots, options.longest_prompt)
     tokens = sum(request.max_new_tokens for request in requests)
     with Engine(
         model,
@@ -256,8 +259,8 @@ def measure(model: LoadedModel, slots: int, options: argparse.Namespace, report:
         plan=options.plan,
         max_waiting=len(requests),
         prefix_bytes=0,
-        chunk=options.chunk,
-        together=options.together,
+        chunk=options.chunk or chunk,
+        together=options.together or together,
     ) as engine:
         print(engine.memory.describe(), file=sys.stderr, flush=True)
         asyncio.run(load_engine(engine, requests, options, report))
@@ -265,14 +268,14 @@ def measure(model: LoadedModel, slots: int, options: argparse.Namespace, report:
     gc.collect()
     plan = PLAIN if options.plan == AUTO else Plan.parse(options.plan)
     batches = [requests[i : i + slots] for i in range(0, len(requests), slots)]
-    seconds = batch_seconds(model, batches, slots, plan)
-    report.result("batches", slots, str(plan), seconds, tokens)
+    seconds, prefill = batch_seconds(model, batches, slots, plan)
+    report.result("batches", slots, str(plan), seconds, tokens, prefill_seconds=round(prefill, 3))
     # As much work, in batches that waste nothing.
     prompt, reply = sum(len(r.prompt_ids) for r in requests) // len(requests), tokens // len(requests)
     rng = np.random.default_rng(options.seed)
     equal = [[make_request(rng, prompt, reply, vocab_size) for _ in range(slots)]] * 3
-    seconds = batch_seconds(model, equal, slots, plan)
-    report.result("equal", slots, str(plan), seconds, 3 * slots * reply)
+    seconds, prefill = batch_seconds(model, equal, slots, plan)
+    report.result("equal", slots, str(plan), seconds, 3 * slots * reply, prefill_seconds=round(prefill, 3))
 
 
 async def load_engine(engine: Engine, requests: list[Request], options: argparse.Namespace, report: Report) -> None:
@@ -284,8 +287,13 @@ async def load_engine(engine: Engine, requests: list[Request], options: argparse
         began = time.perf_counter()
         timelines = await asyncio.gather(*(ask(engine, request) for request in requests))
         seconds, status = time.perf_counter() - began, engine.status()
-        per_round = status.new_tokens / max(status.rounds, 1)
-        report.result("engine", engine.slots, status.plan, seconds, tokens, timelines, tokens_per_round=per_round)
+        shares = {
+            "tokens_per_round": status.new_tokens / max(status.rounds, 1),
+            "slots_at_work": status.rounds / max(status.slot_rounds, 1),
+            "waited_share": status.waited_seconds / status.busy_seconds,
+            "intake_share": status.intake_seconds / status.busy_seconds,
+        }
+        report.result("engine", engine.slots, status.plan, seconds, tokens, timelines, **shares)
         delays = np.cumsum(rng.exponential(seconds / count / options.load, count)).tolist()
         began = time.perf_counter()
         timelines = await asyncio.gather(*map(ask, [engine] * count, requests, delays))
@@ -324,8 +332,11 @@ async def load_beside(engine: Engine, rng: np.random.Generator, options: argpars
     await asyncio.gather(*readers)
 
 
-def batch_seconds(model: LoadedModel, batches: list[list[Request]], slots: int, plan: Plan) -> float:
-    """Seconds of decoding batches of requests one after the other, prefills with them, compilations without."""
+def batch_seconds(model: LoadedModel, batches: list[list[Request]], slots: int, plan: Plan) -> tuple[float, float]:
+    """Seconds of decoding batches of requests one after the other, and of their prefills among these.
+
+    Compilations are not counted.
+    """
     longest = max(len(request.prompt_ids) for batch in batches for request in batch)
     settings = DecodeConfig(
         draft_steps=plan.drafts,
@@ -334,23 +345,25 @@ def batch_seconds(model: LoadedModel, batches: list[list[Request]], slots: int, 
     )
     knobs = make_knobs(settings, ())
 
-    def decode(batch: list[Request], rounds: int = FOREVER) -> None:
+    def decode(batch: list[Request], rounds: int = FOREVER) -> float:
+        began = time.perf_counter()
         filled = batch + batch[:1] * (slots - len(batch))
         prompts = [request.prompt_ids for request in filled]
         limits = [len(request.prompt_ids) + request.max_new_tokens for request in filled]
-        state = start(model, prompts, settings, knobs, longest_prompt=longest)
+        state = jax.block_until_ready(start(model, prompts, settings, knobs, longest_prompt=longest))
+        prefill = time.perf_counter() - began
         limit = jnp.array(limits, jnp.int32)
         state = state.replace(limit=limit, done=state.length >= limit)
         until = knobs._replace(until=jnp.int32(rounds))
         jax.block_until_ready(decode_rounds(model.definition, model.decode_params, state, until, plan))
+        return prefill
 
     shapes = {bucket(max(len(request.prompt_ids) for request in batch)): batch for batch in batches}
     for batch in shapes.values():
         decode(batch, rounds=1)
     began = time.perf_counter()
-    for batch in batches:
-        decode(batch)
-    return time.perf_counter() - began
+    prefill = sum(map(decode, batches))
+    return time.perf_counter() - began, prefill
 
 
 def percentile(values: list[float], share: float) -> float | None:

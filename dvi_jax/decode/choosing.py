@@ -201,8 +201,15 @@ class PlanChooser(Followed):
         return self.tokens(option.plan) / self.costs[option]
 
 
-def options(model: LoadedModel, settings: DecodeConfig, batch: int) -> list[Option]:
-    """Plain decoding, and plans of up to `draft_steps` drafts.
+def options(
+    model: LoadedModel,
+    settings: DecodeConfig,
+    batch: int,
+    *,
+    most_rows: int = MOST_ROUND_ROWS,
+    trees: Sequence[int] = TREES,
+) -> list[Option]:
+    """Plain decoding, and plans of up to `draft_steps` drafts and `most_rows` rows of all sequences.
 
     Where a row's bits depend on how many there are, each is as narrow as its plan allows, and none is a tree. Else all
     have room for the widest, for which a step drafter's first pass pays: large batches draft little anyway.
@@ -210,10 +217,10 @@ def options(model: LoadedModel, settings: DecodeConfig, batch: int) -> list[Opti
     most = min(settings.draft_steps, model.max_drafts or MOST_DRAFTS)
     alike = rows_alike(batch * 2, model.config, model.manifest.dtype)
     if alike:
-        most = min(most, max(MOST_ROUND_ROWS // batch - 1, 1))
+        most = min(most, max(most_rows // batch - 1, 1))
     plans = [PLAIN, *(plan_for(n, drafts_blocks=model.drafts_blocks) for n in DRAFTS if n <= most)]
-    for tree in (Plan("tree", rows) for rows in TREES):
-        if alike and tree.drafts <= most and batch * tree.rows <= MOST_ROUND_ROWS:
+    for tree in (Plan("tree", rows) for rows in trees):
+        if alike and tree.drafts <= most and batch * tree.rows <= most_rows:
             plans.append(tree)
     return [Option(plan, most + 1 if alike else plan.rows) for plan in plans]
 

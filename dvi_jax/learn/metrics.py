@@ -9,6 +9,8 @@ import errno
 import json
 import math
 import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ class MetricsLog:
 
     def __init__(self, path: Path):
         self.path = path
-        self._refusal: OSError | None = None  # of the disk, of the newest record
+        self._lock = threading.Lock()  # of the file's end, and of what waits
         if path.exists() and not path.is_file():  # to open a pipe would wait for who reads it
             raise UserError(f"{path} is not a file: move it away")
         try:
@@ -31,20 +33,18 @@ class MetricsLog:
 
     def append(self, record: dict[str, Any]) -> None:
         """Hand one record to the operating system, after those it refused before; `flush` tells of a refusal."""
-        self._waiting += _line(record).encode()
-        try:
+        with self._lock, suppress(OSError):
+            self._waiting += _line(record).encode()
             self._write_waiting()
-            self._refusal = None
-        except OSError as error:
-            self._refusal = error
 
     def flush(self) -> None:
         """Bring everything appended to the disk: a snapshot must not be newer than the metrics before it.
 
-        Raises `OSError` if the disk does not take it. May be called from another thread.
+        What was refused is tried again, as there may be room by now: a snapshot fails for what the disk is, not for
+        what it was. Raises `OSError` if the disk does not take it. May be called from another thread.
         """
-        if self._refusal is not None:
-            raise OSError(self._refusal.errno, self._refusal.strerror)
+        with self._lock:
+            self._write_waiting()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -75,7 +75,6 @@ class MetricsLog:
         self._file = self.path.open("ab", buffering=0)
         self._length = self._file.seek(0, os.SEEK_END)
         self._waiting = b""
-        self._refusal = None
 
     def _write_waiting(self) -> None:
         """Write all waiting lines; if only some bytes fit, cut the file back to whole lines."""

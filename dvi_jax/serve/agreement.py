@@ -18,31 +18,35 @@ from dvi_jax.decode.agreement import agreed_path, keep_agreed, refusal
 from dvi_jax.decode.plan import PLAIN, Plan
 from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.intake import Intake
-from dvi_jax.serve.slots import MOST_ROUNDS, Outcome, Slots, Terms, lay, release, run_stretch
+from dvi_jax.serve.slots import MOST_ROUNDS, PIECE_ROUNDS, Outcome, Slots, Terms, lay, release, run_stretch
 
 PROMPT_TOKENS = 16
 
 
-def check_plans(model: LoadedModel, plans: Sequence[Plan], slots: Slots, intake: Intake) -> Slots:
+def check_plans(
+    model: LoadedModel, plans: Sequence[Plan], slots: Slots, intake: Intake, *, pieces: bool = False
+) -> Slots:
     """Raise `UserError` where one of the plans has other bits than plain decoding in these slots, all free.
 
-    The slots come back free. What agreed is kept on disk.
+    The slots come back free. What agreed is kept on disk. `pieces`: as of `run_stretch`.
     """
     shape = slots.decode.tokens.shape, slots.decode.committed.hidden.shape[1], slots.decode.signals is not None
-    kept = {plan: agreed_path(model, shape, intake.rows, str(plan)) for plan in plans if plan.drafts}
+    kept = {plan: agreed_path(model, shape, intake.rows, pieces, str(plan)) for plan in plans if plan.drafts}
     unknown = {plan: path for plan, path in kept.items() if path is None or not path.exists()}
     if not unknown:
         return slots
-    slots, *plain = _run(model, slots, intake, PLAIN)
+    slots, *plain = _run(model, slots, intake, PLAIN, pieces=pieces)
     for plan, path in unknown.items():
-        slots, *drafted = _run(model, slots, intake, plan)
+        slots, *drafted = _run(model, slots, intake, plan, pieces=pieces)
         if not _agree(drafted, plain):
             raise refusal(plan)
         keep_agreed(path)
     return slots
 
 
-def _run(model: LoadedModel, slots: Slots, intake: Intake, plan: Plan) -> tuple[Slots, np.ndarray, np.ndarray]:
+def _run(
+    model: LoadedModel, slots: Slots, intake: Intake, plan: Plan, *, pieces: bool
+) -> tuple[Slots, np.ndarray, np.ndarray]:
     """A stretch in which every slot goes on from the same prompt.
 
     -> slots, free again; positions committed int32 [B]; checksums uint32 [B, positions] from the first new one on.
@@ -57,7 +61,9 @@ def _run(model: LoadedModel, slots: Slots, intake: Intake, plan: Plan) -> tuple[
     for begin in range(0, batch, intake.rows):
         places = np.arange(begin, begin + intake.rows, dtype=np.int32)  # those beyond the last are none
         slots, _ = lay(definition, params, slots, filled, places, rows, sampled=False)
-    slots, packed = run_stretch(definition, params, slots, np.int32(MOST_ROUNDS), plan, sampled=False)
+    rounds = np.int32(MOST_ROUNDS)
+    for _ in range(MOST_ROUNDS // PIECE_ROUNDS if pieces else 1):
+        slots, packed = run_stretch(definition, params, slots, rounds, plan, sampled=False, pieces=pieces)
     checksums = _checksums(slots, np.int32(len(prompt)), MOST_ROUNDS * width)
     found = Outcome.read(packed).length - len(prompt), np.asarray(checksums)
     return release(slots, np.ones(batch, bool)), *found

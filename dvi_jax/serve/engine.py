@@ -9,7 +9,7 @@ import atexit
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -58,10 +58,11 @@ class Learns(Protocol):
     def has_work(self) -> bool:
         """Whether a turn may do anything; quick."""
 
-    def turn(self, status: EngineStatus, *, idle: bool) -> Params | None:
+    def turn(self, status: EngineStatus, *, idle: bool, settle: Callable[[], None]) -> Params | None:
         """Between two stretches: a piece of work, and other weights to draft with (`Engine.swap`), if there are any.
 
-        `idle`: no request is there.
+        `idle`: no request is there. `settle` waits for the stretch under way; called before any work, so that its time
+        is not taken for the work's.
         """
 
 
@@ -87,6 +88,7 @@ class Engine:
         width: int = 1,
         warm_up: bool = False,
         logprobs: int = 0,
+        ahead: bool | None = None,
         on_window: OnWindow | None = None,
         learner: Learns | None = None,
     ):
@@ -98,10 +100,11 @@ class Engine:
         which share no beginnings if they are several. `width`: of every plan at least, where bits depend on it, for the
         replies of an engine whose plan is as wide. `warm_up`: compile every program now, so that no request waits for
         one. `logprobs`: alternatives that a request may want the log-probabilities of; 0: none, which needs less
-        memory. `on_window` gets the learning signals of every reply that may be learned from, on the device, as one
-        window of as many positions as a slot has; the engine's thread calls it, so it must be quick. A `learner` gets
-        them in its place, and turns between stretches. Raises `UserError` for sizes that cannot be, or that memory does
-        not hold, and for a plan that on this device has other bits than plain decoding (`agreement.py`).
+        memory. `ahead`: start a stretch before the last one is read; None: unless the device is the host's CPU.
+        `on_window` gets the learning signals of every reply that may be learned from, on the device, as one window of
+        as many positions as a slot has; it must be quick. A `learner` gets them in its place, and turns between
+        stretches. Raises `UserError` for sizes that cannot be, or that memory does not hold, and for a plan that on
+        this device has other bits than plain decoding (`agreement.py`).
         """
         _check(model, {"slots": slots, "context": context, "max_waiting": max_waiting, "together": together})
         self.model, self.slots, self.max_waiting, self.logprobs = model, slots, max_waiting, logprobs
@@ -119,16 +122,14 @@ class Engine:
         check_engine_memory(self.memory)
         intake = Intake(model, rows=together, room=room, chunk=chunk, prefix_bytes=prefix_bytes, record=record)
         self._scheduler = _scheduler(
-            model, shape, intake, plans, on_window=on_window, most_logprobs=logprobs, branches=branches
+            model, shape, intake, plans, ahead=ahead, on_window=on_window, most_logprobs=logprobs, branches=branches
         )
         if warm_up:
             self._scheduler.warm_up()
-        # What several threads touch, under the lock of `_changed`.
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # its lock is for all that follows, which several threads touch
         self._waiting: deque[Reply] = deque()
         self._swapped: Params | None = None
-        self._idle = True
-        self._draining = self._closing = False
+        self._idle, self._draining, self._closing = True, False, False
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -235,12 +236,12 @@ class Engine:
                 if self._learner is not None:
                     self._learn(self._learner)
                 if self._waiting or self._scheduler.is_busy:
-                    self._scheduler.turn(self._next_reply, len(self._waiting))
+                    self._scheduler.turn(self._next_replies, len(self._waiting))
 
     def _learn(self, learner: Learns) -> None:
         """The learner's turn."""
         idle = not (self._waiting or self._scheduler.is_busy)
-        params = learner.turn(self._scheduler.status, idle=idle)
+        params = learner.turn(self._scheduler.status, idle=idle, settle=self._scheduler.settle)
         if params is not None:
             self.swap(params)
 
@@ -266,11 +267,22 @@ class Engine:
                 self._scheduler.params, self._swapped = self._swapped, None
             return not self._closing
 
-    def _next_reply(self) -> Reply | None:
-        """The one that has waited longest; now it is the scheduler's."""
+    def _next_replies(self, most: int) -> list[Reply]:
+        """Those that go in side by side, now the scheduler's: who has waited longest, and prompts about as long.
+
+        Rows of an intake are done when the longest is.
+        """
         with self._changed:
             self._idle = False
-            return self._waiting.popleft() if self._waiting else None
+            if not self._waiting:
+                return []
+            first = self._waiting.popleft()
+            size = self._scheduler.chunk
+            chunks = first.chunks(size)
+            others = sorted(self._waiting, key=lambda reply: abs(reply.chunks(size) - chunks))[: most - 1]
+            for reply in others:
+                self._waiting.remove(reply)
+            return [first, *others]
 
     def _on_exit(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -310,16 +322,20 @@ def _scheduler(
     intake: Intake,
     plans: Sequence[Plan],
     *,
+    ahead: bool | None,
     on_window: OnWindow | None,
     most_logprobs: int,
     branches: int,
 ) -> Scheduler:
     """All slots free, and plans that were compared with plain decoding, and timed, in them."""
+    ahead = jax.default_backend() != "cpu" if ahead is None else ahead
     empty = empty_slots(model.definition, model.decode_params, shape)
     knobs = Knobs.make(0, 0.0, ())._replace(eos_ids=empty.eos_ids)
     load_kernels(model, empty.decode.replace(sampling=None), knobs, *plans, PLAIN)
-    choice, empty = choose(model, plans, shape.width, check_plans(model, plans, empty, intake))
-    return Scheduler(model, empty, intake, choice, on_window=on_window, most_logprobs=most_logprobs, branches=branches)
+    checked = check_plans(model, plans, empty, intake, pieces=ahead)
+    choice, empty = choose(model, plans, shape.width, checked, pieces=ahead)
+    most = {"most_logprobs": most_logprobs, "branches": branches}
+    return Scheduler(model, empty, intake, choice, ahead=ahead, on_window=on_window, **most)
 
 
 def _rounded_up(size: int, step: int) -> int:

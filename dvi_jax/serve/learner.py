@@ -151,15 +151,16 @@ class Learner:
         enough = self._new_positions >= self._positions
         return enough or self._verdict_is_due() or self._save_is_due()
 
-    def turn(self, status: EngineStatus, *, idle: bool) -> Params | None:
+    def turn(self, status: EngineStatus, *, idle: bool, settle: Callable[[], None] = lambda: None) -> Params | None:
         """One piece of work if there is one and the share allows it; the weights to draft with from here on, or None.
 
-        `idle`: no request is there.
+        `idle`: no request is there. `settle`: waits for the device, before work.
         """
         self._judged = sum(status.judged), sum(status.accepted)
         self._shadow.observe(*self._judged)
         if not (self.has_work() and (self._share.allows() or idle)):
             return self._new_params()
+        settle()
         began = self._clock()
         try:
             self._work()

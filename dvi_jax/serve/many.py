@@ -13,13 +13,13 @@ from dvi_jax.decode.acceptance import rounds_until
 from dvi_jax.decode.batch import Generation
 from dvi_jax.decode.prefill import bucket
 from dvi_jax.loading import LoadedModel
-from dvi_jax.serve.engine import CHUNK, Engine
+from dvi_jax.serve.engine import Engine
 from dvi_jax.serve.reply import Reply
 from dvi_jax.serve.requests import Request, Statistics
 
 MOST_TOGETHER = 16  # prompts that are taken in side by side
 SLOTS_EACH = 8  # slots for each of those: their room is taken besides that of the slots
-MOST_CHUNK_TOKENS = 4096  # of all of them at once
+SHORT_CHUNK = 128  # tokens of each at once: rows of longer chunks would mostly be padding
 AHEAD = 256  # requests under way at least, so that no slot is empty while a long reply is waited for
 PREFIX_BYTES = 2**28  # for beginnings that prompts share
 
@@ -43,8 +43,7 @@ def open_engine(
     warm_up: bool = False,
 ) -> Engine:
     """An engine for prompts of at most so many tokens; `Engine` explains the rest."""
-    chunk = min(bucket(longest_prompt), CHUNK)
-    together = max(1, min(slots // SLOTS_EACH, MOST_TOGETHER, MOST_CHUNK_TOKENS // chunk))
+    chunk, together = side_by_side(slots, longest_prompt)
     return Engine(
         model,
         slots=slots,
@@ -57,6 +56,11 @@ def open_engine(
         prefix_bytes=PREFIX_BYTES,
         warm_up=warm_up,
     )
+
+
+def side_by_side(slots: int, longest_prompt: int) -> tuple[int, int]:
+    """How prompts of at most so many tokens are taken in: tokens of a chunk, and prompts together."""
+    return min(bucket(longest_prompt), SHORT_CHUNK), max(1, min(slots // SLOTS_EACH, MOST_TOGETHER))
 
 
 def decode_many(engine: Engine, requests: Iterable[Request]) -> Iterator[Decoded]:

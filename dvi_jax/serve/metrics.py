@@ -103,6 +103,10 @@ class EngineCollector(Collector):
             "spec_decode_num_drafts": ("Rounds, those of all slots counted each", now.rounds),
             "spec_decode_num_judged_tokens": ("Drafts up to and with a round's first reject", sum(now.judged)),
             "spec_decode_num_accepted_tokens": ("Drafts accepted", sum(now.accepted)),
+            "slot_rounds": ("Rounds that were computed for slots, for those without a reply too", now.slot_rounds),
+            "engine_busy_seconds": ("Of the engine's thread, while there were requests", now.busy_seconds),
+            "engine_waited_seconds": ("Of these, waiting for the device", now.waited_seconds),
+            "engine_intake_seconds": ("Of these, taking prompts in", now.intake_seconds),
             "stretches": ("Times that the device ran rounds without the host", now.stretches),
         }
         for name, (about, value) in counters.items():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
 SHORT_SECONDS = 0.025  # between the pieces of a reply, while somebody waits for them or for a slot
+HOST_ROOM = 1.5  # a stretch takes so many times what the host needs for one, where it is started ahead
 FEWEST = 4  # rounds: a stretch of fewer is mostly its own beginning, however long a round takes
 # For `sys.setswitchinterval`: how long an event loop may keep Python from the engine's thread. The 5 ms that it may
 # otherwise are a few rounds of a small model.
@@ -16,28 +18,36 @@ MEMORY = 0.8  # what the seconds of a round, as last seen, still count for after
 class Pace:
     """Follows how long a round takes from one stretch's end to the next's, the prompts taken in between with it."""
 
-    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic):
-        """`most`: rounds of a stretch."""
-        self._most, self._clock = most, clock
+    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic, *, ahead: bool = False):
+        """`most`: rounds of a stretch. `ahead`: a stretch is started before the one before it is read."""
+        self._most, self._clock, self._ahead = most, clock, ahead
+        self._host_seconds = 0.0  # the host's share of the time from one end to the next
         self._round_seconds: float | None = None
         self._ended: float | None = None  # when the last stretch did, None if the device was idle since
 
     def rounds(self, *, hurry: bool) -> int:
-        """Of the next stretch; all there may be unless in a `hurry`."""
+        """Of the next stretch; all there may be unless in a `hurry`.
+
+        Ahead, as few as keep the device at work while the host reads the last stretch: starting one costs nothing.
+        """
+        if self._ahead and self._round_seconds is not None:
+            least = math.ceil(HOST_ROOM * self._host_seconds / self._round_seconds)
+            return min(max(least, FEWEST), max(round(SHORT_SECONDS / self._round_seconds), FEWEST), self._most)
         if not hurry:
             return self._most
         if self._round_seconds is None:
             return FEWEST
         return min(max(round(SHORT_SECONDS / self._round_seconds), FEWEST), self._most)
 
-    def landed(self, rounds: int) -> None:
-        """A stretch of so many rounds has ended."""
+    def landed(self, rounds: int, waited: float = 0.0) -> None:
+        """A stretch of so many rounds has ended, for which the host has `waited` so many seconds."""
         now, before, self._ended = self._clock(), self._ended, self._clock()
         if before is None or not rounds:
             return
         seconds = (now - before) / rounds
         known = seconds if self._round_seconds is None else self._round_seconds
         self._round_seconds = MEMORY * known + (1 - MEMORY) * seconds
+        self._host_seconds += (1 - MEMORY) * (now - before - waited - self._host_seconds)
 
     def idle(self) -> None:
         """Nothing is under way."""

@@ -30,9 +30,13 @@ from dvi_jax.decode.plan import PLAIN, Plan, check_plan, rows_alike
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import replicas
-from dvi_jax.serve.slots import MOST_ROUNDS, Slots, run_stretch
+from dvi_jax.serve.slots import MOST_ROUNDS, PIECE_ROUNDS, Slots, run_stretch
 
 AUTO = "auto"
+# Rows of a round of all slots to choose from on an accelerator, where a row's bits are the same up to there: what they
+# cost is measured.
+MOST_ROWS = 256
+TREES = (4, 8, 16)  # rows of trees to choose from
 MOST_AUTO_DRAFTS, CPU_DRAFTS = 5, 3  # of a round, to choose from; on a CPU every round verifies as many rows
 MEASURED_POSITION = 512  # where sequences are when a round is timed, if slots have so many positions
 REPEATS = 3
@@ -102,10 +106,12 @@ def plans_of(model: LoadedModel, name: str, slots: int) -> tuple[tuple[Plan, ...
     """
     slots = -(-slots // replicas(model.definition.mesh))  # of each device
     if name == AUTO:
-        if 2 * slots > MOST_ROUND_ROWS:  # a draft would make rounds slower by more than it can bring
+        on_cpu = jax.default_backend() == "cpu"
+        most_rows = MOST_ROUND_ROWS if on_cpu else MOST_ROWS
+        if 2 * slots > most_rows:  # a draft would make rounds slower by more than it can bring
             return (PLAIN,), 1
-        most = CPU_DRAFTS if jax.default_backend() == "cpu" else MOST_AUTO_DRAFTS
-        found = options(model, DecodeConfig(draft_steps=most), slots)
+        most = CPU_DRAFTS if on_cpu else MOST_AUTO_DRAFTS
+        found = options(model, DecodeConfig(draft_steps=most), slots, most_rows=most_rows, trees=TREES)
         return tuple(option.plan for option in found), max(option.width for option in found)
     plan = Plan.parse(name)
     check_plan(plan, model.manifest.drafter, drafts_blocks=model.drafts_blocks, max_drafts=model.max_drafts)
@@ -115,37 +121,40 @@ def plans_of(model: LoadedModel, name: str, slots: int) -> tuple[tuple[Plan, ...
     return (plan,), plan.drafts + 1 if alike else plan.rows
 
 
-def choose(model: LoadedModel, plans: Sequence[Plan], width: int, slots: Slots) -> tuple[PlanChoice, Slots]:
+def choose(
+    model: LoadedModel, plans: Sequence[Plan], width: int, slots: Slots, *, pieces: bool = False
+) -> tuple[PlanChoice, Slots]:
     """A choice among `plans`, whose costs are read from disk, or measured in `slots`, all free, and kept there.
 
-    The slots come back free.
+    The slots come back free. `pieces`: as of `run_stretch`.
     """
     if len(plans) == 1:
         return OnePlan(plans[0], width), slots
-    path = costs_path(model, *slots.decode.tokens.shape, width, "slots")
+    path = costs_path(model, *slots.decode.tokens.shape, width, "slots", pieces)
     known = read_costs(path)
     if not all(str(plan) in known for plan in plans):
-        measured, slots = round_seconds(model, slots, plans)
+        measured, slots = round_seconds(model, slots, plans, pieces=pieces)
         known |= {str(plan): seconds for plan, seconds in measured.items()}
         write_costs(path, known)
     return BestPlan({plan: known[str(plan)] for plan in plans}, width), slots
 
 
-def round_seconds(model: LoadedModel, slots: Slots, plans: Sequence[Plan]) -> tuple[dict[Plan, float], Slots]:
+def round_seconds(
+    model: LoadedModel, slots: Slots, plans: Sequence[Plan], *, pieces: bool = False
+) -> tuple[dict[Plan, float], Slots]:
     """Seconds of a round of each plan in which every slot drafts all it may; the slots come back free.
 
     From stretches of two lengths: the difference is free of what starting a program takes. The plans take turns, so
     that a device that is warmer, or busier, by and by is so for all.
     """
-    lengths = MOST_ROUNDS // 4, MOST_ROUNDS
+    program, lengths = (model.definition, model.decode_params), (MOST_ROUNDS // 4, MOST_ROUNDS)
     seconds: dict[tuple[Plan, int], list[float]] = {(plan, rounds): [] for plan in plans for rounds in lengths}
     for _ in range(REPEATS + 1):
         for (plan, rounds), times in seconds.items():
             slots = jax.block_until_ready(_set_under_way(slots))
             began = time.perf_counter()
-            slots, packed = run_stretch(
-                model.definition, model.decode_params, slots, np.int32(rounds), plan, sampled=False
-            )
+            for _ in range(rounds // PIECE_ROUNDS if pieces else 1):
+                slots, packed = run_stretch(*program, slots, np.int32(rounds), plan, sampled=False, pieces=pieces)
             jax.block_until_ready(packed)
             times.append(time.perf_counter() - began)
     costs = {}

@@ -96,6 +96,10 @@ class Reply:
 
     # What the engine calls.
 
+    def chunks(self, size: int) -> int:
+        """Chunks of so many tokens that its prompt is."""
+        return -(-len(self.request.prompt_ids) // size)
+
     def take(self, ids: Sequence[int], *, done: bool, logprobs: tuple[TokenLogprob, ...] | None = None) -> None:
         """Committed tokens, the last ones of all if `done`; `logprobs` has one for each."""
         self.committed += len(ids)

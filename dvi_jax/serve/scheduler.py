@@ -1,8 +1,8 @@
 """What an engine's thread does in a turn: which request goes into which slot, and when rounds run.
 
 A turn takes in a chunk or so of prompts, lays finished ones into free slots, runs a stretch of rounds and reads what it
-did. Nothing is gained by starting a stretch before the last one is read: on a GPU starting it returns when it is over,
-as XLA reads a loop's condition on the host, and a slot whose reply has ended would be idle for all of it.
+did. Where a stretch is started ahead, it is the one before it that is read: the device has work while the host handles
+tokens and prompts, and a slot whose reply has ended is free one stretch later.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from dvi_jax.serve.reply import Reply
 from dvi_jax.serve.requests import EngineStatus, Request, TokenLogprob
 from dvi_jax.serve.slots import (
     MOST_ROUNDS,
+    PIECE_ROUNDS,
     Outcome,
     Slots,
     Terms,
@@ -43,6 +45,16 @@ OnWindow = Callable[[Windows, Request], None]
 _Laid = tuple[list[tuple[int, int, Reply]], jax.Array]  # row of what `lay` gave, slot and reply of each; what it gave
 
 
+class Stretch(NamedTuple):
+    """One that the device was given."""
+
+    packed: list[jax.Array]  # of each piece
+    plan: Plan
+    replies: list[tuple[int, Reply]]  # and the slots that they were in
+    fresh: list[int]  # slots of which the drafter has seen every row
+    rounds: int  # at most
+
+
 class Scheduler:
     """Slots, what is in them, and the prompt on its way into one. For one thread; `status` may be read by any."""
 
@@ -56,11 +68,13 @@ class Scheduler:
         on_window: OnWindow | None,
         most_logprobs: int,
         branches: int,
+        ahead: bool = False,
     ):
         """Where slots keep learning signals, `on_window` gets those of replies that have ended.
 
         `branches`: drafts not taken that it gets of each, at most.
         `most_logprobs`: alternatives that a request may want the log-probabilities of.
+        `ahead`: a stretch is started before the one before it is read.
         """
         self.params = model.decode_params  # what the next stretch decodes with
         self._model, self._slots, self._intake, self._choice = model, slots, intake, choice
@@ -68,9 +82,16 @@ class Scheduler:
         count = len(slots.eos_ids)
         self._replies: list[Reply | None] = [None] * count
         self._ended = np.zeros(count, bool)  # slots whose sequence must go no further, though the device would
-        self._pace = Pace(MOST_ROUNDS)
+        self._ahead, self._pace = ahead, Pace(MOST_ROUNDS, ahead=ahead)
+        self._pending: Stretch | None = None  # started and not read
+        self._waited = 0.0  # seconds for the device, in this turn
         self._slot_seconds = 1.0  # of a request, lately
         self.status = EngineStatus(count, running=0, waiting=0, context=0, plan=str(choice.plan))
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a prompt that go through at once."""
+        return self._intake.chunk
 
     @property
     def seconds_a_slot(self) -> float:
@@ -102,30 +123,61 @@ class Scheduler:
         self._slots = release(self._slots, self._ended.copy())
         for plan in self._choice.plans:
             for sampled in (False, True):
+                nothing = np.int32(0)
                 self._slots, packed = run_stretch(
-                    definition, self.params, self._slots, np.int32(0), plan, sampled=sampled
+                    definition, self.params, self._slots, nothing, plan, sampled=sampled, pieces=self._ahead
                 )
                 packed.block_until_ready()
 
-    def turn(self, next_reply: Callable[[], Reply | None], waiting: int) -> None:
-        """One turn; `next_reply` gives the next one of those that wait, about so many, if one does."""
+    def turn(self, next_replies: Callable[[int], list[Reply]], waiting: int) -> None:
+        """One turn; `next_replies` gives so many of those that wait at most, of about `waiting`."""
+        began, self._waited = time.monotonic(), 0.0
         self._drop_cancelled()
-        for laid, first in self._take_in(next_reply, waiting):
-            found = np.asarray(first).tolist()
-            for row, slot, reply in laid:
-                token, ends = found[row]
-                self._give(slot, reply, [token], done=bool(ends))
-        stretch = self._start_stretch(somebody_waits=waiting > 0)
-        if stretch is None:
-            self._pace.idle()
+        laid = self._take_in(next_replies, waiting)
+        taken_in = time.monotonic() - began
+        if self._ahead:
+            stretch = self._start_stretch(somebody_waits=waiting > 0)
+            self.settle()
+            self._pending = stretch
+            self._give_first(laid)
         else:
-            self._land(*stretch)
+            self._give_first(laid)
+            self._pending = self._start_stretch(somebody_waits=waiting > 0)
+            self.settle()
+        if not any(self._replies):
+            self._pending = None  # nobody's
+            self._pace.idle()
         self.status = replace(
             self.status,
-            running=sum(reply is not None for reply in self._replies),
+            running=sum(reply is not None for reply in self._replies),  # without those whose first token was all
             waiting=len(self._intake.replies),
             plan=str(self._choice.plan),
+            busy_seconds=self.status.busy_seconds + time.monotonic() - began,
+            waited_seconds=self.status.waited_seconds + self._waited,
+            intake_seconds=self.status.intake_seconds + taken_in,
         )
+
+    def settle(self) -> None:
+        """Read the stretch that was started, if one was: its tokens to their readers, and slots free again."""
+        stretch, self._pending = self._pending, None
+        if stretch is not None:
+            self._land(stretch)
+        self.status = replace(self.status, running=sum(reply is not None for reply in self._replies))
+
+    def _give_first(self, laid: list[_Laid]) -> None:
+        """The first tokens of replies that were laid into slots."""
+        for placed, first in laid:
+            found = self._read(first).tolist()
+            for row, slot, reply in placed:
+                token, ends = found[row]
+                self._give(slot, reply, [token], done=bool(ends))
+
+    def _read(self, array: jax.Array) -> np.ndarray:
+        """What the device gives, once it does."""
+        began = time.monotonic()
+        found = np.asarray(array)
+        self._waited += time.monotonic() - began
+        return found
 
     def _drop_cancelled(self) -> None:
         """Replies that nobody wants make room."""
@@ -140,7 +192,7 @@ class Scheduler:
             self._slots = release(self._slots, self._ended.copy())
             self._ended[:] = False
 
-    def _take_in(self, next_reply: Callable[[], Reply | None], waiting: int) -> list[_Laid]:
+    def _take_in(self, next_replies: Callable[[int], list[Reply]], waiting: int) -> list[_Laid]:
         """Chunks of prompts, and those that are complete into free slots. -> what was laid.
 
         While others run, as many chunks as it takes to fill the free slots with short prompts, and at least one: a long
@@ -158,7 +210,7 @@ class Scheduler:
             if (runs or laid) and chunks >= most:
                 return laid
             if not self._intake.replies:
-                replies = [reply for reply in (next_reply() for _ in range(rows)) if reply is not None]
+                replies = next_replies(rows)
                 if not replies:
                     return laid
                 self._intake.begin(replies)
@@ -195,36 +247,50 @@ class Scheduler:
         )
         return laid, first
 
-    def _start_stretch(self, *, somebody_waits: bool) -> tuple[jax.Array, Plan] | None:
-        """Start rounds of what is in the slots: what they give, packed, and how they draft; None without any.
+    def _start_stretch(self, *, somebody_waits: bool) -> Stretch | None:
+        """Start rounds of what is in the slots; None where nothing can come of it.
 
         Few rounds while somebody waits for a slot, or for the beginning of a reply.
         """
-        running = [reply for reply in self._replies if reply is not None]
-        if not running:
+        held = [(slot, reply) for slot, reply in enumerate(self._replies) if reply is not None]
+        running = [reply for _, reply in held]
+        if not any(map(self._may_go_on, running)):
             return None
         early = any(reply.statistics.new_tokens < EARLY_TOKENS for reply in running)
         rounds = self._pace.rounds(hurry=early or somebody_waits or bool(self._intake.replies))
         plan = self._choice.next_plan(fresh=any(reply.is_fresh for reply in running))
         sampled = any(_is_sampled(reply.request.sampling) for reply in running)
-        self._slots, packed = run_stretch(
-            self._model.definition, self.params, self._slots, np.int32(rounds), plan, sampled=sampled
-        )
-        return packed, plan
-
-    def _land(self, packed: jax.Array, plan: Plan) -> None:
-        """Read a stretch: give its tokens, count, and free the slots of the replies that ended."""
-        outcome = Outcome.read(packed)
-        self._pace.landed(outcome.accept_lengths.shape[1])
-        live = [(slot, reply) for slot, reply in enumerate(self._replies) if reply is not None]
-        for slot, reply in live:
+        for reply in running:
             reply.is_fresh &= plan.drafts > 0
+        program, packed = (self._model.definition, self.params), []
+        for _ in range(-(-rounds // PIECE_ROUNDS) if self._ahead else 1):
+            self._slots, piece = run_stretch(
+                *program, self._slots, np.int32(rounds), plan, sampled=sampled, pieces=self._ahead
+            )
+            piece.copy_to_host_async()
+            packed.append(piece)
+        fresh = [slot for slot, reply in held if reply.is_fresh]
+        return Stretch(packed, plan, held, fresh, len(packed) * PIECE_ROUNDS if self._ahead else rounds)
+
+    def _may_go_on(self, reply: Reply) -> bool:
+        """Whether a reply can have tokens left behind the stretch under way: every round gives it one at least."""
+        pending = self._pending
+        rounds = pending.rounds if pending and any(other is reply for _, other in pending.replies) else 0
+        return reply.committed + rounds < len(reply.request.prompt_ids) + reply.request.max_new_tokens
+
+    def _land(self, stretch: Stretch) -> None:
+        """Read a stretch: give its tokens, count, and free the slots of the replies that ended."""
+        plan, outcome = stretch.plan, Outcome.of_pieces([Outcome.read(self._read(piece)) for piece in stretch.packed])
+        self._pace.landed(outcome.accept_lengths.shape[1], self._waited)
+        # Replies that have ended since it was started have left their slots.
+        live = [(slot, reply) for slot, reply in stretch.replies if reply.finish_reason is None]
+        for slot, reply in live:
             reply.count(outcome.accept_lengths[slot], outcome.drafted[slot])
             start = outcome.start[slot]
             ids = outcome.tokens[slot, reply.committed - start : outcome.length[slot] - start].tolist()
             self._give(slot, reply, ids, done=bool(outcome.done[slot]))
         rows = [slot for slot, _ in live]
-        fresh = [slot for slot, reply in live if reply.is_fresh]
+        fresh = [slot for slot in stretch.fresh if slot in rows]
         if plan.drafts:
             self._choice.add(plan, outcome.accept_lengths[fresh], outcome.drafted[fresh])
         self.status = counted(self.status, outcome.accept_lengths[rows], outcome.drafted[rows], self._choice.width - 1)
@@ -288,6 +354,7 @@ def counted(status: EngineStatus, accept_lengths: np.ndarray, drafted: np.ndarra
         status,
         stretches=status.stretches + 1,
         rounds=status.rounds + int(real.sum()),
+        slot_rounds=status.slot_rounds + status.slots * real.shape[1],
         judged=added(status.judged, judged),
         accepted=added(status.accepted, accepted),
         last_stretch=time.monotonic(),

@@ -23,13 +23,14 @@ from dvi_jax.decode.batch import MOST_EOS_IDS
 from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.prefill import PREFIX_SPECS, Filled, begin, choose_first, fill_chunk
 from dvi_jax.decode.sampling import Sampling
-from dvi_jax.decode.speculative import decode_rounds
-from dvi_jax.decode.state import COPIED_SPECS, NO_TOKEN, STATE_SPECS, DecodeState, Knobs
+from dvi_jax.decode.speculative import decode_rounds, speculative_round
+from dvi_jax.decode.state import COPIED_SPECS, NO_TOKEN, STATE_SPECS, DecodeState, Knobs, knob_specs
 from dvi_jax.learn.replay import Windows, read_windows
 from dvi_jax.mesh import ROWS, WHOLE, replicas
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
 
 MOST_ROUNDS = 16  # of a stretch
+PIECE_ROUNDS = 4  # of a piece of a stretch, where one is started before the last is read
 
 
 class Slots(NamedTuple):
@@ -130,7 +131,7 @@ class Outcome(NamedTuple):
     tokens: np.ndarray  # int32 [B, T], what was committed, and what stood there before
 
     @classmethod
-    def read(cls, packed: jax.Array) -> Outcome:
+    def read(cls, packed: jax.Array | np.ndarray) -> Outcome:
         """From what `run_stretch` gives, once the device has it."""
         found = np.asarray(packed)
         rounds, counts = int(found[0, 0]), found[:, 4 : 4 + 2 * MOST_ROUNDS]
@@ -141,6 +142,23 @@ class Outcome(NamedTuple):
             accept_lengths=counts[:, :rounds],
             drafted=counts[:, MOST_ROUNDS : MOST_ROUNDS + rounds],
             tokens=found[:, 4 + 2 * MOST_ROUNDS :],
+        )
+
+    @classmethod
+    def of_pieces(cls, pieces: Sequence[Outcome]) -> Outcome:
+        """Of a stretch that was run in pieces, in their order."""
+        first, last, columns = pieces[0], pieces[-1], pieces[0].tokens.shape[1]
+        tokens = np.zeros((len(first.start), len(pieces) * columns), np.int32)
+        for piece in pieces:  # each begins where the one before it ended, or before that: those tokens are the same
+            where = (piece.start - first.start)[:, None] + np.arange(columns)
+            np.put_along_axis(tokens, where, piece.tokens, axis=1)
+        return cls(
+            start=first.start,
+            length=last.length,
+            done=last.done,
+            accept_lengths=np.concatenate([piece.accept_lengths for piece in pieces], axis=1),
+            drafted=np.concatenate([piece.drafted for piece in pieces], axis=1),
+            tokens=tokens,
         )
 
 
@@ -256,21 +274,40 @@ def release(slots: Slots, ended: jax.Array) -> Slots:
     return slots._replace(decode=slots.decode.replace(done=slots.decode.done | ended))
 
 
-@partial(jax.jit, static_argnames=("definition", "plan", "sampled"), donate_argnames="slots")
+@partial(jax.jit, static_argnames=("definition", "plan", "sampled", "pieces"), donate_argnames="slots")
 def run_stretch(
-    definition: Definition, params: Params, slots: Slots, rounds: jax.Array, plan: Plan, *, sampled: bool
+    definition: Definition,
+    params: Params,
+    slots: Slots,
+    rounds: jax.Array,
+    plan: Plan,
+    *,
+    sampled: bool,
+    pieces: bool = False,
 ) -> tuple[Slots, jax.Array]:
     """At most so many rounds, fewer if every sequence is done before; and an `Outcome`, packed.
 
     Not `sampled` is a program without noise or sorting, for times when every sequence is greedy, without a repetition
-    penalty. To such ones it gives the tokens that the other gives.
+    penalty. To such ones it gives the tokens that the other gives. In `pieces`: `PIECE_ROUNDS` whatever `rounds` says,
+    a loop of known length, which a GPU is given at once; of another XLA reads the condition on the host.
     """
     began, sampling = slots.decode.length, slots.decode.sampling
     knobs = Knobs.make(plan.drafts, 0.0, ())._replace(eos_ids=slots.eos_ids, until=rounds)
     state = slots.decode.replace(rounds=jnp.int32(0), sampling=sampling if sampled else None)
-    state = decode_rounds(definition, params, state, knobs, plan)
+    run = _piece if pieces else decode_rounds
+    state = run(definition, params, state, knobs, plan)
     packed = _pack(state, began)
     return slots._replace(decode=state.replace(sampling=state.sampling if sampled else sampling)), packed
+
+
+def _piece(definition: Definition, params: Params, state: DecodeState, knobs: Knobs, plan: Plan) -> DecodeState:
+    """`PIECE_ROUNDS` rounds, of which those behind the end of a sequence do nothing to it."""
+
+    def decode(params: Params, state: DecodeState, knobs: Knobs) -> DecodeState:
+        model = join(definition, params)
+        return jax.lax.fori_loop(0, PIECE_ROUNDS, lambda _, s: speculative_round(model, s, knobs, plan), state)
+
+    return definition.sharded(decode, params, (STATE_SPECS, knob_specs(knobs)), STATE_SPECS)(params, state, knobs)
 
 
 @partial(jax.jit, static_argnames="branches")

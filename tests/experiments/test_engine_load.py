@@ -12,12 +12,12 @@ from experiments.engine_load import Report, Timeline, draw_requests, parse
 
 def test_lengths_are_as_asked_for():
     options = parse(["--shape", "tiny", "--requests", "2000", "--longest-prompt", "900", "--longest-reply", "800"])
-    requests = draw_requests(options, 64)
+    requests = draw_requests(options, 4, 64)
     prompts, replies = np.array([(len(r.prompt_ids), r.max_new_tokens) for r in requests]).T
     assert (prompts.min(), prompts.max(), replies.max()) == (4, 900, 800)
     assert np.allclose([np.median(prompts), np.median(replies)], [100, 200], rtol=0.1)
     assert all(request.eos_ids == () for request in requests)
-    assert draw_requests(options, 64) == requests
+    assert draw_requests(options, 4, 64) == requests
     with pytest.raises(UserError, match="--context 512 is too short: the longest request has 2112 tokens"):
         parse(["--shape", "tiny", "--context", "512"])
 

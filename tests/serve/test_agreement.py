@@ -33,8 +33,8 @@ def test_a_single_bit_is_enough(model, make_engine, tmp_path, monkeypatch, where
     """Plain decoding is made to differ in the first new row of one slot: in a value of the last layer, or its token."""
     run_stretch = agreement.run_stretch
 
-    def other(definition, params, slots, rounds, plan, *, sampled):
-        slots, packed = run_stretch(definition, params, slots, rounds, plan, sampled=sampled)
+    def other(definition, params, slots, rounds, plan, **options):
+        slots, packed = run_stretch(definition, params, slots, rounds, plan, **options)
         if plan != PLAIN:
             return slots, packed
         state = slots.decode

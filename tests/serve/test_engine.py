@@ -75,9 +75,16 @@ def serve_in_company(engine, requests, pieces_of, meanwhile=lambda: None):
     return found
 
 
-@pytest.mark.parametrize(("dtype", "count", "sampled"), [("float32", 60, True), ("bfloat16", 30, False)])
-def test_replies_do_not_depend_on_company(make_model, make_engine, pieces_of, train_noise, dtype, count, sampled):
-    """Nor on the slot, on what is kept of other prompts, on what the drafter is by now, or on who else is sampled."""
+@pytest.mark.parametrize(
+    ("dtype", "count", "sampled", "ahead"), [("float32", 60, True, False), ("bfloat16", 30, False, True)]
+)
+def test_replies_do_not_depend_on_company(
+    make_model, make_engine, pieces_of, train_noise, dtype, count, sampled, ahead
+):
+    """Nor on the slot, on what is kept of other prompts, on what the drafter is by now, or on who else is sampled.
+
+    Nor on whether stretches are read before the next one starts.
+    """
     model, requests = make_model(dtype), random_requests(count, seed=1)
     if not sampled:
         requests = [replace(request, sampling=None) for request in requests]
@@ -85,7 +92,7 @@ def test_replies_do_not_depend_on_company(make_model, make_engine, pieces_of, tr
     with make_engine(model) as engine:
         alone = serve_alone(engine, requests, pieces_of)
     swaps = iter(range(10**6))
-    with make_engine(model, prefix_bytes=10**6) as engine:
+    with make_engine(model, prefix_bytes=10**6, ahead=ahead) as engine:
         together = serve_in_company(
             engine, requests, pieces_of, meanwhile=lambda: engine.swap(drafters[next(swaps) % 3])
         )
@@ -94,6 +101,8 @@ def test_replies_do_not_depend_on_company(make_model, make_engine, pieces_of, tr
     assert together == [[reply] for reply in alone]  # each once
     assert status.running == status.waiting == 0
     assert status.judged[0] > status.accepted[0] > 0
+    assert 0 < status.rounds < status.slot_rounds
+    assert 0 < status.waited_seconds < status.busy_seconds > status.intake_seconds > 0
     for request, (ids, text, reason) in zip(requests, alone, strict=True):
         assert len(ids) == request.max_new_tokens or reason != "length"
         assert reason == "stop" or (ids[-1] in request.eos_ids) == (reason == "eos")
@@ -132,6 +141,31 @@ def test_replies_are_what_the_model_says(model, make_engine):
         best = np.sort(log_p, axis=1)[:, :-4:-1]
         assert np.allclose([[value for _, value in logprob.top] for logprob in given], best, atol=1e-4)
         assert all(logprob.top[0][0] == np.argmax(row) for logprob, row in zip(given, log_p, strict=True))
+
+
+def test_a_stretch_ahead_changes_no_window(model, make_engine, pieces_of):
+    """What is learned from a reply was there when it ended, whatever its slot did before that was noticed."""
+    requests = [replace(request, sampling=None) for request in random_requests(12, seed=6)]
+    found = {}
+    for ahead in (False, True):
+        windows = {}
+
+        def keep(window, request, windows=windows):
+            windows[request] = jax.device_get((window.tokens, window.length, window.features, window.proposal))
+
+        with make_engine(model, ahead=ahead, on_window=keep) as engine:
+            replies = [pieces_of(handle) for handle in [engine.submit(request) for request in requests]]
+        assert len(windows) == len(requests)
+        found[ahead] = replies, windows
+    assert found[False][0] == found[True][0]
+    for request in requests:
+        left, right = found[False][1][request], found[True][1][request]
+        length = int(left[1][0])
+        assert length == right[1][0] > len(request.prompt_ids)
+        # Which drafts were judged depends on where rounds fell, which both have alike; behind the end nothing counts.
+        for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+            if one.ndim > 1:
+                assert np.array_equal(one[:, :length], other[:, :length])
 
 
 def forward(model, tokens):

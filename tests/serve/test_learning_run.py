@@ -153,6 +153,9 @@ def test_a_full_disk_stops_neither_serving_nor_learning(byte_checkpoint, tmp_pat
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert (run.learner.status.state, run.learner.status.updates > 0) == ("learning", True)
         assert not list((tmp_path / "run" / "snapshots").glob("[0-9]*"))
+    # There is room again, though the last record was refused: the last snapshot is written, with what waited.
+    (last,) = (tmp_path / "run" / "snapshots").glob("[0-9]*")
+    assert (last / "CHECKSUMS.json").exists()
     kinds = {record["kind"] for record in read_records(tmp_path / "run" / "metrics.jsonl")}
     assert {"update", "failed_save", "summary"} <= kinds
     assert run.drafter == tmp_path / "run" / "checkpoint"

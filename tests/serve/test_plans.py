@@ -1,10 +1,14 @@
 """How an engine drafts: by what is accepted and what rounds cost, and without a change to any reply."""
 
+from dataclasses import replace
+
+import jax
 import numpy as np
 import pytest
 
 from dvi_jax.decode.plan import PLAIN, Plan
 from dvi_jax.errors import UserError
+from dvi_jax.presets import SHAPES
 from dvi_jax.serve import engine as engine_module
 from dvi_jax.serve.plans import BestPlan, OnePlan, choose, plans_of
 from dvi_jax.serve.requests import Request
@@ -79,7 +83,7 @@ def test_changes_of_plan_change_no_reply(model, make_engine, pieces_of, monkeypa
     with make_engine(model) as engine:
         expected = [pieces_of(engine.submit(request)) for request in requests]
     choice = Alternating(PLAIN, 3)
-    monkeypatch.setattr(engine_module, "choose", lambda model, plans, width, slots: (choice, slots))
+    monkeypatch.setattr(engine_module, "choose", lambda model, plans, width, slots, **_: (choice, slots))
     with make_engine(model) as engine:
         handles = [engine.submit(request) for request in requests]
         assert [pieces_of(handle) for handle in handles] == expected
@@ -101,10 +105,17 @@ def test_costs_are_measured_once(model, make_engine, pieces_of, monkeypatch, tmp
     assert again.costs == choice.costs
 
 
-def test_plans_of_a_name(model):
+def test_plans_of_a_name(model, monkeypatch):
     plans, width = plans_of(model, "auto", 4)
     assert (plans[0], width) == (PLAIN, max(plan.drafts for plan in plans) + 1)
     assert plans_of(model, "auto", 1000) == ((PLAIN,), 1)
     assert plans_of(model, "chain:2", 4) == ((Plan("chain", 2),), 3)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    half = replace(model, config=SHAPES["smollm2"], manifest=replace(model.manifest, dtype="bfloat16"))
+    chains, trees = [Plan("chain", drafts) for drafts in (1, 2, 3, 5)], [Plan("tree", rows) for rows in (4, 8, 16)]
+    assert plans_of(half, "auto", 16) == ((PLAIN, *chains, *trees), 6)  # up to 256 rows in all
+    assert plans_of(half, "auto", 64) == ((PLAIN, *chains[:3], trees[0]), 4)
+    assert plans_of(half, "auto", 128) == ((PLAIN, chains[0]), 2)
+    assert plans_of(half, "auto", 129) == ((PLAIN,), 1)
     with pytest.raises(UserError, match="drafter kangaroo takes"):
         plans_of(model, "block:2", 4)
