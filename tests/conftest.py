@@ -56,7 +56,8 @@ def tiny_model(
         drafter_config={"rank": 4, "alpha": 4.0},
         lora=lora or {},
     )
-    return LoadedModel(config, manifest, *split(build_model(config, manifest, base, seed=seed)))
+    with lightly_compiled(weights=True):
+        return LoadedModel(config, manifest, *split(build_model(config, manifest, base, seed=seed)))
 
 
 def shake(params: Params, *names: str, seed: int = 1, std: float = 0.2) -> Params:
@@ -64,7 +65,9 @@ def shake(params: Params, *names: str, seed: int = 1, std: float = 0.2) -> Param
     rng = np.random.default_rng(seed)
 
     def noisy(leaf: jax.Array) -> jax.Array:
-        return leaf + jnp.asarray(rng.normal(scale=std, size=leaf.shape), leaf.dtype)
+        moved = np.asarray(leaf) + rng.normal(scale=std, size=leaf.shape).astype(leaf.dtype)  # no program for a shape
+        # Committed to its devices only if it was: programs differ by that.
+        return jax.device_put(moved, leaf.sharding if leaf.committed else None)
 
     return params._replace(**{name: jax.tree.map(noisy, getattr(params, name)) for name in names})
 
