@@ -56,7 +56,8 @@ def tiny_model(
         drafter_config={"rank": 4, "alpha": 4.0},
         lora=lora or {},
     )
-    return LoadedModel(config, manifest, *split(build_model(config, manifest, base, seed=seed)))
+    with lightly_compiled(weights=True):
+        return LoadedModel(config, manifest, *split(build_model(config, manifest, base, seed=seed)))
 
 
 def shake(params: Params, *names: str, seed: int = 1, std: float = 0.2) -> Params:
@@ -64,13 +65,15 @@ def shake(params: Params, *names: str, seed: int = 1, std: float = 0.2) -> Param
     rng = np.random.default_rng(seed)
 
     def noisy(leaf: jax.Array) -> jax.Array:
-        return leaf + jnp.asarray(rng.normal(scale=std, size=leaf.shape), leaf.dtype)
+        moved = np.asarray(leaf) + rng.normal(scale=std, size=leaf.shape).astype(leaf.dtype)  # no program for a shape
+        # Committed to its devices only if it was: programs differ by that.
+        return jax.device_put(moved, leaf.sharding if leaf.committed else None)
 
     return params._replace(**{name: jax.tree.map(noisy, getattr(params, name)) for name in names})
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full-contract", action="store_true", help="every combination of the axes of tests/contract")
+    parser.addoption("--full", action="store_true", help="tests marked `full` too, and all of the contract")
     parser.addoption("--programs", metavar="DIR", help="keep compiled programs for the next run; without, all are new")
 
 
@@ -107,7 +110,7 @@ LONG = (
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Optimised modules come together, then the others, as programs of the one kind are not those of the other; long
-    modules first. Tests of large models run where they are asked for: `-m large`.
+    modules first. Tests marked `large` or `full` run where they are asked for: `-m large`, `--full`.
     """
 
     def place(item: pytest.Item) -> tuple[bool, int]:
@@ -115,10 +118,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return item.get_closest_marker("optimized") is None, LONG.index(name) if name in LONG else len(LONG)
 
     items.sort(key=place)
-    if "large" not in config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("large"):
-                item.add_marker(pytest.mark.skip(reason="a large model: pytest -m large"))
+    asked = {name: name in config.option.markexpr for name in ("large", "full")}
+    asked["full"] |= config.getoption("--full")
+    skips = {
+        "large": pytest.mark.skip(reason="a large model: pytest -m large"),
+        "full": pytest.mark.skip(reason="others show the same: pytest --full"),
+    }
+    for item in items:
+        for name, skip in skips.items():
+            if item.get_closest_marker(name) and not asked[name]:
+                item.add_marker(skip)
 
 
 def forget_old(programs: Path, days: int = 14) -> None:

@@ -102,10 +102,8 @@ BEGINNING = [7, 40, 3, 21]  # what all prompts begin with
 PROMPTS = [[*BEGINNING, 5, 9], [*BEGINNING, 30], [*BEGINNING, 2, 2, 51, 8]]
 
 PAIRS = (
-    Case(drafter="medusa", dtype="bfloat16"),
     Case(drafter="medusa", sampling="rejection", batch=1),
     Case(drafter="tapped_step", trunk="separate", prefix=True),
-    Case(plan="chain", dtype="bfloat16", trunk="separate"),
     Case(plan="chain", dtype="bfloat16", sampling="coupled", prefix=True),
     Case(plan="chain", drafter="kangaroo", sampling="rejection"),
     Case(plan="chain", drafter="tapped_step", dtype="bfloat16", prefix=True),

@@ -28,6 +28,8 @@ from tests.contract.probe import PROBES
 TAPPING = ("block", *(probe.kind for probe in PROBES))
 STEPS, ROWS, LENGTH = 40, 8, 36
 UNROLLED = 2  # drafts of a round that are learned from: each one more is compiled apart
+# As small as a round of three drafts allows: what learns is compiled with every layer and draft of its own.
+OPTIONS = {"block": {"layers": 1, "block": 3, "markov_rank": 8}, "medusa": {"heads": 3}}
 TWO_LAYERS, THREE_LAYERS = (replace(TINY, num_layers=count) for count in (2, 3))  # every layer is compiled apart
 
 
@@ -42,7 +44,7 @@ def probes():
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        full = metafunc.config.getoption("--full-contract")
+        full = metafunc.config.getoption("--full")
         cases = everything() if full else star()
         marker = metafunc.definition.get_closest_marker("axes")
         if marker is not None:
@@ -60,7 +62,12 @@ def untrained(case: Case, config: LlamaConfig | None = None) -> LoadedModel:
 
     `config`: of which shape; that of `verifier_of` where it isn't given.
     """
-    config = config or verifier_of(case.drafter)
+    kept_apart = {name: getattr(case, name) for name in ("drafter", "dtype", "trunk", "weights")}
+    return _untrained(replace(Case(), **kept_apart), config or verifier_of(case.drafter))
+
+
+@cache
+def _untrained(case: Case, config: LlamaConfig) -> LoadedModel:
     with lightly_compiled():
         base = random_base(config, jax.random.key(0), jnp.dtype(case.dtype), std=0.3)
         base["layers"] = {
@@ -74,6 +81,7 @@ def untrained(case: Case, config: LlamaConfig | None = None) -> LoadedModel:
         dtype=case.dtype,
         exit_layer=0 if block else 1,
         drafter=case.drafter,
+        drafter_config=OPTIONS.get(case.drafter, {}),
         lora={"rank_s": 2, "rank_d": 0} if case.trunk == "separate" else {},
     )
     with lightly_compiled():

@@ -16,6 +16,7 @@ from dvi_jax.loading import LoadedModel, build_model
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import split
 from dvi_jax.presets import TINY
+from tests.compiling import lightly_compiled
 
 RECITED = "aé b€c😀defghij"  # no byte occurs twice
 
@@ -46,9 +47,9 @@ def run_rows():
     def run(model, prompts, settings=None, *, budgets=(30, 30, 30), **knobs):
         knobs = Knobs.make(**{"draft_steps": 3, "threshold": 0.0, "eos_ids": ()} | knobs)
         sampling = make_sampling(model, prompts, settings)
-        state = start(
-            model, prompts, DecodeConfig(draft_steps=3, max_new_tokens=30), knobs, sampling=sampling, longest_prompt=9
-        )
+        decoding = DecodeConfig(draft_steps=3, max_new_tokens=30)
+        with lightly_compiled():  # whatever follows begins with this program
+            state = start(model, prompts, decoding, knobs, sampling=sampling, longest_prompt=9)
         lengths = [len(prompt) for prompt in prompts]
         state = state.replace(limit=jnp.array(lengths, jnp.int32) + jnp.array(budgets, jnp.int32))
         state = decode_rounds(model.definition, model.decode_params, state, knobs)

@@ -96,8 +96,8 @@ def total_variation(log_q):
 
 # Whole generations of a model whose distribution is enumerated.
 
-PROMPT, NEW, ROWS, STEPS = [1, 3], 4, 2000, 3  # ROWS: generations for each setting
-SLOTS = 32  # of the caches: a padded prompt of 16, what is new and a round; every slot more is 12,000 rows' work
+PROMPT, NEW, ROWS, STEPS = [1, 3], 4, 1000, 3  # ROWS: generations for each setting
+SLOTS = 32  # of the caches: a padded prompt of 16, what is new and a round; every slot more is 6,000 rows' work
 SMALL = replace(
     TINY, vocab_size=5, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8
 )

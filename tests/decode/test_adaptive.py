@@ -92,7 +92,7 @@ def test_measuring_leaves_the_state_usable(make_close, run_rows, sampled):
 def test_cost_by_hand(make_tiny, monkeypatch, plain, drafting, drafts, expected):
     """Seconds of a plain round, of a drafting one, and drafts in it -> a draft in plain rounds, within 0 and 1."""
     monkeypatch.setattr(cost, "round_seconds", lambda *args: (drafting, drafts) if args[-1] else (plain, 0.0))
-    assert measure_draft_cost(make_tiny(), None, DecodeConfig(draft_steps=3)) == pytest.approx(expected)
+    assert measure_draft_cost(make_tiny(layers=2), None, DecodeConfig(draft_steps=3)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("draft_cost", [-0.1, 1.1, float("nan")])

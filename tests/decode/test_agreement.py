@@ -21,7 +21,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_programs_that_agree_are_compared_once(make_tiny, tmp_path, monkeypatch):
-    model = make_tiny()
+    model = make_tiny(layers=2)
     agreement.check_agreement(model, SETTINGS)
     assert len(list((tmp_path / "agreement").iterdir())) == 1
     monkeypatch.setattr(agreement, "decode_rounds", None)  # would fail if it were called
@@ -51,5 +51,5 @@ def test_a_single_bit_is_enough(make_tiny, tmp_path, monkeypatch, where):
 
     monkeypatch.setattr(agreement, "decode_rounds", other)
     with pytest.raises(UserError, match=r"plan chain:2: with jax .* do not have the bits of plain decoding"):
-        agreement.check_agreement(make_tiny(), SETTINGS)
+        agreement.check_agreement(make_tiny(layers=2), SETTINGS)
     assert not (tmp_path / "agreement").exists()

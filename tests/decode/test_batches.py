@@ -1,4 +1,4 @@
-"""Rows of one batch: each has its own prompt length, accept lengths, budget and end, and none sees another."""
+"""Rows of one batch: each has its own prompt length, accept lengths, budget, end and sampling; none sees another."""
 
 from dataclasses import replace
 
@@ -43,6 +43,32 @@ def test_rows_equal_their_plain_batch(make_close, train_noise, run_rows, dtype):
     assert fast[1].finish_reason == "eos"
     assert len({tuple(row.accept_lengths[:5]) for row in fast}) == 3
     assert len({length for row in fast for length in row.accept_lengths}) >= 3
+
+
+def test_coupled_sampling(make_close, train_noise, run_rows):
+    """Sampled ids, too, are the plain ones of that seed, whatever drafts, how much, and when it stops.
+
+    In bfloat16: tests/contract, a chain behind a prefix.
+    """
+    settings = [*SAMPLED[:2], SamplingConfig(temperature=1.0, min_p=0.05, seed=7)]
+    model = make_close()
+    plain = ids_of(run_rows(model, PROMPTS, settings, draft_steps=0))
+    lengths = set()
+    for std in (0.0, 0.05, 2.0):
+        drafting = model.with_params(train_noise(model.params, "drafter", "lora_s", std=std))
+        for knobs in ({}, {"draft_steps": 1}, {"threshold": 0.6}, {"draft_cost": 0.2}):
+            rows = run_rows(drafting, PROMPTS, settings, **knobs)
+            assert ids_of(rows) == plain
+            lengths |= {length for row in rows for length in row.accept_lengths}
+    assert lengths == {1, 2, 3, 4}
+
+
+def test_temperature_zero_is_greedy(make_close, run_rows):
+    model = make_close()
+    greedy = ids_of(run_rows(model, PROMPTS))
+    for coupled in (True, False):
+        rows = run_rows(model, PROMPTS, SamplingConfig(temperature=0, top_p=0.5, coupled=coupled))
+        assert ids_of(rows) == greedy
 
 
 @DTYPES
@@ -119,5 +145,5 @@ def test_a_finished_row_stays_as_it_is(make_close):
 )
 def test_bad_batches(make_tiny, prompts, options, message):
     with pytest.raises(UserError, match=message) as caught:
-        generate_batch(make_tiny(), prompts, DecodeConfig(draft_steps=3, max_new_tokens=64), **options)
+        generate_batch(make_tiny(layers=2), prompts, DecodeConfig(draft_steps=3, max_new_tokens=64), **options)
     assert "\n" not in str(caught.value)

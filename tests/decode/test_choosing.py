@@ -76,7 +76,7 @@ def test_trying_again_is_the_rarer_the_more_it_costs():
 
 
 def test_what_there_is_to_choose_from(make_tiny, monkeypatch):
-    model = make_tiny()
+    model = make_tiny(layers=2)
     assert options(model, SETTINGS, 1)[:2] == [Option(PLAIN, 1), Option(Plan("early-exit", 1), 2)]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert options(model, SETTINGS, 1)[0] == Option(PLAIN, 1)  # heads of 8: attention has no kernel for them
@@ -103,7 +103,7 @@ def test_a_tree_is_taken_to_be_better_than_a_chain_until_it_is_known():
 def test_output_is_the_same_whatever_is_chosen(make_tiny, monkeypatch):
     """Plans change from stretch to stretch; the ids are those of plain decoding of the same width."""
     monkeypatch.setattr(choosing, "STRETCH", 6)
-    model, settings = make_tiny(layers=3), DecodeConfig(draft_steps=3, max_new_tokens=40)
+    model, settings = make_tiny(layers=2), DecodeConfig(draft_steps=3, max_new_tokens=40)
     costs = {Option(Plan("early-exit", n), 4): 1 + 0.3 * n for n in (1, 3)}
     one, seen = chooser(costs, model), []
     original = one.go_on
@@ -133,15 +133,15 @@ def test_costs_are_measured_once(make_tiny, monkeypatch, tmp_path):
 
     monkeypatch.setattr(choosing, "round_seconds", seconds)
     settings = DecodeConfig(draft_steps=2)
-    first = PlanChooser.measured(make_tiny(), settings, [1, 2])
+    first = PlanChooser.measured(make_tiny(layers=2), settings, [1, 2])
     assert calls == ["plain", "early-exit:1", "early-exit:2"]
     assert (
-        PlanChooser.measured(make_tiny(), settings, [1, 2]).costs
+        PlanChooser.measured(make_tiny(layers=2), settings, [1, 2]).costs
         == first.costs
-        == dict(zip(options(make_tiny(), settings, 1), (1.0, 2.0, 3.0), strict=True))
+        == dict(zip(options(make_tiny(layers=2), settings, 1), (1.0, 2.0, 3.0), strict=True))
     )
     assert len(calls) == 3
     (kept,) = (tmp_path / "plan_costs").iterdir()
     kept.write_text("{broken", encoding="utf-8")
-    PlanChooser.measured(make_tiny(), settings, [1, 2])
+    PlanChooser.measured(make_tiny(layers=2), settings, [1, 2])
     assert len(calls) == 6

@@ -40,16 +40,17 @@ def array_bytes(tree: object) -> int:
 @pytest.fixture(scope="module")
 def fused() -> LoadedModel:
     """bfloat16 with float32 trained parts, a separate trunk, both LoRA sets, a drafter with a cache."""
-    base = random_base(TINY, jax.random.key(0), jax.numpy.bfloat16, std=0.3)
+    config = replace(TINY, num_layers=2)
+    base = random_base(config, jax.random.key(0), jax.numpy.bfloat16, std=0.3)
     manifest = Manifest(
         source="random",
         source_sha256="",
         dtype="bfloat16",
-        exit_layer=2,
+        exit_layer=1,
         drafter="fused",
         lora={"rank_s": 4, "rank_d": 4},
     )
-    return LoadedModel(TINY, manifest, *split(build_model(TINY, manifest, base)))
+    return LoadedModel(config, manifest, *split(build_model(config, manifest, base)))
 
 
 def test_equals_what_is_allocated(fused):
@@ -70,7 +71,7 @@ def test_equals_what_is_allocated(fused):
 
 
 def test_prefix_and_sampling_are_counted(make_tiny):
-    model, shared = make_tiny(), list(range(1, 11))  # a prefix of 10 is padded to 16
+    model, shared = make_tiny(layers=2), list(range(1, 11))  # a prefix of 10 is padded to 16
     prompts, prefix = [shared + prompt for prompt in PROMPTS], make_prefix(model, shared)
     sampling = make_sampling(model, prompts, SamplingConfig())
     state = start(model, prompts, SETTINGS, Knobs.make(2, 0.0, ()), sampling=sampling, prefix=prefix)
@@ -81,13 +82,13 @@ def test_prefix_and_sampling_are_counted(make_tiny):
 
 
 def test_before_loading(make_tiny):
-    model = make_tiny()
+    model = make_tiny(layers=2)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.params)
     assert estimate_memory(model.with_params(shapes), SIZES) == replace(estimate_memory(model, SIZES), held=0)
 
 
 def test_plan_knows_the_workspace_and_compiles_ahead(make_tiny):
-    model, compiled = make_tiny(), []
+    model, compiled = make_tiny(layers=2), []
     budget = measure_memory(model, SIZES)
     estimate = estimate_memory(model, SIZES)
     assert budget.exact
@@ -111,7 +112,7 @@ def test_plan_knows_the_workspace_and_compiles_ahead(make_tiny):
 
 def test_refusal_names_the_numbers(make_tiny):
     budget = replace(
-        estimate_memory(make_tiny(), SIZES),
+        estimate_memory(make_tiny(layers=2), SIZES),
         sizes=SIZES._replace(slots=48),
         weights={"base": 12 * MIB, "drafter": MIB},
         caches={"shallow": 30 * MIB, "deep": 50 * MIB},
@@ -137,7 +138,7 @@ def test_refusal_names_the_numbers(make_tiny):
 def test_too_large_is_refused_before_compiling(make_tiny, monkeypatch):
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: pytest.fail("compiled"))
     with pytest.raises(UserError, match=r"batch 100000000 .* but the device has"):
-        measure_memory(make_tiny(), SIZES._replace(batch=100_000_000))
+        measure_memory(make_tiny(layers=2), SIZES._replace(batch=100_000_000))
 
 
 def test_room_on_an_accelerator(make_tiny, monkeypatch):
@@ -150,7 +151,7 @@ def test_room_on_an_accelerator(make_tiny, monkeypatch):
         def memory_stats(self) -> dict[str, int]:
             return {"bytes_limit": 100 * MIB, "bytes_in_use": self.in_use}
 
-    budget = replace(estimate_memory(make_tiny(), SIZES), weights={"base": 60 * MIB}, held=60 * MIB)
+    budget = replace(estimate_memory(make_tiny(layers=2), SIZES), weights={"base": 60 * MIB}, held=60 * MIB)
     monkeypatch.setattr(memory.jax, "local_devices", lambda: [Device(60 * MIB)])
     check(budget)
     monkeypatch.setattr(memory.jax, "local_devices", lambda: [Device(100 * MIB)])

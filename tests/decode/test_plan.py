@@ -79,7 +79,7 @@ def test_row_classes(monkeypatch):
 
 
 def test_plain_decoding_has_a_program_where_drafting_cannot_be_left_out(make_tiny):
-    model = make_tiny()
+    model = make_tiny(layers=2)
     assert choose_plan(model, DecodeConfig(plan="chain:3"), plain=True) == PLAIN
     assert choose_plan(model, DecodeConfig(plan="early-exit:3"), plain=True) == Plan("early-exit", 3)
     with pytest.raises(UserError, match="chain:5 makes more than draft_steps 3"):
@@ -88,7 +88,7 @@ def test_plain_decoding_has_a_program_where_drafting_cannot_be_left_out(make_tin
 
 def test_how_many_rows_a_tree_may_have(make_tiny, monkeypatch):
     """As many as a chain where bits depend on their number; else what the kernels take, over the whole batch."""
-    model = make_tiny()
+    model = make_tiny(layers=2)
     assert choose_plan(model, DecodeConfig(plan="tree:4")) == Plan("tree", 4)
     with pytest.raises(UserError, match=r"tree:5: without the GPU's kernels .* at most draft_steps \+ 1 rows, here 4"):
         choose_plan(model, DecodeConfig(plan="tree:5"))

@@ -24,11 +24,11 @@ from dvi_jax.model import attention
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import split
 from dvi_jax.presets import TINY
-from tests.compiling import lightly_compiled
 
-pytestmark = pytest.mark.optimized
 WIDTH = 4
 KNOBS = Knobs.make(WIDTH - 1, 0.0, ())
+# Of the golden models one with every key head shared by several query heads; the other: make full.
+OF_BOTH = pytest.mark.parametrize("golden", ["gqa_tied", pytest.param("mha", marks=pytest.mark.full)], indirect=True)
 
 
 @pytest.fixture
@@ -43,14 +43,13 @@ def small_chunks(monkeypatch) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def fused() -> LoadedModel:
     """A separate trunk and a drafter with a cache that depends on the feature of the position before."""
-    config = replace(TINY, num_layers=3)
-    with lightly_compiled(weights=True):
-        base = random_base(config, jax.random.key(0), std=0.3)
+    config = replace(TINY, num_layers=2)
+    base = random_base(config, jax.random.key(0), std=0.3)
     manifest = Manifest(
         source="random",
         source_sha256="",
         dtype="float32",
-        exit_layer=2,
+        exit_layer=1,
         drafter="fused",
         lora={"rank_s": 4, "rank_d": 4},
     )
@@ -86,12 +85,13 @@ def check_same_state(state: DecodeState, expected: DecodeState) -> None:
     for row, length in enumerate(np.asarray(state.length) - 1):
         pairs.append([s.signals.features.final[row, : length + 1] for s in (state, expected)])
         caches = [jax.tree.leaves((s.shallow, s.deep, s.trunk, s.drafter)) for s in (state, expected)]
-        assert len(caches[0]) == 2 * (3 + 2 + 1)  # layers, those of the trunk, the drafter's
+        assert len(caches[0]) == 2 * (2 + 1 + 1)  # layers, those of the trunk, the drafter's
         pairs += [[leaf[row, :, :length] for leaf in pair] for pair in zip(*caches, strict=True)]
     for found, wanted in pairs:
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-5)
 
 
+@OF_BOTH
 def test_chunks_against_the_original(golden, small_chunks):
     """Rows of 3 to 33 tokens in three chunks: hidden states of the PyTorch original, ids of transformers 4.33.3."""
     model, prompts = golden.model, [run["prompt"] for run in golden.runs]
@@ -105,6 +105,7 @@ def test_chunks_against_the_original(golden, small_chunks):
         assert ids[:count] == run["greedy_ids"][:count]
 
 
+@OF_BOTH
 def test_prefix_against_transformers(golden):
     """Beginnings of one greedy sequence: each goes on as that sequence does, also one that is the prefix itself."""
     (run,) = [run for run in golden.runs if len(run["prompt"]) == 33]
@@ -154,7 +155,7 @@ def test_8_bits_are_the_same_in_chunks(make_tiny, small_chunks, monkeypatch):
 
 
 def test_prefixes_of_one_bucket_share_a_program(make_tiny, monkeypatch):
-    traced, model = [], make_tiny(layers=3)
+    traced, model = [], make_tiny(layers=2)
     original = module.fill
     monkeypatch.setattr(module, "fill", lambda *args, **options: traced.append(1) or original(*args, **options))
     for length in (17, 20, 24):
@@ -164,7 +165,7 @@ def test_prefixes_of_one_bucket_share_a_program(make_tiny, monkeypatch):
 
 
 def test_workspace_grows_with_the_prompt_not_its_square(make_tiny, monkeypatch):
-    model = make_tiny(layers=3)
+    model = make_tiny(layers=2)
 
     def workspace(chunk: int, tokens: int) -> int:
         monkeypatch.setattr(module, "LONGEST_CHUNK", chunk)
@@ -225,7 +226,7 @@ def test_slots_have_room_for_the_padding_behind_a_prefix():
 
 
 def test_refusals(make_tiny):
-    model = make_tiny(layers=3)
+    model = make_tiny(layers=2)
     prefix = make_prefix(model, [5, 6, 7])
     for prompt in ([5, 6], [5, 6, 8, 9]):
         with pytest.raises(UserError, match="prompt 1 does not begin with the 3 tokens of the shared prefix"):

@@ -67,7 +67,9 @@ def test_a_position_drafted_again_in_a_tree(coupled):
     assert agree == 1 if coupled else abs(agree - 1 / 5) < ERROR
 
 
-@pytest.mark.parametrize(("name", "stops"), [("opposite", (0.0, 0.0)), ("untrained", (0.3, 0.1))])
+@pytest.mark.parametrize(
+    ("name", "stops"), [("opposite", (0.0, 0.0)), pytest.param("untrained", (0.3, 0.1), marks=pytest.mark.full)]
+)
 def test_distribution_with_a_tree(five_tokens, name, stops):
     """Several drafts of each position, which are tried one after the other."""
     ids, kept = five_tokens.sampled(name, coupled=False, stops=stops, plan="tree:8")

@@ -41,8 +41,8 @@ EXITS = [
     ("plain", 1),
     ("plain", 2),
     ("grouped, tied", 1),
-    ("one KV head, rope base, deep", 2),
-    ("two layers, wide heads, linear rope", 1),
+    pytest.param("one KV head, rope base, deep", 2, marks=pytest.mark.full),
+    pytest.param("two layers, wide heads, linear rope", 1, marks=pytest.mark.full),
     ("two layers, llama3 rope", 1),
 ]
 
