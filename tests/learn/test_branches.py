@@ -55,7 +55,7 @@ def check_states(windows, verifier):
             assert position < int(windows.length[row])
             assert token != windows.tokens[row, position]
             found.append((row, place, position, token))
-    rows = np.zeros((64, 32), np.int32)
+    rows = np.zeros((96, 32), np.int32)
     for line, (row, _, position, token) in zip(rows, found, strict=False):
         line[:position], line[position] = windows.tokens[row, :position], token
     hidden, final = jax.device_get(verifier(rows))
