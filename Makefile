@@ -10,7 +10,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 PROGRAMS := .pytest_cache/programs
 PYTEST := $(TEST)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(if $(PROGRAMS),--programs=$(PROGRAMS))
 
-.PHONY: demo serve-demo test test-fast test-newest contract lint format clean
+.PHONY: demo serve-demo test test-fast test-newest full contract lint format clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m experiments.demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
@@ -30,10 +30,13 @@ test-fast: $(TEST)/.ready
 test-newest: $(TEST)/.ready $(NEWEST)/.ready
 	PYTHONPATH=$(NEWEST) $(PYTEST) -m tokenizers tests/importing tests/data $(ARGS)
 
-# Every combination of drafter, dtype, sampling, ... (tests/contract/cases.py); `make test` has a choice of them.
-contract: $(TEST)/.ready
-	$(TEST)/bin/python -m pytest -n auto --dist loadfile --full-contract tests/contract $(ARGS)
+# What `make test` has a choice of: tests marked `full`, and every combination of the contract's axes
+# (tests/contract/cases.py), which takes hours. `make full ARGS=tests/decode` for a part.
+full: $(TEST)/.ready $(NEWEST)/.ready
+	$(PYTEST) --full $(ARGS)
 
+contract: $(TEST)/.ready
+	$(PYTEST) --full tests/contract $(ARGS)
 
 lint: $(TEST)/.ready
 	$(TEST)/bin/ruff check .

@@ -72,7 +72,7 @@ def shake(params: Params, *names: str, seed: int = 1, std: float = 0.2) -> Param
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full-contract", action="store_true", help="every combination of the axes of tests/contract")
+    parser.addoption("--full", action="store_true", help="tests marked `full` too, and all of the contract")
     parser.addoption("--programs", metavar="DIR", help="keep compiled programs for the next run; without, all are new")
 
 
@@ -109,7 +109,7 @@ LONG = (
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Optimised modules come together, then the others, as programs of the one kind are not those of the other; long
-    modules first. Tests of large models run where they are asked for: `-m large`.
+    modules first. Tests marked `large` or `full` run where they are asked for: `-m large`, `--full`.
     """
 
     def place(item: pytest.Item) -> tuple[bool, int]:
@@ -117,10 +117,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return item.get_closest_marker("optimized") is None, LONG.index(name) if name in LONG else len(LONG)
 
     items.sort(key=place)
-    if "large" not in config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("large"):
-                item.add_marker(pytest.mark.skip(reason="a large model: pytest -m large"))
+    asked = {name: name in config.option.markexpr for name in ("large", "full")}
+    asked["full"] |= config.getoption("--full")
+    skips = {
+        "large": pytest.mark.skip(reason="a large model: pytest -m large"),
+        "full": pytest.mark.skip(reason="others show the same: pytest --full"),
+    }
+    for item in items:
+        for name, skip in skips.items():
+            if item.get_closest_marker(name) and not asked[name]:
+                item.add_marker(skip)
 
 
 def forget_old(programs: Path, days: int = 14) -> None:

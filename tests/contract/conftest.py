@@ -40,7 +40,7 @@ def probes():
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        full = metafunc.config.getoption("--full-contract")
+        full = metafunc.config.getoption("--full")
         cases = everything() if full else star()
         marker = metafunc.definition.get_closest_marker("axes")
         if marker is not None:

@@ -31,7 +31,7 @@ CHOSEN = {
 
 def pytest_generate_tests(metafunc):
     if "way" in metafunc.fixturenames:
-        full = metafunc.config.getoption("--full-contract")
+        full = metafunc.config.getoption("--full")
         pairs = [(case, way) for case, chosen in CHOSEN.items() for way in (WAYS if full else chosen)]
         metafunc.parametrize(("tapping", "way"), pairs, ids=str)
 
