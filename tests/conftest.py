@@ -76,11 +76,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--programs", metavar="DIR", help="keep compiled programs for the next run; without, all are new")
 
 
-# Modules that take more than twenty seconds, the longest first: a worker must not be left alone with one at the end.
+# Modules that take more than ten seconds, the longest first: a worker must not be left alone with one at the end.
 LONG = (
     "contract/test_contract",
     "real/test_smollm2",
     "decode/test_lossless",
+    "tests/test_processes",
+    "tests/test_mesh",
     "decode/test_tree",
     "decode/test_prefill",
     "serve/test_engine",

@@ -36,7 +36,7 @@ def checkpoint(config, weights):
     return Checkpoint(Path("random"), config, manifest, base)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", [pytest.param("int8", marks=pytest.mark.full), "int4"])
 def test_two_devices_decode_what_one_does(weights):
     """Speculatively and plainly; a row of `qkv` on a wrong device, or a scale of another's inputs, would be seen."""
     one, two = (from_checkpoint(checkpoint(WIDE, weights), mesh=mesh) for mesh in (None, make_mesh(MeshConfig(1, 2))))

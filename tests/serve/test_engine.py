@@ -75,7 +75,9 @@ def serve_in_company(engine, requests, pieces_of, meanwhile=lambda: None):
     return found
 
 
-@pytest.mark.parametrize(("dtype", "count", "sampled"), [("float32", 60, True), ("bfloat16", 30, False)])
+@pytest.mark.parametrize(
+    ("dtype", "count", "sampled"), [("float32", 40, True), pytest.param("bfloat16", 30, False, marks=pytest.mark.full)]
+)
 def test_replies_do_not_depend_on_company(make_model, make_engine, pieces_of, train_noise, dtype, count, sampled):
     """Nor on the slot, on what is kept of other prompts, on what the drafter is by now, or on who else is sampled."""
     model, requests = make_model(dtype), random_requests(count, seed=1)
