@@ -10,6 +10,9 @@ PIP := -m pip install --quiet --disable-pip-version-check
 PROGRAMS := .pytest_cache/programs
 PYTEST := $(TEST)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(if $(PROGRAMS),--programs=$(PROGRAMS))
 
+# The modules' bytecode is kept: both workers and every process of a test would compile all of it again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo serve-demo test test-fast test-newest full contract lint format clean
 
 demo: $(VENV)/.demo

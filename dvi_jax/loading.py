@@ -19,7 +19,7 @@ from dvi_jax.directories import cache_folder
 from dvi_jax.errors import UserError
 from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.mesh import check_blocks, collect, place_tree, shard_config, shards, spread, stored_shapes
-from dvi_jax.model.drafters import BlockDrafter, Origin, build_drafter
+from dvi_jax.model.drafters import Origin, build_drafter
 from dvi_jax.model.llama import Llama
 from dvi_jax.model.lora import inject_dual_lora
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, Tree, join, split
@@ -46,17 +46,17 @@ class LoadedModel:
     @property
     def taps(self) -> tuple[int, ...]:
         """Layers of the verifier that the drafter looks at."""
-        return join(self.definition, self.params).llama.taps
+        return self.definition.drafting.taps
 
     @property
     def drafts_blocks(self) -> bool:
         """Whether the drafter makes all drafts of a round in one pass."""
-        return isinstance(join(self.definition, self.params).drafter, BlockDrafter)
+        return self.definition.drafting.in_blocks
 
     @property
     def max_drafts(self) -> int | None:
         """The most drafts that the drafter makes in a round; None: as many as are asked for."""
-        return join(self.definition, self.params).drafter.max_drafts
+        return self.definition.drafting.most
 
     @property
     def kv(self) -> str:

@@ -165,7 +165,9 @@ def transformers_logits(case: Case) -> np.ndarray:
 
 def own_logits(case: Case) -> np.ndarray:
     """float32 [POSITIONS, V] by this package, imported from the case's directory."""
+    import jax
     import jax.numpy as jnp
+    from flax import nnx
 
     from dvi_jax.importing.source import load_base, open_source
     from dvi_jax.model.llama import Llama
@@ -173,11 +175,16 @@ def own_logits(case: Case) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         source = open_source(case.write(Path(folder) / "model"))
         base = load_base(source, "float32")
-    llama = Llama(source.config, base, exit_layer=1)
-    positions = jnp.arange(POSITIONS)[None]
-    hidden, _, _ = llama.shallow(jnp.asarray(prompt())[None], None, positions)
-    final, _, _ = llama.deep(hidden, None, positions)
-    return np.asarray(llama.logits(final)[0])
+    definition, weights = nnx.split(Llama(source.config, base, exit_layer=1))
+
+    @jax.jit
+    def forward(weights: nnx.State) -> jax.Array:
+        llama, positions = nnx.merge(definition, weights), jnp.arange(POSITIONS)[None]
+        hidden, _, _ = llama.shallow(jnp.asarray(prompt())[None], None, positions)
+        final, _, _ = llama.deep(hidden, None, positions)
+        return llama.logits(final)[0]
+
+    return np.asarray(forward(weights))
 
 
 def main() -> None:

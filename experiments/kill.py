@@ -103,7 +103,7 @@ def _prepare(folder: Path, questions: int) -> TrainConfig:
 
 def _write_tiny_run(folder: Path, questions: int, config: Path) -> None:
     """In a child, since it runs jax."""
-    settings = asdict(write_tiny_run(folder, questions=questions, save_every=2))
+    settings = asdict(write_tiny_run(folder, questions=questions, save_every=2, layers=2))
     config.write_text(json.dumps(settings), encoding="utf-8")
 
 

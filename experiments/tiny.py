@@ -19,9 +19,11 @@ SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>"]
 WORDS = ("tree", "moon", "river", "stone", "cloud", "bird")
 
 
-def write_tiny_run(folder: Path, *, questions: int, seed: int = 0, save_every: int = 10) -> TrainConfig:
+def write_tiny_run(
+    folder: Path, *, questions: int, seed: int = 0, save_every: int = 10, layers: int = TINY.num_layers
+) -> TrainConfig:
     """A random checkpoint and `questions` questions under `folder`, and the settings of a run `folder/run` on them."""
-    write_tiny_model(folder / "model", seed=seed)
+    write_tiny_model(folder / "model", seed=seed, layers=layers)
     write_questions(folder / "questions.jsonl", questions)
     return TrainConfig(
         checkpoint=str(folder / "model"),

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
+from dvi_jax import train
 from dvi_jax.checkpoint import Manifest
 from dvi_jax.loading import LoadedModel, build_model, enable_compilation_cache, load
 from dvi_jax.model.llama import random_base
@@ -77,11 +79,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--programs", metavar="DIR", help="keep compiled programs for the next run; without, all are new")
 
 
-# Modules that take more than twenty seconds, the longest first: a worker must not be left alone with one at the end.
+# Modules that take more than ten seconds, the longest first: a worker must not be left alone with one at the end.
 LONG = (
     "contract/test_contract",
     "real/test_smollm2",
     "decode/test_lossless",
+    "tests/test_processes",
+    "tests/test_mesh",
     "decode/test_tree",
     "decode/test_prefill",
     "serve/test_engine",
@@ -165,6 +169,14 @@ def optimizations(request: pytest.FixtureRequest) -> None:
     optimize(marker is not None, emitters=marker is not None and marker.kwargs.get("emitters", False))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def without_curves() -> Iterator[None]:
+    """The two pictures of a run take longer than the updates of one here: a test that looks at them sets this back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "plot_learning_curve", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def make_tiny() -> Callable[..., LoadedModel]:
     return tiny_model
@@ -197,14 +209,14 @@ def conversations(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def write_config(byte_checkpoint, conversations, tmp_path) -> Callable[..., Path]:
-    """write_config(out=..., **changes) writes the YAML file of a run of 100 rollouts and gives its path."""
+@pytest.fixture(scope="session")
+def write_configs(byte_checkpoint, conversations) -> Callable[..., Path]:
+    """write_configs(folder, **changes) writes the settings of `folder/run`, 100 rollouts, and gives the file's path."""
 
-    def write(**changes: object) -> Path:
+    def write(folder: Path, **changes: object) -> Path:
         settings = {
             "checkpoint": str(byte_checkpoint),
-            "out": str(tmp_path / "run"),
+            "out": str(folder / "run"),
             "prompts": 200,
             "rollout_batch": 2,
             "replayed_windows": 2,
@@ -224,11 +236,17 @@ def write_config(byte_checkpoint, conversations, tmp_path) -> Callable[..., Path
             "objective": {"warmup": 20, "ramp": 40},
             "optimizer": {"lora_lr": 1e-2, "head_lr": 1e-2},
         }
-        path = tmp_path / f"config-{len(list(tmp_path.iterdir()))}.yaml"
+        path = folder / f"config-{len(list(folder.iterdir()))}.yaml"
         path.write_text(yaml.safe_dump(settings | changes), encoding="utf-8")
         return path
 
     return write
+
+
+@pytest.fixture
+def write_config(write_configs, tmp_path) -> Callable[..., Path]:
+    """write_config(out=..., **changes): the same in the test's folder."""
+    return partial(write_configs, tmp_path)
 
 
 @dataclass(frozen=True)

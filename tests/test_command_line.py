@@ -221,13 +221,19 @@ def test_conversion(tmp_path, complaint):
 
 
 @pytest.mark.parametrize("module", ["dvi_jax.generate", "dvi_jax.train", "experiments.demo"])
-def test_as_a_process(module, monkeypatch):
-    """What a shell sees: status 2 and the line. With --debug the exception leaves `run_cli`, with its traceback."""
-    command = [sys.executable, "-m", module, "--config", "none.yaml", "--data", "none.json"]
+def test_with_its_traceback(module, monkeypatch, complaint):
+    """With --debug the exception leaves `run_cli`."""
+    main, arguments = importlib.import_module(module).main, ["--config", "none.yaml", "--data", "none.json"]
+    complaint(main, *arguments)
+    monkeypatch.setattr(sys, "argv", ["command", *arguments, "--debug"])
+    with pytest.raises(UserError):
+        run_cli(main)
+
+
+def test_as_a_process():
+    """What a shell sees: status 2 and the line."""
+    command = [sys.executable, "-m", "dvi_jax.train", "--config", "none.yaml"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: ")
     assert ended.stderr.count("\n") == 1
-    monkeypatch.setattr(sys, "argv", [*command[2:], "--debug"])
-    with pytest.raises(UserError):
-        run_cli(importlib.import_module(module).main)

@@ -71,6 +71,7 @@ def test_a_picture_that_cannot_be_drawn_is_one_line(tmp_path, capsys, monkeypatc
     def fail(path):
         raise fault
 
+    monkeypatch.setattr(train, "plot_learning_curve", curve.plot_learning_curve)
     monkeypatch.setattr(curve, "read_records", fail)
     monkeypatch.setattr(train, "train_online", lambda config, **_: "result")
     assert train.run(TrainConfig("c", str(tmp_path)), resume=False, console=Console()) == "result"

@@ -85,7 +85,9 @@ def test_logits_are_those_of_one_device(models, config):
         np.testing.assert_allclose(logits_of(models(config, mesh), tokens), expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(mesh, marks=[] if mesh == "data=2,model=2" else pytest.mark.full) for mesh in MESHES]
+)
 def test_speculative_equals_plain(models, mesh):
     """And both are what one device decodes, where no two tokens are within rounding of each other, as here."""
     model = models(EVEN, mesh)
@@ -96,7 +98,7 @@ def test_speculative_equals_plain(models, mesh):
     assert fast == generate_batch(models(EVEN, None), PROMPTS, SETTINGS)[0]
 
 
-@pytest.mark.parametrize("plan", ["chain:3", "tree:4"])
+@pytest.mark.parametrize("plan", [pytest.param("chain:3", marks=pytest.mark.full), "tree:4"])
 def test_other_plans_have_the_bits_of_plain(models, plan):
     """Keys and values of every layer, round by round (`require_equal_bits`), with KV heads that do not divide."""
     model = models(ODD, "model=2")

@@ -37,7 +37,7 @@ def checkpoint(config, weights):
     return Checkpoint(Path("random"), config, manifest, base)
 
 
-@pytest.mark.parametrize(("weights", "kv"), [("int8", "int8"), ("int4", "dtype")])
+@pytest.mark.parametrize(("weights", "kv"), [pytest.param("int8", "dtype", marks=pytest.mark.full), ("int4", "int8")])
 def test_two_devices_decode_what_one_does(weights, kv):
     """Speculatively and plainly; a row of `qkv` on a wrong device, or a scale of another's inputs, would be seen."""
     meshes = (None, make_mesh(MeshConfig(1, 2)))

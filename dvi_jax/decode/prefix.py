@@ -62,7 +62,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], prefix: Prefix | None = None) 
     for index, prompt in enumerate(prompts):
         if tuple(prompt[: len(shared)]) != shared:
             raise UserError(f"prompt {index} does not begin with the {len(shared)} tokens of the shared prefix")
-    lengths = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
+    lengths = jax.device_put(np.array([len(prompt) for prompt in prompts], np.int32))
     return _pad([prompt[len(shared) :] for prompt in prompts]), lengths
 
 
@@ -71,4 +71,4 @@ def _pad(rows: Sequence[Sequence[int]]) -> jax.Array:
     padded = np.zeros((len(rows), bucket(max(map(len, rows)))), np.int32)
     for row, ids in zip(padded, rows, strict=True):
         row[: len(ids)] = ids
-    return jnp.asarray(padded)
+    return jax.device_put(padded)

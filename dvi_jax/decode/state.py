@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from dvi_jax.decode.branches import Branches
@@ -45,13 +46,8 @@ class Knobs(NamedTuple):
     ) -> Knobs:
         """Knobs from Python values. Up to `room` end-of-sequence ids share one compiled program."""
         padded = (*eos_ids, *[NO_TOKEN] * (room - len(eos_ids)))
-        return cls(
-            jnp.int32(draft_steps),
-            jnp.float32(threshold),
-            jnp.array(padded, jnp.int32),
-            jnp.float32(draft_cost),
-            jnp.int32(until),
-        )
+        values = (np.int32(draft_steps), np.float32(threshold), np.array(padded, np.int32), np.float32(draft_cost))
+        return cls(*jax.device_put((*values, np.int32(until))))  # one transfer, no program
 
 
 class Signals(struct.PyTreeNode):

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from dvi_jax.errors import UserError
 from dvi_jax.mesh import run_sharded, specs_of
 from dvi_jax.model import exchange
-from dvi_jax.model.drafters import Drafter, StepDrafter
+from dvi_jax.model.drafters import BlockDrafter, Drafter, StepDrafter
 from dvi_jax.model.llama import Llama
 from dvi_jax.model.quantised import Matrix, Quantised
 from dvi_jax.model.variables import Base, DeepLoRA, DrafterParam, ShallowLoRA
@@ -114,14 +114,23 @@ class Params(NamedTuple):
     lora_d: Tree
 
 
+class Drafting(NamedTuple):
+    """What the host asks of a drafter before every generation: kept, as a joined module takes milliseconds to make."""
+
+    in_blocks: bool  # all drafts of a round in one pass
+    most: int | None  # drafts of a round; None: as many as are asked for
+    taps: tuple[int, ...]  # layers of the verifier that it looks at
+
+
 class Definition:
     """All of a module but its arrays, and the devices that they lie on: static under jit.
 
     Its hash is kept. nnx walks the whole module for one, 0.4 ms at 30 layers, and jit asks for it in every call.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh | None = None):
+    def __init__(self, graphdef: nnx.GraphDef, drafting: Drafting, mesh: Mesh | None = None):
         self.graphdef = graphdef
+        self.drafting = drafting  # follows from the graph
         self.mesh = mesh  # None: one device
         self._hash = hash((graphdef, mesh))
 
@@ -146,7 +155,9 @@ class Definition:
 def split(model: SpeculativeLlama, mesh: Mesh | None = None) -> tuple[Definition, Params]:
     """Definition and arrays of `model`, which lie on the devices of `mesh`."""
     graphdef, *states = nnx.split(model, Base, DrafterParam, ShallowLoRA, DeepLoRA)
-    return Definition(graphdef, mesh), Params(*map(nnx.to_pure_dict, states))
+    drafter = model.drafter
+    drafting = Drafting(isinstance(drafter, BlockDrafter), drafter.max_drafts, model.llama.taps)
+    return Definition(graphdef, drafting, mesh), Params(*map(nnx.to_pure_dict, states))
 
 
 def join(definition: Definition, params: Params) -> SpeculativeLlama:

@@ -12,46 +12,48 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from conversion.__main__ import main
 from conversion.importing import import_model
 from dvi_jax.checkpoint import read_checkpoint
-from dvi_jax.errors import UserError
+from dvi_jax.errors import UserError, run_cli
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "conversion", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(...): the command with these arguments; exit status and what it said on stderr."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["conversion", *map(str, arguments)])
+        capsys.readouterr()
+        return run_cli(main), capsys.readouterr().err
+
+    return command
 
 
-def test_import_and_export(helpers, tmp_path):
+def test_import_and_export(run, helpers, tmp_path):
     golden = helpers.golden / "mha"
-    imported = run("import", "--from", golden / "base", "--adapter", golden / "adapter", "--out", tmp_path / "a")
-    assert (imported.returncode, imported.stderr) == (0, "")
+    assert run("import", "--from", golden / "base", "--adapter", golden / "adapter", "--out", tmp_path / "a") == (0, "")
     manifest = read_checkpoint(tmp_path / "a").manifest
     assert (manifest.exit_layer, manifest.dtype, manifest.drafter) == (2, "float32", "kangaroo")
-    exported = run("export", "--from", tmp_path / "a", "--to", "hf", "--out", tmp_path / "hf")
-    assert (exported.returncode, exported.stderr) == (0, "")
+    assert run("export", "--from", tmp_path / "a", "--to", "hf", "--out", tmp_path / "hf") == (0, "")
     assert (tmp_path / "hf" / "adapter" / "pytorch_model.bin").exists()
 
 
 def test_errors_are_one_line_and_status_2(tmp_path, make_hf):
-    """One of each command; tests/test_command_line.py has more, without a process for each."""
+    """In a process, as a shell sees it; tests/test_command_line.py has more, without a process for each."""
     out = tmp_path / "out"
     truncated = make_hf()
     weights = truncated / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    cases = [
-        (("import", "--from", truncated, "--out", out), "is truncated"),
-        (("export", "--from", tmp_path / "none", "--to", "hf", "--out", out), "no checkpoint at"),
-    ]
-    for arguments, message in cases:
-        result = run(*arguments)
-        assert result.returncode == 2
-        assert message in result.stderr
-        assert result.stderr.startswith("error: ")
-        assert result.stderr.count("\n") == 1
-        assert not out.exists()
+    command = [sys.executable, "-m", "conversion", "import", "--from", str(truncated), "--out", str(out)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "is truncated" in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert not out.exists()
 
 
 def test_exit_layer_bounds_of_a_two_layer_model(tmp_path, make_hf):

@@ -250,7 +250,7 @@ def test_hostile_arrays_cost_little(tmp_path, hostile):
     assert stream.ends_early
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_damage_takes_only_what_it_hits(tmp_path_factory, data):
     """Change, drop or insert up to 3 bytes anywhere: every record that was not hit is still read."""
@@ -274,7 +274,7 @@ def test_damage_takes_only_what_it_hits(tmp_path_factory, data):
     assert len(found) <= len(EXPECTED)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(content=st.binary(max_size=400))
 def test_arbitrary_bytes_never_raise(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "arbitrary.json"

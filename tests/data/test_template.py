@@ -53,12 +53,13 @@ def llama(messages: tuple[Message, ...], _: bool) -> str:
     return text
 
 
-@pytest.mark.parametrize("generation_prompt", [False, True])
 @pytest.mark.parametrize(("source", "meaning"), [(CHATML, chatml), (LLAMA, llama)])
-@pytest.mark.parametrize("messages", [CHAT, CHAT[:2], CHAT[1:], CHAT[1:2]])
-def test_blanks_and_line_breaks_as_templates_expect(source, meaning, messages, generation_prompt):
-    text = ChatTemplate(source, TOKENS).render(messages, add_generation_prompt=generation_prompt)
-    assert text == meaning(messages, generation_prompt)
+def test_blanks_and_line_breaks_as_templates_expect(source, meaning):
+    template = ChatTemplate(source, TOKENS)
+    for messages in (CHAT, CHAT[:2], CHAT[1:], CHAT[1:2]):
+        for generation_prompt in (False, True):
+            text = template.render(messages, add_generation_prompt=generation_prompt)
+            assert text == meaning(messages, generation_prompt)
 
 
 def test_tojson_is_plain_json():

@@ -31,7 +31,7 @@ QUESTIONS = [
 def checkpoint(tmp_path_factory) -> Path:
     """A random model whose drafter is right about half of the time."""
     path = tmp_path_factory.mktemp("evaluate") / "tiny"
-    write_tiny_model(path, context=CONTEXT, chat_template=CHAT_TEMPLATE)
+    write_tiny_model(path, context=CONTEXT, layers=2, chat_template=CHAT_TEMPLATE)
     return path
 
 

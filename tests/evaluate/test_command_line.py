@@ -227,7 +227,7 @@ def test_an_answer_that_differs_fails_the_command(checkpoint, questions_file, tm
         ({"--threshold": "nan"}, "threshold must be 0 or above, got nan"),
         ({"--max-new-tokens": "0"}, "max_new_tokens must be at least 1, got 0"),
         ({"--max-new-tokens": "160"}, "none of the 5 questions can be asked; the first: prompt and new tokens"),
-        ({"--exit-layer": "4"}, "exit_layer must be between 1 and 3"),
+        ({"--exit-layer": "4"}, "exit_layer must be between 1 and 1"),
         ({"--no-such-flag": "1"}, "unrecognized arguments: --no-such-flag 1"),
     ],
 )

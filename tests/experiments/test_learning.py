@@ -88,6 +88,7 @@ def test_the_compared_objectives():
     }
 
 
+@pytest.mark.full
 def test_objectives_see_the_same_tokens(write_config, tmp_path, monkeypatch):
     """Two seeds of two objectives; a seed compiles nothing that the other did not."""
 

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from experiments.serve_learning import main
 
 
+@pytest.mark.full
 def test_both_engines_give_the_same_replies(tmp_path):
     out = tmp_path / "curve.jsonl"
     small = [

@@ -70,6 +70,7 @@ def test_an_update_is_that_of_a_distillation(arguments, tmp_path):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.full
 def test_curves(arguments, tmp_path, monkeypatch):
     """Every drafter at the smallest budget first, from one program each."""
     monkeypatch.setattr(

@@ -171,33 +171,33 @@ def test_parts_that_are_missing_renamed_or_of_another_model(tmp_path):
 WITHOUT = """
 import importlib, pkgutil, sys
 from pathlib import Path
-for name in sys.argv[2].split(","):
-    sys.modules[name] = None  # whoever imports it, fails
+sys.modules |= dict.fromkeys(("torch", "transformers", "conversion"))  # whoever imports one, fails
 import dvi_jax
 for module in pkgutil.walk_packages(dvi_jax.__path__, "dvi_jax."):
     if not module.name.endswith(("__main__", "template_worker")):
         importlib.import_module(module.name)
 from dvi_jax.errors import UserError
 from dvi_jax.importing.source import load_base, open_source
-try:
-    print(load_base(open_source(Path(sys.argv[1])), "float32")["embed"].sum())
-except UserError as error:
-    print(error)
+def told(path):
+    try:
+        return load_base(open_source(Path(path)), "float32")["embed"].sum()
+    except UserError as error:
+        return error
+whole, shards = sys.argv[1:]
+print(told(whole), told(shards), sep="\\n")
+del sys.modules["conversion"]  # that is here again, torch is not
+print(told(shards))
 assert not {"torch", "transformers"} & {name for name, module in sys.modules.items() if module}
 """
 
 
-def without(modules, directory, root):
-    command = [sys.executable, "-c", WITHOUT, str(directory), modules]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def test_the_library_reads_models_without_torch(tmp_path, pytestconfig):
     """Every module of it can be imported; PyTorch files need the package conversion, and that needs torch."""
-    case, root = CASES["mistral 0.3"], pytestconfig.rootpath
-    expected = case.tensors[EMBED].sum()
-    whole = case.write(tmp_path / "whole")
-    assert float(without("torch,transformers,conversion", whole, root)) == pytest.approx(expected, rel=1e-5)
-    shards = case.write(tmp_path / "bin", "bin shards")
-    assert "needs the package conversion" in without("conversion,torch", shards, root)
-    assert "needs PyTorch: install torch" in without("torch", shards, root)
+    case = CASES["mistral 0.3"]
+    paths = case.write(tmp_path / "whole"), case.write(tmp_path / "bin", "bin shards")
+    command = [sys.executable, "-c", WITHOUT, *map(str, paths)]
+    ended = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True, check=True)
+    embedding, without_package, without_torch = ended.stdout.splitlines()
+    assert float(embedding) == pytest.approx(case.tensors[EMBED].sum(), rel=1e-5)
+    assert "needs the package conversion" in without_package
+    assert "needs PyTorch: install torch" in without_torch

@@ -4,6 +4,13 @@ import pytest
 
 from dvi_jax.decode.batch import choose_plan, make_knobs, read_generations, start
 from dvi_jax.decode.speculative import decode_rounds
+from tests.conftest import tiny_model
+
+
+@pytest.fixture(scope="session")
+def make_tiny():
+    """make_tiny(...): as everywhere, with one shallow and one deep layer where no number of layers is asked for."""
+    return lambda *arguments, **options: tiny_model(*arguments, **{"layers": 2} | options)
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ def check_states(windows, verifier):
             assert position < int(windows.length[row])
             assert token != windows.tokens[row, position]
             found.append((row, place, position, token))
-    rows = np.zeros((64, 32), np.int32)
+    rows = np.zeros((96, 32), np.int32)
     for line, (row, _, position, token) in zip(rows, found, strict=False):
         line[:position], line[position] = windows.tokens[row, :position], token
     hidden, final = jax.device_get(verifier(rows))
@@ -93,13 +93,15 @@ def test_of_a_tree_what_stood_beside_the_path_is_kept(model, verifier):
 
 def test_of_too_many_evenly_spread_ones_are_kept():
     """Nine within the window, room for four: the first of every fourth part. The tenth is behind the window's end."""
-    tokens = jnp.full((1, 12, 1), NO_BRANCH).at[0, 2:, 0].set(jnp.arange(2, 12))
-    states = tokens[..., None].astype(jnp.float32)
-    kept = WindowBranches.of(Branches(tokens, states, states), jnp.array([10]), 4)
+    tokens = np.full((1, 12, 1), NO_BRANCH)
+    tokens[0, 2:, 0] = np.arange(2, 12)
+    states = tokens[..., None].astype(np.float32)
+    of = jax.jit(lambda length: WindowBranches.of(Branches(*map(jnp.asarray, (tokens, states, states))), length, 4))
+    kept = of(np.array([10]))
     assert kept.token[0].tolist() == [2, 5, 7, 9]
     assert kept.position[0].tolist() == [1, 4, 6, 8]
     assert kept.final[0, :, 0].tolist() == [2, 5, 7, 9]
-    few = WindowBranches.of(Branches(tokens, states, states), jnp.array([4]), 4)
+    few = of(np.array([4]))
     assert few.token[0].tolist() == [2, 3, 4, NO_BRANCH]
 
 

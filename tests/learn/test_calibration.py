@@ -25,7 +25,7 @@ SETTINGS = DecodeConfig(draft_steps=2, plan="early-exit:2", max_new_tokens=24)
 
 @pytest.fixture(scope="module")
 def model(make_tiny) -> LoadedModel:
-    return make_tiny()
+    return make_tiny(layers=4)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_drafts_are_judged_where_decoding_judges_them(model, text):
 
 def test_later_drafts_count_where_those_before_were_right(make_tiny, text):
     """A block's draft 1 is judged one token after each draft 0 that was right, if that token is learned from."""
-    tiny = make_tiny()
+    tiny = make_tiny(layers=4)
     base = random_base(tiny.config, jax.random.key(0), std=0.3)
     manifest = replace(tiny.manifest, drafter="medusa", drafter_config={"heads": 2}, exit_layer=0)
     medusa = LoadedModel(tiny.config, manifest, *split(build_model(tiny.config, manifest, base)))

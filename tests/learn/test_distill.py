@@ -30,7 +30,7 @@ MASK = jnp.asarray(np.random.default_rng(1).random((3, 9)) < 0.6)
 
 @pytest.fixture(scope="module")
 def fused(make_tiny) -> LoadedModel:
-    tiny = make_tiny(layers=3)
+    tiny = make_tiny()
     manifest = replace(tiny.manifest, drafter="fused", drafter_config={})
     base = tiny.params.base["llama"]
     tree = string_keys(base)
@@ -73,12 +73,18 @@ def test_a_draft_vocabulary_weighs_positions_by_what_it_holds(fused):
     ids = list(range(0, 64, 3))
     module = join(fused.definition, fused.params)
     module.restrict_drafts(ids)
-    positions = jnp.broadcast_to(jnp.arange(9), (3, 9))
-    hidden, _, _ = module.llama.shallow(TOKENS, None, positions)
-    final, _, _ = module.llama.deep(hidden, None, positions)
+
+    @jax.jit
+    def forward():
+        positions = jnp.broadcast_to(jnp.arange(9), (3, 9))
+        hidden, _, _ = module.llama.shallow(TOKENS, None, positions)
+        final, _, _ = module.llama.deep(hidden, None, positions)
+        return final, module.drafter.unroll(hidden, Features(final), positions, 1)[0]
+
+    final, draft = forward()
     head = np.asarray(module.llama.head_weight(), np.float64)
     log_p = log_softmax(np.asarray(final, np.float64) @ head.T)
-    log_q = log_softmax(np.asarray(module.drafter.unroll(hidden, Features(final), positions, 1)[0]) @ head[ids].T)
+    log_q = log_softmax(np.asarray(draft) @ head[ids].T)
     share = np.exp(log_p[..., ids]).sum(-1, keepdims=True)
     terms = (np.exp(log_p[..., ids]) * (log_p[..., ids] - np.log(share) - log_q)).sum(-1)
     weight = np.asarray(MASK)[:, 1:]
@@ -88,12 +94,14 @@ def test_a_draft_vocabulary_weighs_positions_by_what_it_holds(fused):
     np.testing.assert_allclose(metrics["agreement"][0], (agreed[:, :-1] * weight).sum() / weight.sum(), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("drafter", "mix"), [("fused", (0.0, 0.9, 0.1)), ("block", (0.7, 0.0, 0.3))])
+@pytest.mark.parametrize(
+    ("drafter", "mix"), [pytest.param("fused", (0.0, 0.9, 0.1), marks=pytest.mark.full), ("block", (0.7, 0.2, 0.1))]
+)
 def test_the_gradient_is_that_of_the_loss(make_tiny, train_noise, monkeypatch, drafter, mix):
     """Against jax.grad of the loss written out, with total variation and cross-entropy too."""
     monkeypatch.setattr(distill_module, "POSITIONS_AT_ONCE", 4)
     config = replace(CONFIG, loss=DistillLoss(*mix))
-    tiny = make_tiny(layers=3)
+    tiny = make_tiny()
     options = {"layers": 1, "block": 3, "markov_rank": 2} if drafter == "block" else {}
     exit_layer = 0 if drafter == "block" else tiny.manifest.exit_layer
     manifest = replace(tiny.manifest, drafter=drafter, drafter_config=options, exit_layer=exit_layer)
@@ -224,8 +232,8 @@ DECODE = DecodeConfig(draft_steps=3, max_new_tokens=29)
 
 @pytest.fixture(scope="module")
 def own_text(make_tiny, fused, tmp_path_factory) -> DistillConfig:
-    """A run of 60 updates on the model's own text."""
-    tiny, folder = make_tiny(layers=3), tmp_path_factory.mktemp("distill")
+    """A run of 45 updates on the model's own text."""
+    tiny, folder = make_tiny(), tmp_path_factory.mktemp("distill")
     tree = string_keys(tiny.params.base["llama"])
     write_checkpoint(folder / "model", tiny.config, tiny.manifest, jax.tree.map(np.asarray, tree))
     texts, _ = generate_batch(fused, PROMPTS, DECODE, plain=True, eos_ids=())
@@ -234,12 +242,12 @@ def own_text(make_tiny, fused, tmp_path_factory) -> DistillConfig:
         str(folder / "model"),
         str(folder / "run"),
         (str(folder / "own.npz"),),
-        tokens=32 * 32 * 60,
+        tokens=32 * 32 * 45,
         batch_rows=32,
         row_length=32,
         unroll_steps=2,
         eval_rows=8,
-        save_every=20,
+        save_every=15,
         lr=5e-3,
     )
 
@@ -250,7 +258,7 @@ def test_run_learns_resumes_and_stays_lossless(own_text, tmp_path):
     result = train_offline(config)
     assert result.after[0] > result.before[0] + 0.1
     model = load(result.checkpoint)
-    assert (model.manifest.drafter, model.manifest.training_step, model.manifest.draft_steps) == ("fused", 60, 2)
+    assert (model.manifest.drafter, model.manifest.training_step, model.manifest.draft_steps) == ("fused", 45, 2)
     fast, _ = generate_batch(model, PROMPTS, DECODE, eos_ids=())
     plain, _ = generate_batch(model, PROMPTS, DECODE, plain=True, eos_ids=())
     assert [g.output_ids for g in fast] == [g.output_ids for g in plain]
@@ -308,7 +316,7 @@ def test_weights_that_are_no_numbers_are_rolled_back(own_text, tmp_path, monkeyp
         replace(own_text, out=str(tmp_path / "run")), report=lambda kind, record: told.append({"kind": kind} | record)
     )
     (rollback,) = [record for record in told if record["kind"] == "rollback"]
-    assert (rollback["step"], rollback["snapshot"], rollback["reason"]) == (40, 20, "17 non-finite updates in a row")
+    assert (rollback["step"], rollback["snapshot"], rollback["reason"]) == (40, 15, "17 non-finite updates in a row")
     drafter = read_checkpoint(result.checkpoint).drafter
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(drafter))
     assert result.after[0] > result.before[0]
@@ -338,8 +346,8 @@ def test_tokens_per_second_count_the_device(own_text, tmp_path, monkeypatch):
     told = []
     result = train_offline(config, report=lambda kind, record: told.append(record) if kind == "train" else None)
     per_log = 5 * config.batch_rows * config.row_length
-    assert [record["tokens_per_second"] for record in told] == [pytest.approx(per_log / 10)] * 12
-    assert result.seconds == 120.0
+    assert [record["tokens_per_second"] for record in told] == [pytest.approx(per_log / 10)] * 9
+    assert result.seconds == 90.0
     learned, _ = load_packed(config.data).hold_out(config.eval_rows)
     often = np.bincount(learned.tokens.ravel(), minlength=64)
     chosen = read_checkpoint(result.checkpoint).draft_vocabulary  # the most frequent tokens stay with the drafter

@@ -40,7 +40,11 @@ def gradient_of(checkpoint: Checkpoint, mesh: MeshConfig):
 
 
 @pytest.mark.parametrize(
-    ("drafter", "options"), [("exit_head", {"rank": 4, "alpha": 4.0}), ("medusa", {"markov_rank": 4})]
+    ("drafter", "options"),
+    [
+        pytest.param("exit_head", {"rank": 4, "alpha": 4.0}, marks=pytest.mark.full),
+        ("medusa", {"markov_rank": 4}),
+    ],
 )
 def test_gradient_is_that_of_one_device(drafter, options):
     """Of drafters with weights before the vocabulary's logits and behind them (a scale, a bigram term)."""
@@ -66,9 +70,15 @@ def test_online_runs_go_on_bit_for_bit(write_config, tmp_path):
         read = read_checkpoint(result.checkpoint)
         ends.append(hash_tree({"drafter": read.drafter, "lora": read.lora}))
     assert ends[0] == ends[1]
-    # Under another mesh it goes on, with other roundings.
-    path = write_config(**changes | {"out": str(tmp_path / "whole"), "prompts": 16, "mesh": {"data": 2}})
-    assert train_online(load_train_config(path, []), resume=True).updates == result.updates * 4 // 3
+
+
+@pytest.mark.full
+def test_an_online_run_goes_on_under_another_mesh(write_config):
+    """With other roundings."""
+    changes = {"rollout_batch": 4, "eval_every": 100, "save_every": 1}
+    for prompts, mesh in ((4, {"data": 2, "model": 2}), (8, {"data": 2})):
+        path = write_config(**changes | {"prompts": prompts, "mesh": mesh})
+        assert train_online(load_train_config(path, []), resume=prompts > 4).updates == prompts // 2
 
 
 def test_distillation_on_several_devices(byte_checkpoint, conversations, tmp_path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -13,11 +14,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from dvi_jax import train
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.config import DataConfig, load_train_config
 from dvi_jax.data import ConversationStream, PromptStream
 from dvi_jax.decode.acceptance import Acceptance
 from dvi_jax.errors import UserError
+from dvi_jax.evaluate.curve import plot_learning_curve
 from dvi_jax.learn import online, snapshot
 from dvi_jax.loading import load
 from dvi_jax.train import main
@@ -29,44 +32,57 @@ def read_records(out) -> list[dict]:
 
 def test_a_file_cut_off_in_the_middle_trains_through(write_config, conversations, tmp_path, capsys):
     """As ShareGPT on the package index is: one JSON array that ends inside a string. All whole conversations count."""
-    turns = [json.loads(line) for line in conversations.read_text(encoding="utf-8").splitlines()[:60]]
+    turns = [json.loads(line) for line in conversations.read_text(encoding="utf-8").splitlines()[:30]]
     whole = json.dumps(turns)
-    (tmp_path / "cut.json").write_text(whole[:-10], encoding="utf-8")  # the last of the 60 is not whole
+    (tmp_path / "cut.json").write_text(whole[:-10], encoding="utf-8")  # the last of the 30 is not whole
     config = write_config(eval_every=1000, save_every=1000)
     assert main(["--config", str(config), "--set", f"data.files=[{tmp_path / 'cut.json'}]"]) == 0
-    assert "read: 59 conversations read, 1 skipped (cut off: 1); the data end early\n" in capsys.readouterr().out
+    assert "read: 29 conversations read, 1 skipped (cut off: 1); the data end early\n" in capsys.readouterr().out
     summary = read_records(tmp_path / "run")[-1]
     assert summary["kind"] == "summary"
     assert summary["stream"]["conversations"].endswith("the data end early")
-    assert summary["prompts"] // 2 == (59 - summary["stream"]["counts"]["held out"]) // 2
+    assert summary["prompts"] // 2 == (29 - summary["stream"]["counts"]["held out"]) // 2
 
 
-def test_held_out_prompts_are_never_decoded_for_learning(
-    write_config, byte_checkpoint, conversations, tmp_path, monkeypatch
-):
-    """Every prompt of every rollout that precedes an update, against the prompts kept apart."""
-    learned, original = [], online.OnlineRun._update
+@dataclass(frozen=True)
+class Watched:
+    """A run of 40 prompts, and every prompt of its rollouts that precede an update."""
 
-    def watched(self, batches):
+    out: Path
+    learned: list[tuple[int, ...]]
+
+
+@pytest.fixture(scope="module")
+def watched(write_configs, tmp_path_factory) -> Watched:
+    folder, learned = tmp_path_factory.mktemp("watched"), []
+    original = online.OnlineRun._update
+
+    def update(self, batches):
         learned.extend(prompt.ids for batch in batches for prompt in batch)
         return original(self, batches)
 
-    monkeypatch.setattr(online.OnlineRun, "_update", watched)
-    main(["--config", str(write_config(prompts=40, eval_every=1000, save_every=1000))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online.OnlineRun, "_update", update)
+        patch.setattr(train, "plot_learning_curve", plot_learning_curve)
+        main(["--config", str(write_configs(folder, prompts=40, eval_every=10))])
+    return Watched(folder / "run", learned)
+
+
+def test_held_out_prompts_are_never_decoded_for_learning(watched, byte_checkpoint, conversations):
+    """Against the prompts kept apart."""
     stream = PromptStream(
         ConversationStream(conversations),
         load(byte_checkpoint).tokenizer,
         DataConfig(max_prompt_tokens=48, held_out_fraction=0.1),
     )
     kept_apart = {prompt.ids for prompt in stream.held_out_prompts(1000)}
-    assert len(learned) == 40
+    assert len(watched.learned) == 40
     assert len(kept_apart) > 10
-    assert not kept_apart & set(learned)
+    assert not kept_apart & set(watched.learned)
 
 
-def test_what_a_run_leaves(write_config, tmp_path):
-    main(["--config", str(write_config(prompts=40, eval_every=10))])
-    out = tmp_path / "run"
+def test_what_a_run_leaves(watched):
+    out = watched.out
     assert {path.name for path in out.iterdir()} == {
         *("LOCK", "run.json", "metrics.jsonl", "snapshots", "checkpoint", "curve.png", "curve-dark.png")
     }
@@ -167,8 +183,11 @@ def test_rows_that_fill_up_a_batch_are_not_evaluated():
     assert (acceptance.rounds, values["acceptance"]["rounds"]) == (111, 111)
 
 
-def test_a_full_disk_does_not_stop_learning(write_config, tmp_path, capsys, monkeypatch):
-    """Two saves are refused: each is one warning and one record, the snapshot before stays, the next one succeeds."""
+def test_a_full_disk_does_not_stop_learning(watched, write_config, tmp_path, capsys, monkeypatch):
+    """Two saves are refused: each is one warning and one record, the snapshot before stays, the next one succeeds.
+
+    It learns what the run with room for them did.
+    """
     write = snapshot.write_arrays
 
     def refusing(path, arrays):
@@ -176,11 +195,8 @@ def test_a_full_disk_does_not_stop_learning(write_config, tmp_path, capsys, monk
         if arrays["step"] in (20, 30):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    short = {"prompts": 40, "eval_every": 100}
-    main(["--config", str(write_config(out=str(tmp_path / "roomy"), **short))])
     monkeypatch.setattr(snapshot, "write_arrays", refusing)
-    capsys.readouterr()
-    main(["--config", str(write_config(**short))])
+    main(["--config", str(write_config(prompts=40, eval_every=100))])
     failed = [record for record in read_records(tmp_path / "run") if record["kind"] == "failed_save"]
     assert [(record["snapshot"], record["count"], record["reason"]) for record in failed] == [
         (20, 1, "No space left on device"),
@@ -189,5 +205,5 @@ def test_a_full_disk_does_not_stop_learning(write_config, tmp_path, capsys, monk
     printed = capsys.readouterr().out
     assert printed.count("warning: the snapshot of update") == 2
     assert {path.name for path in (tmp_path / "run" / "snapshots").iterdir()} == {"10", "40"}
-    drafters = [read_checkpoint(tmp_path / run / "checkpoint").drafter for run in ("roomy", "run")]
+    drafters = [read_checkpoint(out / "checkpoint").drafter for out in (watched.out, tmp_path / "run")]
     jax.tree.map(np.testing.assert_array_equal, *drafters)

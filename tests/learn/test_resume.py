@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,12 +120,21 @@ def test_a_damaged_snapshot_is_told_of_and_the_one_before_used(write_config, tmp
     jax.tree.map(np.testing.assert_array_equal, *drafters)
 
 
-def test_a_run_killed_before_its_first_snapshot_starts_again(write_config, tmp_path):
+def test_a_run_killed_before_its_first_snapshot_starts_again(write_config, tmp_path, monkeypatch):
     """What it had written to its metrics is dropped."""
-    out = tmp_path / "killed"
+    out, roll_out = tmp_path / "killed", online.OnlineRun._roll_out
+
+    def copied_in_rollout_2(self, model, batch):
+        """A kill leaves what there is of the directory now."""
+        if self.progress.prompts == 2 * 2:
+            shutil.copytree(tmp_path / "run", out)
+        return roll_out(self, model, batch)
+
     short = {"prompts": 8, "save_every": 1000, "eval_every": 1000}
-    config = write_config(out=str(out), **short | {"prompts": 200})
-    kill_after(config, out, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(online.OnlineRun, "_roll_out", copied_in_rollout_2)
+        main(["--config", str(write_config(**short))])
+    assert [record["step"] for record in records(out)] == [0, 2, 4]
     main(["--config", str(write_config(out=str(out), **short)), "--resume"])
     assert [record["step"] for record in records(out)] == [0, 2, 4, 6, 8, 8, 8]
 

@@ -14,7 +14,7 @@ SETTINGS, PROMPTS = DecodeConfig(draft_steps=3, max_new_tokens=24), [[5, 9, 2], 
 OPTIMIZER = OptimizerConfig(lora_lr=5e-3, head_lr=5e-3, warmup=0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(make_tiny):
     return make_tiny(seed=3, lora={"rank_s": 3, "rank_d": 2})
 
@@ -34,9 +34,9 @@ def learned(model, updates):
 def test_every_lora_s_matrix_moves_and_lora_d_and_base_do_not(model):
     after, _ = learned(model, 2)  # A gets a gradient once B is no longer zero
     shallow = after.params.lora_s["llama"]["layers"]
-    assert set(shallow) == {0, 1}
+    assert set(shallow) == {0}
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), model.params.lora_s, after.params.lora_s)
-    assert len(jax.tree.leaves(moved)) == 2 * (2 * 4) + 2
+    assert len(jax.tree.leaves(moved)) == 2 * 4 + 2
     assert all(jax.tree.leaves(moved))
     for part in ("base", "lora_d"):
         jax.tree.map(np.testing.assert_array_equal, getattr(model.params, part), getattr(after.params, part))

@@ -37,7 +37,7 @@ def test_when_it_is_due():
     assert not any(is_due(step, SlowConfig(every=0)) for step in range(13))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def adapted(make_tiny):
     return make_tiny(lora={"rank_s": 0, "rank_d": 2})
 

@@ -35,7 +35,9 @@ with StopSignals() as signals, signals.held():
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)]
+)
 def test_a_stopped_run_goes_on_bit_for_bit(write_config, tmp_path, number, status):
     """Stopped twice: in the first update, and between two snapshots."""
     stopped, told = tmp_path / "stopped", []
