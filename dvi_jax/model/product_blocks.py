@@ -107,6 +107,8 @@ def fitted(blocks: Blocks, weight: Matrix, rows: int) -> Blocks:
         step = next(n for n in (4 * STEP, 2 * STEP, STEP) if length % n == 0 or n == STEP)
         return blocks._replace(step=STEP if many else step, stages=3 if step == 4 * STEP else 5)
     if weight.packing == PACKING["uint16"]:
+        if rows == 2 * ROW_TILE:  # in narrower blocks every warp would convert all of the block's weights
+            return blocks._replace(step=weight.block, columns=WIDE, stages=3)
         return blocks._replace(step=weight.block, stages=4)
     groups = weight.shape[1] // blocks.parts // weight.group
     most = max(blocks.step // weight.group, 1)
