@@ -20,8 +20,8 @@ from dvi_jax.model.prefill_attention import prefill_attention
 from dvi_jax.model.tree_attention import Tree, keep_path, tree_attention
 from dvi_jax.presets import TINY
 
-HEADS, SIZE, TOKENS = (6, 2, 32), 32, 4  # three queries for each KV head
-SLOTS, STARTS = UNCUT_SLOTS + 76, np.array([CHUNK_SLOTS - 2, UNCUT_SLOTS + 72])  # ends in different chunks
+HEADS, SIZE, TOKENS = (6, 2, 32), 32, 9  # three queries for each KV head: two tiles of queries
+SLOTS, STARTS = UNCUT_SLOTS + 76, np.array([CHUNK_SLOTS - 2, UNCUT_SLOTS + 67])  # ends in different chunks
 # Two nodes behind the root, one behind the first of them: paths as `Tree` has them.
 PATHS, DEPTH = np.array([[0, 0, 0], [0, 1, 1], [0, 2, 2], [0, 1, 3]], np.int32), np.array([0, 1, 1, 2])
 
@@ -129,7 +129,7 @@ def test_a_node_of_a_tree_has_the_bits_of_its_path(case):
     start = jnp.asarray(STARTS, jnp.int32)
     positions = start[:, None] + DEPTH
     tree = Tree(jnp.broadcast_to(PATHS, (2, *PATHS.shape)), start, room=len(PATHS))
-    flat = case.qkv.reshape(1, -1, *case.qkv.shape[3:])
+    flat = case.qkv[:, :, : len(PATHS)].reshape(1, -1, *case.qkv.shape[3:])
     mixed, *nodes = tree_attention(flat, case.rope(positions), *case.cache, positions, tree, None, interpret=True)
     path = PATHS[3]
     chained, *written = case.attended(case.qkv[:, :, path], case.cache, start[:, None] + jnp.arange(len(path)))
@@ -157,6 +157,26 @@ def test_a_long_prefill_on_a_gpu(monkeypatch, size):
     found, same = attention.attend_fresh(qkv, heads, rope, cache, positions)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, same, written)
+
+
+@pytest.mark.parametrize("kv", KINDS)
+@pytest.mark.parametrize("tokens", [4, 72], ids=["round", "prefill"])
+def test_a_gpu_gets_kernels_and_no_copy(monkeypatch, kv, tokens):
+    """As far as can be seen without one: the program is lowered for it, and holds no cache in the model's dtype."""
+    for module in (attention, attention.decode_attention):
+        monkeypatch.setattr(module, "has_gpu_kernels", lambda dtype: True)
+    (cache,) = attention.init_caches(replace(TINY, num_kv_heads=2, head_dim=32), 1, 2, 1024, jnp.bfloat16, kv)
+    qkv, positions = jnp.zeros((1, 2, tokens, 10 * 32), jnp.bfloat16), jnp.zeros((2, tokens), jnp.int32)
+    rope = attention.rope_tables(attention.rope_frequencies(32, 10000.0, None), positions)
+
+    def attended(qkv, cache):
+        return attention.attend_cached(qkv, HEADS, rope, cache, positions)
+
+    text = jax.jit(attended).trace(qkv, cache).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("gpu.triton") == 1
+    assert f"2x2x1024x32x{'i8' if kv == 'int8' else 'f8E4M3FN'}" in text
+    assert "2x2x1024x32xbf16" not in text
+    assert "2x1024x2x32xbf16" not in text
 
 
 def test_nothing_else_is_a_format(make_tiny):
