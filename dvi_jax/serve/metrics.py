@@ -88,7 +88,7 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         now = self._status()
-        gauges = {
+        gauges: dict[str, tuple[str, float]] = {
             "num_requests_running": ("Replies that hold a slot", now.running),
             "num_requests_waiting": ("Replies that wait for one", now.waiting),
             "slots": ("Replies that can run at once", now.slots),
@@ -96,7 +96,7 @@ class EngineCollector(Collector):
         }
         for name, (about, value) in gauges.items():
             yield self._family(GaugeMetricFamily, name, about, [((), value)])
-        counters = {
+        counters: dict[str, tuple[str, float]] = {
             "prompt_tokens": ("Tokens of prompts", now.prompt_tokens),
             "prefix_cache_hits": ("Tokens of prompts that were taken over from earlier ones", now.cached_tokens),
             "generation_tokens": ("Tokens of replies", now.new_tokens),

@@ -32,7 +32,7 @@ class Pace:
         """
         if self._ahead and self._round_seconds is not None:
             least = math.ceil(HOST_ROOM * self._host_seconds / self._round_seconds)
-            return min(max(least, FEWEST), max(round(SHORT_SECONDS / self._round_seconds), FEWEST), self._most)
+            return min(max(least, FEWEST), self._most)
         if not hurry:
             return self._most
         if self._round_seconds is None:

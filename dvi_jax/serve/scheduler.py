@@ -84,7 +84,7 @@ class Scheduler:
         self._ended = np.zeros(count, bool)  # slots whose sequence must go no further, though the device would
         self._ahead, self._pace = ahead, Pace(MOST_ROUNDS, ahead=ahead)
         self._pending: Stretch | None = None  # started and not read
-        self._waited = 0.0  # seconds for the device, in this turn
+        self._waited = self._waited_before = 0.0  # seconds for the device in all, and when a stretch was last read
         self._slot_seconds = 1.0  # of a request, lately
         self.status = EngineStatus(count, running=0, waiting=0, context=0, plan=str(choice.plan))
 
@@ -131,7 +131,7 @@ class Scheduler:
 
     def turn(self, next_replies: Callable[[int], list[Reply]], waiting: int) -> None:
         """One turn; `next_replies` gives so many of those that wait at most, of about `waiting`."""
-        began, self._waited = time.monotonic(), 0.0
+        began, waited = time.monotonic(), self._waited
         self._drop_cancelled()
         laid = self._take_in(next_replies, waiting)
         taken_in = time.monotonic() - began
@@ -153,7 +153,7 @@ class Scheduler:
             waiting=len(self._intake.replies),
             plan=str(self._choice.plan),
             busy_seconds=self.status.busy_seconds + time.monotonic() - began,
-            waited_seconds=self.status.waited_seconds + self._waited,
+            waited_seconds=self.status.waited_seconds + self._waited - waited,
             intake_seconds=self.status.intake_seconds + taken_in,
         )
 
@@ -281,7 +281,8 @@ class Scheduler:
     def _land(self, stretch: Stretch) -> None:
         """Read a stretch: give its tokens, count, and free the slots of the replies that ended."""
         plan, outcome = stretch.plan, Outcome.of_pieces([Outcome.read(self._read(piece)) for piece in stretch.packed])
-        self._pace.landed(outcome.accept_lengths.shape[1], self._waited)
+        self._pace.landed(outcome.accept_lengths.shape[1], self._waited - self._waited_before)
+        self._waited_before = self._waited
         # Replies that have ended since it was started have left their slots.
         live = [(slot, reply) for slot, reply in stretch.replies if reply.finish_reason is None]
         for slot, reply in live:

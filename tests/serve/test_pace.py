@@ -42,3 +42,16 @@ def test_time_with_nothing_to_do_counts_for_nothing():
     now = 100.0
     pace.landed(4)
     assert pace.rounds(hurry=True) == 16
+
+
+@pytest.mark.parametrize(("host", "expected"), [(0.0005, FEWEST), (0.004, 6), (0.008, 12), (0.1, 16)])
+def test_a_stretch_ahead_lasts_while_the_host_reads_the_last(host, expected):
+    """Rounds of a millisecond: so many as take half as long again as the host's work, which goes on beside them."""
+    now = 0.0
+    pace = Pace(16, clock=lambda: now, ahead=True)
+    for _ in range(100):
+        rounds = pace.rounds(hurry=False)
+        device = rounds * 0.001
+        now += max(device, host)
+        pace.landed(rounds, max(device - host, 0.0))
+    assert abs(pace.rounds(hurry=False) - expected) <= 1
