@@ -34,7 +34,7 @@ test-newest: $(TEST)/.ready $(NEWEST)/.ready
 	PYTHONPATH=$(NEWEST) $(PYTEST) -m tokenizers tests/importing tests/data $(ARGS)
 
 # What `make test` has a choice of: tests marked `full`, and every combination of the contract's axes
-# (tests/contract/cases.py), which takes hours. `make full ARGS=tests/decode` for a part.
+# (tests/contract/cases.py), tens of thousands, which take days. `make full ARGS=tests/decode` for a part.
 full: $(TEST)/.ready $(NEWEST)/.ready
 	$(PYTEST) --full $(ARGS)
 

@@ -63,7 +63,7 @@ def untrained(case: Case, config: LlamaConfig | None = None) -> LoadedModel:
     `config`: of which shape; that of `verifier_of` where it isn't given.
     """
     kept_apart = {name: getattr(case, name) for name in ("drafter", "dtype", "trunk", "weights")}
-    return _untrained(replace(Case(), **kept_apart), config or verifier_of(case.drafter))
+    return _untrained(replace(Case(), **kept_apart), config or verifier_of(case.drafter)).with_kv(case.kv)
 
 
 @cache
@@ -85,8 +85,7 @@ def _untrained(case: Case, config: LlamaConfig) -> LoadedModel:
         lora={"rank_s": 2, "rank_d": 0} if case.trunk == "separate" else {},
     )
     with lightly_compiled():
-        model = LoadedModel(config, manifest, *split(build_model(config, manifest, kept(base, case.weights))))
-    return model.with_kv(case.kv)
+        return LoadedModel(config, manifest, *split(build_model(config, manifest, kept(base, case.weights))))
 
 
 def kept(base: Tree, weights: str) -> Tree:
@@ -192,7 +191,7 @@ def over_mesh(model: LoadedModel, mesh: str, vocabulary: tuple[int, ...] | None)
         draft_vocabulary=vocabulary,
     )
     with lightly_compiled():
-        return from_checkpoint(checkpoint, mesh=make_mesh(MeshConfig.parse(mesh)))
+        return from_checkpoint(checkpoint, kv=model.kv, mesh=make_mesh(MeshConfig.parse(mesh)))
 
 
 def base_of(model: LoadedModel) -> Tree:

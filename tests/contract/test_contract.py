@@ -57,6 +57,7 @@ def test_decoding_is_lossless_and_drafts_are_accepted(case, case_model):
 
     Rejection sampling gives other tokens by design (its distribution: tests/decode/test_sampling.py).
     """
+    assert case_model.kv == case.kv
     fast = decoded(case, case_model)
     assert int(jnp.sum(fast.accept_lengths > 1)) > 0, "no draft was accepted: nothing was tested"
     assert int(jnp.max(fast.drafted)) == Plan.parse(case.settings_plan).drafts
