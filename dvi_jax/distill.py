@@ -16,7 +16,7 @@ from rich.console import Console
 
 from dvi_jax.checkpoint import DTYPES
 from dvi_jax.command_line import AUTO_DRAFTS, add_kv_option, add_mesh_option, progress_bar
-from dvi_jax.config import DecodeConfig, DistillConfig, MeshConfig
+from dvi_jax.config import WHOLE_KV, DecodeConfig, DistillConfig, MeshConfig
 from dvi_jax.decode.batch import generate_batch
 from dvi_jax.decode.choosing import PlanChooser
 from dvi_jax.decode.memory import readable
@@ -66,9 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     model = train(work, console)
     for line in compare(model, work.held_out_prompts(COMPARED_PROMPTS)):
         say(console, line)
+    kept = "" if options.kv == WHOLE_KV else f" --kv {options.kv}"
     say(
         console,
-        f"use it    dvi generate --checkpoint {options.model} --drafter-from {options.out} --plan auto",
+        f"use it    dvi generate --checkpoint {options.model} --drafter-from {options.out} --plan auto{kept}",
     )
     return 0
 

@@ -26,6 +26,8 @@ from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama
 from dvi_jax.settings import require
 from dvi_jax.trained_parts import with_drafter_from
 
+FLOAT8_FROM = (8, 9)  # compute capability
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -85,7 +87,7 @@ class LoadedModel:
 
     def with_kv(self, kv: str) -> LoadedModel:
         """The same model with caches that keep keys and values so; `UserError` for none of `config.KV`."""
-        require(kv in KV, "kv", kv, " or ".join(KV))
+        check_kv(kv)
         module = join(self.definition, self.params)
         module.llama.kv = kv
         definition, params = split(module, self.definition.mesh)
@@ -147,6 +149,7 @@ def from_checkpoint(
     """The same from a `Checkpoint` in memory, or of which the base weights are still to be read (`stored_array.py`)."""
     if jax.dtypes.canonicalize_dtype(np.int64) != np.int32:
         raise UserError("JAX_ENABLE_X64 is set, and all counts and ids here have 32 bits: unset it")
+    check_kv(kv)
     config, manifest = checkpoint.config, checkpoint.manifest
     if exit_layer is not None and exit_layer != manifest.exit_layer:
         if checkpoint.drafter is not None:
@@ -161,28 +164,45 @@ def from_checkpoint(
                 f" the model's embedding only {config.vocab_size}"
             )
     check_blocks(mesh, checkpoint.base)
-    model = build_model(config, manifest, place_tree(mesh, config, checkpoint.base, "llama"), seed=seed, mesh=mesh)
+    base = place_tree(mesh, config, checkpoint.base, "llama")
+    model = build_model(config, manifest, base, kv=kv, seed=seed, mesh=mesh)
     if checkpoint.draft_vocabulary is not None:
         model.restrict_drafts([*checkpoint.draft_vocabulary, *config.eos_token_ids])
     manifest = replace(manifest, drafter_config=model.drafter.config())
     definition, params = split(model, mesh)
     params = restore_trained(params, checkpoint.drafter, checkpoint.lora, str(checkpoint.path), config, mesh)
     is_trained = checkpoint.drafter is not None or "lora_s" in (checkpoint.lora or {})
-    return LoadedModel(config, manifest, definition, params, tokenizer, is_trained).with_kv(kv)
+    return LoadedModel(config, manifest, definition, params, tokenizer, is_trained)
+
+
+def check_kv(kv: str) -> None:
+    """Raise `UserError` for none of `config.KV`, and for one that this device's kernels cannot read."""
+    require(kv in KV, "kv", kv, " or ".join(KV))
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", "")).split(".")  # AMD's have names
+    numbers = tuple(map(int, capability)) if all(map(str.isdecimal, capability)) else FLOAT8_FROM
+    if kv == "float8" and device.platform == "gpu" and numbers < FLOAT8_FROM:
+        raise UserError(f"{device.device_kind} has no eight-bit floats: keep keys and values as int8")
 
 
 def build_model(
-    config: LlamaConfig, manifest: Manifest, base: dict[str, Any], *, seed: int = 0, mesh: Mesh | None = None
+    config: LlamaConfig,
+    manifest: Manifest,
+    base: dict[str, Any],
+    *,
+    kv: str = WHOLE_KV,
+    seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> SpeculativeLlama:
     """A `SpeculativeLlama` of the manifest's shape over `base`, with a fresh drafter and fresh LoRA sets.
 
-    `base` as `mesh.place_tree` gives it.
+    `base` as `mesh.place_tree` gives it; `kv`: what its caches keep keys and values in (`config.KV`).
     """
     drafter_key, lora_key = jax.random.split(jax.random.key(seed))
     origin = Origin(config, norm=base["norm"], key=drafter_key)
     drafter = build_drafter(manifest.drafter, manifest.drafter_config, origin)
     part = shard_config(config, mesh)
-    llama = Llama(part, base, manifest.exit_layer, taps=drafter.taps, shards=shards(mesh))
+    llama = Llama(part, base, manifest.exit_layer, taps=drafter.taps, shards=shards(mesh), kv=kv)
     model = SpeculativeLlama(llama, drafter)
     if manifest.lora:
         inject_dual_lora(model, key=lora_key, **manifest.lora)

@@ -259,6 +259,7 @@ def measure(model: LoadedModel, slots: int, options: argparse.Namespace, report:
         plan=options.plan,
         max_waiting=len(requests),
         prefix_bytes=0,
+        warm_up=True,
         chunk=options.chunk or chunk,
         together=options.together or together,
     ) as engine:
@@ -282,16 +283,21 @@ async def load_engine(engine: Engine, requests: list[Request], options: argparse
     """What is asked of the engine itself."""
     tokens, count = sum(request.max_new_tokens for request in requests), len(requests)
     rng = np.random.default_rng(options.seed + 1)
-    await ask(engine, requests[0])  # compiles
+    await ask(engine, requests[0])  # compiles what warming up has left
+    before = engine.status()
     async with report.sampled(engine, options.sample_seconds):
         began = time.perf_counter()
         timelines = await asyncio.gather(*(ask(engine, request) for request in requests))
         seconds, status = time.perf_counter() - began, engine.status()
+
+        def more(name: str) -> float:
+            return float(getattr(status, name) - getattr(before, name))
+
         shares = {
-            "tokens_per_round": status.new_tokens / max(status.rounds, 1),
-            "slots_at_work": status.rounds / max(status.slot_rounds, 1),
-            "waited_share": status.waited_seconds / status.busy_seconds,
-            "intake_share": status.intake_seconds / status.busy_seconds,
+            "tokens_per_round": more("new_tokens") / max(more("rounds"), 1),
+            "slots_at_work": more("rounds") / max(more("slot_rounds"), 1),
+            "waited_share": more("waited_seconds") / more("busy_seconds"),
+            "intake_share": more("intake_seconds") / more("busy_seconds"),
         }
         report.result("engine", engine.slots, status.plan, seconds, tokens, timelines, **shares)
         delays = np.cumsum(rng.exponential(seconds / count / options.load, count)).tolist()

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvi_jax.checkpoint import Manifest
-from dvi_jax.config import WHOLE_KV, LlamaConfig
+from dvi_jax.config import LlamaConfig
 from dvi_jax.decode.memory import Sizes, abstract_state
 from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.speculative import decode_rounds
@@ -31,6 +31,7 @@ from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel, build_model
 from dvi_jax.model.drafters import Committed
+from dvi_jax.model.kept_kv import row_bytes
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import Params, split
 from dvi_jax.quantisation import Quantisation
@@ -176,8 +177,8 @@ def floor_of(model: LoadedModel, batch: int = 1) -> Floor:
     layers = [_bytes(base["layers"][i]) for i in range(config.num_layers)]
     head = base.get("head", base["embed"])
     draft_head = params.base.get("draft_vocabulary", {}).get("head", head)
-    exit_layer, item = model.manifest.exit_layer, jnp.dtype(model.manifest.dtype).itemsize
-    kept = item * config.head_dim if model.kv == WHOLE_KV else config.head_dim + item  # 8 bits with a scale
+    exit_layer = model.manifest.exit_layer
+    kept = row_bytes(config.head_dim, model.manifest.dtype, model.kv)
     return Floor(
         row_bytes=sum(layers[:exit_layer]),
         draft_bytes=_bytes((draft_head, params.drafter, params.lora_s)),

@@ -152,11 +152,14 @@ def test_what_cannot_be_is_said_first(begun, byte_checkpoint, tmp_path, changes,
     assert not out.exists()
 
 
-def test_another_log_is_another_distillation(begun, conversations, tmp_path, capsys, monkeypatch):
+def test_another_log_or_cache_is_another_distillation(begun, conversations, tmp_path, capsys, monkeypatch):
     other = shutil.copy(conversations, tmp_path / "other.jsonl")
     monkeypatch.setattr("sys.argv", ["distill", *begun[1][:3], str(other), *begun[1][4:]])
     assert run_cli(distill.main) == 2
     assert "was begun with other data: name the same, or choose another --out" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["distill", *begun[1], "--kv", "int8"])
+    assert run_cli(distill.main) == 2
+    assert "was begun with another --kv" in capsys.readouterr().err
 
 
 def test_too_little_memory_is_said_before_anything_is_written(byte_checkpoint, conversations, tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ from dvi_jax.model.speculative_llama import Params
 
 GIB, MIB = 2**30, 2**20
 CACHES = ("shallow", "deep", "trunk")  # fields of the state that hold keys and values of the base model's layers
-_TENSOR = re.compile(r"tensor<((?:\d+x)+)([a-z]+\d+)>")  # in StableHLO, such as tensor<8x6x32000xf32>
+_TENSOR = re.compile(r"tensor<((?:\d+x)+)([a-z]+\d+)\w*>")  # in StableHLO, such as 8x6x32000xf32 or 2x64xf8E4M3FN
 
 
 class Sizes(NamedTuple):

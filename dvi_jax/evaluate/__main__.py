@@ -47,24 +47,26 @@ DIFFERENT = 1  # exit status when an answer differs from plain decoding
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, measure, write the files, print the outcome; status 1 unless all answers are equal."""
     options = _parser().parse_args(arguments)
-    settings = decode_settings(options)
-    if settings.draft_steps < 1:
-        raise UserError("a plan that drafts is needed: without drafts there is nothing to compare with plain decoding")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit must be at least 1, got {options.limit}")
     if options.batch is not None:
         check_engine_options(options, "--batch")
     new_figure(1, 1)  # without matplotlib there is no report: say so before the work, not after
     with one_of_several(options):
+        settings = decode_settings(options)  # asks for the backend, which several processes begin together
+        if settings.draft_steps < 1:
+            raise UserError(
+                "a plan that drafts is needed: without drafts there is nothing to compare with plain decoding"
+            )
         check_alike(
             measured=options.plan == AUTO or options.adaptive,
             instead="name a --plan other than auto, and leave out --adaptive, as both measure times",
         )
-        return measured(options, settings)
+        return measure_questions(options, settings)
 
 
-def measured(options: argparse.Namespace, settings: DecodeConfig) -> int:
-    """What the options ask for, measured and written; the exit status."""
+def measure_questions(options: argparse.Namespace, settings: DecodeConfig) -> int:
+    """Measure what the options ask for and write it; the exit status."""
     questions = read_questions(options.questions)[: options.limit]
     out = Path(options.out)
     if is_first() and out.exists() and (not out.is_dir() or any(out.iterdir())):

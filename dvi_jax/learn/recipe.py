@@ -16,9 +16,10 @@ from typing import Any
 
 import jax
 
-from dvi_jax.config import DistillConfig, LlamaConfig
+from dvi_jax.config import WHOLE_KV, DistillConfig, LlamaConfig
 from dvi_jax.learn.replies import ReplyConfig, batch_rows
 from dvi_jax.model.drafters.inner import spread_taps
+from dvi_jax.model.kept_kv import row_bytes
 from dvi_jax.model.llama import base_shapes
 from dvi_jax.settings import from_dict
 
@@ -91,7 +92,7 @@ def choose_drafter(config: LlamaConfig) -> tuple[str, dict[str, Any], int | None
     return "block", BLOCK_OPTIONS | {"taps": taps}, None
 
 
-def choose_recipe(config: LlamaConfig, dtype: str, free: int, *, accelerator: bool) -> Recipe:
+def choose_recipe(config: LlamaConfig, dtype: str, free: int, *, kv: str = WHOLE_KV, accelerator: bool) -> Recipe:
     """The recipe for a model on a device with `free` bytes; how many prompts it replies to is decided by the clock.
 
     A CPU takes short rows and few at once: its passes are bound by arithmetic, so that more gain nothing.
@@ -101,8 +102,8 @@ def choose_recipe(config: LlamaConfig, dtype: str, free: int, *, accelerator: bo
     new_tokens = min(120 if accelerator else 64, context // 2)
     classes = (128, 384) if accelerator else (128,)
     lengths = tuple(sorted({min(length, context - new_tokens) for length in classes}))
-    item = 2 if dtype == "bfloat16" else 4
-    position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * item  # bytes of its keys and values
+    kept = row_bytes(config.head_dim, dtype, kv)
+    position = 2 * config.num_layers * config.num_kv_heads * kept  # bytes of its keys and values
     most = 81920 if accelerator else 8 * (lengths[0] + new_tokens)
     return Recipe(
         drafter=kind,

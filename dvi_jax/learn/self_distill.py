@@ -92,7 +92,7 @@ class SelfDistillation:
         free = available_bytes()
         accelerator = jax.default_backend() != "cpu"
         config, dtype = self.checkpoint.config, self.checkpoint.manifest.dtype
-        recipe = choose_recipe(config, dtype, free, accelerator=accelerator)
+        recipe = choose_recipe(config, dtype, free, kv=self.kv, accelerator=accelerator)
         recipe = recipe if passes is None else replace(recipe, passes=passes)
         next(self.prompts(recipe, 1), None)  # raises for a log that holds none, before minutes of measuring
         rates = self._measure(recipe)
@@ -160,7 +160,12 @@ class SelfDistillation:
 
     def _made_for(self) -> dict[str, Any]:
         manifest = self.checkpoint.manifest
-        return {"base_sha256": manifest.base_sha256, "dtype": manifest.dtype, "data": list(self.data)}
+        return {
+            "base_sha256": manifest.base_sha256,
+            "dtype": manifest.dtype,
+            "kv": self.kv,
+            "data": list(self.data),
+        }
 
     def _kept_recipe(self) -> Recipe | None:
         """The recipe of the directory; `UserError` if it is another model's or log's, or a folder of something else."""
@@ -172,9 +177,14 @@ class SelfDistillation:
         document = read_json(path)
         if not isinstance(document, dict) or "recipe" not in document:
             raise UserError(f"{path} is damaged: it holds no recipe")
-        given = self._made_for()
-        for name, what in (("base_sha256", "another model"), ("dtype", "another dtype"), ("data", "other data")):
-            if document.get(name) != given[name]:
+        given, begun = self._made_for(), {"kv": WHOLE_KV} | document  # earlier releases had no other
+        for name, what in (
+            ("base_sha256", "another model"),
+            ("dtype", "another dtype"),
+            ("kv", "another --kv"),
+            ("data", "other data"),
+        ):
+            if begun.get(name) != given[name]:
                 raise UserError(f"{self.out} was begun with {what}: name the same, or choose another --out")
         return Recipe.from_json(document["recipe"], str(path))
 

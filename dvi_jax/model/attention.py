@@ -80,8 +80,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     wavelength = 2 * math.pi / frequencies
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     # 0 below the low-frequency cut (fully scaled), 1 above the high-frequency cut (untouched), linear between.
-    keep = jnp.clip((scaling.original_max_position_embeddings / wavelength - low) / (high - low), 0, 1)
-    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+    share = jnp.clip((scaling.original_max_position_embeddings / wavelength - low) / (high - low), 0, 1)
+    return share * frequencies + (1 - share) * frequencies / scaling.factor
 
 
 def rope_tables(frequencies: jax.Array, positions: jax.Array) -> Rope:
@@ -157,15 +157,17 @@ def attend_fresh(
     bias: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache | None]:
     """The same where nothing lies in the cache yet, or there is none: rows see the rows of this call alone. P is 1."""
-    if cache is not None and isinstance(cache.key, Kept):
-        return attend_cached(qkv, heads, rope, cache, positions, bias)  # they see what is kept of those
     rows = qkv[0] if bias is None else total(qkv, bias.dtype, bias)
-    query, key, value = split_heads(rows, heads, rope)
+    query, *fresh = split_heads(rows, heads, rope)
+    key, value = fresh if cache is None else (keep(x, like) for x, like in zip(fresh, cache, strict=True))
     if cache is not None:
-        cache = write_rows(cache, key, value, positions[:, 0])
-    if has_gpu_kernels(query.dtype):
-        return cudnn_attention(query, key, value, is_causal=True), cache
-    return attend(query, key, value, positions[:, None, :] <= positions[:, :, None]), cache
+        cache = put_rows(cache, LayerCache(key, value), positions[:, 0])  # rows see what is kept of them
+    mask = positions[:, None, :] <= positions[:, :, None]
+    if not has_gpu_kernels(query.dtype):
+        return attend(query, key, value, mask), cache
+    if isinstance(key, Kept) or isinstance(value, Kept):
+        return attend_many(query, key, value, positions, mask), cache
+    return cudnn_attention(query, key, value, is_causal=True), cache
 
 
 def cudnn_attention(

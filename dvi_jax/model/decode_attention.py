@@ -77,7 +77,7 @@ def cached_attention(
     chunks = chunk_count(slots)
     tiles = pl.cdiv(tokens * queries // kv_heads, TILE)
     cos, sin = (table[:, :, 0] for table in rope)
-    cache, tree = jax.tree.flatten((key, value))
+    cache, structure = jax.tree.flatten((key, value))
     table = pl.BlockSpec((None, tokens, size // 2), lambda b, k, c: (b, 0, 0))
     outputs = output_shapes(chunks, (rows, queries, size), key.dtype)
     written = pl.pallas_call(
@@ -106,7 +106,7 @@ def cached_attention(
         interpret=interpret,
         name="cached_attention",
     )(*cache, qkv, cos, sin, positions, *([] if bias is None else [bias]))
-    return results(written, tree, rows, key.dtype)
+    return results(written, structure, rows, key.dtype)
 
 
 def chunk_count(slots: int) -> int:
@@ -132,10 +132,10 @@ def of_head(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *array.shape[2:]), lambda b, k, c: (b, k, 0, 0))
 
 
-def results(written: Sequence[jax.Array], tree: Any, rows: int, dtype: jnp.dtype) -> tuple[jax.Array, Rows, Rows]:
-    """From a kernel's outputs: the attention [R, N*H], and keys and values, of structure `tree`, which come first."""
-    key, value = jax.tree.unflatten(tree, written[: tree.num_leaves])
-    found = written[tree.num_leaves :]
+def results(written: Sequence[jax.Array], structure: Any, rows: int, dtype: jnp.dtype) -> tuple[jax.Array, Rows, Rows]:
+    """From a kernel's outputs: the attention [R, N*H], and keys and values, of that structure, which come first."""
+    key, value = jax.tree.unflatten(structure, written[: structure.num_leaves])
+    found = written[structure.num_leaves :]
     mixed = found[0] if len(found) == 1 else combine(*found).astype(dtype)
     return mixed.reshape(rows, -1), key, value
 
@@ -246,7 +246,7 @@ def cached_slots(key: HeadRows, value: HeadRows, dtype: jnp.dtype) -> Slots:
     return Slots(keys, values)
 
 
-Carry = tuple[jax.Array, jax.Array, jax.Array]  # weighted sum of values [16, H], highest score and sum of weights [16]
+Carry = tuple[jax.Array, jax.Array, jax.Array]  # of Q queries: weighted sum of values [Q, H], highest score and sum [Q]
 
 
 def nothing_yet(size: int, tile: int = TILE) -> Carry:
@@ -262,7 +262,7 @@ def attend(
     begin: jax.Array | int,
     steps: tuple[jax.Array | int, jax.Array | int],
 ) -> Carry:
-    """Both halves of turned queries [16, H/2] over steps of 64 slots, counted from slot `begin` (online softmax)."""
+    """Both halves of turned queries [Q, H/2] over steps of 64 slots, counted from slot `begin` (online softmax)."""
     scale = (2 * query[0].shape[1]) ** -0.5
 
     def step(index: jax.Array, carry: Carry) -> Carry:

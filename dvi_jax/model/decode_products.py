@@ -9,8 +9,8 @@ A product of a few rows has too few results to occupy a GPU, so its sum is split
 side. They stay apart for the kernel that comes next, which adds them on its way: attention, or sum and norm.
 
 Weights in fewer bits (`quantised.py`) are read as they are and converted in registers; integers and eight-bit floats
-are exact in bfloat16. A channel's scale multiplies its finished sum, a group's the sum of the group's terms. Four bits
-set into the mantissa of 128 are a bfloat16 at once, and the 128 is taken off behind the sum.
+are exact in bfloat16. A channel's scale multiplies its finished sum, a group's the sum of the group's terms
+(`quantised_products.py`).
 
 Letters: P parts, R rows, K terms of a sum.
 """

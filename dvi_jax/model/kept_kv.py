@@ -55,6 +55,12 @@ def empty(shape: tuple[int, ...], dtype: jnp.dtype, kv: str) -> Rows:
     return Kept(jnp.zeros(shape, KINDS[kv]), jnp.zeros((*shape[:-1], 1), dtype))
 
 
+def row_bytes(head_dim: int, dtype: jax.typing.DTypeLike, kv: str) -> int:
+    """Bytes of the keys or values of one position and KV head, kept as `kv` says, one of `config.KV`."""
+    rows = jax.eval_shape(lambda: empty((1, 1, 1, head_dim), jnp.dtype(dtype), kv))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rows))
+
+
 def quantised(pieces: Sequence[jax.Array], kind: jnp.dtype, dtype: jnp.dtype) -> tuple[list[jax.Array], jax.Array]:
     """Rows in 8 bits of `kind`, symmetrically: pieces [..., H/n], n of which are a row, and scales [..., 1].
 

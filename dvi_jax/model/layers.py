@@ -144,7 +144,7 @@ class Block(nnx.Module):
         return parts
 
     def _sum_parts(self, name: str, weight: Matrix) -> int:
-        """`sum_parts` of the whole weight, so that sums are cut where one device cuts them; else where that suits."""
+        """`sum_parts` of the whole weight, so that equal parts are cut where one device cuts them; or as it suits."""
         out, width = weight.shape
         if name in ("qkv", "gate_up"):
             return sum_parts(weight, (self.shards * out, width))

@@ -207,7 +207,8 @@ class Llama(nnx.Module):
         kernels = not fresh and few and attention.has_round_kernels(x.shape[0] * x.shape[1], config.head_dim, x.dtype)
         inbox = None
         if kernels and self.shards > 1 and layers:
-            inbox = exchange.inbox_for(self.layers[layers[0]].exchanged_parts(), positions.size, config.hidden_size)
+            parts = max(self.layers[index].exchanged_parts() for index in layers)  # matrices may differ in form
+            inbox = exchange.inbox_for(parts, positions.size, config.hidden_size)
         residual = Residual(decode_products.laid_flat(x) if kernels else x, kernels=kernels, inbox=inbox)
         tapped: list[jax.Array] = []
         updated: list[AnyCache] = []

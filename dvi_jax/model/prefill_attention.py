@@ -52,7 +52,7 @@ def prefill_attention(
 
 
 def _kernel(*refs: Ref, arrays: int, group: int) -> None:
-    """One KV head and 128 queries: attend over the slots up to the last of them."""
+    """One KV head and `TILE` queries: attend over the slots up to the last of them."""
     key, value = HeadRows.pair(refs[:arrays])
     query, positions, out = refs[arrays:]
     tokens, _, size = query.shape

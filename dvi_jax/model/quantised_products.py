@@ -134,15 +134,20 @@ def _converted(packed: jax.Array, number: int, offset: int) -> jax.Array:
 
 
 def _converted_inline(words: jax.Array, number: int, offset: int) -> jax.Array:
-    """`_converted`, two neighbouring words in one register: shift, then mask and set in one instruction, subtract."""
+    """`_converted`, two neighbouring words in one register: shift, then mask and set in one instruction, subtract.
+
+    Subtracted by a multiplication with one and an addition, which GPUs before Hopper have too.
+    """
     pair = 0x10001  # the same in both halves of a register
     both = 0xEA  # of lop3: (a & b) | c
+    one, minus = 0x3F80, 0x8000  # of a bfloat16
     assembly = f"""{{
-        .reg .b32 above, less;
+        .reg .b32 above, one, less;
         shr.u32 above, $1, {4 * number};
         lop3.b32 above, above, {15 * pair:#x}, {_bits(ABOVE) * pair:#x}, {both:#x};
-        mov.b32 less, {_bits(ABOVE + offset) * pair:#x};
-        sub.rn.bf16x2 $0, above, less;
+        mov.b32 one, {one * pair:#x};
+        mov.b32 less, {(_bits(ABOVE + offset) | minus) * pair:#x};
+        fma.rn.bf16x2 $0, above, one, less;
     }}"""
     (integers,) = plt.elementwise_inline_asm(
         assembly,

@@ -58,11 +58,11 @@ class Learns(Protocol):
     def has_work(self) -> bool:
         """Whether a turn may do anything; quick."""
 
-    def turn(self, status: EngineStatus, *, idle: bool, settle: Callable[[], None]) -> Params | None:
+    def turn(self, status: EngineStatus, *, idle: bool, settle: Callable[[], EngineStatus]) -> Params | None:
         """Between two stretches: a piece of work, and other weights to draft with (`Engine.swap`), if there are any.
 
-        `idle`: no request is there. `settle` waits for the stretch under way; called before any work, so that its time
-        is not taken for the work's.
+        `idle`: no request is there. `settle` waits for the stretch under way and gives the status then; called before
+        any work, so that its time is not taken for the work's.
         """
 
 
@@ -244,6 +244,13 @@ class Engine:
         params = learner.turn(self._scheduler.status, idle=idle, settle=self._scheduler.settle)
         if params is not None:
             self.swap(params)
+            with self._changed:
+                self._take_swapped()
+
+    def _take_swapped(self) -> None:
+        """What was swapped in is what the next stretch decodes with; under the lock."""
+        if self._swapped is not None:
+            self._scheduler.params, self._swapped = self._swapped, None
 
     def _wait_for_work(self) -> bool:
         """Whether to go on; waits while there is nothing to do."""
@@ -263,8 +270,7 @@ class Engine:
                     self._changed.wait(LOOK)
                 else:
                     break
-            if self._swapped is not None:
-                self._scheduler.params, self._swapped = self._swapped, None
+            self._take_swapped()
             return not self._closing
 
     def _next_replies(self, most: int) -> list[Reply]:

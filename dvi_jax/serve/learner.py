@@ -151,16 +151,20 @@ class Learner:
         enough = self._new_positions >= self._positions
         return enough or self._verdict_is_due() or self._save_is_due()
 
-    def turn(self, status: EngineStatus, *, idle: bool, settle: Callable[[], None] = lambda: None) -> Params | None:
+    def turn(
+        self, status: EngineStatus, *, idle: bool, settle: Callable[[], EngineStatus] | None = None
+    ) -> Params | None:
         """One piece of work if there is one and the share allows it; the weights to draft with from here on, or None.
 
-        `idle`: no request is there. `settle`: waits for the device, before work.
+        `idle`: no request is there. `settle`: waits for the device, before work, and says what was judged by then.
         """
         self._judged = sum(status.judged), sum(status.accepted)
         self._shadow.observe(*self._judged)
         if not (self.has_work() and (self._share.allows() or idle)):
             return self._new_params()
-        settle()
+        if settle is not None:  # what lands now was drafted before the work
+            status = settle()
+            self._judged = sum(status.judged), sum(status.accepted)
         began = self._clock()
         try:
             self._work()

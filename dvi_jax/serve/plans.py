@@ -30,12 +30,10 @@ from dvi_jax.decode.plan import PLAIN, Plan, check_plan, rows_alike
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import replicas
+from dvi_jax.model.product_blocks import MOST_ROWS
 from dvi_jax.serve.slots import MOST_ROUNDS, PIECE_ROUNDS, Slots, run_stretch
 
 AUTO = "auto"
-# Rows of a round of all slots to choose from on an accelerator, where a row's bits are the same up to there: what they
-# cost is measured.
-MOST_ROWS = 256
 TREES = (4, 8, 16)  # rows of trees to choose from
 MOST_AUTO_DRAFTS, CPU_DRAFTS = 5, 3  # of a round, to choose from; on a CPU every round verifies as many rows
 MEASURED_POSITION = 512  # where sequences are when a round is timed, if slots have so many positions
@@ -106,11 +104,12 @@ def plans_of(model: LoadedModel, name: str, slots: int) -> tuple[tuple[Plan, ...
     """
     slots = -(-slots // replicas(model.definition.mesh))  # of each device
     if name == AUTO:
-        on_cpu = jax.default_backend() == "cpu"
-        most_rows = MOST_ROUND_ROWS if on_cpu else MOST_ROWS
+        # Where a row's bits are the same among any number of rows, what more of them cost is measured.
+        alike = rows_alike(2 * slots, model.config, model.manifest.dtype)
+        most_rows = MOST_ROWS if alike else MOST_ROUND_ROWS
         if 2 * slots > most_rows:  # a draft would make rounds slower by more than it can bring
             return (PLAIN,), 1
-        most = CPU_DRAFTS if on_cpu else MOST_AUTO_DRAFTS
+        most = CPU_DRAFTS if jax.default_backend() == "cpu" else MOST_AUTO_DRAFTS
         found = options(model, DecodeConfig(draft_steps=most), slots, most_rows=most_rows, trees=TREES)
         return tuple(option.plan for option in found), max(option.width for option in found)
     plan = Plan.parse(name)

@@ -137,15 +137,15 @@ class Scheduler:
         taken_in = time.monotonic() - began
         if self._ahead:
             stretch = self._start_stretch(somebody_waits=waiting > 0)
-            self.settle()
+            self._land_pending()
             self._pending = stretch
             self._give_first(laid)
         else:
             self._give_first(laid)
             self._pending = self._start_stretch(somebody_waits=waiting > 0)
-            self.settle()
+            self._land_pending()
         if not any(self._replies):
-            self._pending = None  # nobody's
+            self._drop_pending()
             self._pace.idle()
         self.status = replace(
             self.status,
@@ -157,12 +157,35 @@ class Scheduler:
             intake_seconds=self.status.intake_seconds + taken_in,
         )
 
-    def settle(self) -> None:
+    def settle(self) -> EngineStatus:
+        """Between turns: read the stretch under way, if there is one. -> the status then. The device rests after it."""
+        if self._pending is not None:
+            began, waited = time.monotonic(), self._waited
+            self._land_pending()
+            self._pace.idle()
+            self.status = replace(
+                self.status,
+                running=sum(reply is not None for reply in self._replies),
+                busy_seconds=self.status.busy_seconds + time.monotonic() - began,
+                waited_seconds=self.status.waited_seconds + self._waited - waited,
+            )
+        return self.status
+
+    def _land_pending(self) -> None:
         """Read the stretch that was started, if one was: its tokens to their readers, and slots free again."""
         stretch, self._pending = self._pending, None
         if stretch is not None:
             self._land(stretch)
-        self.status = replace(self.status, running=sum(reply is not None for reply in self._replies))
+
+    def _drop_pending(self) -> None:
+        """A stretch that was started for replies that have ended: nobody's, though the device computes it."""
+        stretch, self._pending = self._pending, None
+        if stretch is not None:
+            self.status = replace(
+                self.status,
+                stretches=self.status.stretches + 1,
+                slot_rounds=self.status.slot_rounds + self.status.slots * stretch.rounds,
+            )
 
     def _give_first(self, laid: list[_Laid]) -> None:
         """The first tokens of replies that were laid into slots."""
@@ -250,7 +273,7 @@ class Scheduler:
     def _start_stretch(self, *, somebody_waits: bool) -> Stretch | None:
         """Start rounds of what is in the slots; None where nothing can come of it.
 
-        Few rounds while somebody waits for a slot, or for the beginning of a reply.
+        Few rounds while somebody waits for a slot, or for the beginning of a reply; ahead as few as `Pace` needs.
         """
         held = [(slot, reply) for slot, reply in enumerate(self._replies) if reply is not None]
         running = [reply for _, reply in held]
@@ -274,9 +297,10 @@ class Scheduler:
 
     def _may_go_on(self, reply: Reply) -> bool:
         """Whether a reply can have tokens left behind the stretch under way: every round gives it one at least."""
-        pending = self._pending
+        pending, prompt = self._pending, len(reply.request.prompt_ids)
         rounds = pending.rounds if pending and any(other is reply for _, other in pending.replies) else 0
-        return reply.committed + rounds < len(reply.request.prompt_ids) + reply.request.max_new_tokens
+        known = max(reply.committed, prompt + 1)  # the first one came with the prompt, though it may not be read yet
+        return known + rounds < prompt + reply.request.max_new_tokens
 
     def _land(self, stretch: Stretch) -> None:
         """Read a stretch: give its tokens, count, and free the slots of the replies that ended."""
@@ -320,7 +344,7 @@ class Scheduler:
             np.int32(start),
             most=self._most_logprobs,
         )
-        own, best, alternatives = (array[reply.committed - start :].tolist() for array in jax.device_get(found))
+        own, best, alternatives = (self._read(array)[reply.committed - start :].tolist() for array in found)
         pairs = [tuple(zip(*row, strict=True))[:wanted] for row in zip(alternatives, best, strict=True)]
         return tuple(map(TokenLogprob, ids, own, pairs))
 

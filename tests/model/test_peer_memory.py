@@ -48,3 +48,10 @@ def test_kernels_are_loaded_without_an_exchange(monkeypatch):
     monkeypatch.setattr(peer_memory, "is_available", lambda: True)
     with exchange.each_alone():
         assert inbox("model=2", 2, 5, 64) is None
+
+
+def test_an_exchange_larger_than_its_inbox_is_not_made():
+    """It would write into memory of others."""
+    small = peer_memory.Inbox(jnp.zeros((2, 2, 32, 4), jnp.int32))
+    with pytest.raises(AssertionError, match="more than the inbox was made for"):
+        peer_memory.joined_parts(jnp.zeros((2, 16, 64)), 1, small)
