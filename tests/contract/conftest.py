@@ -1,6 +1,6 @@
 """What a contract test gets: a model with the case's drafter, trained a little so that its drafts are often right."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from dvi_jax.loading import LoadedModel, build_model, from_checkpoint, stored_pa
 from dvi_jax.mesh import make_mesh
 from dvi_jax.model import drafters
 from dvi_jax.model.llama import random_base
+from dvi_jax.model.quantised import Quantised
 from dvi_jax.model.speculative_llama import Params, Tree, join, split
 from dvi_jax.presets import TINY
 from dvi_jax.quantisation import Quantisation
@@ -196,8 +197,13 @@ def over_mesh(model: LoadedModel, mesh: str, vocabulary: tuple[int, ...] | None)
 
 def base_of(model: LoadedModel) -> Tree:
     """The base tree that a checkpoint of the model has, on the host."""
-    base = model.params.base["llama"]
-    layers = {str(i): {n: w for n, w in x.items() if n != "lora"} for i, x in base["layers"].items()}
+    base, llama = model.params.base["llama"], join(model.definition, model.params).llama
+
+    def of_layer(index: int, names: Iterable[str]) -> Tree:
+        weights = {name: getattr(llama.layers[index], name)[...] for name in names if name != "lora"}
+        return {name: w.parts() if isinstance(w, Quantised) else w for name, w in weights.items()}
+
+    layers = {str(i): of_layer(i, names) for i, names in base["layers"].items()}
     return jax.device_get({"embed": base["embed"], "norm": base["norm"], "head": base["head"], "layers": layers})
 
 

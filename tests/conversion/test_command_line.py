@@ -85,7 +85,7 @@ print(resident("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("kind", ["safetensors", pytest.param("bin", marks=pytest.mark.full)])
 def test_peak_memory_is_the_output_and_one_tensor(helpers, make_hf, kind):
     """Beyond what a tiny import of the same kind leaves resident: 1.3 outputs and the largest tensor."""
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 8000, "num_hidden_layers": 3}

@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from experiments.kill import differences
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.full
 def test_killed_at_a_random_moment_and_resumed(tmp_path):
     """In a process of its own: it forks, which a process that has run jax must not."""
     out = tmp_path / "kill.json"

@@ -50,6 +50,7 @@ def distill_config(byte_checkpoint, tmp_path):
     return path
 
 
+@pytest.mark.full
 def test_drafters(distill_config, conversations, tmp_path, capsys):
     out = tmp_path / "out"
     grid = ["--runs", "exit_head:1:2", "--decode", "all", "--data", str(conversations)]
@@ -124,6 +125,7 @@ def write_domains(folder: Path, *names: str, topics: tuple[str, ...]) -> dict:
     return {"files": files, "max_prompt_tokens": 48, "held_out_fraction": 0.1, "held_out_prompts": 4}
 
 
+@pytest.mark.full
 def test_domain_shift(byte_checkpoint, write_config, tmp_path, capsys):
     """From a kept drafter. The run for the cost decodes exactly as the frozen one does; the picture is drawn again.
 
@@ -183,6 +185,7 @@ def test_tokens_per_second_leaves_the_compiling_rollouts_out():
     assert domain_shift.tokens_per_second(run, 2, 4) == (70 - 20) / (52 - 50)
 
 
+@pytest.mark.full
 def test_sweep_over_every_prompt_of_a_file(byte_checkpoint, tmp_path):
     """By kind of prompt; the one that is too long is left out, a dialogue ends with its last question."""
     turns = [("a-0", ["Why?"]), ("a-1", ["How?"]), ("b-0", ["Who?", "I", "Me?"]), ("b-1", ["x" * 90])]

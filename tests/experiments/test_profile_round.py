@@ -86,6 +86,7 @@ def test_no_trace(tmp_path):
         read_trace(tmp_path)
 
 
+@pytest.mark.full
 def test_real_trace(tmp_path, monkeypatch, capsys):
     """Every layer's products are found, as often as the model runs them: the deep ones once a round."""
     sizes = "--shape tiny --dtype float32 --draft-steps 2 --prompt 20 --slots 48 --rounds 7"

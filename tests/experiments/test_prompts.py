@@ -126,6 +126,7 @@ def test_sentences_and_languages():
     assert language_of("Table chairs sofa lamp curtains.") is None
 
 
+@pytest.mark.full
 def test_packed_text_leaves_out_the_held_out_share(log, byte_checkpoint, tmp_path):
     out = tmp_path / "new" / "text.npz"
     arguments = ["--checkpoint", str(byte_checkpoint), "--data", str(log), "--out", str(out), "--row-length", "1024"]

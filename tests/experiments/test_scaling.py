@@ -11,6 +11,7 @@ from dvi_jax.presets import TINY
 from experiments import scaling
 
 
+@pytest.mark.full
 def test_tables_over_meshes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "RUNS", 1)
     monkeypatch.setitem(scaling.SHAPES, "tiny", replace(TINY, num_layers=2))

@@ -103,6 +103,7 @@ def test_findings_by_hand():
     }
 
 
+@pytest.mark.full
 def test_one_program_then_its_picture(tmp_path, monkeypatch, capsys):
     out, picture = tmp_path / "one.json", tmp_path / "speed.png"
     sizes = "--slots 128 --prompt 20 30 --new-tokens 8 --draft-steps 2 --repeats 1 --dtype float32"
@@ -121,6 +122,7 @@ def test_one_program_then_its_picture(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("tiny: round with 2 drafts over its floor") == 2
 
 
+@pytest.mark.full
 def test_compile_times_come_from_processes_of_their_own(tmp_path, monkeypatch, capsys):
     """Both readings share one cache folder, empty at first; here the processes are calls."""
     caches = []

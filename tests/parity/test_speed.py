@@ -7,6 +7,7 @@ import pytest
 from experiments.kangaroo_speed import DRAFTED_WRONGLY, SHAPES, Measurement, Timing, main, random_weights
 
 
+@pytest.mark.full
 def test_measures_both_sides_on_equal_rounds(tmp_path, capsys):
     out = tmp_path / "speed.json"
     arguments = ["--shapes", "tiny", "--max-new-tokens", "20", "--repeats", "2", "--prompt-length", "9"]

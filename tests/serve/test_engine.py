@@ -15,7 +15,6 @@ from dvi_jax.model.speculative_llama import join
 from dvi_jax.serve import prefixes, scheduler, slots
 from dvi_jax.serve.requests import QueueFullError, Request
 
-pytestmark = pytest.mark.optimized
 PROGRAMS = (*(slots.take_chunk, slots.lay, slots.run_stretch, slots.release), prefixes.cut_block, prefixes.put_block)
 
 

@@ -15,7 +15,6 @@ from dvi_jax.serve.learner import TRIAL_UPDATES, Learner
 from dvi_jax.serve.requests import EngineStatus, Request
 from tests.serve.server.live import until
 
-pytestmark = pytest.mark.optimized  # the engine's own tests have compiled these programs
 PROGRAMS = (fast_update._fast_update, learning.keep, learning.newest, learning.moved, learning.compare)
 SETTINGS = LearnSettings(
     share=0.9,

@@ -11,8 +11,6 @@ from dvi_jax.serve.many import decode_many, open_engine
 from dvi_jax.serve.requests import Request
 from dvi_jax.texts import decode_texts
 
-pytestmark = pytest.mark.optimized
-
 
 @pytest.fixture(scope="module")
 def engine(model):

@@ -10,8 +10,6 @@ from dvi_jax.serve import engine as engine_module
 from dvi_jax.serve.memory import check_engine_memory, engine_memory
 from dvi_jax.serve.slots import Shape
 
-pytestmark = pytest.mark.optimized  # the engine's own tests have compiled these programs
-
 
 def live_bytes():
     gc.collect()  # engines of other tests

@@ -14,7 +14,6 @@ from dvi_jax.serve.plans import BestPlan, OnePlan, choose, plans_of
 from dvi_jax.serve.requests import Request
 from dvi_jax.serve.slots import Shape, empty_slots
 
-pytestmark = pytest.mark.optimized
 COSTS = {PLAIN: 1.0, Plan("chain", 1): 1.2, Plan("chain", 3): 1.6, Plan("chain", 5): 2.0}
 
 

@@ -6,13 +6,10 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from dvi_jax.serve.intake import Intake
 from dvi_jax.serve.prefixes import Block, Prefixes
 from dvi_jax.serve.requests import Request
-
-pytestmark = pytest.mark.optimized
 
 
 def test_hits_and_misses_have_equal_bits(model, make_engine, pieces_of):

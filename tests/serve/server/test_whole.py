@@ -23,7 +23,6 @@ from dvi_jax.serve.__main__ import main
 from tests.compiling import FLAG
 from tests.serve.server.live import live_server, until
 
-pytestmark = pytest.mark.optimized  # the engine's own tests have compiled these programs
 ROOT = Path(__file__).parents[3]
 
 
