@@ -25,6 +25,7 @@ from dvi_jax.model.residual import rms_norm
 from dvi_jax.quantisation import Quantisation
 
 _DAMPING = 0.01  # of the mean diagonal, added to it: inputs that never vary have an inverse too (the paper's value)
+_SHORTEST = 1e-6  # length of a row of zeros, which must not be divided by zero
 _LARGEST = 7
 
 
@@ -60,8 +61,13 @@ def _rounded(weight: jax.Array, inputs: jax.Array, how: Quantisation) -> Quantis
 
 @jax.jit
 def second_moments(inputs: jax.Array) -> jax.Array:
-    """float32 [I, I], the sum of x x^T over rows x of `inputs` [..., I]: half a squared error's Hessian."""
+    """float32 [I, I], the sum of x x^T over rows x of `inputs` [..., I], each brought to length one.
+
+    Half the Hessian of a squared error relative to x. Not of the error itself, as in the paper: a few positions, where
+    attention rests, have inputs a thousand times as large, and would be all that the rounding cares for.
+    """
     rows = inputs.reshape(-1, inputs.shape[-1]).astype(jnp.float32)
+    rows /= jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), _SHORTEST)
     return jnp.matmul(rows.T, rows, precision="highest")
 
 
