@@ -18,7 +18,7 @@ from dvi_jax.decode.agreement import agreed_path, keep_agreed, refusal
 from dvi_jax.decode.plan import PLAIN, Plan
 from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.intake import Intake
-from dvi_jax.serve.slots import MOST_ROUNDS, PIECE_ROUNDS, Outcome, Slots, Terms, lay, release, run_stretch
+from dvi_jax.serve.slots import MOST_ROUNDS, Outcome, Slots, Terms, calls_of, lay, release, run_stretch
 
 PROMPT_TOKENS = 16
 
@@ -62,7 +62,7 @@ def _run(
         places = np.arange(begin, begin + intake.rows, dtype=np.int32)  # those beyond the last are none
         slots, _ = lay(definition, params, slots, filled, places, rows, sampled=False)
     rounds = np.int32(MOST_ROUNDS)
-    for _ in range(MOST_ROUNDS // PIECE_ROUNDS if pieces else 1):
+    for _ in range(calls_of(MOST_ROUNDS, pieces=pieces)):
         slots, packed = run_stretch(definition, params, slots, rounds, plan, sampled=False, pieces=pieces)
     checksums = _checksums(slots, np.int32(len(prompt)), MOST_ROUNDS * width)
     found = Outcome.read(packed).length - len(prompt), np.asarray(checksums)

@@ -31,7 +31,7 @@ from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import replicas
 from dvi_jax.model.product_blocks import MOST_ROWS
-from dvi_jax.serve.slots import MOST_ROUNDS, PIECE_ROUNDS, Slots, run_stretch
+from dvi_jax.serve.slots import MOST_ROUNDS, Slots, calls_of, run_stretch
 
 AUTO = "auto"
 TREES = (4, 8, 16)  # rows of trees to choose from
@@ -152,7 +152,7 @@ def round_seconds(
         for (plan, rounds), times in seconds.items():
             slots = jax.block_until_ready(_set_under_way(slots))
             began = time.perf_counter()
-            for _ in range(rounds // PIECE_ROUNDS if pieces else 1):
+            for _ in range(calls_of(rounds, pieces=pieces)):
                 slots, packed = run_stretch(*program, slots, np.int32(rounds), plan, sampled=False, pieces=pieces)
             jax.block_until_ready(packed)
             times.append(time.perf_counter() - began)

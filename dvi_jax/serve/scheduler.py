@@ -30,6 +30,7 @@ from dvi_jax.serve.slots import (
     Outcome,
     Slots,
     Terms,
+    calls_of,
     columns_of,
     lay,
     release,
@@ -286,7 +287,7 @@ class Scheduler:
         for reply in running:
             reply.is_fresh &= plan.drafts > 0
         program, packed = (self._model.definition, self.params), []
-        for _ in range(-(-rounds // PIECE_ROUNDS) if self._ahead else 1):
+        for _ in range(calls_of(rounds, pieces=self._ahead)):
             self._slots, piece = run_stretch(
                 *program, self._slots, np.int32(rounds), plan, sampled=sampled, pieces=self._ahead
             )

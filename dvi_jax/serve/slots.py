@@ -300,6 +300,11 @@ def run_stretch(
     return slots._replace(decode=state.replace(sampling=state.sampling if sampled else sampling)), packed
 
 
+def calls_of(rounds: int, *, pieces: bool) -> int:
+    """How often `run_stretch` is to be called for a stretch of so many rounds."""
+    return -(-rounds // PIECE_ROUNDS) if pieces else 1
+
+
 def _piece(definition: Definition, params: Params, state: DecodeState, knobs: Knobs, plan: Plan) -> DecodeState:
     """`PIECE_ROUNDS` rounds, of which those behind the end of a sequence do nothing to it."""
 
