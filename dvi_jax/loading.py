@@ -22,6 +22,7 @@ from dvi_jax.mesh import check_blocks, collect, place_tree, shard_config, shards
 from dvi_jax.model.drafters import Origin, build_drafter
 from dvi_jax.model.llama import Llama
 from dvi_jax.model.lora import inject_dual_lora
+from dvi_jax.model.products import compute_capability
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, Tree, join, split
 from dvi_jax.settings import require
 from dvi_jax.trained_parts import with_drafter_from
@@ -178,11 +179,9 @@ def from_checkpoint(
 def check_kv(kv: str) -> None:
     """Raise `UserError` for none of `config.KV`, and for one that this device's kernels cannot read."""
     require(kv in KV, "kv", kv, " or ".join(KV))
-    device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", "")).split(".")  # AMD's have names
-    numbers = tuple(map(int, capability)) if all(map(str.isdecimal, capability)) else FLOAT8_FROM
-    if kv == "float8" and device.platform == "gpu" and numbers < FLOAT8_FROM:
-        raise UserError(f"{device.device_kind} has no eight-bit floats: keep keys and values as int8")
+    capability = compute_capability()
+    if kv == "float8" and capability and capability < FLOAT8_FROM:
+        raise UserError(f"{jax.devices()[0].device_kind} has no eight-bit floats: keep keys and values as int8")
 
 
 def build_model(

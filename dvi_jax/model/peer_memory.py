@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from dvi_jax.mesh import MODEL
+from dvi_jax.model.products import compute_capability
 
-WITH_PEERS = ("9", "10")  # compute capabilities of Hopper and of data centres' Blackwell; GeForce has no peer memory
+WITH_PEERS = (9, 10)  # major compute capabilities of Hopper and of data centres' Blackwell; GeForce has no peer memory
 THREADS = 128  # of a program: a warpgroup
 MOST_PROGRAMS = 512  # which a large GPU runs side by side
 MOST_UNITS = 8  # of a thread, whose loads are under way at once
@@ -35,9 +36,9 @@ class Inbox:
 
 def is_available() -> bool:
     """Whether GPUs can exchange so: those of one process, NVIDIA's Hopper or data centres' Blackwell, with jax 0.11."""
-    device = jax.devices()[0]
-    generation = str(getattr(device, "compute_capability", "")).partition(".")[0]  # AMD's have names
-    return device.platform == "gpu" and jax.process_count() == 1 and generation in WITH_PEERS and _kernel().is_there()
+    capability = compute_capability()
+    has_peers = bool(capability) and capability[0] in WITH_PEERS
+    return has_peers and jax.process_count() == 1 and bool(_kernel().is_there())
 
 
 def takes(parts: int, rows: int, size: int) -> bool:

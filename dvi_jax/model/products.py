@@ -68,6 +68,13 @@ def precision(x: jax.Array) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
+def compute_capability() -> tuple[int, ...]:
+    """(major, minor) of the first device where it is an NVIDIA GPU, else ()."""
+    device = jax.devices()[0]
+    numbers = str(getattr(device, "compute_capability", "")).split(".")  # AMD's have names
+    return tuple(map(int, numbers)) if device.platform == "gpu" and all(map(str.isdecimal, numbers)) else ()
+
+
 def has_gpu_kernels(dtype: jnp.dtype) -> bool:
     """Whether the default backend has kernels for it, cuDNN's attention and our own, for arrays of this type."""
     return jax.default_backend() == "gpu" and jnp.dtype(dtype).itemsize == 2
