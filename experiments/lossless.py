@@ -2,9 +2,11 @@
 
     python -m experiments.lossless --shape 7b --dtype bfloat16
     python -m experiments.lossless --shape 7b --weights int4
+    python -m experiments.lossless --shape 7b --layers 4 --mesh model=2
 
 The drafter proposes the plain continuation with some tokens replaced, so every accept length occurs. Compared are the
-token ids and every bit of the verifier's final hidden state (whose head gives the logits) at every position.
+token ids and every bit of the verifier's final hidden state (whose head gives the logits) at every position. With
+`--mesh` the plain ones are one device's, and the same model decodes on several; it has to fit on one.
 """
 
 from __future__ import annotations
@@ -18,17 +20,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from dvi_jax.config import KV, WHOLE_KV, DecodeConfig
+from dvi_jax.config import KV, WHOLE_KV, DecodeConfig, MeshConfig
 from dvi_jax.decode.batch import start
+from dvi_jax.decode.kernel_loading import load_kernels
+from dvi_jax.decode.plan import plan_for
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import ArgumentParser, run_cli
-from dvi_jax.loading import LoadedModel, enable_compilation_cache
+from dvi_jax.loading import LoadedModel, build_model, enable_compilation_cache
+from dvi_jax.mesh import copied, make_mesh, place_tree
 from dvi_jax.model.speculative_llama import join, split
 from dvi_jax.presets import SHAPES
 from dvi_jax.quantisation import BFLOAT16, WEIGHTS, chosen_storage
-from experiments.measure import environment, random_model, settings_of, write_result
+from experiments.measure import environment, random_model, random_weights, settings_of, write_result
 from experiments.scripted import Scripted
 
 
@@ -42,6 +48,7 @@ def main() -> int:
     parser.add_argument("--draft-steps", type=int, nargs="+", default=[1, 3, 5])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--kv", choices=KV, default=WHOLE_KV, help="what keys and values are kept in")
+    parser.add_argument("--mesh", default="data=1,model=1", metavar="MESH", help="where the drafts are verified")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--out", metavar="FILE.json")
@@ -50,11 +57,13 @@ def main() -> int:
     config = SHAPES[options.shape]
     config = replace(config, num_layers=options.layers or config.num_layers)
     _, how = chosen_storage(options.weights, None)
-    model = with_scripted_drafter(random_model(config, options.dtype, 2, quantisation=how).with_kv(options.kv))
+    model = random_model(config, options.dtype, 2, quantisation=how).with_kv(options.kv)
+    mesh = make_mesh(MeshConfig.parse(options.mesh))
+    verifying = scripted(model if mesh is None else on_mesh(model, mesh))
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, model.config.vocab_size, (options.batch, options.prompt)).tolist()
     rows = [
-        check(model, prompts, DecodeConfig(draft_steps=s, max_new_tokens=options.new_tokens), rng)
+        check(model, verifying, prompts, DecodeConfig(draft_steps=s, max_new_tokens=options.new_tokens), rng)
         for s in options.draft_steps
     ]
     for row in rows:
@@ -65,16 +74,22 @@ def main() -> int:
     return 0 if all(row["equal"] for row in rows) else 1
 
 
-def with_scripted_drafter(model: LoadedModel) -> LoadedModel:
+def scripted(model: LoadedModel) -> LoadedModel:
     """`model` with the drafter that follows a script."""
     module = join(model.definition, model.params)
     module.drafter = Scripted(model.config)
-    definition, params = split(module)
-    return LoadedModel(model.config, model.manifest, definition, params)
+    return LoadedModel(model.config, model.manifest, *split(module, model.definition.mesh))
+
+
+def on_mesh(model: LoadedModel, mesh: Mesh) -> LoadedModel:
+    """The same random weights on several devices."""
+    config, manifest = model.config, model.manifest
+    base = place_tree(mesh, config, jax.tree.map(np.asarray, random_weights(config, manifest)), "llama")
+    return LoadedModel(config, manifest, *split(build_model(config, manifest, base, kv=model.kv, mesh=mesh), mesh))
 
 
 def check(
-    model: LoadedModel, prompts: list[list[int]], settings: DecodeConfig, rng: np.random.Generator
+    model: LoadedModel, verifying: LoadedModel, prompts: list[list[int]], settings: DecodeConfig, rng: np.random.Generator
 ) -> dict[str, Any]:
     """Plain against scripted drafts with about one wrong token in four, and against all right ones."""
     plain = run(model, prompts, settings, 0, None)
@@ -84,7 +99,7 @@ def check(
     lengths: Counter[int] = Counter()
     equal = True
     for script in scripts.values():
-        fast = run(model, prompts, settings, settings.draft_steps, jnp.asarray(script))
+        fast = run(verifying, prompts, settings, settings.draft_steps, jnp.asarray(script))
         accepted = np.asarray(fast.accept_lengths)
         lengths.update(accepted[accepted > 0].tolist())
         equal &= same(plain, fast)
@@ -104,7 +119,8 @@ def run(
     knobs = Knobs.make(steps, 0.0, ())
     state = start(model, prompts, settings, knobs, record=True)
     if script is not None:
-        state = state.replace(drafter=script)
+        state = state.replace(drafter=copied(model.definition.mesh, script))
+    load_kernels(model, state, knobs, plan_for(steps, drafts_blocks=False))
     return jax.block_until_ready(decode_rounds(model.definition, model.decode_params, state, knobs))
 
 

@@ -108,9 +108,15 @@ def random_model(
         drafter_config=options,
         quantisation=quantisation,
     )
-    key, kind = jax.random.key(0), jnp.dtype(dtype)
-    base = random_quantised_base(config, key, kind, quantisation) if quantisation else random_base(config, key, kind)
-    return LoadedModel(config, manifest, *split(build_model(config, manifest, base)))
+    return LoadedModel(config, manifest, *split(build_model(config, manifest, random_weights(config, manifest))))
+
+
+def random_weights(config: LlamaConfig, manifest: Manifest) -> dict[str, Any]:
+    """The same base tree whenever it is asked for, kept as the manifest says."""
+    key, kind = jax.random.key(0), jnp.dtype(manifest.dtype)
+    if manifest.quantisation:
+        return random_quantised_base(config, key, kind, manifest.quantisation)
+    return random_base(config, key, kind)
 
 
 def abstract_model(
