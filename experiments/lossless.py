@@ -89,7 +89,11 @@ def on_mesh(model: LoadedModel, mesh: Mesh) -> LoadedModel:
 
 
 def check(
-    model: LoadedModel, verifying: LoadedModel, prompts: list[list[int]], settings: DecodeConfig, rng: np.random.Generator
+    model: LoadedModel,
+    verifying: LoadedModel,
+    prompts: list[list[int]],
+    settings: DecodeConfig,
+    rng: np.random.Generator,
 ) -> dict[str, Any]:
     """Plain against scripted drafts with about one wrong token in four, and against all right ones."""
     plain = run(model, prompts, settings, 0, None)
