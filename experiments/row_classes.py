@@ -29,7 +29,7 @@ from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.loading import LoadedModel, enable_compilation_cache
 from dvi_jax.presets import SHAPES
 from dvi_jax.quantisation import BFLOAT16, WEIGHTS, chosen_storage
-from experiments.lossless import final_bits, with_scripted_drafter
+from experiments.lossless import final_bits, scripted
 from experiments.measure import environment, random_model, settings_of, write_result
 
 
@@ -52,7 +52,7 @@ def main() -> int:
     config = SHAPES[options.shape]
     config = replace(config, num_layers=options.layers or config.num_layers)
     _, how = chosen_storage(options.weights, None)
-    model = with_scripted_drafter(random_model(config, options.dtype, 1, quantisation=how).with_kv(options.kv))
+    model = scripted(random_model(config, options.dtype, 1, quantisation=how).with_kv(options.kv))
     prompt = np.random.default_rng(0).integers(3, config.vocab_size, options.prompt).tolist()
     rows: list[dict[str, Any]] = []
     first = None
