@@ -6,7 +6,8 @@
 
 The drafter proposes the plain continuation with some tokens replaced, so every accept length occurs. Compared are the
 token ids and every bit of the verifier's final hidden state (whose head gives the logits) at every position. With
-`--mesh` the plain ones are one device's, and the same model decodes on several; it has to fit on one.
+`--mesh` the plain ones are one device's, and the same model goes on from the same caches on several: rounds are
+promised the same bits, a prompt's own pass is not. The model has to fit on one.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from dvi_jax.config import KV, WHOLE_KV, DecodeConfig, MeshConfig
 from dvi_jax.decode.batch import start
 from dvi_jax.decode.kernel_loading import load_kernels
 from dvi_jax.decode.plan import plan_for
 from dvi_jax.decode.speculative import decode_rounds
-from dvi_jax.decode.state import DecodeState, Knobs
+from dvi_jax.decode.state import STATE_SPECS, DecodeState, Knobs
 from dvi_jax.errors import ArgumentParser, run_cli
 from dvi_jax.loading import LoadedModel, build_model, enable_compilation_cache
-from dvi_jax.mesh import copied, make_mesh, place_tree
+from dvi_jax.mesh import make_mesh, place_tree, specs_for
 from dvi_jax.model.speculative_llama import join, split
 from dvi_jax.presets import SHAPES
 from dvi_jax.quantisation import BFLOAT16, WEIGHTS, chosen_storage
@@ -96,14 +97,15 @@ def check(
     rng: np.random.Generator,
 ) -> dict[str, Any]:
     """Plain against scripted drafts with about one wrong token in four, and against all right ones."""
-    plain = run(model, prompts, settings, 0, None)
+    began = start(model, prompts, settings, Knobs.make(0, 0.0, ()), record=True)
+    plain = go_on(model, began, 0)
     tokens = np.asarray(plain.tokens)
     wrong = rng.random(tokens.shape) < 0.25
     scripts = {"mixed": np.where(wrong, (tokens + 1) % model.config.vocab_size, tokens), "right": tokens}
     lengths: Counter[int] = Counter()
     equal = True
     for script in scripts.values():
-        fast = run(verifying, prompts, settings, settings.draft_steps, jnp.asarray(script))
+        fast = go_on(verifying, began.replace(drafter=jnp.asarray(script)), settings.draft_steps)
         accepted = np.asarray(fast.accept_lengths)
         lengths.update(accepted[accepted > 0].tolist())
         equal &= same(plain, fast)
@@ -116,14 +118,13 @@ def check(
     }
 
 
-def run(
-    model: LoadedModel, prompts: list[list[int]], settings: DecodeConfig, steps: int, script: jax.Array | None
-) -> DecodeState:
-    """One generation with signals kept, so that every verifier hidden state can be compared."""
-    knobs = Knobs.make(steps, 0.0, ())
-    state = start(model, prompts, settings, knobs, record=True)
-    if script is not None:
-        state = state.replace(drafter=copied(model.definition.mesh, script))
+def go_on(model: LoadedModel, began: DecodeState, steps: int) -> DecodeState:
+    """One generation from a copy of its beginning; its signals have every verifier hidden state."""
+    mesh, knobs = model.definition.mesh, Knobs.make(steps, 0.0, ())
+    state = jax.tree.map(jnp.copy, began)
+    if mesh is not None:
+        specs = specs_for(STATE_SPECS, state)
+        state = jax.device_put(state, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
     load_kernels(model, state, knobs, plan_for(steps, drafts_blocks=False))
     return jax.block_until_ready(decode_rounds(model.definition, model.decode_params, state, knobs))
 
