@@ -297,6 +297,7 @@ async def load_engine(engine: Engine, requests: list[Request], options: argparse
             "tokens_per_round": more("new_tokens") / max(more("rounds"), 1),
             "slots_at_work": more("rounds") / max(more("slot_rounds"), 1),
             "waited_share": more("waited_seconds") / more("busy_seconds"),
+            "handed_share": more("handed_seconds") / more("busy_seconds"),
             "intake_share": more("intake_seconds") / more("busy_seconds"),
         }
         report.result("engine", engine.slots, status.plan, seconds, tokens, timelines, **shares)

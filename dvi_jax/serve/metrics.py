@@ -106,6 +106,7 @@ class EngineCollector(Collector):
             "slot_rounds": ("Rounds that were computed for slots, for those without a reply too", now.slot_rounds),
             "engine_busy_seconds": ("Of the engine's thread, while there were requests", now.busy_seconds),
             "engine_waited_seconds": ("Of these, waiting for the device", now.waited_seconds),
+            "engine_handed_seconds": ("Of these, giving it programs", now.handed_seconds),
             "engine_intake_seconds": ("Of these, taking prompts in", now.intake_seconds),
             "stretches": ("Times that the device ran rounds without the host", now.stretches),
         }

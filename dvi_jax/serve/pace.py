@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+import numpy as np
 
 SHORT_SECONDS = 0.025  # between the pieces of a reply, while somebody waits for them or for a slot
 HOST_ROOM = 1.5  # a stretch takes so many times what the host needs for one, where it is started ahead
@@ -15,13 +19,40 @@ SWITCH_SECONDS = 0.001
 MEMORY = 0.8  # what the seconds of a round, as last seen, still count for after the next stretch
 
 
+class DeviceTime:
+    """Seconds for which the device has kept the host, in all."""
+
+    def __init__(self) -> None:
+        self.waited = 0.0  # for what it computes
+        self.handed = 0.0  # giving it programs: while its queue is full, it takes the next as fast as it works
+
+    @property
+    def seconds(self) -> float:
+        """Of both kinds."""
+        return self.waited + self.handed
+
+    def read(self, array: jax.Array) -> np.ndarray:
+        """What the device gives, once it does."""
+        began = time.monotonic()
+        found = np.asarray(array)
+        self.waited += time.monotonic() - began
+        return found
+
+    @contextmanager
+    def handing(self) -> Iterator[None]:
+        """Around giving the device programs."""
+        began = time.monotonic()
+        yield
+        self.handed += time.monotonic() - began
+
+
 class Pace:
     """Follows how long a round takes from one stretch's end to the next's, the prompts taken in between with it."""
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic, *, ahead: bool = False):
         """`most`: rounds of a stretch. `ahead`: a stretch is started before the one before it is read."""
         self._most, self._clock, self._ahead = most, clock, ahead
-        self._host_seconds = 0.0  # the host's share of the time from one end to the next
+        self._host_seconds = 0.0  # the host's own share of the time from one end to the next
         self._round_seconds: float | None = None
         self._ended: float | None = None  # when the last stretch did, None if the device was idle since
 
@@ -39,15 +70,15 @@ class Pace:
             return FEWEST
         return min(max(round(SHORT_SECONDS / self._round_seconds), FEWEST), self._most)
 
-    def landed(self, rounds: int, waited: float = 0.0) -> None:
-        """A stretch of so many rounds has ended, for which the host has `waited` so many seconds."""
+    def landed(self, rounds: int, device: float = 0.0) -> None:
+        """A stretch of so many rounds has ended; `device`: `DeviceTime.seconds` since the last did."""
         now, before, self._ended = self._clock(), self._ended, self._clock()
         if before is None or not rounds:
             return
         seconds = (now - before) / rounds
         known = seconds if self._round_seconds is None else self._round_seconds
         self._round_seconds = MEMORY * known + (1 - MEMORY) * seconds
-        self._host_seconds += (1 - MEMORY) * (now - before - waited - self._host_seconds)
+        self._host_seconds += (1 - MEMORY) * (now - before - device - self._host_seconds)
 
     def idle(self) -> None:
         """Nothing is under way."""

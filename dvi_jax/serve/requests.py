@@ -101,6 +101,7 @@ class EngineStatus:
     slot_rounds: int = 0  # that the device computed, those of slots without a reply included
     busy_seconds: float = 0.0  # of the engine's thread, while there were requests
     waited_seconds: float = 0.0  # of these, for the device
+    handed_seconds: float = 0.0  # of these, giving it programs
     intake_seconds: float = 0.0  # of these, taking prompts in
     last_stretch: float = 0.0  # when the device last finished one, `time.monotonic` seconds
     failure: str | None = None  # why the engine serves no more, in one line

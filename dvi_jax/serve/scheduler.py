@@ -20,7 +20,7 @@ from dvi_jax.decode.plan import Plan
 from dvi_jax.learn.replay import Windows
 from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.intake import Intake
-from dvi_jax.serve.pace import Pace
+from dvi_jax.serve.pace import DeviceTime, Pace
 from dvi_jax.serve.plans import PlanChoice
 from dvi_jax.serve.reply import Reply
 from dvi_jax.serve.requests import EngineStatus, Request, TokenLogprob
@@ -85,7 +85,7 @@ class Scheduler:
         self._ended = np.zeros(count, bool)  # slots whose sequence must go no further, though the device would
         self._ahead, self._pace = ahead, Pace(MOST_ROUNDS, ahead=ahead)
         self._pending: Stretch | None = None  # started and not read
-        self._waited = self._waited_before = 0.0  # seconds for the device in all, and when a stretch was last read
+        self._device, self._device_before = DeviceTime(), 0.0  # and what it came to when a stretch was last read
         self._slot_seconds = 1.0  # of a request, lately
         self.status = EngineStatus(count, running=0, waiting=0, context=0, plan=str(choice.plan))
 
@@ -132,7 +132,7 @@ class Scheduler:
 
     def turn(self, next_replies: Callable[[int], list[Reply]], waiting: int) -> None:
         """One turn; `next_replies` gives so many of those that wait at most, of about `waiting`."""
-        began, waited = time.monotonic(), self._waited
+        began = time.monotonic()
         self._drop_cancelled()
         laid = self._take_in(next_replies, waiting)
         taken_in = time.monotonic() - began
@@ -154,21 +154,22 @@ class Scheduler:
             waiting=len(self._intake.replies),
             plan=str(self._choice.plan),
             busy_seconds=self.status.busy_seconds + time.monotonic() - began,
-            waited_seconds=self.status.waited_seconds + self._waited - waited,
+            waited_seconds=self._device.waited,
+            handed_seconds=self._device.handed,
             intake_seconds=self.status.intake_seconds + taken_in,
         )
 
     def settle(self) -> EngineStatus:
         """Between turns: read the stretch under way, if there is one. -> the status then. The device rests after it."""
         if self._pending is not None:
-            began, waited = time.monotonic(), self._waited
+            began = time.monotonic()
             self._land_pending()
             self._pace.idle()
             self.status = replace(
                 self.status,
                 running=sum(reply is not None for reply in self._replies),
                 busy_seconds=self.status.busy_seconds + time.monotonic() - began,
-                waited_seconds=self.status.waited_seconds + self._waited - waited,
+                waited_seconds=self._device.waited,
             )
         return self.status
 
@@ -191,17 +192,10 @@ class Scheduler:
     def _give_first(self, laid: list[_Laid]) -> None:
         """The first tokens of replies that were laid into slots."""
         for placed, first in laid:
-            found = self._read(first).tolist()
+            found = self._device.read(first).tolist()
             for row, slot, reply in placed:
                 token, ends = found[row]
                 self._give(slot, reply, [token], done=bool(ends))
-
-    def _read(self, array: jax.Array) -> np.ndarray:
-        """What the device gives, once it does."""
-        began = time.monotonic()
-        found = np.asarray(array)
-        self._waited += time.monotonic() - began
-        return found
 
     def _drop_cancelled(self) -> None:
         """Replies that nobody wants make room."""
@@ -238,7 +232,8 @@ class Scheduler:
                 if not replies:
                     return laid
                 self._intake.begin(replies)
-            self._intake.step(self.params)
+            with self._device.handing():
+                self._intake.step(self.params)
             chunks += 1
 
     def _lay(self) -> _Laid:
@@ -260,15 +255,16 @@ class Scheduler:
                 prompt_tokens=self.status.prompt_tokens + length,
                 cached_tokens=self.status.cached_tokens + reply.statistics.cached_tokens,
             )
-        self._slots, first = lay(
-            self._model.definition,
-            self.params,
-            self._slots,
-            filled,
-            places,
-            Terms.joined(terms).packed(),
-            sampled=any(_is_sampled(reply.request.sampling) for _, _, reply in laid),
-        )
+        with self._device.handing():
+            self._slots, first = lay(
+                self._model.definition,
+                self.params,
+                self._slots,
+                filled,
+                places,
+                Terms.joined(terms).packed(),
+                sampled=any(_is_sampled(reply.request.sampling) for _, _, reply in laid),
+            )
         return laid, first
 
     def _start_stretch(self, *, somebody_waits: bool) -> Stretch | None:
@@ -287,12 +283,13 @@ class Scheduler:
         for reply in running:
             reply.is_fresh &= plan.drafts > 0
         program, packed = (self._model.definition, self.params), []
-        for _ in range(calls_of(rounds, pieces=self._ahead)):
-            self._slots, piece = run_stretch(
-                *program, self._slots, np.int32(rounds), plan, sampled=sampled, pieces=self._ahead
-            )
-            piece.copy_to_host_async()
-            packed.append(piece)
+        with self._device.handing():
+            for _ in range(calls_of(rounds, pieces=self._ahead)):
+                self._slots, piece = run_stretch(
+                    *program, self._slots, np.int32(rounds), plan, sampled=sampled, pieces=self._ahead
+                )
+                piece.copy_to_host_async()
+                packed.append(piece)
         fresh = [slot for slot, reply in held if reply.is_fresh]
         return Stretch(packed, plan, held, fresh, len(packed) * PIECE_ROUNDS if self._ahead else rounds)
 
@@ -305,9 +302,11 @@ class Scheduler:
 
     def _land(self, stretch: Stretch) -> None:
         """Read a stretch: give its tokens, count, and free the slots of the replies that ended."""
-        plan, outcome = stretch.plan, Outcome.of_pieces([Outcome.read(self._read(piece)) for piece in stretch.packed])
-        self._pace.landed(outcome.accept_lengths.shape[1], self._waited - self._waited_before)
-        self._waited_before = self._waited
+        plan, pieces = stretch.plan, map(self._device.read, stretch.packed)
+        outcome = Outcome.of_pieces([Outcome.read(piece) for piece in pieces])
+        device, before = self._device.seconds, self._device_before
+        self._pace.landed(outcome.accept_lengths.shape[1], device - before)
+        self._device_before = device
         # Replies that have ended since it was started have left their slots.
         live = [(slot, reply) for slot, reply in stretch.replies if reply.finish_reason is None]
         for slot, reply in live:
@@ -345,7 +344,7 @@ class Scheduler:
             np.int32(start),
             most=self._most_logprobs,
         )
-        own, best, alternatives = (self._read(array)[reply.committed - start :].tolist() for array in found)
+        own, best, alternatives = (self._device.read(array)[reply.committed - start :].tolist() for array in found)
         pairs = [tuple(zip(*row, strict=True))[:wanted] for row in zip(alternatives, best, strict=True)]
         return tuple(map(TokenLogprob, ids, own, pairs))
 

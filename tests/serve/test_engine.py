@@ -103,6 +103,7 @@ def test_replies_do_not_depend_on_company(
     assert status.judged[0] > status.accepted[0] > 0
     assert 0 < status.rounds < status.slot_rounds
     assert 0 < status.waited_seconds < status.busy_seconds > status.intake_seconds > 0
+    assert 0 < status.handed_seconds < status.busy_seconds
     for request, (ids, text, reason) in zip(requests, alone, strict=True):
         assert len(ids) == request.max_new_tokens or reason != "length"
         assert reason == "stop" or (ids[-1] in request.eos_ids) == (reason == "eos")

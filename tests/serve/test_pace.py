@@ -1,8 +1,10 @@
 """Stretches take about as long as streaming allows, whatever a round takes and starting one costs."""
 
+import time
+
 import pytest
 
-from dvi_jax.serve.pace import FEWEST, SHORT_SECONDS, Pace
+from dvi_jax.serve.pace import FEWEST, SHORT_SECONDS, DeviceTime, Pace
 
 
 @pytest.mark.parametrize(
@@ -55,3 +57,15 @@ def test_a_stretch_ahead_lasts_while_the_host_reads_the_last(host, expected):
         now += max(device, host)
         pace.landed(rounds, max(device - host, 0.0))
     assert abs(pace.rounds(hurry=False) - expected) <= 1
+
+
+def test_a_device_whose_queue_is_full_is_not_a_slow_host():
+    """Giving it programs then takes as long as it works, and stretches stay short."""
+    pace, device, seen = Pace(16, ahead=True), DeviceTime(), 0.0
+    for _ in range(12):
+        with device.handing():
+            time.sleep(0.01)
+        pace.landed(4, device.seconds - seen)
+        seen = device.seconds
+    assert device.handed == device.seconds > 0.12
+    assert pace.rounds(hurry=False) == FEWEST
