@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from dvi_jax.model.eight_bits import widened
 from dvi_jax.model.kept_kv import Rows, quantised
 from dvi_jax.model.products import has_gpu_kernels
 
@@ -150,13 +151,16 @@ class HeadRows(NamedTuple):
     """Keys or values of a sequence and a head in a kernel: the arrays of a `kept_kv.Rows`."""
 
     values: Ref  # [S, H]
-    scales: Ref | None = None  # [S, 1], of 8 bits
+    scales: Ref | None  # [S, 1], of 8 bits
+    inline: bool  # whether a GPU reads them, as in `eight_bits.widened`
 
     @classmethod
-    def pair(cls, refs: Sequence[Ref]) -> tuple[HeadRows, HeadRows]:
+    def pair(cls, refs: Sequence[Ref], *, inline: bool) -> tuple[HeadRows, HeadRows]:
         """Keys and values from all their arrays in order."""
-        half = len(refs) // 2
-        return cls(*refs[:half]), cls(*refs[half:])
+        if len(refs) == 2:
+            return cls(refs[0], None, inline), cls(refs[1], None, inline)
+        key, key_scales, value, value_scales = refs
+        return cls(key, key_scales, inline), cls(value, value_scales, inline)
 
     def store(self, slot: jax.Array, pieces: Sequence[jax.Array], mask: jax.Array | None = None) -> None:
         """Rows, in pieces [rows, H/n] that are joined, into `slot` [rows, 1]; where `mask` [rows, 1] says so."""
@@ -170,7 +174,7 @@ class HeadRows(NamedTuple):
     def load(self, slot: jax.Array, column: jax.Array, mask: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Columns [1, n] of rows `slot` [rows, 1], not scaled, in `dtype`; zeros outside `mask` [rows, 1]."""
         zero = 0 if self.values.dtype == jnp.int8 else 0.0
-        return plt.load(self.values.at[slot, column], mask=mask, other=zero).astype(dtype)
+        return widened(plt.load(self.values.at[slot, column], mask=mask, other=zero), dtype, inline=self.inline)
 
     def load_scales(self, slot: jax.Array, mask: jax.Array) -> jax.Array | None:
         """float32 [rows] of rows `slot` [rows]; None where there are none."""
@@ -189,7 +193,7 @@ def _kernel(
     """
     qkv, cos, sin, positions, *rest = refs[arrays:]
     bias, rest = (rest[0], rest[1:]) if biased else (None, rest)
-    (key, value), outputs = HeadRows.pair(rest[:arrays]), rest[arrays:]
+    (key, value), outputs = HeadRows.pair(rest[:arrays], inline=not interpret), rest[arrays:]
     heads, size = qkv.shape[2:]
     (tokens,) = positions.shape
     queries, kv_head, chunk = heads - 2 * kv_heads, pl.program_id(1), pl.program_id(2) % chunks

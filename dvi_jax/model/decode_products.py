@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from dvi_jax.model.eight_bits import widened
 from dvi_jax.model.product_blocks import (
     MOST_BLOCK_ROWS,
     MOST_ROWS,
@@ -146,7 +147,7 @@ def _sums(
     if scales and len(scales[0].shape) == 2:
         if values.dtype == jnp.uint16:
             return sums_of_words(x, weight, offsets, place, blocks, inline=inline)
-        return sums_of_groups(x, weight, offsets, place, blocks)
+        return sums_of_groups(x, weight, offsets, place, blocks, inline=inline)
     length = x.shape[1] // blocks.parts
     whole = length % blocks.step == 0
     zero = 0.0 if jnp.issubdtype(values.dtype, jnp.floating) else 0
@@ -156,10 +157,9 @@ def _sums(
         at, there = place.part * length + term, term < length
         left = plt.load(x.at[place.rows, at]) if whole else plt.load(x.at[place.rows, at], mask=there, other=0.0)
         mask = place.inside if whole else place.inside & there
-        rights = [plt.load(values.at[place.columns + by, at], mask=mask, other=zero) for by in offsets]
-        return tuple(
-            total + plt.dot(left, right.astype(left.dtype).T) for total, right in zip(sums, rights, strict=True)
-        )
+        kept = [plt.load(values.at[place.columns + by, at], mask=mask, other=zero) for by in offsets]
+        rights = [widened(right, left.dtype, inline=inline) for right in kept]
+        return tuple(total + plt.dot(left, right.T) for total, right in zip(sums, rights, strict=True))
 
     zeros = jnp.zeros((place.rows.shape[0], blocks.columns), jnp.float32)
     sums = jax.lax.fori_loop(0, pl.cdiv(length, blocks.step), step, (zeros,) * len(offsets))

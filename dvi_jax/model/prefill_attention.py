@@ -36,7 +36,7 @@ def prefill_attention(
     kv_heads = key.shape[1]
     cache = jax.tree.leaves((key, value))
     return pl.pallas_call(
-        partial(_kernel, arrays=len(cache), group=heads // kv_heads),
+        partial(_kernel, arrays=len(cache), group=heads // kv_heads, inline=not interpret),
         grid=(batch, kv_heads, pl.cdiv(tokens * heads // kv_heads, TILE)),
         in_specs=[
             *map(round_attention.of_head, cache),
@@ -51,9 +51,9 @@ def prefill_attention(
     )(*cache, query, positions).reshape(batch, tokens, heads * size)
 
 
-def _kernel(*refs: Ref, arrays: int, group: int) -> None:
+def _kernel(*refs: Ref, arrays: int, group: int, inline: bool) -> None:
     """One KV head and `TILE` queries: attend over the slots up to the last of them."""
-    key, value = HeadRows.pair(refs[:arrays])
+    key, value = HeadRows.pair(refs[:arrays], inline=inline)
     query, positions, out = refs[arrays:]
     tokens, _, size = query.shape
     # Queries by row, then head; what fills up the last tile does the first one's work again.

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from dvi_jax.model.eight_bits import PAIR, widened
 from dvi_jax.model.product_blocks import Blocks, Place, Ref
 from dvi_jax.model.quantised import OFFSET
 
@@ -24,7 +25,9 @@ ABOVE = 128  # a bfloat16 of this size has a last bit that counts one, and the f
 Offsets = tuple[int, ...]  # into the rows of a weight: for each a sum with other channels, of gate and of up
 
 
-def sums_of_groups(x: Ref, weight: list[Ref], offsets: Offsets, place: Place, blocks: Blocks) -> tuple[jax.Array, ...]:
+def sums_of_groups(
+    x: Ref, weight: list[Ref], offsets: Offsets, place: Place, blocks: Blocks, *, inline: bool
+) -> tuple[jax.Array, ...]:
     """float32 [block rows, block columns] for each offset, of integers in bytes: a product for each group, in turn."""
     group = x.shape[1] // weight[1].shape[0]
     length = x.shape[1] // blocks.parts
@@ -32,14 +35,14 @@ def sums_of_groups(x: Ref, weight: list[Ref], offsets: Offsets, place: Place, bl
     def step(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         first = (place.part * length + index * blocks.step) // group
         for number in range(blocks.step // group):
-            added = [_group_sum(x, weight, first + number, place, by) for by in offsets]
+            added = [_group_sum(x, weight, first + number, place, by, inline=inline) for by in offsets]
             sums = tuple(total + more for total, more in zip(sums, added, strict=True))
         return sums
 
     return jax.lax.fori_loop(0, pl.cdiv(length, blocks.step), step, _zeros(offsets, place, blocks))
 
 
-def _group_sum(x: Ref, weight: list[Ref], group: jax.Array, place: Place, by: int) -> jax.Array:
+def _group_sum(x: Ref, weight: list[Ref], group: jax.Array, place: Place, by: int, *, inline: bool) -> jax.Array:
     """float32 [block rows, block columns]: the terms of one group, scaled; `by`: offset into the weight's rows."""
     values, scales, *minima = weight
     size = x.shape[1] // scales.shape[0]
@@ -52,7 +55,7 @@ def _group_sum(x: Ref, weight: list[Ref], group: jax.Array, place: Place, by: in
         term = group * size + jnp.arange(size)
         left = plt.load(x.at[place.rows, term[None, :]])
         right = plt.load(values.at[columns, term[:, None]], mask=inside, other=0)
-        return plt.dot(left, right.astype(left.dtype)) * of_group(scales)
+        return plt.dot(left, widened(right, left.dtype, inline=inline)) * of_group(scales)
     # A byte's low four bits are a term of the group's first half, its high ones one of the second.
     half = size // 2
     byte = jnp.arange(half)
@@ -138,15 +141,14 @@ def _converted_inline(words: jax.Array, number: int, offset: int) -> jax.Array:
 
     Subtracted by a multiplication with one and an addition, which GPUs before Hopper have too.
     """
-    pair = 0x10001  # the same in both halves of a register
     both = 0xEA  # of lop3: (a & b) | c
     one, minus = 0x3F80, 0x8000  # of a bfloat16
     assembly = f"""{{
         .reg .b32 above, one, less;
         shr.u32 above, $1, {4 * number};
-        lop3.b32 above, above, {15 * pair:#x}, {_bits(ABOVE) * pair:#x}, {both:#x};
-        mov.b32 one, {one * pair:#x};
-        mov.b32 less, {(_bits(ABOVE + offset) | minus) * pair:#x};
+        lop3.b32 above, above, {15 * PAIR:#x}, {_bits(ABOVE) * PAIR:#x}, {both:#x};
+        mov.b32 one, {one * PAIR:#x};
+        mov.b32 less, {(_bits(ABOVE + offset) | minus) * PAIR:#x};
         fma.rn.bf16x2 $0, above, one, less;
     }}"""
     (integers,) = plt.elementwise_inline_asm(

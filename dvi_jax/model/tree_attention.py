@@ -119,7 +119,8 @@ def _kernel(
         refs[earlier + arrays :],
     )
     bias, rest = (rest[0], rest[1:]) if biased else (None, rest)
-    (key, value), nodes, outputs = HeadRows.pair(committed_refs), HeadRows.pair(rest[:arrays]), rest[arrays:]
+    rows_of = partial(HeadRows.pair, inline=not interpret)
+    (key, value), nodes, outputs = rows_of(committed_refs), rows_of(rest[:arrays]), rest[arrays:]
     heads, size = qkv.shape[2:]
     tokens, longest = path.shape
     sequence, kv_head, place = pl.program_id(0), pl.program_id(1), pl.program_id(2)
