@@ -43,7 +43,8 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="python -m conversion", description="Weights in and out.")
     commands = parser.add_subparsers(dest="command", required=True)
-    importer = commands.add_parser("import", help="Hugging Face directory or GGUF file -> checkpoint")
+    what = "Hugging Face directory or GGUF file -> checkpoint"
+    importer = commands.add_parser("import", help=what, description=what)
     importer.add_argument("--adapter", type=Path, metavar="DIR", help="Kangaroo adapter to draft with")
     importer.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: float32)")
     importer.add_argument("--weights", choices=WEIGHTS, help="format of its matrices (default: the dtype)")
@@ -53,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     importer.add_argument("--quantise-head", action="store_true", help="keep the LM head in as few bits too")
     importer.add_argument("--exit-layer", type=int, metavar="K", help="layers that draft (default: 2)")
-    exporter = commands.add_parser("export", help="checkpoint -> orbax export or Hugging Face directory")
+    what = "checkpoint -> Hugging Face directory, orbax export, or its drafter alone"
+    exporter = commands.add_parser("export", help=what, description=what)
     exporter.add_argument("--to", required=True, choices=("orbax", "hf", "drafter"), help="form of the export")
     exporter.add_argument("--merge-lora", action="store_true", help="fold lora_D into the base weights first")
     model, trained = "a Hugging Face directory, a GGUF file or a cached org/name", "a checkpoint"

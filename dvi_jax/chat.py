@@ -146,6 +146,8 @@ def obey_or_reply(talk: Conversation, line: str) -> None:
     else:
         try:
             talk.reply(line)
+        except KeyboardInterrupt:  # before its first piece, while the prompt is taken in: nothing was said
+            print(" [ended]")
         except UserError as error:
             print(f"({one_line(str(error))}; /reset begins anew)", file=sys.stderr)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import dvi_jax
-from dvi_jax import DecodeConfig, Message, UserError, generate_batch, generate_text, load
+from dvi_jax import DecodeConfig, Message, UserError, chat, generate_batch, generate_text, load
 from dvi_jax.generate import main as generate
 
 ROOT = Path(__file__).parents[1]
@@ -161,6 +161,24 @@ def test_a_conversation_in_a_terminal(model, byte_checkpoint):
         assert line.startswith("/") or re.search(rf"\({NEW} tokens, .* 1\.00 tokens a round by plain\)", shown)
     assert "there is no /what" in terminal.ask("/what")
     assert terminal.leave() == 0
+
+
+def test_ctrl_c_before_the_first_piece_ends_the_reply_alone(model, monkeypatch, capsys):
+    """The prompt is still being taken in, or its program compiled: nothing was said, and the conversation goes on."""
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    talk = chat.Conversation(model, DecodeConfig(draft_steps=0, max_new_tokens=NEW), None, (), "short")
+    with monkeypatch.context() as patch:
+        patch.setattr(chat, "Stream", interrupted)
+        chat.obey_or_reply(talk, "moon")
+    assert capsys.readouterr().out == " [ended]\n"
+    chat.obey_or_reply(talk, "tree")
+    assert [message.content for message in talk.messages] == [
+        "tree",
+        model.tokenizer.decode(plainly(model, "System: short\nUser: tree\nAssistant:")),
+    ]
 
 
 class Terminal:
