@@ -37,7 +37,8 @@ MEMORY = 0.995  # what a round still counts for after the next
 PRIOR_RATE, PRIOR_WEIGHT = 0.45, 2.0  # of the first draft, a weak drafter's, and the drafts that it counts for
 RETRY = 8  # generations or stretches that draft nothing until one tries again, at least
 MOST_LOSS = 0.01  # share of the time that trying again may cost where it is in vain
-MEASURED_TOKENS = 128  # room of a measured generation
+MEASURED_TOKENS = 128  # room of a measured generation, at most
+CPU_TOKENS = 32  # the same at least, where few rounds are measured: with the reply's own room, its program is used
 MEASURED_ROUNDS = 16  # of the shorter one on an accelerator, where rounds are short
 DRAFTS = (1, 2, 3, 5, 8)  # numbers of drafts to choose from
 FEW_DRAFTS = (1, 3)  # the same where each number of rows needs programs of its own, and rows are not free
@@ -246,12 +247,12 @@ def _can_pay(plan: Plan, costs: Mapping[Option, float]) -> bool:
 
 def _measure(model: LoadedModel, settings: DecodeConfig, prompt: Sequence[int], batch: int, option: Option) -> float:
     """Seconds of a round by an option, whose bits are those of plain decoding."""
-    room = model.config.context_length - len(prompt)
-    own = replace(option.settings(settings), max_new_tokens=min(MEASURED_TOKENS, room))
+    rounds, least = (ROUNDS, CPU_TOKENS) if jax.default_backend() == "cpu" else (MEASURED_ROUNDS, MEASURED_TOKENS)
+    room = min(MEASURED_TOKENS, max(settings.max_new_tokens, least), model.config.context_length - len(prompt))
+    own = replace(option.settings(settings), max_new_tokens=room)
     state = start(model, [list(prompt)] * batch, own, make_knobs(own, ()))
     if not option.plan.is_plains_program:
         require_equal_bits(model, state, option.plan)
-    rounds = MEASURED_ROUNDS if jax.default_backend() != "cpu" else ROUNDS
     return round_seconds(model, state, option.plan, option.plan.drafts, rounds)[0]
 
 
