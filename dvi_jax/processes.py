@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
+import socket
 import sys
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from dvi_jax.errors import EXIT_STATUS, UserError, one_line
 
 DETECTED = "auto"  # Slurm and Open MPI say how many there are and which one this is
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process is lost
+PIECE = 2**30  # bytes of one broadcast: jax counts an array's elements in 32 bits
+LENGTH_BYTES = 8
+_coordinator = DETECTED  # as this process was told of it, which is one of several as long as it lives
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +50,8 @@ def one_of_several(options: argparse.Namespace) -> Iterator[None]:
     if not _are_named(options):
         yield
         return
+    global _coordinator
+    _coordinator = options.coordinator
     where = {"coordinator_address": options.coordinator, "num_processes": options.processes}
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is heard by who runs the program
     named = {} if options.coordinator == DETECTED else where | {"process_id": options.process_id}
@@ -75,6 +84,36 @@ def check_alike(*, measured: bool, instead: str) -> None:
     """Raise `UserError` that says what to do `instead` of what would be decided by measuring times, which differ."""
     if measured and jax.process_count() > 1:
         raise UserError(f"several processes must do alike: {instead}")
+
+
+def told(make: Callable[[], Any]) -> Any:
+    """What `make` gives in the first process, as JSON has it, in all of them, which call this together."""
+    if jax.process_count() == 1:
+        return make()
+    return json.loads(told_bytes(json.dumps(make()).encode() if is_first() else b""))
+
+
+def told_bytes(message: bytes) -> bytes:
+    """The first process's message, in all of them, which call this together; the others' are not looked at."""
+    size = int.from_bytes(_broadcast(len(message).to_bytes(LENGTH_BYTES, "little"), LENGTH_BYTES), "little")
+    pieces = []
+    for begin in range(0, size, PIECE):
+        length = min(PIECE, size - begin)
+        room = 1 << (length - 1).bit_length()  # few lengths, as each is a program
+        pieces.append(_broadcast(message[begin : begin + length], room)[:length])
+    return b"".join(pieces)
+
+
+def _broadcast(piece: bytes, room: int) -> bytes:
+    # As bytes: what is broadcast is a sum with zeros, in which minus zero would be lost.
+    padded = np.zeros(room, np.uint8)
+    padded[: len(piece)] = bytearray(piece)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
+
+
+def coordinator_host() -> str:
+    """Where others reach the first process, which calls this."""
+    return socket.gethostname() if _coordinator == DETECTED else _coordinator.rpartition(":")[0].strip("[]")
 
 
 def _are_named(options: argparse.Namespace) -> bool:
