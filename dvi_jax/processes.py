@@ -24,6 +24,7 @@ from dvi_jax.errors import EXIT_STATUS, UserError, one_line
 
 DETECTED = "auto"  # Slurm and Open MPI say how many there are and which one this is
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process is lost
+END_SECONDS = 3600  # that the others may wait for one which has something left to do alone
 PIECE = 2**30  # bytes of one broadcast: jax counts an array's elements in 32 bits
 LENGTH_BYTES = 8
 _coordinator = DETECTED  # as this process was told of it, which is one of several as long as it lives
@@ -56,7 +57,9 @@ def one_of_several(options: argparse.Namespace) -> Iterator[None]:
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is heard by who runs the program
     named = {} if options.coordinator == DETECTED else where | {"process_id": options.process_id}
     try:
-        jax.distributed.initialize(**named, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(
+            **named, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=END_SECONDS
+        )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"no run of several processes at {options.coordinator}: {error}") from error
     errors = sys.stderr

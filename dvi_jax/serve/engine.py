@@ -329,7 +329,7 @@ class Engine:
 
     def _lose(self, what: str) -> None:
         """Another process is gone, and with it devices that this one's thread may be waiting for."""
-        self._give_up(f"the engine failed: {what}")
+        self._give_up(what)
 
     def _give_up(self, failure: str | None) -> None:
         """Answer all that are left, for good."""

@@ -89,7 +89,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def run(app: Starlette, listener: socket.socket) -> int:
-    """Serve until a signal ends it; the exit status. `UserError` if it is an engine of several processes that failed."""
+    """Serve until a signal ends it; the exit status. `UserError` if an engine of several processes failed."""
     with contextlib.suppress(ValueError, OSError):  # as many as this user may have
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)

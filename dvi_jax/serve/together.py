@@ -89,7 +89,7 @@ class Leader:
         with suppress(OSError):
             connection.recv(1)
         if not self._closed:
-            self.lost = f"process {number} is gone"
+            self.lost = f"process {number} is gone: begin all of them again"
             self._is_lost.set()
             self._on_lost(self.lost)
 
@@ -115,7 +115,7 @@ class Follower:
                 if step not in STEPS:
                     raise UserError(f"the first process has another release: there is no step {step!r}")
                 getattr(programs, step)(*given)
-        raise UserError("the first process is gone; begin again")
+        raise UserError("the first one is gone: begin all of them again")
 
     def close(self) -> None:
         self._connection.close()
