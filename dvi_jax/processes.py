@@ -27,6 +27,7 @@ HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process is lost
 END_SECONDS = 3600  # that the others may wait for one which has something left to do alone
 PIECE = 2**30  # bytes of one broadcast: jax counts an array's elements in 32 bits
 LENGTH_BYTES = 8
+FAILED_EXCHANGE = ("UNKNOWN: ", "UNAVAILABLE: ", "INTERNAL: ", "DEADLINE_EXCEEDED: ", "ABORTED: ")  # how those begin
 _coordinator = DETECTED  # as this process was told of it, which is one of several as long as it lives
 
 
@@ -70,7 +71,10 @@ def one_of_several(options: argparse.Namespace) -> Iterator[None]:
         yield
     except UserError as error:
         _leave(f"process {jax.process_index()}: {error}", errors)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # jax raises either for an exchange that failed, by when it hears of it.
+        if isinstance(error, ValueError) and not str(error).startswith(FAILED_EXCHANGE):
+            raise
         _leave(
             f"process {jax.process_index()} lost another one ({error}); begin again, a training run with --resume",
             errors,
