@@ -1,8 +1,8 @@
 """Several processes that are one run: on one host or on many, with devices of its own each (`jax.distributed`).
 
 All of them run the same program over one mesh and read the same files, so a model must lie at the same path on every
-host. The first one talks and writes. A process that is lost ends the others: they hear of it in the next exchange, or
-by its heartbeat.
+host. The first one talks and writes, and tells the others what it alone has or measures (`told`). A process that is
+lost ends the others: they hear of it in the next exchange, or by its heartbeat.
 """
 
 from __future__ import annotations

@@ -109,38 +109,31 @@ class Engine:
         this device has other bits than plain decoding (`agreement.py`).
         """
         _check(model, {"slots": slots, "context": context, "max_waiting": max_waiting, "together": together})
+        if jax.process_count() > 1 and (on_window is not None or learner is not None):
+            raise UserError("what learns from an engine's replies takes one process")
         self.model, self.slots, self.max_waiting, self.logprobs = model, slots, max_waiting, logprobs
         self.context = min(context, model.config.context_length)
         self._learner, on_window = learner, on_window if learner is None else learner.take
         record, (plans, least) = on_window is not None or logprobs > 0, plans_of(model, plan, slots)
         width, prefix_bytes = max(width, least), prefix_bytes if together == 1 else 0
-        chunk = min(chunk or (CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK), self.context)
-        if shards(model.definition.mesh) > 1:  # a chunk runs no kernel of a round, which would have to be loaded first
-            chunk = max(chunk, 2 * MOST_ROUND_ROWS)
+        chunk = _chunk(model, chunk, self.context)
         room = _rounded_up(max(_rounded_up(self.context, chunk), self.context + width), POSITIONS)
         branches = 0 if learner is None else learner.branches
         shape = Shape(slots, room, width, record, min(branches, max(map(most_branches, plans))))
         self.memory = engine_memory(model, shape, prefix_bytes, together)
         check_engine_memory(self.memory)
-        programs = Programs(model, shape, rows=together, chunk=chunk, prefix_bytes=prefix_bytes)
-        self._programs = programs
-        self._scheduler = _scheduler(
-            model, programs, plans, width, ahead=ahead, on_window=on_window, most_logprobs=logprobs, branches=branches
-        )
+        self._programs = Programs(model, shape, rows=together, chunk=chunk, prefix_bytes=prefix_bytes)
+        most = {"most_logprobs": logprobs, "branches": branches}
+        self._scheduler = _scheduler(model, self._programs, plans, width, ahead=ahead, on_window=on_window, **most)
         self._changed = threading.Condition()  # its lock is for all that follows, which several threads touch
         self._waiting: deque[Reply] = deque()
         self._swapped: Params | None = None
         self._idle, self._draining, self._closing = True, False, False
         self._failure: str | None = None
         self._crew = join_together(self._lose)
-        if isinstance(self._crew, Follower):
-            return
-        programs.tell = None if self._crew is None else self._crew.tell
-        if warm_up:
-            self._scheduler.warm_up()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
-        atexit.register(self.close)
+        if not isinstance(self._crew, Follower):
+            self._begin(warm_up=warm_up)
 
     def __enter__(self) -> Engine:
         return self
@@ -249,6 +242,15 @@ class Engine:
 
     def _is_idle(self) -> bool:
         return self._idle and not self._waiting
+
+    def _begin(self, *, warm_up: bool) -> None:
+        """Where the engine decides: alone, or first of several processes."""
+        if isinstance(self._crew, Leader):
+            self._programs.tell = self._crew.tell
+        if warm_up:
+            self._scheduler.warm_up()
+        self._thread.start()
+        atexit.register(self.close)
 
     # What the engine's own thread does.
 
@@ -377,6 +379,13 @@ def _scheduler(
     choice, programs.slots = choose(model, plans, width, checked, pieces=ahead)
     most = {"most_logprobs": most_logprobs, "branches": branches}
     return Scheduler(model, programs, intake, choice, ahead=ahead, on_window=on_window, **most)
+
+
+def _chunk(model: LoadedModel, chunk: int | None, context: int) -> int:
+    """Tokens of a prompt that go through at once, if they are not said."""
+    chunk = min(chunk or (CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK), context)
+    # On several devices a chunk runs no kernel of a round, which would have to be loaded first.
+    return max(chunk, 2 * MOST_ROUND_ROWS) if shards(model.definition.mesh) > 1 else chunk
 
 
 def _rounded_up(size: int, step: int) -> int:
