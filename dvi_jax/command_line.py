@@ -127,8 +127,8 @@ def check_engine_options(options: argparse.Namespace, flag: str) -> None:
         )
     if options.plan == AUTO and options.draft_steps is not None:
         raise UserError(f"with {flag} --plan auto chooses how far a round drafts: leave out --draft-steps")
-    if options.coordinator is not None:
-        raise UserError(f"with {flag} one process decodes: leave out --coordinator, --processes and --process-id")
+    if options.coordinator is not None and options.mesh is None:
+        raise UserError(f"with {flag} several processes decode on one mesh of all their devices: add --mesh data=N")
 
 
 def settings_for(model: LoadedModel, options: argparse.Namespace) -> DecodeConfig:

@@ -29,6 +29,7 @@ from dvi_jax.learn.recipe import Recipe, parameters
 from dvi_jax.learn.replies import Progress
 from dvi_jax.learn.self_distill import Estimate, SelfDistillation
 from dvi_jax.loading import LoadedModel, enable_compilation_cache
+from dvi_jax.processes import add_process_options, is_first, one_of_several
 from dvi_jax.quantisation import WEIGHTS
 from dvi_jax.train import GoingOn, notice, say
 
@@ -45,6 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("minutes", "passes"):
         if getattr(options, name) <= 0:
             raise UserError(f"--{name} must be above 0, got {getattr(options, name):g}")
+    with one_of_several(options):
+        return _distill(options)
+
+
+def _distill(options: argparse.Namespace) -> int:
+    """Do what the options say; of several processes only the first one is heard."""
     enable_compilation_cache()
     console = Console()
     mesh = MeshConfig() if options.mesh is None else MeshConfig.parse(options.mesh)
@@ -65,8 +72,13 @@ def main(arguments: list[str] | None = None) -> int:
         say(console, f"{options.out} goes on with the settings it was begun with")
     reply(work, console)
     model = train(work, console)
-    for line in compare(model, work.held_out_prompts(COMPARED_PROMPTS)):
-        say(console, line)
+    if not is_first():
+        return 0
+    if jax.process_count() > 1 and mesh.model > 1:
+        say(console, "measured  not with parts of the model in other processes: measure with dvi evaluate")
+    else:
+        for line in compare(model, work.held_out_prompts(COMPARED_PROMPTS)):
+            say(console, line)
     say(console, f"use it    {generate_command(options)}")
     return 0
 
@@ -214,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--passes", type=int, default=8, metavar="N", help="passes over the replies in training")
     parser.add_argument("--estimate", action="store_true", help="say what it would take, and stop")
     add_mesh_option(parser)
+    add_process_options(parser)
     add_debug(parser)
     return parser
 

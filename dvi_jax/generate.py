@@ -36,9 +36,9 @@ from dvi_jax.decode.plan import Option, row_class
 from dvi_jax.decode.prefill import bucket
 from dvi_jax.decode.stream import EVERY, Stream
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
-from dvi_jax.generate_file import Decoding, answer_file, read_lines
+from dvi_jax.generate_file import Decoding, answer_file, follow_answers, read_lines
 from dvi_jax.loading import LoadedModel
-from dvi_jax.processes import add_process_options, check_alike, one_of_several
+from dvi_jax.processes import add_process_options, check_alike, is_first, one_of_several
 from dvi_jax.texts import decode_texts, prompt_ids
 
 UNANSWERED = 1  # exit status when a prompt of a file could not be answered
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     with one_of_several(options):
         decode_settings(options)  # what is wrong with them is said before anything is loaded
         check_alike(
-            measured=options.plan == AUTO or options.adaptive,
+            measured=(options.plan == AUTO and options.input is None) or options.adaptive,
             instead="name a --plan other than auto, and leave out --adaptive, as both measure times",
         )
         model = load_model(options)
@@ -131,6 +131,9 @@ def answer_all(model: LoadedModel, options: argparse.Namespace, sampling: Sampli
         stop=tuple(options.stop),
         slots=options.batch,
     )
+    if not is_first():
+        follow_answers(model, lines, decoding)
+        return 0
     console = Console(stderr=True)
     bar = progress_bar("prompts", console)
     task = bar.add_task("prompts", total=len(lines), note="")

@@ -23,6 +23,8 @@ from dvi_jax.decode.plan import PLAIN
 from dvi_jax.decode.prefill import cache_slots
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
+from dvi_jax.processes import told
+from dvi_jax.serve.engine import Engine
 from dvi_jax.serve.many import Decoded, decode_many, open_engine
 from dvi_jax.serve.plans import plans_of
 from dvi_jax.serve.requests import Request
@@ -85,27 +87,42 @@ def answer_file(
 
 def answers(model: LoadedModel, lines: Sequence[Line], begin: int, decoding: Decoding) -> Iterator[dict[str, Any]]:
     """The replies to `lines` from `begin` on, in order."""
-    requests = [_request(line, number, decoding) for number, line in enumerate(lines) if not line.fault]
+    requests = _requests(lines, decoding)
     done = sum(not line.fault for line in lines[:begin])
     with ExitStack() as stack:
         replies: Iterator[Decoded] = iter(())
-        if done < len(requests):
-            # Made for all prompts of the file, also those that are answered: so a cut file ends as a whole one would.
-            # Its room is rounded up, so that files alike find their programs compiled.
-            longest = max(len(request.prompt_ids) for request in requests)
-            engine = stack.enter_context(
-                open_engine(
-                    model,
-                    slots=decoding.slots,
-                    context=cache_slots(longest + decoding.max_new_tokens),
-                    longest_prompt=longest,
-                    plan=str(PLAIN) if decoding.plain else decoding.plan,
-                    width=plans_of(model, decoding.plan, decoding.slots)[1],
-                )
-            )
+        if told(lambda: done < len(requests)):
+            engine = stack.enter_context(_open_engine(model, requests, decoding))
             replies = decode_many(engine, requests[done:])
         for line in lines[begin:]:
             yield {"id": line.id, "error": line.fault} if line.fault else describe(line, next(replies))
+
+
+def follow_answers(model: LoadedModel, lines: Sequence[Line], decoding: Decoding) -> None:
+    """In every process but the first of several: run what `answers` does there, for the same arguments."""
+    if told(lambda: None):
+        with _open_engine(model, _requests(lines, decoding), decoding) as engine:
+            engine.follow()
+
+
+def _requests(lines: Sequence[Line], decoding: Decoding) -> list[Request]:
+    return [_request(line, number, decoding) for number, line in enumerate(lines) if not line.fault]
+
+
+def _open_engine(model: LoadedModel, requests: Sequence[Request], decoding: Decoding) -> Engine:
+    """Made for all prompts of the file, also those that are answered: so a cut file ends as a whole one would.
+
+    Its room is rounded up, so that files alike find their programs compiled.
+    """
+    longest = max(len(request.prompt_ids) for request in requests)
+    return open_engine(
+        model,
+        slots=decoding.slots,
+        context=cache_slots(longest + decoding.max_new_tokens),
+        longest_prompt=longest,
+        plan=str(PLAIN) if decoding.plain else decoding.plan,
+        width=plans_of(model, decoding.plan, decoding.slots)[1],
+    )
 
 
 def describe(line: Line, reply: Decoded) -> dict[str, Any]:

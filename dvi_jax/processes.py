@@ -1,25 +1,34 @@
 """Several processes that are one run: on one host or on many, with devices of its own each (`jax.distributed`).
 
 All of them run the same program over one mesh and read the same files, so a model must lie at the same path on every
-host. The first one talks and writes. A process that is lost ends the others: they hear of it in the next exchange, or
-by its heartbeat.
+host. The first one talks and writes, and tells the others what it alone has or measures (`told`). A process that is
+lost ends the others: they hear of it in the next exchange, or by its heartbeat.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
+import socket
 import sys
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from dvi_jax.errors import EXIT_STATUS, UserError, one_line
 
 DETECTED = "auto"  # Slurm and Open MPI say how many there are and which one this is
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process is lost
+END_SECONDS = 3600  # that the others may wait for one which has something left to do alone
+PIECE = 2**30  # bytes of one broadcast: jax counts an array's elements in 32 bits
+LENGTH_BYTES = 8
+FAILED_EXCHANGE = ("UNKNOWN: ", "UNAVAILABLE: ", "INTERNAL: ", "DEADLINE_EXCEEDED: ", "ABORTED: ")  # how those begin
+_coordinator = DETECTED  # as this process was told of it, which is one of several as long as it lives
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
@@ -43,11 +52,15 @@ def one_of_several(options: argparse.Namespace) -> Iterator[None]:
     if not _are_named(options):
         yield
         return
+    global _coordinator
+    _coordinator = options.coordinator
     where = {"coordinator_address": options.coordinator, "num_processes": options.processes}
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is heard by who runs the program
     named = {} if options.coordinator == DETECTED else where | {"process_id": options.process_id}
     try:
-        jax.distributed.initialize(**named, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(
+            **named, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=END_SECONDS
+        )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"no run of several processes at {options.coordinator}: {error}") from error
     errors = sys.stderr
@@ -58,7 +71,10 @@ def one_of_several(options: argparse.Namespace) -> Iterator[None]:
         yield
     except UserError as error:
         _leave(f"process {jax.process_index()}: {error}", errors)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # jax raises either for an exchange that failed, by when it hears of it.
+        if isinstance(error, ValueError) and not str(error).startswith(FAILED_EXCHANGE):
+            raise
         _leave(
             f"process {jax.process_index()} lost another one ({error}); begin again, a training run with --resume",
             errors,
@@ -75,6 +91,36 @@ def check_alike(*, measured: bool, instead: str) -> None:
     """Raise `UserError` that says what to do `instead` of what would be decided by measuring times, which differ."""
     if measured and jax.process_count() > 1:
         raise UserError(f"several processes must do alike: {instead}")
+
+
+def told(make: Callable[[], Any]) -> Any:
+    """What `make` gives in the first process, as JSON has it, in all of them, which call this together."""
+    if jax.process_count() == 1:
+        return make()
+    return json.loads(told_bytes(json.dumps(make()).encode() if is_first() else b""))
+
+
+def told_bytes(message: bytes) -> bytes:
+    """The first process's message, in all of them, which call this together; the others' are not looked at."""
+    size = int.from_bytes(_broadcast(len(message).to_bytes(LENGTH_BYTES, "little"), LENGTH_BYTES), "little")
+    pieces = []
+    for begin in range(0, size, PIECE):
+        length = min(PIECE, size - begin)
+        room = 1 << (length - 1).bit_length()  # few lengths, as each is a program
+        pieces.append(_broadcast(message[begin : begin + length], room)[:length])
+    return b"".join(pieces)
+
+
+def _broadcast(piece: bytes, room: int) -> bytes:
+    # As bytes: what is broadcast is a sum with zeros, in which minus zero would be lost.
+    padded = np.zeros(room, np.uint8)
+    padded[: len(piece)] = bytearray(piece)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
+
+
+def coordinator_host() -> str:
+    """Where others reach the first process, which calls this."""
+    return socket.gethostname() if _coordinator == DETECTED else _coordinator.rpartition(":")[0].strip("[]")
 
 
 def _are_named(options: argparse.Namespace) -> bool:

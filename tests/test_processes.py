@@ -1,21 +1,30 @@
 """Two processes that are one run, with a device each."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
+import numpy as np
 import pytest
 
 from dvi_jax.checkpoint import read_checkpoint
-from dvi_jax.config import load_train_config
+from dvi_jax.config import DecodeConfig, load_train_config
+from dvi_jax.decode.batch import generate_batch
+from dvi_jax.distill import main as distill
 from dvi_jax.errors import EXIT_STATUS, UserError
 from dvi_jax.generate import main
 from dvi_jax.identity import hash_tree
 from dvi_jax.learn.online import train_online
+from dvi_jax.learn.packing import load_packed
+from dvi_jax.loading import load
 
 DEADLINE = 240  # seconds, after which a test fails rather than waits
 
@@ -26,8 +35,8 @@ def free_port():
         return taken.getsockname()[1]
 
 
-def two(module, *arguments):
-    """Both processes of a command: (the first, the other)."""
+def two(module, *arguments, **options):
+    """Both processes of a command: (the first, the other). `options`: as of `subprocess.Popen`."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
     named = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process-id"]
     return tuple(
@@ -37,9 +46,19 @@ def two(module, *arguments):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            **options,
         )
         for number in range(2)
     )
+
+
+def wait_for(found):
+    """Until `found()` is true, which it gives."""
+    began = time.monotonic()
+    while not (what := found()) and time.monotonic() - began < DEADLINE:
+        time.sleep(0.02)
+    assert what
+    return what
 
 
 def test_a_lost_process_ends_the_run_which_then_goes_on(write_config, tmp_path):
@@ -47,9 +66,7 @@ def test_a_lost_process_ends_the_run_which_then_goes_on(write_config, tmp_path):
     changes = {"mesh": {"data": 2}, "prompts": 16, "rollout_batch": 4, "eval_every": 100, "save_every": 1}
     config = write_config(**changes | {"out": str(tmp_path / "killed")})
     first, other = two("dvi_jax.train", "--config", str(config))
-    began = time.monotonic()
-    while not list((tmp_path / "killed").glob("snapshots/[1-9]*")) and time.monotonic() - began < DEADLINE:
-        time.sleep(0.05)
+    wait_for(lambda: list((tmp_path / "killed").glob("snapshots/[1-9]*")))
     other.send_signal(signal.SIGKILL)
     _, errors = first.communicate(timeout=DEADLINE)
     other.communicate()
@@ -69,6 +86,70 @@ def test_a_lost_process_ends_the_run_which_then_goes_on(write_config, tmp_path):
     assert [each.manifest.training_step for each in read] == [8, 8]
     killed, whole = (hash_tree({"drafter": each.drafter, "lora": each.lora}) for each in read)
     assert killed == whole
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    """Questions that leave no room for the tokens with which a drafter's speed is measured, which takes long."""
+    path = tmp_path_factory.mktemp("log") / "log.jsonl"
+    lines = ({"messages": [{"role": "user", "content": f"{index} ".ljust(46, "?")}]} for index in range(60))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_a_distillation_that_lost_a_process_goes_on(byte_checkpoint, log, tmp_path):
+    """From nothing, killed once the replies are there: what is made is what one process makes with two devices."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    given = ["--model", str(byte_checkpoint), "--data", str(log), "--minutes", "0.001", "--passes", "4"]
+    arguments = [*given, "--mesh", "data=2", "--out"]
+    first, other = two("dvi_jax.distill", *arguments, str(killed))
+    wait_for((killed / "replies.npz").exists)
+    other.send_signal(signal.SIGKILL)
+    _, errors = first.communicate(timeout=DEADLINE)
+    other.communicate()
+    assert first.returncode == EXIT_STATUS
+    assert "error: process 0 lost another one" in errors
+
+    first, other = two("dvi_jax.distill", *arguments, str(killed))
+    said, errors = first.communicate(timeout=DEADLINE)
+    silence, _ = other.communicate(timeout=DEADLINE)
+    assert (first.returncode, other.returncode) == (0, 0), errors
+    assert "goes on with the settings it was begun with" in said
+    assert silence == ""
+
+    whole.mkdir()
+    shutil.copy(killed / "recipe.json", whole)
+    assert distill([*arguments, str(whole)]) == 0
+    replies = [load_packed([path / "replies.npz"]) for path in (killed, whole)]
+    np.testing.assert_array_equal(replies[0].tokens, replies[1].tokens)
+    drafters = [read_checkpoint(path / "checkpoint") for path in (killed, whole)]
+    assert drafters[0].manifest.training_step == drafters[1].manifest.training_step > 1
+    assert hash_tree(drafters[0].drafter) == hash_tree(drafters[1].drafter)
+
+
+def test_a_server_of_two_processes(byte_checkpoint):
+    """Its replies are those of plain decoding by one; when a process is killed it says so, and ends."""
+    options = ["--slots", "2", "--context", "120", "--plan", "plain", "--model-name", "small", "--port", "0"]
+    first, other = two("dvi_jax.serve", "--checkpoint", str(byte_checkpoint), "--mesh", "data=2", *options)
+    lines = iter(first.stderr.readline, "")
+    url = re.search(r"http://[^/]+", next(line for line in lines if line.startswith("serving "))).group()
+    model = load(byte_checkpoint)
+    prompts = [[5, 9, 2], [7, 7, 1, 30], list(range(2, 40))]
+    settings = DecodeConfig(draft_steps=0, max_new_tokens=40)
+    with httpx.Client(base_url=url, timeout=60) as http, ThreadPoolExecutor() as pool:
+        body = {"model": "small", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+        asked = [body | {"prompt": prompt} for prompt in prompts]
+        replies = list(pool.map(lambda body: http.post("/v1/completions", json=body).json(), asked))
+        for prompt, reply in zip(prompts, replies, strict=True):
+            (alone,), _ = generate_batch(model, [prompt], settings, plain=True, eos_ids=())
+            assert reply["choices"][0]["text"] == model.tokenizer.decode(alone.new_ids)
+        other.send_signal(signal.SIGKILL)
+        sick = wait_for(lambda: [answer for answer in [http.get("/health")] if answer.status_code == 503])
+    assert "process 1 is gone" in sick[0].text
+    last = first.communicate(timeout=DEADLINE)[1].splitlines()[-1]
+    other.communicate()
+    assert first.returncode == EXIT_STATUS
+    assert last == "error: process 0: process 1 is gone: begin all of them again"
 
 
 @pytest.mark.parametrize(

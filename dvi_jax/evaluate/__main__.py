@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "a plan that drafts is needed: without drafts there is nothing to compare with plain decoding"
             )
         check_alike(
-            measured=options.plan == AUTO or options.adaptive,
+            measured=(options.plan == AUTO and options.batch is None) or options.adaptive,
             instead="name a --plan other than auto, and leave out --adaptive, as both measure times",
         )
         return measure_questions(options, settings)

@@ -19,6 +19,8 @@ from dvi_jax.evaluate.spec_bench import Question
 from dvi_jax.evaluate.trace import FASTEST, PLAIN, SPECULATIVE
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import check_batch, replicas
+from dvi_jax.processes import is_first, told
+from dvi_jax.serve.engine import Engine
 from dvi_jax.serve.many import Decoded, decode_many, open_engine
 from dvi_jax.serve.plans import plans_of
 from dvi_jax.serve.requests import Request
@@ -46,7 +48,13 @@ class BatchedDecoder:
         return self.model.need_tokenizer(NO_TOKENIZER)
 
     def run(self, questions: Sequence[Question]) -> Iterator[Answered]:
-        """Hold every conversation, all of them at once; they come when all are over."""
+        """Hold every conversation, all of them at once; they come when all are over.
+
+        Of several processes the first one holds them, and the others run what it decodes with: none come of it.
+        """
+        if not is_first():
+            self._follow()
+            return
         found = [Answered(question, [], [], []) for question in questions]
         messages: list[list[Message]] = [[] for _ in questions]
         for turn in range(max(len(question.turns) for question in questions)):
@@ -65,18 +73,29 @@ class BatchedDecoder:
                 modes = {mode: generations[place] for mode, generations in timed.items()}
                 found[index].add(turn, prompt, modes, self.tokenizer)
                 messages[index].append(Message("assistant", found[index].texts[-1]))
+        told(lambda: None)  # that no further engine is opened
         yield from found
+
+    def _follow(self) -> None:
+        while (opened := told(lambda: None)) is not None:
+            with self._open_engine(*opened) as engine:
+                engine.follow()
 
     def _decode(self, prompts: Sequence[Sequence[int]], mode: str) -> list[TimedGeneration]:
         """All prompts in one mode."""
         if not prompts:
             return []
-        (plan, width), longest = self._modes[mode], max(map(len, prompts))
-        context = cache_slots(longest + self.settings.max_new_tokens)
-        shape = {"slots": self._slots, "context": context, "longest_prompt": longest}
-        with open_engine(self.model, **shape, plan=plan, width=width, warm_up=True) as engine:
+        longest = max(map(len, prompts))
+        told(lambda: [mode, longest])
+        with self._open_engine(mode, longest) as engine:
             requests = [Request(tuple(prompt), self.settings.max_new_tokens) for prompt in prompts]
             return [_timed(decoded, engine.context) for decoded in decode_many(engine, requests)]
+
+    def _open_engine(self, mode: str, longest: int) -> Engine:
+        plan, width = self._modes[mode]
+        context = cache_slots(longest + self.settings.max_new_tokens)
+        shape = {"slots": self._slots, "context": context, "longest_prompt": longest}
+        return open_engine(self.model, **shape, plan=plan, width=width, warm_up=True)
 
 
 def _timed(decoded: Decoded, context: int) -> TimedGeneration:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from dvi_jax.config import WHOLE_KV, DistillConfig, LlamaConfig
+from dvi_jax.config import WHOLE_KV, DistillConfig, LlamaConfig, MeshConfig
 from dvi_jax.learn.replies import ReplyConfig, batch_rows
 from dvi_jax.model.drafters.inner import spread_taps
 from dvi_jax.model.kept_kv import row_bytes
@@ -57,9 +57,14 @@ class Recipe:
         """The recipe that `to_json` wrote; `UserError` naming `where` for anything else."""
         return from_dict(cls, data, where)
 
-    def training(self, checkpoint: str, out: str, data: str, rows: int) -> DistillConfig:
-        """The training run on `rows` rows of packed replies at `data`, of which a few are held out."""
-        held_out = min(64, max(rows // 10, 1))
+    def training(self, checkpoint: str, out: str, data: str, rows: int, mesh: MeshConfig) -> DistillConfig:
+        """The training run on `rows` rows of packed replies at `data`, of which a few are held out.
+
+        Those and the rows of an update divide among the devices of `mesh`.
+        """
+        parts = mesh.data
+        held_out = -(-min(64, max(rows // 10, 1)) // parts) * parts
+        batch_rows = min(self.batch_rows, max(rows - held_out, 1))
         return DistillConfig(
             checkpoint=checkpoint,
             out=out,
@@ -71,10 +76,11 @@ class Recipe:
             lr=self.lr,
             tokens=self.passes * (rows - held_out) * self.row_length,
             row_length=self.row_length,
-            batch_rows=min(self.batch_rows, max(rows - held_out, 1)),
+            batch_rows=max(batch_rows - batch_rows % parts, parts),
             eval_rows=held_out,
             save_every=self.save_every,
             log_every=self.log_every,
+            mesh=mesh,
         )
 
 

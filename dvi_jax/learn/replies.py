@@ -28,6 +28,7 @@ from dvi_jax.errors import UserError
 from dvi_jax.learn.packing import Packed
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import replicas
+from dvi_jax.processes import is_first, told
 from dvi_jax.serve.engine import Engine
 from dvi_jax.serve.many import decode_many, open_engine
 from dvi_jax.serve.requests import Request
@@ -88,12 +89,21 @@ def make_replies(
     batches = deal_all(prompts, config)
     journal = Journal(out, _purpose(model, batches, config))
     _generate_missing(model, batches, journal, config, max_seconds, report)
+    told(lambda: None)  # that no further engine is opened
     replies = [reply for batch in journal.kept() for reply in batch]
     packed = pack_whole(replies, row_length, model.config.vocab_size)
     packed.save(out)
     if len(journal) == len(batches):
         journal.clear()
     return packed, len(replies)
+
+
+def follow_replies(model: LoadedModel, prompts: Sequence[list[int]], config: ReplyConfig) -> None:
+    """In every process but the first of several: run the engines that `make_replies` opens there."""
+    batches = deal_all(prompts, config)
+    while (number := told(lambda: None)) is not None:
+        with _open_engine(model, batches[number], config) as engine:
+            engine.follow()
 
 
 def deal_all(prompts: Sequence[list[int]], config: ReplyConfig) -> list[Batch]:
@@ -106,9 +116,15 @@ def deal_all(prompts: Sequence[list[int]], config: ReplyConfig) -> list[Batch]:
 
 
 def measure(model: LoadedModel, batch: Batch, config: ReplyConfig) -> tuple[float, int]:
-    """Seconds that replies as long as may be to a batch take, and the bytes of the engine: from their beginnings."""
+    """Seconds that replies as long as may be to a batch take, and the bytes of the engine: from their beginnings.
+
+    Of several processes, which call it together, the first one knows the seconds.
+    """
     rounds = min(MEASURED_TOKENS, config.new_tokens - 1)
     with _open_engine(model, batch, config) as engine:
+        if not is_first():
+            engine.follow()
+            return float("nan"), engine.memory.total
 
         def timed(new_tokens: int) -> float:
             began = time.perf_counter()
@@ -263,6 +279,7 @@ def _replies_to(
     """The replies to batches of one length class, which go through an engine together."""
     if not numbers:
         return
+    told(lambda: numbers[0])
     chosen = [(index, batches[index].prompts) for index in numbers]
     requests = (
         _request(prompt, index, place, config) for index, prompts in chosen for place, prompt in enumerate(prompts)

@@ -14,8 +14,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -35,10 +37,11 @@ from dvi_jax.learn.new_drafter import matching_or_new_drafter
 from dvi_jax.learn.offline import OfflineResult, train_offline
 from dvi_jax.learn.packing import load_packed
 from dvi_jax.learn.recipe import Rates, Recipe, choose_recipe, fit_to_time, reply_length
-from dvi_jax.learn.replies import Progress, deal_all, make_replies, measure
+from dvi_jax.learn.replies import Progress, deal_all, follow_replies, make_replies, measure
 from dvi_jax.learn.run_directory import Report, lock
 from dvi_jax.loading import LoadedModel, from_checkpoint, load
 from dvi_jax.mesh import copied, make_mesh
+from dvi_jax.processes import is_first, told, told_bytes
 from dvi_jax.text_files import read_json
 
 RECIPE, REPLIES = "recipe.json", "replies.npz"
@@ -62,7 +65,10 @@ class Estimate:
 
 
 class SelfDistillation:
-    """One directory's work: `prepare`, then `reply`, then `train`; each goes on where an earlier one stopped."""
+    """One directory's work: `prepare`, then `reply`, then `train`; each goes on where an earlier one stopped.
+
+    Several processes do each step together; the first one has the directory, and tells the others what is in it.
+    """
 
     def __init__(
         self,
@@ -89,13 +95,19 @@ class SelfDistillation:
 
     def prepare(self, minutes: float, passes: int | None = None) -> Estimate:
         """Measure, and choose a recipe that takes about so long. Raises `UserError` where it does not fit."""
-        free = available_bytes()
+        free = told(available_bytes)
         accelerator = jax.default_backend() != "cpu"
         config, dtype = self.checkpoint.config, self.checkpoint.manifest.dtype
         recipe = choose_recipe(config, dtype, free, kv=self.kv, accelerator=accelerator)
         recipe = recipe if passes is None else replace(recipe, passes=passes)
         next(self.prompts(recipe, 1), None)  # raises for a log that holds none, before minutes of measuring
         rates = self._measure(recipe)
+        fitted = told(lambda: self._fitted(recipe, rates, minutes, free))
+        self.recipe = Recipe.from_json(fitted["recipe"], "what was measured")
+        return Estimate(**fitted["estimate"])
+
+    def _fitted(self, recipe: Recipe, rates: Rates, minutes: float, free: int) -> dict[str, Any]:
+        """The recipe and the estimate of a distillation of about so long, as JSON."""
         self.recipe, lengths = fit_to_time(recipe, rates, map(len, self.prompts(recipe, MOST_PROMPTS)), 60 * minutes)
         estimate = self._estimate(rates, lengths, free)
         for what, needed, there in (
@@ -104,10 +116,12 @@ class SelfDistillation:
         ):
             if needed > there:
                 raise UserError(f"{needed / 2**30:.1f} GiB of {what} are needed, {there / 2**30:.1f} are free")
-        return estimate
+        return {"recipe": self.recipe.to_json(), "estimate": asdict(estimate)}
 
     def begin(self) -> None:
         """Keep the recipe in the directory: from here on it is what this directory goes on with."""
+        if not is_first():
+            return
         self.out.mkdir(parents=True, exist_ok=True)
         document = self._made_for() | {"recipe": self._recipe().to_json()}
         replace_file(self.out / RECIPE, json.dumps(document, indent=1) + "\n")
@@ -115,10 +129,13 @@ class SelfDistillation:
     def reply(self, report: Callable[[Progress], None]) -> None:
         """Make the replies that are not there yet."""
         recipe, path = self._recipe(), self.out / REPLIES
-        if path.exists():
+        if told(path.exists):
             return
         model = from_checkpoint(self.checkpoint, kv=self.kv, mesh=make_mesh(self.mesh))
         prompts = list(self.prompts(recipe, recipe.prompts))
+        if not is_first():
+            follow_replies(model, prompts, recipe.replies)
+            return
         partial = path.with_name(f".{REPLIES}")
         with lock(self.out):
             make_replies(model, prompts, partial, recipe.replies, recipe.row_length, report=report)
@@ -126,15 +143,16 @@ class SelfDistillation:
 
     def training(self) -> DistillConfig:
         """The settings of the training run on the replies."""
-        path = self.out / REPLIES
+        path = self._replies
         rows = len(load_packed([path]).tokens)
-        return replace(
-            self._recipe().training(str(self.checkpoint.path), str(self.out), str(path), rows), mesh=self.mesh
-        )
+        return self._recipe().training(str(self.checkpoint.path), str(self.out), str(path), rows, self.mesh)
 
     def train(self, report: Report) -> OfflineResult:
         """Distil from the replies."""
         result = train_offline(self.training(), resume=True, report=report)
+        if jax.process_count() > 1:  # what comes next, the first one does alone, on one of its devices
+            alone = is_first() and self.mesh.model == 1
+            return replace(result, model=load(result.checkpoint, kv=self.kv)) if alone else result
         if self.mesh.data == 1:
             return replace(result, model=result.model.with_kv(self.kv))
         # One sequence at a time is what comes next, and that cannot be shared out.
@@ -169,6 +187,11 @@ class SelfDistillation:
 
     def _kept_recipe(self) -> Recipe | None:
         """The recipe of the directory; `UserError` if it is another model's or log's, or a folder of something else."""
+        kept = told(self._read_recipe)
+        return None if kept is None else Recipe.from_json(kept, str(self.out / RECIPE))
+
+    def _read_recipe(self) -> Any:
+        """As it stands there; None where nothing was begun."""
         path = self.out / RECIPE
         if not path.exists():
             if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
@@ -186,7 +209,21 @@ class SelfDistillation:
         ):
             if begun.get(name) != given[name]:
                 raise UserError(f"{self.out} was begun with {what}: name the same, or choose another --out")
-        return Recipe.from_json(document["recipe"], str(path))
+        return document["recipe"]
+
+    @cached_property
+    def _replies(self) -> Path:
+        """The file of replies, as this process has it: others than the first one hear what is in it."""
+        path = self.out / REPLIES
+        if jax.process_count() == 1:
+            return path
+        content = told_bytes(path.read_bytes() if is_first() else b"")
+        if is_first():
+            return path
+        self._folder = TemporaryDirectory()  # for as long as this object is there
+        heard = Path(self._folder.name) / REPLIES
+        heard.write_bytes(content)
+        return heard
 
     def _measure(self, recipe: Recipe) -> Rates:
         """Time and memory of a batch of replies and of an update, on this device."""
@@ -195,10 +232,10 @@ class SelfDistillation:
             new = replace(new, draft_vocabulary=tuple(range(recipe.draft_vocabulary)))
         model = from_checkpoint(new, kv=self.kv, mesh=make_mesh(self.mesh))
         reply_rate, reply_memory = self._measure_replies(model, recipe)
-        seconds, training_memory = self._measure_update(model, recipe)
+        seconds, tokens, training_memory = self._measure_update(model, recipe)
         return Rates(
             reply_tokens=reply_rate,
-            training_tokens=recipe.batch_rows * recipe.row_length / seconds,
+            training_tokens=tokens / seconds,
             update_seconds=seconds,
             reply_memory=reply_memory,
             training_memory=training_memory,
@@ -211,14 +248,14 @@ class SelfDistillation:
         seconds, memory = measure(model, batch, recipe.replies)
         return sum(reply_length(recipe, len(prompt)) for prompt in batch.prompts) / seconds, memory
 
-    def _measure_update(self, model: LoadedModel, recipe: Recipe) -> tuple[float, int]:
-        """Seconds and bytes of an update."""
-        shape = (recipe.batch_rows, recipe.row_length)
+    def _measure_update(self, model: LoadedModel, recipe: Recipe) -> tuple[float, int, int]:
+        """Seconds, tokens and bytes of an update."""
+        paths = str(self.checkpoint.path), str(self.out), str(self.out / REPLIES)
+        config = recipe.training(*paths, 4 * recipe.batch_rows, self.mesh)
+        shape = (config.batch_rows, config.row_length)
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, model.config.vocab_size, shape, np.int32)
         mask = rng.random(shape) < 0.7
-        paths = str(self.checkpoint.path), str(self.out), str(self.out / REPLIES)
-        config = replace(recipe.training(*paths, rows=4 * recipe.batch_rows), mesh=self.mesh)
         state = copied(model.definition.mesh, init_distill(model.params, config))
         memory = step_memory(model.definition, model.params, state, tokens, mask, config=config)
         seconds = []
@@ -227,7 +264,7 @@ class SelfDistillation:
             state, values = distill_step(model.definition, model.params, state, tokens, mask, config=config)
             jax.block_until_ready((state, values))
             seconds.append(time.perf_counter() - began)
-        return min(seconds[1:]), memory
+        return min(seconds[1:]), tokens.size, memory
 
     def _estimate(self, rates: Rates, lengths: Sequence[int], free_memory: int) -> Estimate:
         recipe = self._recipe()

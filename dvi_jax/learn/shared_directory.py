@@ -14,14 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from dvi_jax.learn.run_directory import CHECKPOINT, Report, RunDirectory
 from dvi_jax.learn.run_identity import RunIdentity
 from dvi_jax.learn.snapshot import Snapshot, State
-
-PIECE = 2**30  # bytes of one broadcast: jax counts an array's elements in 32 bits
-LENGTH_BYTES = 8
+from dvi_jax.processes import told_bytes
 
 
 def open_directory(
@@ -38,7 +35,7 @@ class FirstDirectory(RunDirectory):
 
     def identify(self, identity: RunIdentity) -> None:
         super().identify(identity)
-        _tell(json.dumps(asdict(self.identity)).encode())
+        told_bytes(json.dumps(asdict(self.identity)).encode())
 
     def restore(self, template: State) -> tuple[Snapshot[State] | None, list[dict[str, Any]]]:
         found, evaluations = super().restore(template)
@@ -62,7 +59,7 @@ class OtherDirectory(RunDirectory):
         pass
 
     def identify(self, identity: RunIdentity) -> None:
-        self.identity = RunIdentity(**json.loads(_hear()))
+        self.identity = RunIdentity(**json.loads(told_bytes(b"")))
 
     def restore(self, template: State) -> tuple[Snapshot[State] | None, list[dict[str, Any]]]:
         return _hear_found(template)
@@ -92,16 +89,16 @@ def _tell_found(found: Snapshot[Any] | None, evaluations: list[dict[str, Any]]) 
         if found is None
         else {"evaluations": evaluations, "step": found.step, "progress": found.progress}
     )
-    _tell(json.dumps(about).encode())
+    told_bytes(json.dumps(about).encode())
     if found is not None:
-        _tell(b"".join(_numbers(leaf).tobytes() for leaf in jax.tree.leaves(found.state)))
+        told_bytes(b"".join(_numbers(leaf).tobytes() for leaf in jax.tree.leaves(found.state)))
 
 
 def _hear_found(template: State) -> tuple[Snapshot[State] | None, list[dict[str, Any]]]:
-    about = json.loads(_hear())
+    about = json.loads(told_bytes(b""))
     if "step" not in about:
         return None, about["evaluations"]
-    heard, at, leaves = _hear(), 0, []
+    heard, at, leaves = told_bytes(b""), 0, []
     for leaf in jax.tree.leaves(template):
         like = _numbers(leaf)
         numbers = np.frombuffer(heard, like.dtype, like.size, at).reshape(like.shape)
@@ -116,20 +113,3 @@ def _numbers(leaf: jax.Array) -> np.ndarray:
     """An array that lies on every process, or the numbers of a PRNG key."""
     is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
-
-
-def _tell(message: bytes) -> None:
-    _told(len(message).to_bytes(LENGTH_BYTES, "little"))
-    for begin in range(0, len(message), PIECE):
-        _told(message[begin : begin + PIECE])
-
-
-def _hear() -> bytes:
-    size = int.from_bytes(_told(bytes(LENGTH_BYTES)), "little")
-    return b"".join(_told(bytes(min(PIECE, size - begin))) for begin in range(0, size, PIECE))
-
-
-def _told(piece: bytes) -> bytes:
-    """What the first process has, in every process; the others give as many bytes of anything."""
-    # As bytes: what is broadcast is a sum with zeros, in which minus zero would be lost.
-    return np.asarray(multihost_utils.broadcast_one_to_all(np.frombuffer(piece, np.uint8))).tobytes()

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from dvi_jax.errors import UserError
-from dvi_jax.mesh import run_sharded, specs_of
+from dvi_jax.mesh import WHOLE, run_sharded, specs_of
 from dvi_jax.model import exchange
 from dvi_jax.model.drafters import BlockDrafter, Drafter, StepDrafter
 from dvi_jax.model.llama import Llama
@@ -150,6 +150,10 @@ class Definition:
         if self.mesh is None:
             return body
         return run_sharded(self.mesh, body, (specs_of(params), *specs), out_specs)
+
+    def on_all(self, tree: Any) -> Any:
+        """Arrays of a jitted function whole on every device, so that the host of each can read them."""
+        return tree if self.mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, WHOLE))
 
 
 def split(model: SpeculativeLlama, mesh: Mesh | None = None) -> tuple[Definition, Params]:

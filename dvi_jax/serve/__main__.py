@@ -12,7 +12,9 @@ from typing import Any
 
 from dvi_jax.command_line import AUTO, add_loading_options, add_mesh_option, load_model
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, notice, run_cli
-from dvi_jax.serve.engine import Engine
+from dvi_jax.loading import LoadedModel
+from dvi_jax.processes import add_process_options, is_first, one_of_several
+from dvi_jax.serve.engine import Engine, Learns
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learning_run import LearningRun, load_to_learn
 from dvi_jax.serve.logs import say, set_up_logs
@@ -47,6 +49,14 @@ def main(arguments: list[str] | None = None) -> int:
         drain_seconds=options.drain_seconds,
     )
     learn = _learn_settings(options)
+    if options.coordinator is not None and options.mesh is None:
+        raise UserError("several processes serve on one mesh of all their devices: add --mesh data=N,model=M")
+    with one_of_several(options):
+        return _serve(options, settings, learn) if is_first() else _follow(options)
+
+
+def _serve(options: argparse.Namespace, settings: ServerSettings, learn: LearnSettings | None) -> int:
+    """Serve until a signal says to end; the exit status."""
     with ExitStack() as stack:
         # Before the model is loaded, which takes a while.
         listener = stack.enter_context(bind(settings.host, settings.port))
@@ -54,17 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
             notice(f"--host {settings.host} without --api-key: whoever reaches this machine may use the model")
         learning = None if learn is None else _start_learning(options, learn, stack)
         model = load_model(options) if learning is None else learning.model
-        engine = Engine(
-            model,
-            slots=options.slots,
-            context=options.context,
-            plan=options.plan,
-            together=options.together,
-            max_waiting=settings.max_queued,
-            logprobs=options.logprobs,
-            warm_up=True,
-            learner=None if learning is None else learning.learner,
-        )
+        learner = None if learning is None else learning.learner
+        engine = _engine(model, options, max_waiting=settings.max_queued, learner=learner)
         print(engine.memory.describe(), file=sys.stderr)
         stack.callback(engine.close)  # before the run is left
         app = create_app(engine, model.tokenizer, settings, {"learning": learning.section} if learning else None)
@@ -75,6 +76,27 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"serving {settings.model_name} at {address(listener)}/v1", file=sys.stderr)
         print(f"dashboard: {address(listener)}/dashboard", file=sys.stderr, flush=True)
         return run(app, listener)
+
+
+def _follow(options: argparse.Namespace) -> int:
+    """As another process than the first: run what its engine runs, until it ends."""
+    with _engine(load_model(options), options, max_waiting=1, learner=None) as engine:
+        engine.follow()
+    return 0
+
+
+def _engine(model: LoadedModel, options: argparse.Namespace, *, max_waiting: int, learner: Learns | None) -> Engine:
+    return Engine(
+        model,
+        slots=options.slots,
+        context=options.context,
+        plan=options.plan,
+        together=options.together,
+        max_waiting=max_waiting,
+        logprobs=options.logprobs,
+        warm_up=True,
+        learner=learner,
+    )
 
 
 def _learn_settings(options: argparse.Namespace) -> LearnSettings | None:
@@ -96,6 +118,8 @@ def _learn_settings(options: argparse.Namespace) -> LearnSettings | None:
         raise UserError("--learn needs --out DIR, where what was learned is kept")
     if options.mesh is not None:
         raise UserError("--learn takes one device: leave out --mesh, or learn beforehand with train")
+    if options.coordinator is not None:
+        raise UserError("--learn takes one process: leave out --coordinator, or learn beforehand with train")
     return LearnSettings(share=options.learn_share, branches=options.learn_branches, save_seconds=options.save_seconds)
 
 
@@ -125,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="python -m dvi_jax.serve", description="Serve a model behind OpenAI's HTTP API.")
     add_loading_options(parser)
     add_mesh_option(parser)
+    add_process_options(parser)
     parser.add_argument(
         "--plan", default=AUTO, metavar="PLAN", help="how rounds draft; auto goes by slots and acceptance"
     )

@@ -17,6 +17,7 @@ from dvi_jax.config import SamplingConfig
 from dvi_jax.decode.agreement import agreed_path, keep_agreed, refusal
 from dvi_jax.decode.plan import PLAIN, Plan
 from dvi_jax.loading import LoadedModel
+from dvi_jax.mesh import to_host
 from dvi_jax.serve.intake import Intake
 from dvi_jax.serve.slots import MOST_ROUNDS, Outcome, Slots, Terms, calls_of, lay, release, run_stretch
 
@@ -32,6 +33,8 @@ def check_plans(
     """
     shape = slots.decode.tokens.shape, slots.decode.committed.hidden.shape[1], slots.decode.signals is not None
     kept = {plan: agreed_path(model, shape, intake.rows, pieces, str(plan)) for plan in plans if plan.drafts}
+    if jax.process_count() > 1:  # one might know and another not, and only together can they look
+        kept = dict.fromkeys(kept)
     unknown = {plan: path for plan, path in kept.items() if path is None or not path.exists()}
     if not unknown:
         return slots
@@ -54,7 +57,7 @@ def _run(
     definition, params, vocab_size = model.definition, model.decode_params, model.config.vocab_size
     batch, room = slots.decode.tokens.shape
     prompt = [token % vocab_size for token in range(3, 3 + min(PROMPT_TOKENS, intake.chunk))]
-    filled, greedy = intake.fill(params, prompt), SamplingConfig(temperature=0.0)
+    filled, greedy = intake.fill(prompt), SamplingConfig(temperature=0.0)
     width = slots.decode.committed.hidden.shape[1]
     terms = Terms.of(len(prompt), room - width - len(prompt), (), greedy, vocab_size)
     rows = Terms.joined([terms] * intake.rows).packed()
@@ -65,7 +68,7 @@ def _run(
     for _ in range(calls_of(MOST_ROUNDS, pieces=pieces)):
         slots, packed = run_stretch(definition, params, slots, rounds, plan, sampled=False, pieces=pieces)
     checksums = _checksums(slots, np.int32(len(prompt)), MOST_ROUNDS * width)
-    found = Outcome.read(packed).length - len(prompt), np.asarray(checksums)
+    found = Outcome.read(packed).length - len(prompt), to_host(checksums)
     return release(slots, np.ones(batch, bool)), *found
 
 

@@ -33,10 +33,12 @@ from dvi_jax.serve.agreement import check_plans
 from dvi_jax.serve.intake import Intake
 from dvi_jax.serve.memory import check_engine_memory, engine_memory
 from dvi_jax.serve.plans import choose, plans_of
+from dvi_jax.serve.programs import Programs
 from dvi_jax.serve.reply import Reply
 from dvi_jax.serve.requests import EngineStatus, QueueFullError, Request
 from dvi_jax.serve.scheduler import OnWindow, Scheduler
-from dvi_jax.serve.slots import Shape, empty_slots
+from dvi_jax.serve.slots import Shape
+from dvi_jax.serve.together import Follower, Leader, join_together
 
 CHUNK, CPU_CHUNK = 512, 128  # tokens of a prompt that go through at once
 POSITIONS = 64  # of a cache are a multiple of this
@@ -107,39 +109,45 @@ class Engine:
         this device has other bits than plain decoding (`agreement.py`).
         """
         _check(model, {"slots": slots, "context": context, "max_waiting": max_waiting, "together": together})
+        if jax.process_count() > 1 and (on_window is not None or learner is not None):
+            raise UserError("what learns from an engine's replies takes one process")
         self.model, self.slots, self.max_waiting, self.logprobs = model, slots, max_waiting, logprobs
         self.context = min(context, model.config.context_length)
         self._learner, on_window = learner, on_window if learner is None else learner.take
         record, (plans, least) = on_window is not None or logprobs > 0, plans_of(model, plan, slots)
         width, prefix_bytes = max(width, least), prefix_bytes if together == 1 else 0
-        chunk = min(chunk or (CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK), self.context)
-        if shards(model.definition.mesh) > 1:  # a chunk runs no kernel of a round, which would have to be loaded first
-            chunk = max(chunk, 2 * MOST_ROUND_ROWS)
+        chunk = _chunk(model, chunk, self.context)
         room = _rounded_up(max(_rounded_up(self.context, chunk), self.context + width), POSITIONS)
         branches = 0 if learner is None else learner.branches
         shape = Shape(slots, room, width, record, min(branches, max(map(most_branches, plans))))
         self.memory = engine_memory(model, shape, prefix_bytes, together)
         check_engine_memory(self.memory)
-        intake = Intake(model, rows=together, room=room, chunk=chunk, prefix_bytes=prefix_bytes, record=record)
-        self._scheduler = _scheduler(
-            model, shape, intake, plans, ahead=ahead, on_window=on_window, most_logprobs=logprobs, branches=branches
-        )
-        if warm_up:
-            self._scheduler.warm_up()
+        self._programs = Programs(model, shape, rows=together, chunk=chunk, prefix_bytes=prefix_bytes)
+        most = {"most_logprobs": logprobs, "branches": branches}
+        self._scheduler = _scheduler(model, self._programs, plans, width, ahead=ahead, on_window=on_window, **most)
         self._changed = threading.Condition()  # its lock is for all that follows, which several threads touch
         self._waiting: deque[Reply] = deque()
         self._swapped: Params | None = None
         self._idle, self._draining, self._closing = True, False, False
         self._failure: str | None = None
+        self._crew = join_together(self._lose)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
-        atexit.register(self.close)
+        if not isinstance(self._crew, Follower):
+            self._begin(warm_up=warm_up)
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def follow(self) -> None:
+        """In every process but the first of several: do what the first one's engine does, until it is closed.
+
+        Signals are the first one's affair. `UserError` if it is lost.
+        """
+        assert isinstance(self._crew, Follower), "the first process leads"
+        self._crew.follow(self._programs)
 
     def submit(self, request: Request) -> Reply:
         """Queue a request. `UserError` for what cannot be served, `QueueFullError` when too many wait; thread-safe."""
@@ -172,6 +180,8 @@ class Engine:
         new = self.model.with_params(own._replace(drafter=params.drafter, lora_s=params.lora_s)).decode_params
         if jax.tree.map(_kind, new) != jax.tree.map(_kind, self.model.decode_params):
             raise UserError("these drafter weights are not of the shapes that the engine was made for")
+        if self._crew is not None:
+            raise UserError("several processes draft with the weights they were loaded with")
         with self._changed:
             self._swapped = self.model.decode_params._replace(drafter=new.drafter, lora_s=new.lora_s)
 
@@ -184,11 +194,17 @@ class Engine:
 
     def close(self) -> None:
         """Cancel what runs and end the engine's thread."""
+        if isinstance(self._crew, Follower):
+            self._crew.close()
+            return
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
+        lost = None if self._crew is None else self._crew.lost
+        if threading.current_thread() is not self._thread and lost is None:  # else it may wait for a device for ever
             self._thread.join()
+        if self._crew is not None:
+            self._crew.close()
         atexit.unregister(self.close)
 
     def _reply_to(self, request: Request) -> Reply:
@@ -227,6 +243,15 @@ class Engine:
     def _is_idle(self) -> bool:
         return self._idle and not self._waiting
 
+    def _begin(self, *, warm_up: bool) -> None:
+        """Where the engine decides: alone, or first of several processes."""
+        if isinstance(self._crew, Leader):
+            self._programs.tell = self._crew.tell
+        if warm_up:
+            self._scheduler.warm_up()
+        self._thread.start()
+        atexit.register(self.close)
+
     # What the engine's own thread does.
 
     def _run(self) -> None:
@@ -250,7 +275,7 @@ class Engine:
     def _take_swapped(self) -> None:
         """What was swapped in is what the next stretch decodes with; under the lock."""
         if self._swapped is not None:
-            self._scheduler.params, self._swapped = self._swapped, None
+            self._programs.params, self._swapped = self._swapped, None
 
     def _wait_for_work(self) -> bool:
         """Whether to go on; waits while there is nothing to do."""
@@ -294,11 +319,24 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         """Nobody is left without an answer, however the thread ends."""
-        if error is not None:
+        failure = None
+        if error is not None and isinstance(self._crew, Leader) and (lost := self._crew.looked_for()):
+            self._lose(lost)  # whatever that made of an exchange with it
+        elif error is not None:
             message = " ".join(str(error).split())
-            self._failure = f"the engine failed: {type(error).__name__}: {message[:500]}"
-            log.error(self._failure, exc_info=(type(error), error, traceback))
+            failure = f"the engine failed: {type(error).__name__}: {message[:500]}"
+            log.error(failure, exc_info=(type(error), error, traceback))
+        self._give_up(failure)
+        return True
+
+    def _lose(self, what: str) -> None:
+        """Another process is gone, and with it devices that this one's thread may be waiting for."""
+        self._give_up(what)
+
+    def _give_up(self, failure: str | None) -> None:
+        """Answer all that are left, for good."""
         with self._changed:
+            self._failure = self._failure or failure
             left = [*self._scheduler.replies(), *self._waiting]
             self._waiting.clear()
             self._closing = True
@@ -310,23 +348,22 @@ class Engine:
                 reply.end("cancelled")
             else:
                 reply.fail(self._failure)
-        return True
 
 
 def _check(model: LoadedModel, sizes: dict[str, int]) -> None:
     """Raise `UserError` for what no engine can have."""
     if too_few := [name for name, value in sizes.items() if value < 1]:
         raise UserError(f"{too_few[0]} must be at least 1, got {sizes[too_few[0]]}")
-    if jax.process_count() > 1:
-        raise UserError("an engine runs in one process: leave out --coordinator, --processes and --process-id")
+    if jax.process_count() > 1 and model.definition.mesh is None:
+        raise UserError("an engine of several processes needs a mesh of all their devices")
     check_batch(model.definition.mesh, sizes["slots"], "slots")
 
 
 def _scheduler(
     model: LoadedModel,
-    shape: Shape,
-    intake: Intake,
+    programs: Programs,
     plans: Sequence[Plan],
+    width: int,
     *,
     ahead: bool | None,
     on_window: OnWindow | None,
@@ -335,13 +372,20 @@ def _scheduler(
 ) -> Scheduler:
     """All slots free, and plans that were compared with plain decoding, and timed, in them."""
     ahead = jax.default_backend() != "cpu" if ahead is None else ahead
-    empty = empty_slots(model.definition, model.decode_params, shape)
+    empty, intake = programs.slots, Intake(programs)
     knobs = Knobs.make(0, 0.0, ())._replace(eos_ids=empty.eos_ids)
     load_kernels(model, empty.decode.replace(sampling=None), knobs, *plans, PLAIN)
     checked = check_plans(model, plans, empty, intake, pieces=ahead)
-    choice, empty = choose(model, plans, shape.width, checked, pieces=ahead)
+    choice, programs.slots = choose(model, plans, width, checked, pieces=ahead)
     most = {"most_logprobs": most_logprobs, "branches": branches}
-    return Scheduler(model, empty, intake, choice, ahead=ahead, on_window=on_window, **most)
+    return Scheduler(model, programs, intake, choice, ahead=ahead, on_window=on_window, **most)
+
+
+def _chunk(model: LoadedModel, chunk: int | None, context: int) -> int:
+    """Tokens of a prompt that go through at once, if they are not said."""
+    chunk = min(chunk or (CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK), context)
+    # On several devices a chunk runs no kernel of a round, which would have to be loaded first.
+    return max(chunk, 2 * MOST_ROUND_ROWS) if shards(model.definition.mesh) > 1 else chunk
 
 
 def _rounded_up(size: int, step: int) -> int:

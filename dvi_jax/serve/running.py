@@ -10,6 +10,7 @@ import sys
 import threading
 from types import FrameType
 
+import jax
 import uvicorn
 from starlette.applications import Starlette
 
@@ -18,6 +19,7 @@ from dvi_jax.serve.logs import say
 from dvi_jax.serve.pace import SWITCH_SECONDS
 from dvi_jax.serve.serving import Serving
 
+LAST_TICKS = 20  # tenths of a second in which a server whose engine has failed says so
 LAST_SECONDS = 5  # that connections have to take what was written, once all replies are made
 MOST_FILES = 65_536  # open connections are files
 
@@ -57,6 +59,17 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._serving: Serving = app.state.serving
         self.interrupted = False  # by a second signal
+        self.failure: str | None = None  # of an engine that this server ends with
+        self._failed_ticks = 0
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn's, ten times a second: whether to end, as where an engine has lost other processes.
+
+        Those can only be begun again together. Clients hear of it first, and who asks for the health.
+        """
+        if jax.process_count() > 1 and (failure := self._serving.engine.status().failure):
+            self.failure, self._failed_ticks = failure, self._failed_ticks + 1
+        return await super().on_tick(counter) or self._failed_ticks > LAST_TICKS
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn's signal handler, in the main thread."""
@@ -76,7 +89,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def run(app: Starlette, listener: socket.socket) -> int:
-    """Serve until a signal ends it; the exit status."""
+    """Serve until a signal ends it; the exit status. `UserError` if an engine of several processes failed."""
     with contextlib.suppress(ValueError, OSError):  # as many as this user may have
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
@@ -87,4 +100,6 @@ def run(app: Starlette, listener: socket.socket) -> int:
         server.run(sockets=[listener])
     finally:
         app.state.serving.engine.close()
+    if server.failure is not None:
+        raise UserError(server.failure)
     return INTERRUPTED_STATUS if server.interrupted else 0

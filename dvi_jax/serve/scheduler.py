@@ -22,22 +22,10 @@ from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.intake import Intake
 from dvi_jax.serve.pace import DeviceTime, Pace
 from dvi_jax.serve.plans import PlanChoice
+from dvi_jax.serve.programs import Programs
 from dvi_jax.serve.reply import Reply
 from dvi_jax.serve.requests import EngineStatus, Request, TokenLogprob
-from dvi_jax.serve.slots import (
-    MOST_ROUNDS,
-    PIECE_ROUNDS,
-    Outcome,
-    Slots,
-    Terms,
-    calls_of,
-    columns_of,
-    lay,
-    release,
-    run_stretch,
-    take_window,
-    token_logprobs,
-)
+from dvi_jax.serve.slots import MOST_ROUNDS, PIECE_ROUNDS, Outcome, Terms, columns_of
 
 GREEDY = SamplingConfig(temperature=0.0)
 EARLY_TOKENS = 64  # of a reply: its beginning
@@ -62,7 +50,7 @@ class Scheduler:
     def __init__(
         self,
         model: LoadedModel,
-        slots: Slots,
+        programs: Programs,
         intake: Intake,
         choice: PlanChoice,
         *,
@@ -77,10 +65,10 @@ class Scheduler:
         `most_logprobs`: alternatives that a request may want the log-probabilities of.
         `ahead`: a stretch is started before the one before it is read.
         """
-        self.params = model.decode_params  # what the next stretch decodes with
-        self._model, self._slots, self._intake, self._choice = model, slots, intake, choice
+        self._vocab_size = model.config.vocab_size
+        self._programs, self._intake, self._choice = programs, intake, choice
         self._on_window, self._most_logprobs, self._branches = on_window, most_logprobs, branches
-        count = len(slots.eos_ids)
+        count = len(programs.slots.eos_ids)
         self._replies: list[Reply | None] = [None] * count
         self._ended = np.zeros(count, bool)  # slots whose sequence must go no further, though the device would
         self._ahead, self._pace = ahead, Pace(MOST_ROUNDS, ahead=ahead)
@@ -111,24 +99,17 @@ class Scheduler:
 
     def warm_up(self) -> None:
         """Compile every program, by running it with nothing in the slots."""
-        definition, vocab_size = self._model.definition, self._model.config.vocab_size
-        filled = self._intake.warm_up(self.params)
+        self._intake.warm_up()
         if self._on_window is not None:  # an empty window, which nothing can be learned from
-            nothing = np.int32(0)
-            window = take_window(self._slots, nothing, nothing, nothing, branches=self._branches)
-            self._on_window(window, Request((), 0))
-        done = Terms.joined([Terms.of(1, 1, (), GREEDY, vocab_size)] * self._intake.rows)  # with their first tokens
+            self._on_window(self._programs.window(0, 0, 0, self._branches), Request((), 0))
+        done = Terms.joined([Terms.of(1, 1, (), GREEDY, self._vocab_size)] * self._intake.rows)  # with first tokens
         places = np.arange(self._intake.rows, dtype=np.int32)
         for sampled in (False, True):
-            self._slots, _ = lay(definition, self.params, self._slots, filled, places, done.packed(), sampled=sampled)
-        self._slots = release(self._slots, self._ended.copy())
+            self._programs.lay(places, done.packed(), sampled)
+        self._programs.release(self._ended.copy())
         for plan in self._choice.plans:
             for sampled in (False, True):
-                nothing = np.int32(0)
-                self._slots, packed = run_stretch(
-                    definition, self.params, self._slots, nothing, plan, sampled=sampled, pieces=self._ahead
-                )
-                packed.block_until_ready()
+                jax.block_until_ready(self._programs.stretch(1, plan, sampled, self._ahead))
 
     def turn(self, next_replies: Callable[[int], list[Reply]], waiting: int) -> None:
         """One turn; `next_replies` gives so many of those that wait at most, of about `waiting`."""
@@ -207,7 +188,7 @@ class Scheduler:
                 self._ended[slot] = True
                 reply.end("cancelled")
         if self._ended.any():
-            self._slots = release(self._slots, self._ended.copy())
+            self._programs.release(self._ended.copy())
             self._ended[:] = False
 
     def _take_in(self, next_replies: Callable[[int], list[Reply]], waiting: int) -> list[_Laid]:
@@ -233,21 +214,20 @@ class Scheduler:
                     return laid
                 self._intake.begin(replies)
             with self._device.handing():
-                self._intake.step(self.params)
+                self._intake.step()
             chunks += 1
 
     def _lay(self) -> _Laid:
         """Prompts that are complete into free slots, as many as there are."""
         free = [slot for slot, reply in enumerate(self._replies) if reply is None]
-        replies, filled = self._intake.hand_over(len(free))
-        vocab_size = self._model.config.vocab_size
+        replies = self._intake.hand_over(len(free))
         places = np.full(self._intake.rows, len(self._replies), np.int32)
-        terms = [Terms.of(1, 1, (), GREEDY, vocab_size)] * self._intake.rows
+        terms = [Terms.of(1, 1, (), GREEDY, self._vocab_size)] * self._intake.rows
         laid = [(row, slot, reply) for slot, (row, reply) in zip(free, replies.items(), strict=False)]
         for row, slot, reply in laid:
             request, length = reply.request, len(reply.request.prompt_ids)
             sampling = request.sampling or GREEDY
-            terms[row] = Terms.of(length, request.max_new_tokens, reply.eos_ids, sampling, vocab_size)
+            terms[row] = Terms.of(length, request.max_new_tokens, reply.eos_ids, sampling, self._vocab_size)
             places[row], self._replies[slot] = slot, reply
             reply.statistics.started = time.monotonic()
             self.status = replace(
@@ -256,15 +236,8 @@ class Scheduler:
                 cached_tokens=self.status.cached_tokens + reply.statistics.cached_tokens,
             )
         with self._device.handing():
-            self._slots, first = lay(
-                self._model.definition,
-                self.params,
-                self._slots,
-                filled,
-                places,
-                Terms.joined(terms).packed(),
-                sampled=any(_is_sampled(reply.request.sampling) for _, _, reply in laid),
-            )
+            sampled = any(_is_sampled(reply.request.sampling) for _, _, reply in laid)
+            first = self._programs.lay(places, Terms.joined(terms).packed(), sampled)
         return laid, first
 
     def _start_stretch(self, *, somebody_waits: bool) -> Stretch | None:
@@ -282,14 +255,8 @@ class Scheduler:
         sampled = any(_is_sampled(reply.request.sampling) for reply in running)
         for reply in running:
             reply.is_fresh &= plan.drafts > 0
-        program, packed = (self._model.definition, self.params), []
         with self._device.handing():
-            for _ in range(calls_of(rounds, pieces=self._ahead)):
-                self._slots, piece = run_stretch(
-                    *program, self._slots, np.int32(rounds), plan, sampled=sampled, pieces=self._ahead
-                )
-                piece.copy_to_host_async()
-                packed.append(piece)
+            packed = self._programs.stretch(rounds, plan, sampled, self._ahead)
         fresh = [slot for slot, reply in held if reply.is_fresh]
         return Stretch(packed, plan, held, fresh, len(packed) * PIECE_ROUNDS if self._ahead else rounds)
 
@@ -332,18 +299,11 @@ class Scheduler:
 
     def _logprobs(self, slot: int, reply: Reply, ids: list[int]) -> tuple[TokenLogprob, ...] | None:
         """Of new tokens, if they are asked for."""
-        wanted, state = reply.request.logprobs, self._slots.decode
+        wanted, state = reply.request.logprobs, self._programs.slots.decode
         if wanted is None:
             return None
         start = min(reply.committed, state.tokens.shape[1] - columns_of(state))
-        found = token_logprobs(
-            self._model.definition,
-            self.params,
-            self._slots,
-            np.int32(slot),
-            np.int32(start),
-            most=self._most_logprobs,
-        )
+        found = self._programs.logprobs(slot, start, self._most_logprobs)
         own, best, alternatives = (self._device.read(array)[reply.committed - start :].tolist() for array in found)
         pairs = [tuple(zip(*row, strict=True))[:wanted] for row in zip(alternatives, best, strict=True)]
         return tuple(map(TokenLogprob, ids, own, pairs))
@@ -354,8 +314,7 @@ class Scheduler:
             return
         prompt = len(reply.request.prompt_ids)
         length = prompt + reply.statistics.new_tokens
-        where = np.int32(slot), np.int32(prompt), np.int32(length)
-        window = take_window(self._slots, *where, branches=self._branches)
+        window = self._programs.window(slot, prompt, length, self._branches)
         self._on_window(window, reply.request)
 
     def _free(self, slot: int) -> None:

@@ -265,7 +265,7 @@ def lay(
         return buffer.at[places].set(new, mode="drop")
 
     ends = rows.decode.done.astype(jnp.int32)
-    return jax.tree.map(put, slots, rows), jnp.stack([first_token, ends], axis=1)
+    return jax.tree.map(put, slots, rows), definition.on_all(jnp.stack([first_token, ends], axis=1))
 
 
 @partial(jax.jit, donate_argnames="slots")
@@ -296,7 +296,7 @@ def run_stretch(
     state = slots.decode.replace(rounds=jnp.int32(0), sampling=sampling if sampled else None)
     run = _piece if pieces else decode_rounds
     state = run(definition, params, state, knobs, plan)
-    packed = _pack(state, began)
+    packed = definition.on_all(_pack(state, began))
     return slots._replace(decode=state.replace(sampling=state.sampling if sampled else sampling)), packed
 
 
@@ -364,7 +364,8 @@ def token_logprobs(
     features, tokens = of(state.signals.features.final), of(state.tokens)
     log_p = definition.sharded(log_probs, params, (WHOLE,), WHOLE)(params, features)
     best, alternatives = jax.lax.top_k(log_p, most)
-    return jnp.take_along_axis(log_p, tokens[:, None], axis=-1)[:, 0], best, alternatives
+    own = jnp.take_along_axis(log_p, tokens[:, None], axis=-1)[:, 0]
+    return definition.on_all((own, best, alternatives))
 
 
 def columns_of(state: DecodeState) -> int:

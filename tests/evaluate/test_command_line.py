@@ -92,7 +92,7 @@ def test_another_process_than_the_first_decodes_along_and_writes_nothing(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--batch", "2"], "with --batch one process decodes: leave out --coordinator, --processes and --process-id"),
+        (["--batch", "2"], "with --batch several processes decode on one mesh of all their devices: add --mesh data=N"),
         (["--plan", "auto"], "several processes must do alike: name a --plan other than auto"),
         (["--adaptive"], "several processes must do alike: .* leave out --adaptive"),
     ],

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from dvi_jax.config import MeshConfig
 from dvi_jax.errors import UserError
 from dvi_jax.learn.recipe import Rates, Recipe, choose_drafter, choose_recipe, fit_to_time, parameters
 from dvi_jax.presets import SHAPES
@@ -39,7 +40,7 @@ def test_drafters_by_size():
 def test_a_large_vocabulary_is_drafted_in_part_and_a_wide_drafter_learns_slowly():
     small, large = (choose_recipe(SHAPES[n], "bfloat16", 60 * GIB, accelerator=True) for n in ("smollm2", "1.5b"))
     assert (small.draft_vocabulary, small.lr) == (0, 1e-3)
-    settings = large.training("model", "out", "replies.npz", 1000)
+    settings = large.training("model", "out", "replies.npz", 1000, MeshConfig())
     assert (settings.draft_vocabulary, settings.lr) == (32768, pytest.approx(1e-3 * 1024 / 1536))
 
 

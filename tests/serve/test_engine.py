@@ -12,7 +12,7 @@ import pytest
 from dvi_jax.config import SamplingConfig
 from dvi_jax.errors import UserError
 from dvi_jax.model.speculative_llama import join
-from dvi_jax.serve import prefixes, scheduler, slots
+from dvi_jax.serve import prefixes, programs, slots
 from dvi_jax.serve.requests import QueueFullError, Request
 
 PROGRAMS = (*(slots.take_chunk, slots.lay, slots.run_stretch, slots.release), prefixes.cut_block, prefixes.put_block)
@@ -228,7 +228,7 @@ def test_a_failure_reaches_every_reader(model, make_engine, monkeypatch):
             raise RuntimeError("the device\nis gone")
         return slots.run_stretch(*arguments, **options)
 
-    monkeypatch.setattr(scheduler, "run_stretch", run_stretch)
+    monkeypatch.setattr(programs, "run_stretch", run_stretch)
     with make_engine(model) as engine:
         handles = [engine.submit(Request((5, index), 80, eos_ids=())) for index in range(6)]
         for handle in handles:

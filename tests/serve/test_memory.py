@@ -36,6 +36,6 @@ def test_refused_with_the_numbers(model, make_engine, monkeypatch):
     with pytest.raises(UserError, match=message):
         check_engine_memory(memory, limit=100 * 2**20)
     monkeypatch.setattr("dvi_jax.serve.memory.available_bytes", lambda: 0)
-    monkeypatch.setattr(engine_module, "empty_slots", pytest.fail)  # nothing is taken
+    monkeypatch.setattr(engine_module, "Programs", pytest.fail)  # nothing is taken
     with pytest.raises(UserError, match="but the device has"):
         make_engine(model)

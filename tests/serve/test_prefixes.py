@@ -9,7 +9,9 @@ import numpy as np
 
 from dvi_jax.serve.intake import Intake
 from dvi_jax.serve.prefixes import Block, Prefixes
+from dvi_jax.serve.programs import Programs
 from dvi_jax.serve.requests import Request
+from dvi_jax.serve.slots import Shape
 
 
 def test_hits_and_misses_have_equal_bits(model, make_engine, pieces_of):
@@ -42,14 +44,15 @@ def window_rows(window):
 def test_what_is_kept_in_8_bits_is_laid_back_to_the_bit(model):
     """The chunk behind a prefix's two, and keys and values of all three: computed, and with two of them laid back."""
     model = model.with_kv("int8")
-    intake = Intake(model, rows=1, chunk=16, room=64, prefix_bytes=10**6, record=False)
+    programs = Programs(model, Shape(1, 64, 1, record=False), rows=1, chunk=16, prefix_bytes=10**6)
+    intake = Intake(programs)
     prompt, found = tuple(range(2, 42)), []
     for _ in range(2):
         reply = SimpleNamespace(request=Request(prompt, 1), statistics=SimpleNamespace(cached_tokens=0))
         intake.begin([reply])
         while not intake.is_ready:
-            intake.step(model.decode_params)
-        _, filled = intake.hand_over(1)
+            intake.step()
+        filled = programs.filled
         found.append(jax.device_get((filled.shallow, filled.deep, filled.features)))
     assert reply.statistics.cached_tokens == 32
     assert found[0][0][0].key.values.dtype == np.int8

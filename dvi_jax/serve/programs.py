@@ -1,0 +1,131 @@
+"""An engine's arrays on its devices, and what is done to them: each step by its name and what the host gives it.
+
+So that a step can be told. Where several processes serve together, the first one decides what comes next, and all of
+them run it (`together.py`). Letters as in `slots.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+
+from dvi_jax.decode.plan import Plan
+from dvi_jax.decode.prefill import Filled
+from dvi_jax.learn.replay import Windows
+from dvi_jax.loading import LoadedModel
+from dvi_jax.serve.prefixes import Prefixes, cut_block, position_axes, put_block
+from dvi_jax.serve.slots import (
+    Shape,
+    calls_of,
+    empty_prompts,
+    empty_slots,
+    lay,
+    release,
+    run_stretch,
+    take_chunk,
+    take_window,
+    token_logprobs,
+)
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+Tell = Callable[[str, tuple[Any, ...]], None]  # the step's name, and what it is given
+STEPS: set[str] = set()  # what may be told
+
+
+def _step(
+    method: Callable[Concatenate[Programs, Given], Result],
+) -> Callable[Concatenate[Programs, Given], Result]:
+    """A step that all processes run; its arguments are what `together.py` can write down."""
+
+    @wraps(method)
+    def told(self: Programs, *given: Given.args, **named: Given.kwargs) -> Result:
+        assert not named, "arguments are told in their order"
+        if self.tell is not None:
+            self.tell(method.__name__, given)
+        return method(self, *given, **named)
+
+    STEPS.add(method.__name__)
+    return told
+
+
+class Programs:
+    """All slots, the prompts on their way into them, and the beginnings of prompts that are kept."""
+
+    def __init__(self, model: LoadedModel, shape: Shape, *, rows: int, chunk: int, prefix_bytes: int):
+        """Take the memory. `rows`: P. `chunk`: C. `prefix_bytes`: for what prompts share; 0 where P is several."""
+        assert rows == 1 or not prefix_bytes
+        self.rows, self.chunk = rows, chunk
+        self.tell: Tell | None = None  # of other processes
+        self.params = model.decode_params  # what the next step computes with
+        self._definition = model.definition
+        self._filled = empty_prompts(model.definition, self.params, rows=rows, room=shape.room, record=shape.record)
+        self.prefixes = Prefixes(chunk, prefix_bytes)
+        self._axes = position_axes(model.definition, self.params, record=shape.record)
+        self.slots = empty_slots(model.definition, self.params, shape)
+
+    @property
+    def filled(self) -> Filled:
+        """The prompts that are being taken in."""
+        return self._filled
+
+    @_step
+    def take(self, tokens: np.ndarray, lengths: np.ndarray, position: int) -> None:
+        """A chunk of prompts of `lengths` int32 [P]: tokens int32 [P, C] from `position` on (`take_chunk`)."""
+        self._filled = take_chunk(self._definition, self.params, self._filled, tokens, lengths, np.int32(position))
+
+    @_step
+    def keep(self, name: bytes) -> None:
+        """Keep the chunk that was taken in last, under its name."""
+        self.prefixes.keep(name, cut_block(self._filled, self._axes, self.chunk))
+
+    @_step
+    def lay_back(self, *names: bytes) -> int:
+        """A prompt's beginning, from what is kept of it under these names. -> chunks."""
+        known = self.prefixes.find(names)
+        for number, block in enumerate(known):
+            self._filled = put_block(self._filled, block, self._axes, np.int32(number * self.chunk))
+        return len(known)
+
+    @_step
+    def lay(self, places: np.ndarray, terms: np.ndarray, sampled: bool) -> jax.Array:
+        """The prompts that are taken in into slots `places` int32 [P] -> int32 [P, 2] (`slots.lay`)."""
+        self.slots, first = lay(self._definition, self.params, self.slots, self._filled, places, terms, sampled=sampled)
+        return first
+
+    @_step
+    def release(self, ended: np.ndarray) -> None:
+        """The sequences marked in bool [B] go no further."""
+        self.slots = release(self.slots, ended)
+
+    @_step
+    def stretch(self, rounds: int, plan: Plan, sampled: bool, pieces: bool) -> list[jax.Array]:
+        """Start so many rounds -> what `Outcome` reads, of each piece (`run_stretch`)."""
+        packed = []
+        for _ in range(calls_of(rounds, pieces=pieces)):
+            self.slots, piece = run_stretch(
+                self._definition, self.params, self.slots, np.int32(rounds), plan, sampled=sampled, pieces=pieces
+            )
+            piece.copy_to_host_async()
+            packed.append(piece)
+        return packed
+
+    @_step
+    def logprobs(self, slot: int, start: int, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of a slot's tokens (`token_logprobs`)."""
+        place = np.int32(slot), np.int32(start)
+        return token_logprobs(self._definition, self.params, self.slots, *place, most=most)
+
+    def window(self, slot: int, prompt: int, length: int, branches: int) -> Windows:
+        """Of a slot, for who learns, which is in this process alone (`take_window`)."""
+        return take_window(self.slots, np.int32(slot), np.int32(prompt), np.int32(length), branches=branches)
+
+    @_step
+    def try_laying_back(self) -> None:
+        """Compile what keeps beginnings and lays them back, with the chunk that was taken in last."""
+        block = cut_block(self._filled, self._axes, self.chunk)
+        self._filled = put_block(self._filled, block, self._axes, np.int32(0))
