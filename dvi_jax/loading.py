@@ -164,6 +164,7 @@ def from_checkpoint(
                 f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens,"
                 f" the model's embedding only {config.vocab_size}"
             )
+    shard_config(config, mesh)  # what does not divide is said before anything is laid out
     check_blocks(mesh, checkpoint.base)
     base = place_tree(mesh, config, checkpoint.base, "llama")
     model = build_model(config, manifest, base, kv=kv, seed=seed, mesh=mesh)

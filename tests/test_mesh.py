@@ -208,3 +208,7 @@ def test_models_and_batches_that_do_not_divide(models, written):
             shard_config(replace(checkpoint.config, **change), mesh_of("model=2"))
     with pytest.raises(UserError, match="mesh data=2: a batch of 3 does not divide among 2 devices"):
         generate_batch(models(EVEN, "data=2"), [*PROMPTS, [3]], SETTINGS)
+    with pytest.raises(UserError, match="mesh data=2: a batch of 1 does not divide among 2 devices"):
+        estimate_memory(models(EVEN, "data=2"), Sizes(1, 128, 4, 16))
+    with pytest.raises(UserError, match="mesh model=4: the model's num_heads 6 does not divide by 4"):
+        load(written(ODD), mesh=mesh_of("model=4"))

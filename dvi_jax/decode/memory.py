@@ -28,7 +28,7 @@ from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import STATE_SPECS, DecodeState, Knobs
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
-from dvi_jax.mesh import bytes_of
+from dvi_jax.mesh import bytes_of, check_batch
 from dvi_jax.model.speculative_llama import Params
 
 GIB, MIB = 2**30, 2**20
@@ -110,8 +110,9 @@ def estimate_memory(model: LoadedModel, sizes: Sizes) -> Budget:
     """The memory of one generation, its workspace estimated.
 
     The model's arrays may be `jax.ShapeDtypeStruct`s: a model can be judged before it is loaded. A prefix counts as
-    one still to be made.
+    one still to be made. `UserError` for a batch that does not divide among the mesh.
     """
+    check_batch(model.definition.mesh, sizes.batch, "a batch")
     state = abstract_state(model, sizes)
     counted = (*CACHES, "drafter", "signals")
     lowered = lower_programs(model, sizes)

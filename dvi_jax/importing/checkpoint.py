@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dvi_jax.checkpoint import Manifest, write_checkpoint
 from dvi_jax.data.tokenizer import Tokenizer
-from dvi_jax.errors import UserError
+from dvi_jax.errors import UserError, notice
 from dvi_jax.identity import hash_base
 from dvi_jax.importing import tokenizer
 from dvi_jax.importing.calibration import calibration_rows
@@ -88,6 +88,10 @@ def _calibrated(
         raise UserError("--calibration needs a tokenizer, and the source has none")
     rows = calibration_rows(own, files)
     base = load_base(model, dtype)
+    notice(
+        f"rounding {model.config.num_layers} layers one after the other, by what they do to {rows.size:,} tokens: this"
+        " takes minutes on a CPU"
+    )
     tree = rounded_base(model.config, base, rows, quantisation)
     made = replace(quantisation, source_sha256=hash_base(base), calibration_tokens=rows.size)
     return tree, hash_base(tree), made

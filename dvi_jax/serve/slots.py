@@ -196,8 +196,9 @@ def _begun(definition: Definition, shape: Shape, params: Params) -> Slots:
     """This device's slots, each with a prompt of one token, to see what they are made of."""
     model, count = join(definition, params), shape.slots // replicas(definition.mesh)
     one = Terms.of(1, 1, (), SamplingConfig(), model.llama.config.vocab_size)
+    terms = jax.tree.map(lambda field: jnp.broadcast_to(field, (count, *field.shape[1:])), one)
     filled = Filled.empty(model, count, shape.room, keep=shape.record)
-    return _begin(model, filled, Terms.joined([one] * count), shape.width, shape.branches, sampled=True)[0]
+    return _begin(model, filled, terms, shape.width, shape.branches, sampled=True)[0]
 
 
 @partial(jax.jit, static_argnames=("definition", "rows", "room", "record"))

@@ -35,6 +35,8 @@ def test_refused_with_the_numbers(model, make_engine, monkeypatch):
     message = r"64 slots of 4096 positions need \d+\.\d MiB \(weights .*, each slot 2\.\d MiB, .* limit is 100.0 MiB"
     with pytest.raises(UserError, match=message):
         check_engine_memory(memory, limit=100 * 2**20)
+    endless = engine_memory(model, Shape(slots=10**9, room=64, width=3, record=False), prefix_bytes=0)
+    assert endless.slot > 2 * 64 * 8 * 2 * 2 * 4  # and it is known without a list of so many
     monkeypatch.setattr("dvi_jax.serve.memory.available_bytes", lambda: 0)
     monkeypatch.setattr(engine_module, "Programs", pytest.fail)  # nothing is taken
     with pytest.raises(UserError, match="but the device has"):
