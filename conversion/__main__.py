@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from dvi_jax.errors import ArgumentParser, add_debug, run_cli
-from dvi_jax.quantisation import GROUPS, WEIGHTS, chosen_storage
+from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
+from dvi_jax.quantisation import GROUPS, WEIGHTS, Quantisation, chosen_storage
 
 
 def main() -> int:
@@ -18,7 +18,7 @@ def main() -> int:
         from conversion.importing import import_model
         from dvi_jax.importing.cache import named_source
 
-        dtype, quantisation = chosen_storage(args.weights, args.dtype, group=args.group, head=args.quantise_head)
+        dtype, quantisation = _storage(args)
         manifest = import_model(
             named_source(args.source),
             args.out,
@@ -40,20 +40,32 @@ def main() -> int:
     return 0
 
 
+def _storage(args: argparse.Namespace) -> tuple[str | None, Quantisation | None]:
+    """The dtype and quantisation that an import's options ask for together."""
+    if args.group is not None and args.weights != "int4":
+        raise UserError("--group is of int4's scales: it goes with --weights int4")
+    if args.quantise_head and args.weights in (None, "bfloat16"):
+        raise UserError("--quantise-head needs --weights int8, int4 or float8, which it is kept in")
+    options = {} if args.group is None else {"group": args.group}
+    return chosen_storage(args.weights, args.dtype, head=args.quantise_head, **options)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="python -m conversion", description="Weights in and out.")
     commands = parser.add_subparsers(dest="command", required=True)
-    importer = commands.add_parser("import", help="Hugging Face directory or GGUF file -> checkpoint")
+    what = "Hugging Face directory or GGUF file -> checkpoint"
+    importer = commands.add_parser("import", help=what, description=what)
     importer.add_argument("--adapter", type=Path, metavar="DIR", help="Kangaroo adapter to draft with")
     importer.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: float32)")
     importer.add_argument("--weights", choices=WEIGHTS, help="format of its matrices (default: the dtype)")
-    importer.add_argument("--group", type=int, default=64, choices=GROUPS, help="inputs that share a scale of int4")
+    importer.add_argument("--group", type=int, choices=GROUPS, help="inputs that share a scale of int4 (default: 64)")
     importer.add_argument(
         "--calibration", nargs="+", default=[], metavar="FILE", help="conversations to round int4 by (GPTQ)"
     )
     importer.add_argument("--quantise-head", action="store_true", help="keep the LM head in as few bits too")
     importer.add_argument("--exit-layer", type=int, metavar="K", help="layers that draft (default: 2)")
-    exporter = commands.add_parser("export", help="checkpoint -> orbax export or Hugging Face directory")
+    what = "checkpoint -> Hugging Face directory, orbax export, or its drafter alone"
+    exporter = commands.add_parser("export", help=what, description=what)
     exporter.add_argument("--to", required=True, choices=("orbax", "hf", "drafter"), help="form of the export")
     exporter.add_argument("--merge-lora", action="store_true", help="fold lora_D into the base weights first")
     model, trained = "a Hugging Face directory, a GGUF file or a cached org/name", "a checkpoint"

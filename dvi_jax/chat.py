@@ -7,9 +7,14 @@ A line is a message. `/reset` forgets the conversation, `/system TEXT` begins a 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from types import FrameType
 
 from dvi_jax.command_line import (
     AUTO,
@@ -62,26 +67,27 @@ class Conversation:
         room = self.model.config.context_length - len(ids)
         settings = replace(self.settings, max_new_tokens=min(self.settings.max_new_tokens, room))
         option = self._option(settings)
-        stream = Stream(
-            self.model,
-            [ids],
-            option.settings(settings),
-            sampling=self.sampling and replace(self.sampling, seed=(self.sampling.seed + self.turns) % 2**32),
-            stop=self.stop,
-            every=EVERY,
-        )
         answer, count = "", 0
         began = first = time.perf_counter()
-        try:
+        with interrupts() as interrupted:
+            stream = Stream(
+                self.model,
+                [ids],
+                option.settings(settings),
+                sampling=self.sampling and replace(self.sampling, seed=(self.sampling.seed + self.turns) % 2**32),
+                stop=self.stop,
+                every=EVERY,
+            )
             for pieces in stream:
+                if interrupted.is_set():
+                    break
                 for piece in pieces:
                     first = first if count else time.perf_counter()
                     answer, count = answer + piece.text, count + len(piece.ids)
                     print(piece.text, end="", flush=True)
-            print()
-        except KeyboardInterrupt:
-            print(" [ended]")
-        self.messages = [*asked, Message("assistant", answer)]
+        print(" [ended]" if interrupted.is_set() else "")
+        if answer or not interrupted.is_set():
+            self.messages = [*asked, Message("assistant", answer)]
         self.turns += 1
         self._tell(stream, option, count, first - began, time.perf_counter() - first)
         return answer
@@ -104,6 +110,31 @@ class Conversation:
             if self.chooser is not None:
                 self.chooser.note(option.plan, generation.accept_lengths, generation.drafted)
         print(f"({', '.join(figures)})", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[threading.Event]:
+    """Whether Ctrl-C was typed, which raises nothing meanwhile; a second one raises `KeyboardInterrupt`.
+
+    Raised anywhere it might be lost: Python passes over what is raised in a callback, such as a library's at a garbage
+    collection.
+    """
+    typed = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if typed.is_set():
+            raise KeyboardInterrupt
+        typed.set()
+
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield typed  # somebody else hears it
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield typed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -146,6 +177,8 @@ def obey_or_reply(talk: Conversation, line: str) -> None:
     else:
         try:
             talk.reply(line)
+        except KeyboardInterrupt:  # a second one, or one before the reply began: the message is forgotten
+            print(" [ended]")
         except UserError as error:
             print(f"({one_line(str(error))}; /reset begins anew)", file=sys.stderr)
 

@@ -53,7 +53,7 @@ def add_kv_option(parser: argparse.ArgumentParser) -> None:
         "--kv",
         choices=KV,
         default=WHOLE_KV,
-        help="what the cache keeps keys and values in (default: the model's dtype)",
+        help="what the cache keeps keys and values in; dtype is the model's",
     )
 
 

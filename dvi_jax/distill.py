@@ -7,6 +7,7 @@ measured. The same command goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from dataclasses import replace
 from typing import Any
@@ -78,12 +79,16 @@ def _distill(options: argparse.Namespace) -> int:
     else:
         for line in compare(model, work.held_out_prompts(COMPARED_PROMPTS)):
             say(console, line)
-    kept = "" if options.kv == WHOLE_KV else f" --kv {options.kv}"
-    say(
-        console,
-        f"use it    dvi generate --checkpoint {options.model} --drafter-from {options.out} --plan auto{kept}",
-    )
+    say(console, f"use it    {generate_command(options)}")
     return 0
+
+
+def generate_command(options: argparse.Namespace) -> str:
+    """What decodes with the drafter, the model kept as it was here; for a shell."""
+    kept = {"--dtype": options.dtype, "--weights": options.weights, "--kv": options.kv.replace(WHOLE_KV, "")}
+    storage = [part for name, value in kept.items() if value for part in (name, value)]
+    command = ["dvi", "generate", "--checkpoint", options.model, "--drafter-from", options.out, *storage]
+    return shlex.join([*map(str, command), "--plan", "auto", "--prompt", "Why is the sky blue?"])
 
 
 def describe(work: SelfDistillation) -> list[str]:

@@ -235,11 +235,12 @@ def show_kept_drafter(checkpoint: Path, prompts: Sequence[list[int]], console: C
     theirs, ours = (read_json(path / "MANIFEST.json") for path in (KEPT, checkpoint))
     if theirs["source_sha256"] != ours["source_sha256"]:
         return True
+    say(console, f"decoding {len(prompts)} of these prompts with the drafter kept in this repository")
     model = load(checkpoint, drafter_from=KEPT)
     timing = compare(model, prompts, KEPT_SETTINGS, max(map(len, prompts)))
     say(
         console,
-        f"With the drafter kept in this repository (trained on 100 million tokens), {len(prompts)} of these prompts:"
+        f"With that drafter, trained on 100 million tokens:"
         f" {timing.tokens[SPECULATIVE] / timing.rounds:.2f} tokens per round; fastest plain"
         f" {timing.rate(timing.fastest):.1f}, speculative {timing.rate(SPECULATIVE):.1f} tokens per second;"
         f" {timing.identical} of {len(prompts)} outputs identical to plain decoding of the same width",

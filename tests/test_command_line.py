@@ -196,10 +196,11 @@ def edited_hf(target: Path, **changes) -> Path:
     return target
 
 
-def test_conversion(tmp_path, complaint):
+def test_conversion(tmp_path, complaint, byte_checkpoint):
     out = tmp_path / "out"
     cases = {
         "no model at": tmp_path / "none",
+        "is a checkpoint, imported already": byte_checkpoint,
         "a mixture of experts": edited_hf(
             tmp_path / "experts", model_type="mixtral", architectures=["MixtralForCausalLM"]
         ),
@@ -213,6 +214,12 @@ def test_conversion(tmp_path, complaint):
     assert "--exit-layer must be in 1..5" in complaint(
         conversion, "import", "--from", MHA, "--out", out, "--exit-layer", 99
     )
+    for options, message in {
+        ("--group", "32"): "it goes with --weights int4",
+        ("--group", "32", "--weights", "int8"): "it goes with --weights int4",
+        ("--quantise-head",): "--quantise-head needs --weights",
+    }.items():
+        assert message in complaint(conversion, "import", "--from", MHA, "--out", out, *options)
     assert "unrecognized arguments: --no-such-flag" in complaint(
         conversion, "import", "--from", MHA, "--out", out, "--no-such-flag"
     )

@@ -37,6 +37,13 @@ def begun(byte_checkpoint, conversations, tmp_path_factory):
     return out, ["--model", str(byte_checkpoint), "--data", str(conversations), "--out", str(out)]
 
 
+def test_the_command_that_it_ends_with_keeps_the_model_as_it_was():
+    asked = ["--model", "a model", "--data", "log", "--out", "out", "--weights", "int4", "--kv", "int8"]
+    command = distill.generate_command(distill._parser().parse_args(asked))
+    assert command.startswith("dvi generate --checkpoint 'a model' --drafter-from out --weights int4 --kv int8 --plan")
+    assert "--kv" not in distill.generate_command(distill._parser().parse_args(asked[:6]))
+
+
 @pytest.fixture(scope="module")
 def finished(begun, tmp_path_factory):
     """The same, carried through in one go."""

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import dvi_jax
-from dvi_jax import DecodeConfig, Message, UserError, generate_batch, generate_text, load
+from dvi_jax import DecodeConfig, Message, UserError, chat, generate_batch, generate_text, load
+from dvi_jax.decode.stream import Stream
 from dvi_jax.generate import main as generate
 
 ROOT = Path(__file__).parents[1]
@@ -161,6 +163,45 @@ def test_a_conversation_in_a_terminal(model, byte_checkpoint):
         assert line.startswith("/") or re.search(rf"\({NEW} tokens, .* 1\.00 tokens a round by plain\)", shown)
     assert "there is no /what" in terminal.ask("/what")
     assert terminal.leave() == 0
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("pieces", [0, 1])
+def test_ctrl_c_ends_the_reply_alone(model, monkeypatch, capsys, times, pieces):
+    """Once or again, also while the prompt is still taken in: what was said is kept, and the conversation goes on."""
+
+    def interrupted(*arguments, **options):
+        return Interrupted(Stream(*arguments, **options), pieces, times)
+
+    talk = chat.Conversation(model, DecodeConfig(draft_steps=0, max_new_tokens=NEW), None, (), "short")
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(chat, "Stream", interrupted)
+        chat.obey_or_reply(talk, "moon")
+    shown = capsys.readouterr().out
+    assert shown.endswith(" [ended]\n")
+    assert bool(shown.removesuffix(" [ended]\n")) == bool(pieces)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert [message.content for message in talk.messages[:1]] == (["moon"] if pieces and times == 1 else [])
+    talk.reset()
+    chat.obey_or_reply(talk, "tree")
+    anew = model.tokenizer.decode(plainly(model, "System: short\nUser: tree\nAssistant:"))
+    assert [message.content for message in talk.messages] == ["tree", anew]
+
+
+class Interrupted:
+    """A stream during which Ctrl-C is typed, so many times, after so many pieces."""
+
+    def __init__(self, stream: Stream, pieces: int, times: int):
+        self._stream, self._pieces, self._times = stream, pieces, times
+        self.generations = stream.generations
+
+    def __iter__(self):
+        for number, piece in enumerate(self._stream):
+            if number == self._pieces:
+                for _ in range(self._times):
+                    signal.raise_signal(signal.SIGINT)
+            yield piece
 
 
 class Terminal:

@@ -1,15 +1,16 @@
 """Choosing among plans while decoding (`--plan auto`): by what each costs on this device and by what is accepted.
 
-Costs are measured once and kept on disk. Acceptance is followed draft by draft, newer rounds counting for more. A plan
-is worth the tokens that its rounds can be expected to give, over what a round costs; the best is taken anew for every
-generation, and between stretches of its rounds among the plans that give the same bits. Once a generation drafts
-nothing it stays so: its drafter has missed rows.
+Costs are measured once, each kept on disk as soon as it is known. Acceptance is followed draft by draft, newer rounds
+counting for more. A plan is worth the tokens that its rounds can be expected to give, over what a round costs; the best
+is taken anew for every generation, and between stretches of its rounds among the plans that give the same bits. Once a
+generation drafts nothing it stays so: its drafter has missed rows.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from dvi_jax.decode.kernel_loading import load_kernels
 from dvi_jax.decode.plan import PLAIN, Option, Plan, plan_for, rows_alike
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
+from dvi_jax.errors import notice
 from dvi_jax.loading import LoadedModel
 
 STRETCH = 64  # rounds until the first choice; twice as many until the next, and so on
@@ -35,9 +37,11 @@ MEMORY = 0.995  # what a round still counts for after the next
 PRIOR_RATE, PRIOR_WEIGHT = 0.45, 2.0  # of the first draft, a weak drafter's, and the drafts that it counts for
 RETRY = 8  # generations or stretches that draft nothing until one tries again, at least
 MOST_LOSS = 0.01  # share of the time that trying again may cost where it is in vain
-MEASURED_TOKENS = 128  # room of a measured generation
+MEASURED_TOKENS = 128  # room of a measured generation, at most
+CPU_TOKENS = 32  # the same at least, where few rounds are measured: with the reply's own room, its program is used
 MEASURED_ROUNDS = 16  # of the shorter one on an accelerator, where rounds are short
 DRAFTS = (1, 2, 3, 5, 8)  # numbers of drafts to choose from
+FEW_DRAFTS = (1, 3)  # the same where each number of rows needs programs of its own, and rows are not free
 TREES = (8, 16, 32)  # rows of trees to choose from, where a row's bits do not depend on how many there are
 MOST_ROUND_ROWS = 64  # of a batch: a round's products read the weights once for so many
 UNUSED_MEMORY = 0.97  # what a tree's rounds still count for after others were followed: drafters change
@@ -141,25 +145,24 @@ class PlanChooser(Followed):
     def measured(cls, model: LoadedModel, settings: DecodeConfig, prompt: Sequence[int], batch: int = 1) -> PlanChooser:
         """One whose costs are read from disk, or measured behind `prompt` (token ids) and kept there.
 
-        A plan that is measured is also compared with plain decoding, bit for bit (`agreement.py`).
+        A plan that is measured is also compared with plain decoding, bit for bit (`agreement.py`). One that cannot
+        pay on this device is not measured, and not chosen.
         """
-        choices = options(model, settings, batch)
-        path = costs_path(model, batch)
-        known = read_costs(path)
-        costs = {}
-        for option in choices:
-            name = f"{option.plan}/{option.width}"
-            if name not in known:
-                room = model.config.context_length - len(prompt)
-                own = replace(option.settings(settings), max_new_tokens=min(MEASURED_TOKENS, room))
-                state = start(model, [list(prompt)] * batch, own, make_knobs(own, ()))
-                if not option.plan.is_plains_program:
-                    require_equal_bits(model, state, option.plan)
-                rounds = MEASURED_ROUNDS if jax.default_backend() != "cpu" else ROUNDS
-                known[name] = round_seconds(model, state, option.plan, option.plan.drafts, rounds)[0]
-            costs[option] = known[name]
-        write_costs(path, known)
-        return cls(model, costs)
+        path, choices = costs_path(model, batch), options(model, settings, batch)
+        known, costs = read_costs(path), dict[Option, float]()
+        measured, began = False, time.perf_counter()
+        for option in sorted(choices, key=_order):
+            if option.name not in known:
+                if not _can_pay(option.plan, costs):
+                    continue
+                if not measured:
+                    _tell_what_is_measured([other for other in choices if other.name not in known])
+                known[option.name], measured = _measure(model, settings, prompt, batch, option), True
+                write_costs(path, known)
+            costs[option] = known[option.name]
+        if measured:
+            _tell_what_was_measured(choices, costs, time.perf_counter() - began)
+        return cls(model, {option: costs[option] for option in choices if option in costs})
 
     def begin(self) -> Option:
         """The option of the next generation."""
@@ -211,18 +214,60 @@ def options(
 ) -> list[Option]:
     """Plain decoding, and plans of up to `draft_steps` drafts and `most_rows` rows of all sequences.
 
-    Where a row's bits depend on how many there are, each is as narrow as its plan allows, and none is a tree. Else all
-    have room for the widest, for which a step drafter's first pass pays: large batches draft little anyway.
+    Where a row's bits depend on how many there are, they are few, each as narrow as it can be, and none is a tree. Else
+    all have room for the widest, for which a step drafter's first pass pays: large batches draft little anyway.
     """
     most = min(settings.draft_steps, model.max_drafts or MOST_DRAFTS)
     alike = rows_alike(batch * 2, model.config, model.manifest.dtype)
     if alike:
         most = min(most, max(most_rows // batch - 1, 1))
-    plans = [PLAIN, *(plan_for(n, drafts_blocks=model.drafts_blocks) for n in DRAFTS if n <= most)]
+    drafts = [n for n in (DRAFTS if alike else FEW_DRAFTS) if n <= most]
+    plans = [PLAIN, *(plan_for(n, drafts_blocks=model.drafts_blocks) for n in drafts)]
     for tree in (Plan("tree", rows) for rows in trees):
         if alike and tree.drafts <= most and batch * tree.rows <= most_rows:
             plans.append(tree)
     return [Option(plan, most + 1 if alike else plan.rows) for plan in plans]
+
+
+def _order(option: Option) -> tuple[bool, int]:
+    """Plain decoding, then plans of more drafts before those of fewer, which `_can_pay` may then spare."""
+    return option.plan.drafts > 0, -option.plan.drafts
+
+
+def _can_pay(plan: Plan, costs: Mapping[Option, float]) -> bool:
+    """Whether the plan may be faster than plain decoding, by what is known of plain and of longer plans of its kind.
+
+    A draft takes less than a plain token, being a part of it. So where N drafts that are all right cost as much as
+    the N + 1 plain tokens they give, fewer cost as much as theirs.
+    """
+    plain = min((seconds for other, seconds in costs.items() if not other.plan.drafts), default=0.0)
+    longer = [(other.plan, seconds) for other, seconds in costs.items() if other.plan.kind == plan.kind]
+    return all(seconds < (other.drafts + 1) * plain for other, seconds in longer if other.drafts > plan.drafts)
+
+
+def _measure(model: LoadedModel, settings: DecodeConfig, prompt: Sequence[int], batch: int, option: Option) -> float:
+    """Seconds of a round by an option, whose bits are those of plain decoding."""
+    rounds, least = (ROUNDS, CPU_TOKENS) if jax.default_backend() == "cpu" else (MEASURED_ROUNDS, MEASURED_TOKENS)
+    room = min(MEASURED_TOKENS, max(settings.max_new_tokens, least), model.config.context_length - len(prompt))
+    own = replace(option.settings(settings), max_new_tokens=room)
+    state = start(model, [list(prompt)] * batch, own, make_knobs(own, ()))
+    if not option.plan.is_plains_program:
+        require_equal_bits(model, state, option.plan)
+    return round_seconds(model, state, option.plan, option.plan.drafts, rounds)[0]
+
+
+def _tell_what_is_measured(options: Sequence[Option]) -> None:
+    plans = ", ".join(str(option.plan) for option in options)
+    notice(
+        f"--plan auto measures once what rounds cost here ({plans}): for each some seconds to a minute, mostly of"
+        " compiling; each is kept as soon as it is known"
+    )
+
+
+def _tell_what_was_measured(options: Sequence[Option], costs: Mapping[Option, float], seconds: float) -> None:
+    known = [f"{option.plan} {costs[option]:.3g}" for option in options if option in costs]
+    spared = [f"{option.plan} cannot pay here" for option in options if option not in costs]
+    notice(f"measured in {seconds:.0f} s, seconds of a round: {', '.join(known + spared)}")
 
 
 def costs_path(model: LoadedModel, batch: int, *more: object) -> Path:

@@ -91,6 +91,11 @@ class Option(NamedTuple):
     plan: Plan
     width: int
 
+    @property
+    def name(self) -> str:
+        """What tells it from others of a model in a file."""
+        return f"{self.plan}/{self.width}"
+
     def settings(self, other: DecodeConfig) -> DecodeConfig:
         """The settings of a generation that begins so, all else as in `other`."""
         return replace(other, draft_steps=self.width - 1, plan=str(self.plan))

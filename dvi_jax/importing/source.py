@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dvi_jax.checkpoint import MANIFEST
 from dvi_jax.config import LlamaConfig
 from dvi_jax.errors import UserError
 from dvi_jax.importing import gguf, hf, tokenizer
@@ -34,12 +35,17 @@ def open_source(source: Path) -> SourceModel:
         files = sorted(source.glob("*.gguf"))
         if files and not (source / "config.json").exists():
             raise UserError(f"{source} holds GGUF files: name the one to use, such as {files[0].name}")
+        if (source / MANIFEST).exists():
+            raise UserError(f"{source} is a checkpoint, imported already: give the model that it was made from")
         config = hf.read_config(source)
         text = tokenizer.from_directory(source, config.vocab_size)
         template, special = tokenizer.chat_template(source), tokenizer.special_tokens(source)
         return SourceModel(config, open_weights(source), text, template, special)
     if not source.is_file():
-        raise UserError(f"no model at {source}: expected a Hugging Face directory or a GGUF file")
+        raise UserError(
+            f"no model at {source}: expected a Hugging Face directory, a GGUF file, or the name of a repository in the"
+            " Hugging Face cache"
+        )
     model = gguf.GGUFModel(source)
     metadata = model.file.metadata
     template = tokenizer.gguf_chat_template(metadata, model.label)

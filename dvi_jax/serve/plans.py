@@ -27,7 +27,7 @@ from dvi_jax.decode.choosing import (
     write_costs,
 )
 from dvi_jax.decode.plan import PLAIN, Plan, check_plan, rows_alike
-from dvi_jax.errors import UserError
+from dvi_jax.errors import UserError, notice
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import replicas
 from dvi_jax.model.product_blocks import MOST_ROWS
@@ -132,6 +132,8 @@ def choose(
     path = costs_path(model, *slots.decode.tokens.shape, width, "slots", pieces)
     known = read_costs(path) if jax.process_count() == 1 else {}  # several measure together, the first one's count
     if not all(str(plan) in known for plan in plans):
+        names = ", ".join(map(str, plans))
+        notice(f"--plan auto measures once what rounds of all {len(slots.decode.length)} slots cost here ({names})")
         measured, slots = round_seconds(model, slots, plans, pieces=pieces)
         known |= {str(plan): seconds for plan, seconds in measured.items()}
         write_costs(path, known)

@@ -123,25 +123,53 @@ def test_output_is_the_same_whatever_is_chosen(make_tiny, monkeypatch):
     assert one.acceptance.judged[0] == pytest.approx((1 - choosing.MEMORY**rounds) / (1 - choosing.MEMORY), rel=0.02)
 
 
-def test_costs_are_measured_once(make_tiny, monkeypatch, tmp_path):
+@pytest.fixture
+def measuring(make_tiny, monkeypatch, tmp_path):
+    """What measures plans of up to three drafts, and the plans that were; rounds cost what a mapping says."""
     monkeypatch.setenv("DVI_JAX_CACHE", str(tmp_path))
-    calls = []
+    calls, seconds = [], {"plain": 1.0, "early-exit:1": 1.2, "early-exit:3": 3.9}
 
-    def seconds(model, state, plan, drafts, rounds):
+    def round_seconds(model, state, plan, drafts, rounds):
         calls.append(str(plan))
-        return 1.0 + drafts, float(drafts)
+        return seconds[str(plan)], float(drafts)
 
-    monkeypatch.setattr(choosing, "round_seconds", seconds)
-    settings = DecodeConfig(draft_steps=2)
-    first = PlanChooser.measured(make_tiny(layers=2), settings, [1, 2])
-    assert calls == ["plain", "early-exit:1", "early-exit:2"]
-    assert (
-        PlanChooser.measured(make_tiny(layers=2), settings, [1, 2]).costs
-        == first.costs
-        == dict(zip(options(make_tiny(layers=2), settings, 1), (1.0, 2.0, 3.0), strict=True))
-    )
+    monkeypatch.setattr(choosing, "round_seconds", round_seconds)
+    settings = DecodeConfig(draft_steps=3)
+    return lambda: PlanChooser.measured(make_tiny(layers=2), settings, [1, 2]), calls, seconds
+
+
+def test_costs_are_measured_once(measuring, tmp_path, capsys):
+    measure, calls, seconds = measuring
+    first = measure()
+    assert calls == ["plain", "early-exit:3", "early-exit:1"]
+    assert "early-exit:1 1.2" in capsys.readouterr().err
+    assert measure().costs == first.costs
+    assert {str(option.plan): cost for option, cost in first.costs.items()} == seconds
+    assert capsys.readouterr().err == ""
     assert len(calls) == 3
     (kept,) = (tmp_path / "plan_costs").iterdir()
     kept.write_text("{broken", encoding="utf-8")
-    PlanChooser.measured(make_tiny(layers=2), settings, [1, 2])
+    measure()
     assert len(calls) == 6
+
+
+def test_fewer_drafts_are_not_measured_where_more_cannot_pay(measuring, capsys):
+    """Four tokens at the price of four plain ones: a draft fewer saves less than the token it gives."""
+    measure, calls, seconds = measuring
+    seconds["early-exit:3"] = 4.0
+    assert [str(option.plan) for option in measure().costs] == ["plain", "early-exit:3"]
+    assert calls == ["plain", "early-exit:3"]
+    assert "early-exit:1 cannot pay here" in capsys.readouterr().err
+    assert measure().begin().plan == PLAIN
+    assert capsys.readouterr().err == ""
+    assert calls == ["plain", "early-exit:3"]
+
+
+def test_what_was_measured_before_a_stop_is_kept(measuring):
+    measure, calls, seconds = measuring
+    cost = seconds.pop("early-exit:1")
+    with pytest.raises(KeyError):
+        measure()
+    seconds["early-exit:1"] = cost
+    measure()
+    assert calls == ["plain", "early-exit:3", "early-exit:1", "early-exit:1"]
