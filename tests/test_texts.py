@@ -165,8 +165,17 @@ def test_a_conversation_in_a_terminal(model, byte_checkpoint):
     assert terminal.leave() == 0
 
 
+@pytest.fixture
+def hears_ctrl_c():
+    """As in a terminal: tests that run in the background are deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("pieces", [0, 1])
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_ctrl_c_ends_the_reply_alone(model, monkeypatch, capsys, times, pieces):
     """Once or again, also while the prompt is still taken in: what was said is kept, and the conversation goes on."""
 
