@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dvi_jax.errors import EXIT_STATUS, UserError, one_line
+from dvi_jax.errors import EXIT_STATUS, INTERRUPTED_STATUS, TERMINATED_STATUS, Terminated, UserError, one_line
 
 DETECTED = "auto"  # Slurm and Open MPI say how many there are and which one this is
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process is lost
@@ -48,6 +49,7 @@ def one_of_several(options: argparse.Namespace) -> Iterator[None]:
     """What is run inside is one process of those that the options name; with none it is alone.
 
     Before the first use of jax. What goes wrong inside is one line, and ends this process without waiting for others.
+    Signals are the first one's affair: it ends as it does alone, and the others because it is gone.
     """
     if not _are_named(options):
         yield
@@ -65,6 +67,9 @@ def one_of_several(options: argparse.Namespace) -> Iterator[None]:
         raise UserError(f"no run of several processes at {options.coordinator}: {error}") from error
     errors = sys.stderr
     if jax.process_index():
+        # Whoever ends a job sends them to all of it. The first one answers, and the others end with it.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process is
         os.dup2(sys.stdout.fileno(), 1)  # libraries say how they connect
     try:
@@ -79,6 +84,9 @@ def one_of_several(options: argparse.Namespace) -> Iterator[None]:
             f"process {jax.process_index()} lost another one ({error}); begin again, a training run with --resume",
             errors,
         )
+    except (SystemExit, KeyboardInterrupt, Terminated) as stopped:
+        # The others may be waiting in an exchange, and a shutdown would wait for them.
+        _leave_stopped(stopped, errors)
     jax.distributed.shutdown()
 
 
@@ -140,3 +148,12 @@ def _leave(text: str, errors: object) -> NoReturn:
     """End at once: a shutdown would wait for the process that was lost."""
     print(f"error: {one_line(text)}", file=errors, flush=True)  # type: ignore[call-overload]
     os._exit(EXIT_STATUS)
+
+
+def _leave_stopped(stopped: BaseException, errors: object) -> NoReturn:
+    """End with the status of `stopped`, as `errors.run_cli` would."""
+    sys.stdout.flush()
+    if isinstance(stopped, SystemExit):
+        os._exit(stopped.code if isinstance(stopped.code, int) else EXIT_STATUS)
+    print("stopped", file=errors, flush=True)  # type: ignore[call-overload]
+    os._exit(TERMINATED_STATUS if isinstance(stopped, Terminated) else INTERRUPTED_STATUS)

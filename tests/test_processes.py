@@ -1,5 +1,6 @@
 """Two processes that are one run, with a device each."""
 
+import argparse
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import jax
 import numpy as np
 import pytest
 
@@ -19,12 +21,14 @@ from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.config import DecodeConfig, load_train_config
 from dvi_jax.decode.batch import generate_batch
 from dvi_jax.distill import main as distill
-from dvi_jax.errors import EXIT_STATUS, UserError
+from dvi_jax.errors import EXIT_STATUS, Terminated, UserError
 from dvi_jax.generate import main
 from dvi_jax.identity import hash_tree
 from dvi_jax.learn.online import train_online
 from dvi_jax.learn.packing import load_packed
+from dvi_jax.learn.stopping import Stopped
 from dvi_jax.loading import load
+from dvi_jax.processes import one_of_several
 
 DEADLINE = 240  # seconds, after which a test fails rather than waits
 
@@ -128,11 +132,15 @@ def test_a_distillation_that_lost_a_process_goes_on(byte_checkpoint, log, tmp_pa
 
 
 def test_a_server_of_two_processes(byte_checkpoint):
-    """Its replies are those of plain decoding by one; when a process is killed it says so, and ends."""
+    """Its replies are those of plain decoding by one; when a process is killed it says so, and ends.
+
+    Signals that can be answered are the first one's affair.
+    """
     options = ["--slots", "2", "--context", "120", "--plan", "plain", "--model-name", "small", "--port", "0"]
     first, other = two("dvi_jax.serve", "--checkpoint", str(byte_checkpoint), "--mesh", "data=2", *options)
     lines = iter(first.stderr.readline, "")
     url = re.search(r"http://[^/]+", next(line for line in lines if line.startswith("serving "))).group()
+    other.send_signal(signal.SIGTERM)
     model = load(byte_checkpoint)
     prompts = [[5, 9, 2], [7, 7, 1, 30], list(range(2, 40))]
     settings = DecodeConfig(draft_steps=0, max_new_tokens=40)
@@ -150,6 +158,22 @@ def test_a_server_of_two_processes(byte_checkpoint):
     other.communicate()
     assert first.returncode == EXIT_STATUS
     assert last == "error: process 0: process 1 is gone: begin all of them again"
+
+
+@pytest.mark.parametrize(
+    ("stopped", "status", "said"),
+    [(Stopped(signal.SIGTERM), 143, ""), (Terminated(), 143, "stopped\n"), (KeyboardInterrupt(), 130, "stopped\n")],
+)
+def test_who_is_stopped_waits_for_nobody(monkeypatch, capsys, stopped, status, said):
+    """Others may be in an exchange that needs this process: neither would come to a common end."""
+    named = argparse.Namespace(coordinator="h:1", processes=2, process_id=0)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
+    monkeypatch.setattr(jax.distributed, "shutdown", pytest.fail)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as left, one_of_several(named):
+        raise stopped
+    assert left.value.code == status
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(

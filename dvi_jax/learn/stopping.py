@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from dvi_jax.processes import is_first
+
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None  # as `signal.signal` takes and gives it
 
@@ -26,7 +28,7 @@ class StopSignals:
     """As a context manager, makes the first signal raise `Stopped`; a second one ends the process at once.
 
     While `held` it is only noted in `received`: whoever holds it, looks there and ends in its own time. Python hands
-    signals to the main thread alone: elsewhere this does nothing.
+    signals to the main thread alone: elsewhere this does nothing, nor in another process than the first of several.
     """
 
     def __init__(self) -> None:
@@ -35,7 +37,7 @@ class StopSignals:
         self._earlier: dict[int, Handler] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread() and is_first():
             self._earlier = {number: signal.signal(number, self._note) for number in STOPPING}
         return self
 

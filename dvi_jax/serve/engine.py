@@ -144,7 +144,7 @@ class Engine:
     def follow(self) -> None:
         """In every process but the first of several: do what the first one's engine does, until it is closed.
 
-        Signals are the first one's affair. `UserError` if it is lost.
+        `UserError` if it is lost.
         """
         assert isinstance(self._crew, Follower), "the first process leads"
         self._crew.follow(self._programs)

@@ -10,12 +10,11 @@ import base64
 import hmac
 import json
 import secrets
-import signal
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -108,13 +107,12 @@ class Follower:
 
     def follow(self, programs: Programs) -> None:
         """Take the steps that are told, up to the end. `UserError` if the first process is gone before."""
-        with _deaf():
-            for step, given in _steps(self._connection):
-                if step == END:
-                    return
-                if step not in STEPS:
-                    raise UserError(f"the first process has another release: there is no step {step!r}")
-                getattr(programs, step)(*given)
+        for step, given in _steps(self._connection):
+            if step == END:
+                return
+            if step not in STEPS:
+                raise UserError(f"the first process has another release: there is no step {step!r}")
+            getattr(programs, step)(*given)
         raise UserError("the first one is gone: begin all of them again")
 
     def close(self) -> None:
@@ -162,20 +160,6 @@ def _keep_alive(connection: socket.socket) -> None:
     for name, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), SILENCE, strict=True):
         if hasattr(socket, name):  # not every system has them
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-@contextmanager
-def _deaf() -> Iterator[None]:
-    """SIGTERM and SIGINT, which whoever ends a job sends to all of it, are for the first process to answer."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    earlier = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
 
 
 def _frame(step: str, given: tuple[Any, ...]) -> bytes:

@@ -1,6 +1,5 @@
 """What the first of several processes tells: it arrives as it was said, and nobody else is listened to."""
 
-import signal
 import socket
 import threading
 from types import SimpleNamespace
@@ -71,20 +70,6 @@ def test_steps_arrive_as_they_were_told(pair):
     np.testing.assert_array_equal(marks, [True, False])
     assert others == [("lay_back", (b"\x00\xff", b"")), ("stretch", (16, Plan.parse("tree:8x3"), True, False))]
     assert lost == []
-
-
-def test_signals_are_for_the_first_process(pair):
-    """Who follows hears SIGTERM, as whoever ends a job sends it to all of it, and goes on to the end."""
-    leader, follower, _ = pair
-    taken = []
-    programs = SimpleNamespace(keep=lambda name: (signal.raise_signal(signal.SIGTERM), taken.append(name)))
-    before = signal.getsignal(signal.SIGTERM)
-    for name in (b"1", b"2"):
-        leader.tell("keep", (name,))
-    leader.close()
-    follower.follow(programs)
-    assert taken == [b"1", b"2"]
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_is_no_step_is_not_run(pair):
