@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import datetime
-import importlib.util
+import importlib
 import inspect
 import json
 import os
@@ -192,11 +192,7 @@ def _run_tests(root: Path, tests: list[str], programs: Path, count: int = 1) -> 
 def is_noticed(mutant: Mutant, scratch: Path) -> bool:
     """Whether the test of a quick mutant fails with its fault; `AssertionError` if it fails without."""
     path, _, name = mutant.test.partition("::")
-    spec = importlib.util.spec_from_file_location(path.replace("/", ".").removesuffix(".py"), ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
     test = getattr(module, name)
     _call(test, scratch / "without")
     with faulty(mutant):
