@@ -103,7 +103,7 @@ class LearningRun:
             **{f"drafter_options.{name}": value for name, value in manifest.drafter_config.items()},
             **{f"lora.{name}": value for name, value in manifest.lora.items()},
         }
-        free = {name: settings.pop(name) for name in MAY_CHANGE}
+        free = {name: settings.pop(name) for name in MAY_CHANGE} | {"kv": self._model.kv}
         return RunIdentity.of(fixed | settings, free)
 
     def _save(self, state: LearnerState, progress: dict[str, Any]) -> bool:

@@ -117,6 +117,11 @@ def test_another_model_cannot_resume(byte_checkpoint, tmp_path):
     other = replace(other, manifest=replace(other.manifest, base_sha256="f" * 64))
     with pytest.raises(UserError, match=r"holds a run with model\.weights"):
         LearningRun(other, from_checkpoint(other), SETTINGS, out, context=96, resume=True).__enter__()
+    read = read_checkpoint(byte_checkpoint)
+    with LearningRun(read, from_checkpoint(read, kv="int8"), SETTINGS, out, context=96, resume=True):
+        pass  # what it learned from rows kept otherwise is still of use, and it is recorded
+    (changed,) = (record for record in read_records(out / "metrics.jsonl") if record["kind"] == "changed_setting")
+    assert (changed["setting"], changed["before"], changed["now"]) == ("kv", "dtype", "int8")
 
 
 @pytest.mark.parametrize(
