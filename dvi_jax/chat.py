@@ -78,7 +78,7 @@ class Conversation:
                 stop=self.stop,
                 every=EVERY,
             )
-            for pieces in stream:
+            for pieces in () if interrupted.is_set() else stream:  # asking for the first one may compile rounds
                 if interrupted.is_set():
                     break
                 for piece in pieces:

@@ -199,18 +199,26 @@ def test_ctrl_c_ends_the_reply_alone(model, monkeypatch, capsys, times, pieces):
 
 
 class Interrupted:
-    """A stream during which Ctrl-C is typed, so many times, after so many pieces."""
+    """A stream during which Ctrl-C is typed, so many times, after so many pieces with text; 0: while it is made."""
 
     def __init__(self, stream: Stream, pieces: int, times: int):
         self._stream, self._pieces, self._times = stream, pieces, times
         self.generations = stream.generations
+        if not pieces:
+            self._type()
 
     def __iter__(self):
-        for number, piece in enumerate(self._stream):
-            if number == self._pieces:
-                for _ in range(self._times):
-                    signal.raise_signal(signal.SIGINT)
-            yield piece
+        assert self._pieces, "nothing more is asked for"
+        shown = 0
+        for pieces in self._stream:
+            if shown == self._pieces:
+                self._type()
+            yield pieces
+            shown += any(piece.text for piece in pieces)
+
+    def _type(self):
+        for _ in range(self._times):
+            signal.raise_signal(signal.SIGINT)
 
 
 class Terminal:

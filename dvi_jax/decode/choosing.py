@@ -38,7 +38,7 @@ PRIOR_RATE, PRIOR_WEIGHT = 0.45, 2.0  # of the first draft, a weak drafter's, an
 RETRY = 8  # generations or stretches that draft nothing until one tries again, at least
 MOST_LOSS = 0.01  # share of the time that trying again may cost where it is in vain
 MEASURED_TOKENS = 128  # room of a measured generation, at most
-CPU_TOKENS = 32  # the same at least, where few rounds are measured: with the reply's own room, its program is used
+CPU_TOKENS = 32  # the same at least, where few rounds are measured, with a short reply's own room and program
 MEASURED_ROUNDS = 16  # of the shorter one on an accelerator, where rounds are short
 DRAFTS = (1, 2, 3, 5, 8)  # numbers of drafts to choose from
 FEW_DRAFTS = (1, 3)  # the same where each number of rows needs programs of its own, and rows are not free
@@ -157,7 +157,10 @@ class PlanChooser(Followed):
                     continue
                 if not measured:
                     _tell_what_is_measured([other for other in choices if other.name not in known])
-                known[option.name], measured = _measure(model, settings, prompt, batch, option), True
+                seconds, measured = _measure(model, settings, prompt, batch, option), True
+                if _is_hopeless(option.plan, seconds, costs):  # before it spares others: the device may have been busy
+                    seconds = min(seconds, _measure(model, settings, prompt, batch, option))
+                known[option.name] = seconds
                 write_costs(path, known)
             costs[option] = known[option.name]
         if measured:
@@ -237,12 +240,19 @@ def _order(option: Option) -> tuple[bool, int]:
 def _can_pay(plan: Plan, costs: Mapping[Option, float]) -> bool:
     """Whether the plan may be faster than plain decoding, by what is known of plain and of longer plans of its kind.
 
-    A draft takes less than a plain token, being a part of it. So where N drafts that are all right cost as much as
-    the N + 1 plain tokens they give, fewer cost as much as theirs.
+    Each further draft and row is taken to cost no more than the one before it. So where N drafts that are all right
+    cost as much as the N + 1 plain tokens they give, fewer cost as much as theirs. Trees differ in rows and are free.
     """
-    plain = min((seconds for other, seconds in costs.items() if not other.plan.drafts), default=0.0)
-    longer = [(other.plan, seconds) for other, seconds in costs.items() if other.plan.kind == plan.kind]
-    return all(seconds < (other.drafts + 1) * plain for other, seconds in longer if other.drafts > plan.drafts)
+    if plan.kind == "tree":
+        return True
+    longer = [other for other in costs if other.plan.kind == plan.kind and other.plan.drafts > plan.drafts]
+    return not any(_is_hopeless(other.plan, costs[other], costs) for other in longer)
+
+
+def _is_hopeless(plan: Plan, seconds: float, costs: Mapping[Option, float]) -> bool:
+    """Whether a round takes as long as plain decoding of all that it could give."""
+    plain = min((known for other, known in costs.items() if not other.plan.drafts), default=float("inf"))
+    return plan.drafts > 0 and seconds >= (plan.drafts + 1) * plain
 
 
 def _measure(model: LoadedModel, settings: DecodeConfig, prompt: Sequence[int], batch: int, option: Option) -> float:
@@ -256,17 +266,17 @@ def _measure(model: LoadedModel, settings: DecodeConfig, prompt: Sequence[int], 
     return round_seconds(model, state, option.plan, option.plan.drafts, rounds)[0]
 
 
-def _tell_what_is_measured(options: Sequence[Option]) -> None:
-    plans = ", ".join(str(option.plan) for option in options)
+def _tell_what_is_measured(choices: Sequence[Option]) -> None:
+    plans = ", ".join(str(option.plan) for option in choices)
     notice(
         f"--plan auto measures once what rounds cost here ({plans}): for each some seconds to a minute, mostly of"
         " compiling; each is kept as soon as it is known"
     )
 
 
-def _tell_what_was_measured(options: Sequence[Option], costs: Mapping[Option, float], seconds: float) -> None:
-    known = [f"{option.plan} {costs[option]:.3g}" for option in options if option in costs]
-    spared = [f"{option.plan} cannot pay here" for option in options if option not in costs]
+def _tell_what_was_measured(choices: Sequence[Option], costs: Mapping[Option, float], seconds: float) -> None:
+    known = [f"{option.plan} {costs[option]:.3g}" for option in choices if option in costs]
+    spared = [f"{option.plan} cannot pay here" for option in choices if option not in costs]
     notice(f"measured in {seconds:.0f} s, seconds of a round: {', '.join(known + spared)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -12,14 +13,22 @@ from dvi_jax.loading import LoadedModel
 
 
 def kept_path(folder: str, model: LoadedModel, *more: object) -> Path:
-    """A place in `folder` of the cache, named by all that programs depend on: device, compiler, model, mesh, `more`.
+    """A place in `folder` of the cache, named by all that programs depend on: device, compiler, code, model, `more`.
 
     Raises `UserError` for a user without a home.
     """
     manifest, mesh = model.manifest, model.definition.mesh
     facts = [
-        *(jax.devices()[0].device_kind, jax.__version__, None if mesh is None else sorted(mesh.shape.items())),
+        *(jax.devices()[0].device_kind, jax.__version__, _code(), None if mesh is None else sorted(mesh.shape.items())),
         *(repr(model.config), manifest.dtype, repr(manifest.quantisation), manifest.exit_layer),
         *(model.kv, manifest.drafter, sorted(manifest.drafter_config.items()), str(manifest.lora), *more),
     ]
     return cache_folder() / folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
+@cache
+def _code() -> str:
+    """A digest of the code that rounds are made of: what was found out with another says nothing."""
+    package = Path(__file__).parents[1]
+    sources = sorted([*package.glob("model/**/*.py"), *package.glob("decode/*.py"), package / "serve" / "slots.py"])
+    return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()

@@ -19,13 +19,11 @@ _SET, _JOINED = 0xEA, 0xF8  # of lop3: (a & b) | c, and a | (b & c)
 
 
 def widened(values: jax.Array, dtype: jnp.dtype, *, inline: bool) -> jax.Array:
-    """int8 or float8_e4m3fn of any shape, no NaN, in `dtype`; what has more bits comes back as it is.
+    """Values of any shape in `dtype`; int8 and float8_e4m3fn without NaN become bfloat16 as described above.
 
-    `inline`: by instructions that only a GPU has, in a kernel of Pallas for Triton; for bfloat16.
+    `inline`: so, by instructions that only a GPU has, in a kernel of Pallas for Triton.
     """
-    if values.dtype.itemsize > 1:
-        return values
-    if not inline or dtype != jnp.bfloat16:
+    if not inline or values.dtype.itemsize > 1 or dtype != jnp.bfloat16:
         return values.astype(dtype)
     (found,) = plt.elementwise_inline_asm(
         INTEGERS if values.dtype == jnp.int8 else FLOATS,
