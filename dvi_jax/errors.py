@@ -80,27 +80,30 @@ def _run(main: Callable[[], int | None]) -> int:
         status = main() or 0
         sys.stdout.flush()
         return status
-    except BrokenPipeError:
+    except (OSError, UserError, KeyboardInterrupt, Terminated) as error:
+        return status_of(error)
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status of a program that `error` ends, said as `run_cli` says it; raises what keeps its traceback."""
+    if isinstance(error, BrokenPipeError):
         write_nowhere(sys.stdout, sys.stderr)
         return NO_READER_STATUS
-    except OSError as error:
-        if error.errno not in _FULL or "--debug" in sys.argv:
-            raise
+    if "--debug" in sys.argv:
+        raise error
+    if isinstance(error, OSError) and error.errno in _FULL:
         write_nowhere(sys.stdout)
         where = "the output" if error.filename is None else error.filename
         with contextlib.suppress(OSError):  # which may go to the same disk
             print(f"error: {one_line(f'cannot write {where}: {error.strerror}; make room for it')}", file=sys.stderr)
         return EXIT_STATUS
-    except UserError as error:
-        if "--debug" in sys.argv:
-            raise
+    if isinstance(error, UserError):
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return EXIT_STATUS
-    except (KeyboardInterrupt, Terminated) as stopped:
-        if "--debug" in sys.argv:
-            raise
+    if isinstance(error, (KeyboardInterrupt, Terminated)):
         print("stopped", file=sys.stderr)
-        return TERMINATED_STATUS if isinstance(stopped, Terminated) else INTERRUPTED_STATUS
+        return TERMINATED_STATUS if isinstance(error, Terminated) else INTERRUPTED_STATUS
+    raise error
 
 
 class Terminated(BaseException):

@@ -14,22 +14,24 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import jax
 import numpy as np
+from jax._src import distributed  # jax has no public way to ask where the coordinator is
 from jax.experimental import multihost_utils
 
-from dvi_jax.errors import EXIT_STATUS, INTERRUPTED_STATUS, TERMINATED_STATUS, Terminated, UserError, one_line
+from dvi_jax.errors import EXIT_STATUS, UserError, status_of
 
 DETECTED = "auto"  # Slurm and Open MPI say how many there are and which one this is
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process is lost
 END_SECONDS = 3600  # that the others may wait for one which has something left to do alone
 PIECE = 2**30  # bytes of one broadcast: jax counts an array's elements in 32 bits
 LENGTH_BYTES = 8
+DEFECT_STATUS = 1  # of what keeps its traceback, as Python has it
 FAILED_EXCHANGE = ("UNKNOWN: ", "UNAVAILABLE: ", "INTERNAL: ", "DEADLINE_EXCEEDED: ", "ABORTED: ")  # how those begin
-_coordinator = DETECTED  # as this process was told of it, which is one of several as long as it lives
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +56,6 @@ def one_of_several(options: argparse.Namespace) -> Iterator[None]:
     if not _are_named(options):
         yield
         return
-    global _coordinator
-    _coordinator = options.coordinator
     where = {"coordinator_address": options.coordinator, "num_processes": options.processes}
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is heard by who runs the program
     named = {} if options.coordinator == DETECTED else where | {"process_id": options.process_id}
@@ -74,19 +74,9 @@ def one_of_several(options: argparse.Namespace) -> Iterator[None]:
         os.dup2(sys.stdout.fileno(), 1)  # libraries say how they connect
     try:
         yield
-    except UserError as error:
-        _leave(f"process {jax.process_index()}: {error}", errors)
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        # jax raises either for an exchange that failed, by when it hears of it.
-        if isinstance(error, ValueError) and not str(error).startswith(FAILED_EXCHANGE):
-            raise
-        _leave(
-            f"process {jax.process_index()} lost another one ({error}); begin again, a training run with --resume",
-            errors,
-        )
-    except (SystemExit, KeyboardInterrupt, Terminated) as stopped:
+    except BaseException as error:
         # The others may be waiting in an exchange, and a shutdown would wait for them.
-        _leave_stopped(stopped, errors)
+        _leave(error, errors)
     jax.distributed.shutdown()
 
 
@@ -127,8 +117,9 @@ def _broadcast(piece: bytes, room: int) -> bytes:
 
 
 def coordinator_host() -> str:
-    """Where others reach the first process, which calls this."""
-    return socket.gethostname() if _coordinator == DETECTED else _coordinator.rpartition(":")[0].strip("[]")
+    """Where others have reached the first process, which calls this: by the name or address that jax was given."""
+    address = distributed.global_state.coordinator_address or socket.gethostname() + ":"
+    return address.rpartition(":")[0].strip("[]")
 
 
 def _are_named(options: argparse.Namespace) -> bool:
@@ -144,16 +135,25 @@ def _are_named(options: argparse.Namespace) -> bool:
     return True
 
 
-def _leave(text: str, errors: object) -> NoReturn:
-    """End at once: a shutdown would wait for the process that was lost."""
-    print(f"error: {one_line(text)}", file=errors, flush=True)  # type: ignore[call-overload]
-    os._exit(EXIT_STATUS)
-
-
-def _leave_stopped(stopped: BaseException, errors: object) -> NoReturn:
-    """End with the status of `stopped`, as `errors.run_cli` would."""
-    sys.stdout.flush()
-    if isinstance(stopped, SystemExit):
-        os._exit(stopped.code if isinstance(stopped.code, int) else EXIT_STATUS)
-    print("stopped", file=errors, flush=True)  # type: ignore[call-overload]
-    os._exit(TERMINATED_STATUS if isinstance(stopped, Terminated) else INTERRUPTED_STATUS)
+def _leave(error: BaseException, errors: TextIO) -> NoReturn:
+    """End at once, with the status and the words of `errors.run_cli`, and with this process's number."""
+    sys.stderr = errors
+    number, status = f"process {jax.process_index()}", DEFECT_STATUS
+    # jax raises either for an exchange that failed, by when it hears of it.
+    is_lost = isinstance(error, jax.errors.JaxRuntimeError) or str(error).startswith(FAILED_EXCHANGE)
+    if isinstance(error, UserError):
+        error = UserError(f"{number}: {error}")
+    elif is_lost and isinstance(error, (jax.errors.JaxRuntimeError, ValueError)):
+        error = UserError(f"{number} lost another one ({error}); begin again, a training run with --resume")
+    try:
+        if isinstance(error, SystemExit):
+            status = error.code if isinstance(error.code, int) else EXIT_STATUS if error.code else 0
+        else:
+            status = status_of(error)
+    except BaseException:  # a defect of ours
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error, file=errors)
+    for stream in (sys.stdout, errors):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from dvi_jax.config import WHOLE_KV, DistillConfig, LlamaConfig, MeshConfig
+from dvi_jax.errors import UserError
 from dvi_jax.learn.replies import ReplyConfig, batch_rows
 from dvi_jax.model.drafters.inner import spread_taps
 from dvi_jax.model.kept_kv import row_bytes
@@ -60,9 +61,14 @@ class Recipe:
     def training(self, checkpoint: str, out: str, data: str, rows: int, mesh: MeshConfig) -> DistillConfig:
         """The training run on `rows` rows of packed replies at `data`, of which a few are held out.
 
-        Those and the rows of an update divide among the devices of `mesh`.
+        Those and the rows of an update divide among the devices of `mesh`; `UserError` where there are too few.
         """
         parts = mesh.data
+        if rows < 2 * parts:
+            raise UserError(
+                f"the log's replies fill {rows} rows of {self.row_length} tokens, and distilling on data={parts} takes"
+                f" {2 * parts}: give a longer log, or fewer devices"
+            )
         held_out = -(-min(64, max(rows // 10, 1)) // parts) * parts
         batch_rows = min(self.batch_rows, max(rows - held_out, 1))
         return DistillConfig(

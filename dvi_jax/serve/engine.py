@@ -38,7 +38,7 @@ from dvi_jax.serve.reply import Reply
 from dvi_jax.serve.requests import EngineStatus, QueueFullError, Request
 from dvi_jax.serve.scheduler import OnWindow, Scheduler
 from dvi_jax.serve.slots import Shape
-from dvi_jax.serve.together import Follower, Leader, join_together
+from dvi_jax.serve.together import Follower, Leader, join_together, require_alike
 
 CHUNK, CPU_CHUNK = 512, 128  # tokens of a prompt that go through at once
 POSITIONS = 64  # of a cache are a multiple of this
@@ -120,6 +120,7 @@ class Engine:
         room = _rounded_up(max(_rounded_up(self.context, chunk), self.context + width), POSITIONS)
         branches = 0 if learner is None else learner.branches
         shape = Shape(slots, room, width, record, min(branches, max(map(most_branches, plans))))
+        require_alike(model, shape._asdict() | {"chunk": chunk, "together": together, "plan": plan})
         self.memory = engine_memory(model, shape, prefix_bytes, together)
         check_engine_memory(self.memory)
         self._programs = Programs(model, shape, rows=together, chunk=chunk, prefix_bytes=prefix_bytes)

@@ -22,7 +22,8 @@ MEMORY = 0.8  # what the seconds of a round, as last seen, still count for after
 class DeviceTime:
     """Seconds for which the device has kept the host, in all."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self.waited = 0.0  # for what it computes
         self.handed = 0.0  # giving it programs: while its queue is full, it takes the next as fast as it works
 
@@ -33,17 +34,17 @@ class DeviceTime:
 
     def read(self, array: jax.Array) -> np.ndarray:
         """What the device gives, once it does."""
-        began = time.monotonic()
+        began = self._clock()
         found = np.asarray(array)
-        self.waited += time.monotonic() - began
+        self.waited += self._clock() - began
         return found
 
     @contextmanager
     def handing(self) -> Iterator[None]:
         """Around giving the device programs."""
-        began = time.monotonic()
+        began = self._clock()
         yield
-        self.handed += time.monotonic() - began
+        self.handed += self._clock() - began
 
 
 class Pace:

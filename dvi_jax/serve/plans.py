@@ -130,13 +130,16 @@ def choose(
     if len(plans) == 1:
         return OnePlan(plans[0], width), slots
     path = costs_path(model, *slots.decode.tokens.shape, width, "slots", pieces)
-    known = read_costs(path) if jax.process_count() == 1 else {}  # several measure together, the first one's count
+    is_alone = jax.process_count() == 1  # several measure together at each start, and the first one's count
+    known = read_costs(path) if is_alone else {}
     if not all(str(plan) in known for plan in plans):
         names = ", ".join(map(str, plans))
-        notice(f"--plan auto measures once what rounds of all {len(slots.decode.length)} slots cost here ({names})")
+        once = " once" if is_alone else ""
+        notice(f"--plan auto measures{once} what rounds of all {len(slots.decode.length)} slots cost here ({names})")
         measured, slots = round_seconds(model, slots, plans, pieces=pieces)
         known |= {str(plan): seconds for plan, seconds in measured.items()}
-        write_costs(path, known)
+        if is_alone:
+            write_costs(path, known)
     return BestPlan({plan: known[str(plan)] for plan in plans}, width), slots
 
 

@@ -141,6 +141,8 @@ class Reply:
         if piece.finish_reason is not None:
             self.statistics.finished = time.monotonic()
         with self._changed:
+            if self._failure is not None:  # said by another thread: nothing comes after it
+                return
             self._pieces.append(piece)
             self.finish_reason = piece.finish_reason
         self._tell()

@@ -13,7 +13,9 @@ import secrets
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -22,17 +24,34 @@ import numpy as np
 
 from dvi_jax.decode.plan import Plan
 from dvi_jax.errors import UserError
+from dvi_jax.loading import LoadedModel
 from dvi_jax.processes import coordinator_host, is_first, told
 from dvi_jax.serve.programs import STEPS, Programs
+from dvi_jax.version import __version__
 
 END = "end"  # told in place of a step when the engine is closed
 JOIN_SECONDS = 300.0  # that others may take to connect, as jax gives them to come at all
 NOTICE_SECONDS = 2.0  # within which a connection tells of a process whose devices were missed
 SECRET_BYTES = 32
 SILENCE = (5, 5, 3)  # of a host that may be gone: seconds until it is asked, between two questions, and how many
+UNHEARD_MILLISECONDS = 20_000  # that something sent may wait to be acknowledged, while nothing is asked
+SECRET_SECONDS = 5.0  # for who connects to say the secret
 FOREIGN = -1  # in place of a process's number
 
 Lost = Callable[[str], None]  # gets what is lost, in words
+
+
+def require_alike(model: LoadedModel, sizes: Mapping[str, object]) -> None:
+    """Raise `UserError` where this process's engine would be another one than the first's. All call it together."""
+    if jax.process_count() == 1:
+        return
+    manifest = model.manifest
+    facts = {"release of dvi_jax": __version__, "kv": model.kv, "weights": repr(manifest.quantisation)}
+    facts |= {"model": manifest.base_sha256 or manifest.source, "drafter": manifest.drafter}
+    facts |= {name: str(value) for name, value in sizes.items()}
+    for name, first in told(lambda: facts).items():
+        if facts.get(name) != first:
+            raise UserError(f"{name} must be alike in all processes: {facts.get(name)} here, {first} in the first")
 
 
 def join_together(on_lost: Lost) -> Leader | Follower | None:
@@ -58,7 +77,6 @@ class Leader:
         with _listening() as listener:
             place = {"host": coordinator_host(), "port": listener.getsockname()[1], "secret": secret}
             told(lambda: place)
-            listener.settimeout(JOIN_SECONDS)
             self._others = dict(_accepted(listener, secret, jax.process_count() - 1))
         for number, connection in self._others.items():
             threading.Thread(target=self._watch, args=(number, connection), daemon=True).start()
@@ -89,8 +107,8 @@ class Leader:
             connection.recv(1)
         if not self._closed:
             self.lost = f"process {number} is gone: begin all of them again"
-            self._is_lost.set()
             self._on_lost(self.lost)
+            self._is_lost.set()
 
 
 class Follower:
@@ -106,13 +124,19 @@ class Follower:
             raise UserError(f"the first process cannot be reached at {host} port {port}: {error}") from error
 
     def follow(self, programs: Programs) -> None:
-        """Take the steps that are told, up to the end. `UserError` if the first process is gone before."""
+        """Take the steps that are told, up to the end. `UserError` if the first process is gone before.
+
+        What a step gives is waited for two steps later, so that a device that fails is heard of here too.
+        """
+        given_before: deque[Any] = deque(maxlen=2)
         for step, given in _steps(self._connection):
             if step == END:
                 return
             if step not in STEPS:
                 raise UserError(f"the first process has another release: there is no step {step!r}")
-            getattr(programs, step)(*given)
+            if len(given_before) == given_before.maxlen:
+                jax.block_until_ready(given_before[0])
+            given_before.append(getattr(programs, step)(*given))
         raise UserError("the first one is gone: begin all of them again")
 
     def close(self) -> None:
@@ -128,8 +152,10 @@ def _listening() -> socket.socket:
 
 def _accepted(listener: socket.socket, secret: str, count: int) -> Iterator[tuple[int, socket.socket]]:
     """So many other processes, by number; who does not know the secret is none."""
+    deadline = time.monotonic() + JOIN_SECONDS
     while count:
         try:
+            listener.settimeout(max(deadline - time.monotonic(), 0.001))
             connection, _ = listener.accept()
         except TimeoutError as error:
             raise UserError(f"{count} processes did not come within {JOIN_SECONDS:.0f} seconds") from error
@@ -144,9 +170,8 @@ def _accepted(listener: socket.socket, secret: str, count: int) -> Iterator[tupl
 
 def _number(connection: socket.socket, secret: str) -> int:
     """Of the process at the other end, `FOREIGN` if it is none of ours."""
-    connection.settimeout(5.0)
     with suppress(OSError):
-        said = _exactly(connection, len(secret) + 4)
+        said = _exactly(connection, len(secret) + 4, SECRET_SECONDS)
         if said is not None and hmac.compare_digest(said[:-4], secret.encode()):
             connection.settimeout(None)
             return struct.unpack("<i", said[-4:])[0]
@@ -160,6 +185,8 @@ def _keep_alive(connection: socket.socket) -> None:
     for name, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), SILENCE, strict=True):
         if hasattr(socket, name):  # not every system has them
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNHEARD_MILLISECONDS)
 
 
 def _frame(step: str, given: tuple[Any, ...]) -> bytes:
@@ -179,10 +206,12 @@ def _steps(connection: socket.socket) -> Iterator[tuple[str, list[Any]]]:
             yield step, given
 
 
-def _exactly(connection: socket.socket, count: int) -> bytes | None:
-    """So many bytes, None if the connection ends before."""
-    found = b""
+def _exactly(connection: socket.socket, count: int, seconds: float | None = None) -> bytes | None:
+    """So many bytes, None if the connection ends before; `TimeoutError` if they take longer than `seconds`."""
+    found, deadline = b"", None if seconds is None else time.monotonic() + seconds
     while len(found) < count:
+        if deadline is not None:
+            connection.settimeout(max(deadline - time.monotonic(), 0.001))
         more = connection.recv(count - len(found))
         if not more:
             return None

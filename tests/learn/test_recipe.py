@@ -44,6 +44,15 @@ def test_a_large_vocabulary_is_drafted_in_part_and_a_wide_drafter_learns_slowly(
     assert (settings.draft_vocabulary, settings.lr) == (32768, pytest.approx(1e-3 * 1024 / 1536))
 
 
+@pytest.mark.parametrize("rows", [5, 8, 15])
+def test_a_log_too_short_for_so_many_devices(rows):
+    """Rows held out and rows of an update both divide among them."""
+    recipe = choose_recipe(SHAPES["smollm2"], "bfloat16", 60 * GIB, accelerator=True)
+    with pytest.raises(UserError, match=f"fill {rows} rows of {recipe.row_length} tokens, and .* data=8 takes 16"):
+        recipe.training("model", "out", "replies.npz", rows, MeshConfig(data=8))
+    assert recipe.training("model", "out", "replies.npz", 16, MeshConfig(data=8)).eval_rows == 8
+
+
 def test_caches_of_a_batch_fit_beside_the_model():
     """7B in bfloat16: 2 * 32 layers * 32 heads * 128 * 2 bytes a position, at most a fifth of what is free."""
     recipe = choose_recipe(SHAPES["7b"], "bfloat16", 60 * GIB, accelerator=True)

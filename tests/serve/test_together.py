@@ -4,6 +4,7 @@ import socket
 import threading
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -38,7 +39,7 @@ def pair(monkeypatch):
 
     monkeypatch.setattr(together, "told", told)
     monkeypatch.setattr(together, "coordinator_host", lambda: "127.0.0.1")
-    processes = {"process_count": lambda: 2, "process_index": lambda: 1}
+    processes = {"process_count": lambda: 2, "process_index": lambda: 1, "block_until_ready": lambda found: None}
     monkeypatch.setattr(together, "jax", SimpleNamespace(**processes))
     monkeypatch.setattr(together, "is_first", lambda: threading.current_thread().name == "leads")
     ends = {}
@@ -94,6 +95,27 @@ def test_a_first_process_that_ends_without_a_word(pair):
         connection.shutdown(socket.SHUT_RDWR)
     with pytest.raises(UserError, match="the first one is gone: begin all of them again"):
         follower.follow(Noted())
+
+
+def test_another_engine_than_the_first_ones_is_not_begun(monkeypatch, model):
+    """Its programs would have other shapes, or its replies be of two models."""
+    first = {}
+    monkeypatch.setattr(together, "told", lambda make: first or first.update(make()) or first)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    together.require_alike(model, {"slots": 4})
+    together.require_alike(model, {"slots": 4})
+    with pytest.raises(UserError, match="slots must be alike in all processes: 8 here, 4 in the first"):
+        together.require_alike(model, {"slots": 8})
+    with pytest.raises(UserError, match="kv must be alike in all processes: int8 here, dtype in the first"):
+        together.require_alike(model.with_kv("int8"), {"slots": 4})
+
+
+def test_a_stranger_who_dawdles_holds_up_nobody_for_long(monkeypatch):
+    monkeypatch.setattr(together, "SECRET_SECONDS", 0.05)
+    ours, stranger = socket.socketpair()
+    with ours, stranger:
+        stranger.sendall(b"s" * 10)
+        assert together._number(ours, SECRET) == together.FOREIGN
 
 
 def test_who_does_not_know_the_secret_is_none_of_them():
