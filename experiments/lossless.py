@@ -3,6 +3,7 @@
     python -m experiments.lossless --shape 7b --dtype bfloat16
     python -m experiments.lossless --shape 7b --weights int4
     python -m experiments.lossless --shape 7b --layers 4 --mesh model=2
+    python -m experiments.lossless --shape smollm2 --draft-steps --trees 8 --batch 32
 
 The drafter proposes the plain continuation with some tokens replaced, so every accept length occurs. Compared are the
 token ids and every bit of the verifier's final hidden state (whose head gives the logits) at every position. With
@@ -28,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding
 from dvi_jax.config import KV, WHOLE_KV, DecodeConfig, MeshConfig
 from dvi_jax.decode.batch import start
 from dvi_jax.decode.kernel_loading import load_kernels
-from dvi_jax.decode.plan import plan_for
+from dvi_jax.decode.plan import PLAIN, Plan, drafts_of, plan_for
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import STATE_SPECS, DecodeState, Knobs
 from dvi_jax.errors import ArgumentParser, run_cli
@@ -49,7 +50,8 @@ def main() -> int:
     parser.add_argument("--layers", type=int, metavar="L", help="fewer than the shape has")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--weights", choices=WEIGHTS, default=BFLOAT16, help="what matrices are kept in")
-    parser.add_argument("--draft-steps", type=int, nargs="+", default=[1, 3, 5])
+    parser.add_argument("--draft-steps", type=int, nargs="*", default=[1, 3, 5], help="of chains")
+    parser.add_argument("--trees", type=int, nargs="*", default=[], metavar="ROWS", help="trees of so many rows, too")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--kv", choices=KV, default=WHOLE_KV, help="what keys and values are kept in")
     parser.add_argument("--mesh", default="data=1,model=1", metavar="MESH", help="where the drafts are verified")
@@ -67,10 +69,9 @@ def main() -> int:
     verifying = scripted(model if mesh is None else on_mesh(model, mesh))
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, model.config.vocab_size, (options.batch, options.prompt)).tolist()
-    rows = [
-        check(model, verifying, prompts, DecodeConfig(draft_steps=s, max_new_tokens=options.new_tokens), rng)
-        for s in options.draft_steps
-    ]
+    plans = [plan_for(steps, drafts_blocks=False) for steps in options.draft_steps]
+    plans += [Plan("tree", size) for size in options.trees]
+    rows = [check(model, verifying, prompts, plan, options.new_tokens, rng) for plan in plans]
     for row in rows:
         print(row)
     converted = conversions_are_exact() if jax.default_backend() == "gpu" else None
@@ -101,25 +102,30 @@ def check(
     model: LoadedModel,
     verifying: LoadedModel,
     prompts: list[list[int]],
-    settings: DecodeConfig,
+    plan: Plan,
+    new_tokens: int,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
     """Plain against scripted drafts with about one wrong token in four, and against all right ones."""
+    settings = DecodeConfig(draft_steps=drafts_of(plan), max_new_tokens=new_tokens)
     began = start(model, prompts, settings, Knobs.make(0, 0.0, ()), record=True)
-    plain = go_on(verifying, began.replace(drafter=jnp.zeros_like(began.tokens)), 0)
+    without = plan if plan.is_plains_program else PLAIN
+    plain = go_on(verifying, began.replace(drafter=jnp.zeros_like(began.tokens)), without, 0)
     tokens = np.asarray(plain.tokens)
     wrong = rng.random(tokens.shape) < 0.25
     scripts = {"mixed": np.where(wrong, (tokens + 1) % model.config.vocab_size, tokens), "right": tokens}
     lengths: Counter[int] = Counter()
     equal = True
     for script in scripts.values():
-        fast = go_on(verifying, began.replace(drafter=jnp.asarray(script)), settings.draft_steps)
+        fast = go_on(verifying, began.replace(drafter=jnp.asarray(script)), plan, plan.drafts)
         accepted = np.asarray(fast.accept_lengths)
         lengths.update(accepted[accepted > 0].tolist())
         equal &= same(plain, fast)
-    elsewhere = {} if verifying.definition.mesh is None else {"as_one_device": same(go_on(model, began, 0), plain)}
+    elsewhere = (
+        {} if verifying.definition.mesh is None else {"as_one_device": same(go_on(model, began, without, 0), plain)}
+    )
     return {
-        "draft_steps": settings.draft_steps,
+        "plan": str(plan),
         "equal": equal,
         **elsewhere,
         "accept_lengths": dict(sorted(lengths.items())),
@@ -149,15 +155,15 @@ def conversions_are_exact() -> bool:
     return holds(jnp.int8) and holds(jnp.float8_e4m3fn)
 
 
-def go_on(model: LoadedModel, began: DecodeState, steps: int) -> DecodeState:
+def go_on(model: LoadedModel, began: DecodeState, plan: Plan, drafts: int) -> DecodeState:
     """One generation from a copy of its beginning; its signals have every verifier hidden state."""
-    mesh, knobs = model.definition.mesh, Knobs.make(steps, 0.0, ())
+    mesh, knobs = model.definition.mesh, Knobs.make(drafts, 0.0, ())
     state = jax.tree.map(jnp.copy, began)
     if mesh is not None:
         specs = specs_for(STATE_SPECS, state)
         state = jax.device_put(state, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
-    load_kernels(model, state, knobs, plan_for(steps, drafts_blocks=False))
-    return jax.block_until_ready(decode_rounds(model.definition, model.decode_params, state, knobs))
+    load_kernels(model, state, knobs, plan)
+    return jax.block_until_ready(decode_rounds(model.definition, model.decode_params, state, knobs, plan))
 
 
 def same(plain: DecodeState, fast: DecodeState) -> bool:

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 
+from dvi_jax import processes
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.config import DecodeConfig, load_train_config
 from dvi_jax.decode.batch import generate_batch
@@ -186,6 +187,30 @@ def test_who_ends_waits_for_nobody(monkeypatch, capsys, stopped, status, said):
     shown = capsys.readouterr().err
     assert said in shown
     assert bool(shown) == bool(said)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 21])
+def test_a_message_of_any_length_is_told_piece_by_piece(monkeypatch, size):
+    """Both sides take part in as many broadcasts of as many bytes, none of more than a piece; minus zero included."""
+    message = np.full(size, 0x80, np.uint8).tobytes()
+    sent, heard = [], []
+    monkeypatch.setattr(processes, "PIECE", 7)
+
+    def send(piece):
+        sent.append(np.array(piece))
+        return piece
+
+    def receive(piece):
+        assert not piece.any()
+        assert piece.shape == sent[len(heard)].shape
+        heard.append(sent[len(heard)])
+        return heard[-1]
+
+    monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", send)
+    assert processes.told_bytes(message) == message
+    monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", receive)
+    assert processes.told_bytes(b"") == message
+    assert len(heard) == len(sent) == 1 + -(-size // 7)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Protocol
 
 import jax
@@ -13,7 +12,16 @@ import numpy as np
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.decode.kernel_loading import load_kernels
-from dvi_jax.decode.plan import PLAIN, Option, Plan, check_plan, plan_for, rows_alike
+from dvi_jax.decode.plan import (
+    MOST_TREES_ROWS,
+    PLAIN,
+    Option,
+    Plan,
+    check_plan,
+    plan_for,
+    rows_alike,
+    trees_are_plain,
+)
 from dvi_jax.decode.prefill import bucket, cache_slots, prefill
 from dvi_jax.decode.prefix import Prefix, pad_prompts
 from dvi_jax.decode.sampling import Sampling
@@ -208,9 +216,8 @@ def choose_plan(model: LoadedModel, settings: DecodeConfig, *, plain: bool = Fal
 
 def check_rows(model: LoadedModel, plan: Plan, batch: int) -> None:
     """Raise `UserError` for trees of more rows, over the batch, than have the bits of plain decoding."""
-    alike = partial(rows_alike, config=model.config, dtype=model.manifest.dtype)
-    if plan.kind == "tree" and alike(plan.rows) and not alike(batch * plan.rows):
-        raise UserError(f"plan {plan}: {batch} such trees have more rows than the GPU's kernels take at once")
+    if plan.kind == "tree" and not trees_are_plain(batch, plan, model.config, model.manifest.dtype):
+        raise UserError(f"plan {plan}: {batch} such trees have more than {MOST_TREES_ROWS} rows, the most of a round")
 
 
 def read_generations(state: DecodeState, prompt_lengths: Sequence[int], eos_ids: tuple[int, ...]) -> list[Generation]:

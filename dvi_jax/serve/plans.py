@@ -26,7 +26,7 @@ from dvi_jax.decode.choosing import (
     read_costs,
     write_costs,
 )
-from dvi_jax.decode.plan import PLAIN, Plan, check_plan, rows_alike
+from dvi_jax.decode.plan import MOST_TREES_ROWS, PLAIN, Plan, check_plan, rows_alike, trees_are_plain
 from dvi_jax.errors import UserError, notice
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import replicas
@@ -115,8 +115,8 @@ def plans_of(model: LoadedModel, name: str, slots: int) -> tuple[tuple[Plan, ...
     plan = Plan.parse(name)
     check_plan(plan, model.manifest.drafter, drafts_blocks=model.drafts_blocks, max_drafts=model.max_drafts)
     alike = rows_alike(slots * plan.rows, model.config, model.manifest.dtype)
-    if plan.kind == "tree" and rows_alike(plan.rows, model.config, model.manifest.dtype) and not alike:
-        raise UserError(f"plan {plan}: {slots} such trees have more rows than the GPU's kernels take at once")
+    if plan.kind == "tree" and not trees_are_plain(slots, plan, model.config, model.manifest.dtype):
+        raise UserError(f"plan {plan}: {slots} such trees have more than {MOST_TREES_ROWS} rows, the most of a round")
     return (plan,), plan.drafts + 1 if alike else plan.rows
 
 
