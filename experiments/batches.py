@@ -5,7 +5,7 @@
 Each batch decodes the same questions, first turns, padded to one length; a batch goes on until its last sequence is
 done, plain or not. Plain decoding of the same row class is what outputs must equal. A plan's time is the sum over
 all batches of the median of its repetitions; the repetition that compiles is not counted. `auto` has seen one pass over
-the questions before it is measured.
+the questions before it is measured. Trees that a batch may not have are left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dvi_jax.config import DecodeConfig
 from dvi_jax.data.conversations import Message
 from dvi_jax.decode.batch import Generation, generate_batch
 from dvi_jax.decode.choosing import PlanChooser
-from dvi_jax.decode.plan import Plan, drafts_of
+from dvi_jax.decode.plan import Plan, drafts_of, trees_are_plain
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.evaluate.spec_bench import read_questions
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, load
@@ -79,12 +79,14 @@ def measure(model: LoadedModel, batches: list[list[list[int]]], options: argpars
         raise UserError("there are fewer questions than a batch has sequences: lower --batches")
     size = len(batches[0])
     most = DecodeConfig(draft_steps=6, max_new_tokens=options.new_tokens)
-    plans = {plan: Plan.parse(plan) for plan in options.plans if plan != AUTO}
+    named = {plan: Plan.parse(plan) for plan in options.plans if plan != AUTO}
+    shape = model.config, model.manifest.dtype
+    plans = {name: plan for name, plan in named.items() if plan.kind != "tree" or trees_are_plain(size, plan, *shape)}
     widest = max([*(drafts_of(plan) + 1 for plan in plans.values()), most.width])
     of_plain = DecodeConfig(draft_steps=widest - 1, max_new_tokens=options.new_tokens)
     plain = _timed(model, batches, of_plain, options, plain=True)
     rows = [_row(size, "plain", *plain, plain)]
-    for name in options.plans:
+    for name in (name for name in options.plans if name == AUTO or name in plans):
         if name == AUTO:
             chooser = PlanChooser.measured(model, most, batches[0][0], batch=size)
             found = _timed(model, batches, most, options, chooser=chooser)
