@@ -31,6 +31,7 @@ from dvi_jax.decode.memory import tree_bytes
 from dvi_jax.errors import ArgumentParser, run_cli
 from dvi_jax.learn.packing import pack
 from dvi_jax.loading import LoadedModel, load
+from dvi_jax.model.llama import Llama
 from dvi_jax.model.speculative_llama import Definition, Params, join
 from dvi_jax.quantisation import BFLOAT16, FORMATS
 from experiments.domains import HELD_OUT_FRACTION, question_of
@@ -38,6 +39,7 @@ from experiments.measure import environment, settings_of, write_result
 from experiments.pack import encoded
 
 SOURCE = "source"  # the name of what is compared with
+POSITIONS = 256  # whose logits are there at a time
 
 
 def main() -> int:
@@ -108,21 +110,32 @@ def compared(source: LoadedModel, model: LoadedModel, rows: np.ndarray) -> dict[
 @partial(jax.jit, static_argnums=(0, 2))
 def _row(before: Definition, params: Params, after: Definition, others: Params, tokens: jax.Array) -> jax.Array:
     """float32 [3], summed over the positions of tokens [1, T] that have a next one: loss, equal first choices, KL."""
-    left, right = (log_probabilities(*each, tokens)[0, :-1] for each in ((before, params), (after, others)))
-    loss = -jnp.take_along_axis(right, tokens[0, 1:, None], axis=1).sum()
-    same = jnp.sum(jnp.argmax(left, axis=1) == jnp.argmax(right, axis=1))
-    return jnp.stack([loss, same.astype(jnp.float32), jnp.sum(jnp.exp(left) * (left - right))])
+    models = join(before, params).llama, join(after, others).llama
+    finals = [final_states(llama, tokens)[0, :-1] for llama in models]
+    behind = -len(finals[0]) % POSITIONS  # rows that fill up the last piece
+
+    def cut(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, behind), *[(0, 0)] * (x.ndim - 1)]).reshape(-1, POSITIONS, *x.shape[1:])
+
+    def piece(given: tuple[jax.Array, ...]) -> jax.Array:
+        *states, following, is_real = given
+        left, right = (jax.nn.log_softmax(llama.logits(x)) for llama, x in zip(models, states, strict=True))
+        loss = -jnp.take_along_axis(right, following[:, None], axis=1)[:, 0]
+        same = (jnp.argmax(left, axis=1) == jnp.argmax(right, axis=1)).astype(jnp.float32)
+        divergence = jnp.sum(jnp.exp(left) * (left - right), axis=1)
+        return jnp.stack([loss, same, divergence]) @ is_real
+
+    following, is_real = tokens[0, 1:], jnp.ones(len(finals[0]), jnp.float32)
+    return jax.lax.map(piece, tuple(map(cut, (*finals, following, is_real)))).sum(axis=0)
 
 
-def log_probabilities(definition: Definition, params: Params, tokens: jax.Array) -> jax.Array:
-    """The verifier's, of what follows each of tokens [B, T]: float32 [B, T, V]."""
-    llama = join(definition, params).llama
+def final_states(llama: Llama, tokens: jax.Array) -> jax.Array:
+    """The verifier's states behind its last norm, of tokens [B, T]: [B, T, D]."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     # Without caches nothing is kept, and so nothing is read in fewer bits.
     shallow, deep = (None, None) if llama.kv == WHOLE_KV else llama.init_caches(*tokens.shape)
     hidden = llama.shallow(tokens, shallow, positions, fresh=True)[0]
-    final = llama.deep(hidden, deep, positions, fresh=True)[0]
-    return jax.nn.log_softmax(llama.logits(final))
+    return llama.deep(hidden, deep, positions, fresh=True)[0]
 
 
 if __name__ == "__main__":
