@@ -91,8 +91,8 @@ def held_out_rows(model: LoadedModel, options: Any) -> np.ndarray:
         for conversation in ConversationStream(options.data)
         if is_held_out(question_of(conversation), HELD_OUT_FRACTION, HELD_OUT_SALT)
     )
-    # A conversation has some hundred tokens: twice as many as rows are enough, and reading stops there.
-    sequences = islice(encoded(held_out, tokenizer), 2 * options.rows)
+    # A conversation has some hundred tokens: twice as many as pieces of 512 are enough, and reading stops there.
+    sequences = islice(encoded(held_out, tokenizer), 2 * options.rows * -(-options.row_length // 512))
     return pack(sequences, options.row_length, model.config.vocab_size).tokens[: options.rows].astype(np.int32)
 
 
