@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvi_jax.config import DecodeConfig
+from dvi_jax.decode.batch import check_rows
 from dvi_jax.decode.choosing import (
     MOST_ROUND_ROWS,
     Followed,
@@ -26,8 +27,8 @@ from dvi_jax.decode.choosing import (
     read_costs,
     write_costs,
 )
-from dvi_jax.decode.plan import MOST_TREES_ROWS, PLAIN, Plan, check_plan, rows_alike, trees_are_plain
-from dvi_jax.errors import UserError, notice
+from dvi_jax.decode.plan import PLAIN, Plan, check_plan, rows_alike
+from dvi_jax.errors import notice
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import replicas
 from dvi_jax.model.product_blocks import MOST_ROWS
@@ -114,9 +115,8 @@ def plans_of(model: LoadedModel, name: str, slots: int) -> tuple[tuple[Plan, ...
         return tuple(option.plan for option in found), max(option.width for option in found)
     plan = Plan.parse(name)
     check_plan(plan, model.manifest.drafter, drafts_blocks=model.drafts_blocks, max_drafts=model.max_drafts)
+    check_rows(model, plan, slots)
     alike = rows_alike(slots * plan.rows, model.config, model.manifest.dtype)
-    if plan.kind == "tree" and not trees_are_plain(slots, plan, model.config, model.manifest.dtype):
-        raise UserError(f"plan {plan}: {slots} such trees have more than {MOST_TREES_ROWS} rows, the most of a round")
     return (plan,), plan.drafts + 1 if alike else plan.rows
 
 
