@@ -1,7 +1,7 @@
 """Attention of a prefill's rows over a cache, as one GPU kernel in Pallas for Triton.
 
 cuDNN reads every slot of the cache and a mask over all of them, and takes no 8 bits. This kernel reads the slots that
-are filled, as a round's does (`decode_attention.py`), with more queries to a program; the rows lie in the cache already.
+are filled, as a round's does (`decode_attention.py`), with more queries to a program; the rows lie there already.
 
 Letters: B batch, T rows of a sequence in this call, N query heads, K KV heads, G = N/K, H head size, S cache slots.
 """

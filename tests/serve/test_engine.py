@@ -15,7 +15,7 @@ from dvi_jax.model.speculative_llama import join
 from dvi_jax.serve import prefixes, programs, slots
 from dvi_jax.serve.requests import QueueFullError, Request
 
-PROGRAMS = (*(slots.take_chunk, slots.lay, slots.run_stretch, slots.release), prefixes.cut_block, prefixes.put_block)
+PROGRAMS = (*(slots.take_chunk, slots.lay, slots.run_stretch, slots._marked), prefixes.cut_block, prefixes.put_block)
 
 
 def random_requests(count, seed):

@@ -1,5 +1,6 @@
 """Learning while serving: replies stay as they are, the drafter gets better, and what makes it worse is taken back."""
 
+import itertools
 from dataclasses import replace
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from dvi_jax.config import OptimizerConfig, SamplingConfig
 from dvi_jax.errors import UserError
 from dvi_jax.learn import fast_update
-from dvi_jax.serve import learner as learner_module
+from dvi_jax.serve import candidate as candidate_module
 from dvi_jax.serve import learning
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learner import TRIAL_UPDATES, Learner
@@ -114,24 +115,26 @@ def test_replies_stay_and_drafts_get_better(new_model, make_engine, make_learner
 def go_bad(learner, params):
     """As if updates had led there: weights go live, with an optimiser that has moved on."""
     trainable = {"drafter": params.drafter, "lora_s": params.lora_s}
-    optimizer = jax.tree.map(lambda leaf: leaf + 1 if leaf.dtype != bool else leaf, learner._state.optimizer)
-    learner._state = learner._state.replace(trainable=trainable, step=learner._state.step + 7, optimizer=optimizer)
+    candidate, state = learner._candidate, learner._candidate.state
+    optimizer = jax.tree.map(lambda leaf: leaf + 1 if leaf.dtype != bool else leaf, state.optimizer)
+    candidate._state = state.replace(trainable=trainable, step=state.step + 7, optimizer=optimizer)
     learner._swap()
 
 
 def test_a_harmful_drafter_is_taken_back(model, make_engine, make_learner, pieces_of, train_noise, monkeypatch):
     """Traffic finds it out, windows confirm it; the good one's weights are back in every bit, and learn more slowly."""
     learner = make_learner(model)
-    monkeypatch.setattr(learner, "_update", lambda: setattr(learner, "_new_positions", 0))
+    monkeypatch.setattr(learner._candidate, "has_enough", lambda: False)  # no update comes between
     good = learner._good
     with make_engine(model, learner=learner) as engine:
         before = [serve(engine, requests(), pieces_of) for _ in range(4)][-1]
+        until(lambda: learner.status.windows == 4 * len(requests()))  # the engine's thread is done with the state
         go_bad(learner, train_noise(model.params, "drafter", seed=1, std=1.0))
-        assert learner.status.digest != f"{int(learning.checksum(good.trainable)):08x}"
         engine.swap(learner.params())
         replies, harmed = serve(engine, requests(), pieces_of)
         assert replies == before[0]
         assert harmed < 0.5 * before[1]
+        assert learner.status.digest != f"{int(learning.checksum(good.trainable)):08x}"
         until(lambda: serve(engine, requests(), pieces_of) and learner.status.rollbacks, 60)
         assert serve(engine, requests(), pieces_of) == before
     (values,) = [values for kind, values in learner.records if kind == "rollback"]
@@ -140,32 +143,67 @@ def test_a_harmful_drafter_is_taken_back(model, make_engine, make_learner, piece
     assert learner.status.rollbacks == 1
     assert learner.status.digest == f"{int(learning.checksum(good.trainable)):08x}"
     assert equal(learner.params().drafter, model.params.drafter)
-    assert equal(learner._state.trainable, good.trainable)
-    assert int(learner._state.step) == 7  # updates only count up
-    now, then = (jax.tree.leaves(state.optimizer) for state in (learner._state, good))
+    state = learner._candidate.state
+    assert equal(state.trainable, good.trainable)
+    assert int(state.step) == 7  # updates only count up
+    now, then = (jax.tree.leaves(one.optimizer) for one in (state, good))
     assert equal(now[:2] + now[3:], then[:2] + then[3:])  # all but the count of updates skipped since the start
     assert learner._rate(0) < learner._usual_rate(0)
 
 
-def test_windows_decide_what_traffic_does_not(model, make_learner, train_noise, some_windows):
+def test_windows_decide_what_traffic_does_not(model, make_learner, train_noise, some_windows, monkeypatch):
     """After many updates in which no draft was judged: a worse drafter is taken back, an equal one is good."""
     learner = make_learner(model)
+    monkeypatch.setattr(learner._candidate, "has_enough", lambda: False)  # no update comes between
     for window in some_windows:
         learner.take(window, requests()[0])
 
+    stretches = itertools.count()
+
     def turn():
-        status = EngineStatus(4, running=0, waiting=0, context=96, plan="plain")
+        status = EngineStatus(4, running=0, waiting=0, context=96, plan="plain", stretches=next(stretches))
         return learner.turn(status, idle=True)
 
     for params, kind in [(model.params, "held"), (train_noise(model.params, "drafter", std=1.0), "rollback")]:
         go_bad(learner, params)
-        learner._new_positions = 0
-        learner._arrived.clear()
         assert turn() is not None  # live, on trial
         assert turn() is None
         learner.status = replace(learner.status, updates=learner.status.updates + TRIAL_UPDATES)
         assert (turn() is not None) == (kind == "rollback")
         assert learner.records[-1][0] == kind
+
+
+def test_what_was_drafted_before_a_swap_is_not_on_its_trial(model, make_learner, monkeypatch):
+    """A stretch may be under way when weights change: what it judged counts for those before."""
+    learner = make_learner(model)
+    monkeypatch.setattr(learner._candidate, "has_enough", lambda: False)
+
+    def turn(stretches, judged, accepted):
+        counts = {"stretches": stretches, "judged": (judged,), "accepted": (accepted,)}
+        learner.turn(EngineStatus(4, running=4, waiting=0, context=96, plan="chain:1", **counts), idle=False)
+        return learner._shadow.rates
+
+    assert turn(1, 100, 50) == (0.5, None)
+    go_bad(learner, model.params)
+    assert turn(1, 100, 50) == (0.5, None)
+    assert turn(2, 200, 110) == (0.5, None)
+    assert turn(3, 300, 120) == (0.5, 0.1)
+
+
+@pytest.mark.parametrize(("plan", "least", "most"), [("plain", 0.025, 0.06), ("chain:2", 0.095, 0.13)])
+def test_plain_decoding_that_pays_is_left_its_time(model, make_learner, monkeypatch, plan, least, most):
+    """Of ten seconds; with what is saved up at the beginning."""
+    now, begun = [0.0], []
+    learner = make_learner(model, settings=replace(SETTINGS, share=0.1), clock=lambda: now[0])
+    monkeypatch.setattr(learner._candidate, "has_enough", lambda: True)
+    monkeypatch.setattr(learner._candidate, "begin_update", begun.append)
+    learner._candidate.seconds = 0.01
+    status = EngineStatus(4, running=4, waiting=0, context=96, plan=plan)
+    while now[0] < 10:
+        now[0] += 0.005
+        learner.turn(status, idle=False)
+    assert least < learner.status.seconds / 10 < most
+    assert learner.status.seconds == pytest.approx(0.01 * len(begun))
 
 
 def test_who_opts_out_is_not_learned_from(model, make_engine, make_learner, pieces_of):
@@ -174,10 +212,10 @@ def test_who_opts_out_is_not_learned_from(model, make_engine, make_learner, piec
         for _ in range(5):
             serve(engine, requests(learn=False), pieces_of)
         assert (learner.status.windows, learner.status.updates) == (0, 0)
-        assert not np.asarray(learner._state.replay.windows.tokens).any()
+        assert not np.asarray(learner._candidate.state.replay.windows.tokens).any()
         while not learner.status.updates:
             serve(engine, [*requests(learn=False), requests()[0]], pieces_of)
-    windows = learner._state.replay.windows  # while the engine is there, an update may use up the arrays
+    windows = learner._candidate.state.replay.windows  # while the engine is there, an update may use up the arrays
     asked = requests()[0].prompt_ids
     for tokens, length in zip(np.asarray(windows.tokens), np.asarray(windows.length), strict=True):
         assert length == 0 or tuple(tokens[:12].tolist()) == asked
@@ -196,7 +234,7 @@ def test_a_long_reply_is_cut_to_its_newest_positions(make_learner, some_windows)
     """All of a window's rows still belong to the positions that they predict."""
     learner, window = make_learner(), jax.device_get(some_windows[0])
     learner.take(window.replace(prompt_length=np.array([5]), length=np.array([83])), requests()[0])
-    kept = jax.device_get(learning.newest(learner._state.replay, 2))
+    kept = jax.device_get(learning.newest(learner._candidate.state.replay, 2))
     assert (kept.length.tolist(), kept.prompt_length.tolist()) == ([64, 0], [0, 0])
     for short, long in zip(jax.tree.leaves(kept), jax.tree.leaves(window), strict=True):
         assert short.ndim == 1 or np.array_equal(short[0], long[0, 19:83])
@@ -222,9 +260,9 @@ class Failed:
 def test_a_device_without_memory_stops_learning_alone(model, make_engine, make_learner, pieces_of, monkeypatch, what):
     learner = make_learner()
     if what == "an update":
-        monkeypatch.setattr(learner, "_fast_update", lambda *_, **__: int(Failed()))
+        monkeypatch.setattr(learner._candidate, "_fast_update", lambda *_, **__: int(Failed()))
     else:
-        monkeypatch.setattr(learner_module, "keep", lambda replay, *_: (replay, Failed()))
+        monkeypatch.setattr(candidate_module, "keep", lambda replay, *_: (replay, Failed()))
     with make_engine(model, learner=learner) as engine:
         until(lambda: serve(engine, requests(), pieces_of) and learner.status.state != "learning")
         assert learner.status.state == "stopped: RESOURCE_EXHAUSTED: out of memory"
