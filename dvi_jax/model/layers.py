@@ -66,6 +66,7 @@ class Block(nnx.Module):
         self.is_biased = "qkv_bias" in weights
         if self.is_biased:
             self.qkv_bias = Base(weights["qkv_bias"])
+        self.is_equalised = False  # True: there are `qkv_factors`, of rows of `qkv` (`equalised.py`)
         self.heads = heads
         self.eps = eps
         self.shards = shards
@@ -140,7 +141,10 @@ class Block(nnx.Module):
         adapter = self.lora.get(name)
         # lora_D is part of the verifier; lora_S acts only in the draft pass.
         if adapter is not None and (adapted or isinstance(adapter.a, DeepLoRA)):
-            return (total(parts, dtype) + adapter(x, kernels=kernels))[None]
+            added = adapter(x, kernels=kernels)
+            if name == "qkv" and self.is_equalised:
+                added = added * self.qkv_factors[...].astype(added.dtype)
+            return (total(parts, dtype) + added)[None]
         return parts
 
     def _sum_parts(self, name: str, weight: Matrix) -> int:

@@ -154,10 +154,22 @@ class QuantisedWeight(nnx.Module):
             by_group(self.group_minima[everything]) if self.has_minima else None,
         )
 
+    def multiply_rows(self, factors: jax.Array) -> None:
+        """Row o times factors[o] from here on, factors float32 [O]; exact where they are powers of two."""
+        for name in ("scales", "group_scales", "group_minima"):
+            if hasattr(self, name):
+                part = getattr(self, name)
+                part[...] = _times(part[...], factors)  # the output channels are their last axis
+
     @property
     def shape(self) -> tuple[int, int]:
         """Of the matrix that it stands for: (O, I)."""
         return self[...].shape
+
+
+@jax.jit
+def _times(part: jax.Array, factors: jax.Array) -> jax.Array:
+    return (part * factors).astype(part.dtype)
 
 
 @jax.jit
