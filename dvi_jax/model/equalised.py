@@ -25,14 +25,14 @@ from dvi_jax.mesh import MODEL, WHOLE, run_sharded
 from dvi_jax.model.attention import Heads
 from dvi_jax.model.layers import Block
 from dvi_jax.model.llama import Llama
-from dvi_jax.model.quantised import Matrix, Quantised, QuantisedWeight
-from dvi_jax.model.variables import Base
+from dvi_jax.model.quantised import Matrix, Quantised
 
 # How many standard deviations a channel is taken to reach beyond its bias. So many that channels with a large bias stay
 # the largest of their rows: scales are then about the same for all keys, and so is what rounding does to these
 # channels, which a softmax does not see. Of Qwen2.5-Coder 1 made it worse than it was, 3 to 12 are about as good.
-REACH = 6.0
-_FLOAT16 = (-14, 15)  # exponents of its normal numbers
+REACH = 8.0
+_LEAST = 2.0**-20  # of the largest channel, that any is taken to be: some may be zero
+_FLOAT16 = (-24, 16)  # its smallest number is 2**-24, and all are below 2**16
 _ANY = 64  # exponents that no factor comes near
 
 
@@ -49,24 +49,9 @@ def keep_kv(llama: Llama, kv: str, mesh: Mesh | None) -> None:
 
 def equalise(layer: Block, mesh: Mesh | None) -> None:
     """Put factors into the weights of queries and keys, in place, unless they are there; arrays lie on `mesh`."""
-    if layer.is_equalised:
-        return
-    bias = layer.qkv_bias[...] if layer.is_biased else None
-    factors = _factors(layer.attn_norm[...], layer.qkv[...], bias, layer.heads, mesh)
-    if isinstance(layer.qkv, QuantisedWeight):
-        layer.qkv.multiply_rows(factors)
-    else:
-        layer.qkv[...] = rows_times(layer.qkv[...], factors)
-    if bias is not None:
-        layer.qkv_bias[...] = rows_times(bias, factors)
-    layer.qkv_factors = Base(factors)
-    layer.is_equalised = True
-
-
-@jax.jit
-def rows_times(x: jax.Array, factors: jax.Array) -> jax.Array:
-    """x [O, ...] times factors [O], powers of two, in x's dtype."""
-    return x * factors.reshape(-1, *(1,) * (x.ndim - 1)).astype(x.dtype)
+    if not layer.is_equalised:
+        bias = layer.qkv_bias[...] if layer.is_biased else None
+        layer.multiply_qkv(_factors(layer.attn_norm[...], layer.qkv[...], bias, layer.heads, mesh))
 
 
 @partial(jax.jit, static_argnames=("heads", "mesh"))
@@ -79,7 +64,7 @@ def _factors(norm: jax.Array, qkv: Matrix, bias: jax.Array | None, heads: Heads,
 def row_factors(norm: jax.Array, qkv: Matrix, bias: jax.Array | None, heads: Heads) -> jax.Array:
     """What rows of `qkv` [(N+2K)H, D] and `bias` are to be multiplied with, float32 [(N+2K)H]: powers of two.
 
-    `norm` [D]: the weight of the norm before it. Of a head's keys the middle pair, by size, stays about as it is.
+    `norm` [D]: the weight of the norm before it. The geometric mean of a head's sizes stays about as it is.
     """
     n, k, size = heads
     rows = slice(n * size, (n + k) * size)
@@ -88,7 +73,8 @@ def row_factors(norm: jax.Array, qkv: Matrix, bias: jax.Array | None, heads: Hea
     sizes = REACH * _of_pairs(spread, k)
     if bias is not None:
         sizes = sizes + _of_pairs(jnp.square(bias[rows].astype(jnp.float32)), k)
-    exponents = jnp.log2(jnp.maximum(sizes, 2.0**-100))
+    sizes = jnp.maximum(sizes, _LEAST * jnp.max(sizes, axis=1, keepdims=True))
+    exponents = jnp.log2(jnp.maximum(sizes, 2.0**-100))  # a head of zeros has none
     less = jnp.round(exponents) - jnp.round(jnp.mean(exponents, axis=1, keepdims=True))
     less = jnp.clip(less, *_room(qkv, heads)) if isinstance(qkv, Quantised) else less
     both = jnp.concatenate([less, less], axis=1)
@@ -107,13 +93,14 @@ def _room(qkv: Quantised, heads: Heads) -> tuple[jax.Array, jax.Array]:
     Scales of groups, and minima, are kept in float16, whose small numbers have fewer bits.
     """
     n, k, size = heads
-    down, up = (jnp.full((n + 2 * k) * size, float(_ANY)) for _ in range(2))  # of each row
+    down, up = (jnp.full((n + 2 * k) * size, _ANY) for _ in range(2))  # of each row
     for part in (qkv.scales, qkv.minima):
         if part is not None and part.dtype == jnp.float16:
-            size_of = jnp.abs(part.astype(jnp.float32))
-            exponents = jnp.frexp(size_of)[1] - 1
-            down = jnp.minimum(down, jnp.min(jnp.where(size_of > 0, exponents - _FLOAT16[0], _ANY), axis=1))
-            up = jnp.minimum(up, jnp.min(jnp.where(size_of > 0, _FLOAT16[1] - exponents, _ANY), axis=1))
+            mantissas, exponents = jnp.frexp(part.astype(jnp.float32))
+            bits = jnp.abs(mantissas * 2.0**11).astype(jnp.int32)  # a whole number
+            lowest = exponents - 11 + jnp.log2((bits & -bits).astype(jnp.float32)).astype(jnp.int32)
+            down = jnp.minimum(down, jnp.min(jnp.where(bits > 0, lowest - _FLOAT16[0], _ANY), axis=1))
+            up = jnp.minimum(up, jnp.min(jnp.where(bits > 0, _FLOAT16[1] - exponents, _ANY), axis=1))
 
     def of_pairs(rows: jax.Array) -> jax.Array:
         """The least of a KV head's queries, or keys, and of both channels of a pair: [K, R]."""
@@ -121,5 +108,4 @@ def _room(qkv: Quantised, heads: Heads) -> tuple[jax.Array, jax.Array]:
 
     queries, keys = slice(0, n * size), slice(n * size, (n + k) * size)
     least = jnp.maximum(-of_pairs(down[queries]), -of_pairs(up[keys]))
-    greatest = jnp.minimum(of_pairs(up[queries]), of_pairs(down[keys]))
-    return jnp.minimum(least, 0), jnp.maximum(greatest, 0)  # as they are they are exact
+    return least, jnp.minimum(of_pairs(up[queries]), of_pairs(down[keys]))

@@ -19,7 +19,7 @@ from dvi_jax.model.attention import AnyCache, LayerCache
 from dvi_jax.model.decode_products import gated_product, product
 from dvi_jax.model.product_blocks import sum_parts
 from dvi_jax.model.products import linear, total
-from dvi_jax.model.quantised import Matrix, frozen
+from dvi_jax.model.quantised import Matrix, frozen, multiply_rows
 from dvi_jax.model.residual import Residual
 from dvi_jax.model.variables import Base, DeepLoRA
 
@@ -66,7 +66,7 @@ class Block(nnx.Module):
         self.is_biased = "qkv_bias" in weights
         if self.is_biased:
             self.qkv_bias = Base(weights["qkv_bias"])
-        self.is_equalised = False  # True: there are `qkv_factors`, of rows of `qkv` (`equalised.py`)
+        self.is_equalised = False  # True: rows of `qkv` have been multiplied, by `qkv_factors` (`equalised.py`)
         self.heads = heads
         self.eps = eps
         self.shards = shards
@@ -109,6 +109,13 @@ class Block(nnx.Module):
                 gate, up = jnp.split(total(project("gate_up", normed), normed.dtype), 2, axis=-1)
                 gated = jax.nn.silu(gate) * up
             return entered, plus(residual, project("down", gated, wide=self.shards > 1)), cache
+
+    def multiply_qkv(self, factors: jax.Array) -> None:
+        """Rows of `qkv`, and of its bias, times factors float32 [(N+2K)H] from here on; what adapters add is, too."""
+        multiply_rows(self.qkv, factors)
+        if self.is_biased:
+            multiply_rows(self.qkv_bias, factors)
+        self.is_equalised, self.qkv_factors = True, Base(factors)
 
     def exchanged_parts(self) -> int:
         """P: into how many parts, at most, a sum of this device goes to the others in a round."""

@@ -15,6 +15,7 @@ Letters: O output channels, I inputs, G groups of a channel, P integers of a byt
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -154,22 +155,10 @@ class QuantisedWeight(nnx.Module):
             by_group(self.group_minima[everything]) if self.has_minima else None,
         )
 
-    def multiply_rows(self, factors: jax.Array) -> None:
-        """Row o times factors[o] from here on, factors float32 [O]; exact where they are powers of two."""
-        for name in ("scales", "group_scales", "group_minima"):
-            if hasattr(self, name):
-                part = getattr(self, name)
-                part[...] = _times(part[...], factors)  # the output channels are their last axis
-
     @property
     def shape(self) -> tuple[int, int]:
         """Of the matrix that it stands for: (O, I)."""
         return self[...].shape
-
-
-@jax.jit
-def _times(part: jax.Array, factors: jax.Array) -> jax.Array:
-    return (part * factors).astype(part.dtype)
 
 
 @jax.jit
@@ -181,3 +170,20 @@ def by_group(scales: jax.Array) -> jax.Array:
 def frozen(weight: Any) -> Base | QuantisedWeight:
     """A weight of a base tree, array or parts of a quantised matrix, as what a module holds."""
     return QuantisedWeight(weight) if isinstance(weight, Mapping) else Base(weight)
+
+
+def multiply_rows(weight: Base | QuantisedWeight, factors: jax.Array) -> None:
+    """Row o of a matrix, or element o of a vector, times factors[o], in place; exact where they are powers of two."""
+    if isinstance(weight, Base):
+        weight[...] = _times(weight[...], factors, axis=0)
+        return
+    for name in ("scales", "group_scales", "group_minima"):
+        if hasattr(weight, name):
+            part = getattr(weight, name)
+            part[...] = _times(part[...], factors, axis=part.ndim - 1)
+
+
+@partial(jax.jit, static_argnames="axis")
+def _times(x: jax.Array, factors: jax.Array, axis: int) -> jax.Array:
+    """x, with O elements along `axis`, times factors float32 [O]; in x's dtype."""
+    return (x * jnp.expand_dims(factors, [i for i in range(x.ndim) if i != axis])).astype(x.dtype)
