@@ -13,7 +13,6 @@ import numpy as np
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.decode.kernel_loading import load_kernels
 from dvi_jax.decode.plan import (
-    MOST_TREES_ROWS,
     PLAIN,
     Option,
     Plan,
@@ -30,6 +29,8 @@ from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import check_batch, to_host
+from dvi_jax.model.product_blocks import MOST_ROWS
+from dvi_jax.settings import INT32
 
 MOST_EOS_IDS = 8  # more would be another compiled program
 
@@ -106,8 +107,7 @@ def generate_batch(
 
 def make_knobs(settings: DecodeConfig, eos_ids: tuple[int, ...], *, plain: bool = False) -> Knobs:
     """Run-time settings of a generation; `plain` drafts nothing."""
-    if len(eos_ids) > MOST_EOS_IDS:
-        raise UserError(f"at most {MOST_EOS_IDS} end-of-sequence ids, got {len(eos_ids)}")
+    check_eos_ids(eos_ids)
     return Knobs.make(
         0 if plain else settings.draft_steps,
         settings.threshold,
@@ -214,10 +214,18 @@ def choose_plan(model: LoadedModel, settings: DecodeConfig, *, plain: bool = Fal
     return PLAIN if plain and plan.kind != "early-exit" else plan
 
 
+def check_eos_ids(eos_ids: Sequence[int]) -> None:
+    """Raise `UserError` for end-of-sequence ids that are too many or cannot be ids."""
+    if len(eos_ids) > MOST_EOS_IDS:
+        raise UserError(f"at most {MOST_EOS_IDS} end-of-sequence ids, got {len(eos_ids)}")
+    if not all(0 <= token <= INT32 for token in eos_ids):
+        raise UserError(f"end-of-sequence ids must be between 0 and {INT32}, got {', '.join(map(str, eos_ids))}")
+
+
 def check_rows(model: LoadedModel, plan: Plan, batch: int) -> None:
     """Raise `UserError` for trees of more rows, over the batch, than have the bits of plain decoding."""
     if plan.kind == "tree" and not trees_are_plain(batch, plan, model.config, model.manifest.dtype):
-        raise UserError(f"plan {plan}: {batch} such trees have more than {MOST_TREES_ROWS} rows, the most of a round")
+        raise UserError(f"plan {plan}: {batch} such trees have more than {MOST_ROWS} rows, the most of a round")
 
 
 def read_generations(state: DecodeState, prompt_lengths: Sequence[int], eos_ids: tuple[int, ...]) -> list[Generation]:

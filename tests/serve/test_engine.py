@@ -219,16 +219,22 @@ def test_nothing_grows(model, make_engine, pieces_of):
         assert first[0] == before
 
 
-def test_a_failure_reaches_every_reader(model, make_engine, monkeypatch):
-    calls = []
+@pytest.mark.parametrize(
+    ("module", "name", "which"),
+    [(programs, "run_stretch", 2), (programs, "lay", 3), (slots.Terms, "of", 6)],
+    ids=["a stretch", "a prompt into its slot", "what that takes"],
+)
+def test_a_failure_reaches_every_reader(model, make_engine, monkeypatch, module, name, which):
+    """Whatever fails before the first reply is whole, and wherever the others are then."""
+    calls, right = [], getattr(module, name)
 
-    def run_stretch(*arguments, **options):
+    def fails(*arguments, **options):
         calls.append(1)
-        if len(calls) == 2:  # no reply is whole yet
+        if len(calls) == which:
             raise RuntimeError("the device\nis gone")
-        return slots.run_stretch(*arguments, **options)
+        return right(*arguments, **options)
 
-    monkeypatch.setattr(programs, "run_stretch", run_stretch)
+    monkeypatch.setattr(module, name, fails)
     with make_engine(model) as engine:
         handles = [engine.submit(Request((5, index), 80, eos_ids=())) for index in range(6)]
         for handle in handles:
@@ -262,6 +268,25 @@ def test_waiting_draining_and_closing(model, make_engine, pieces_of):
     engine.close()
     assert pieces_of(left[-1])[2] == "cancelled"
     assert {pieces_of(handle)[2] for handle in left[:-1]} <= {"cancelled", "length"}
+
+
+def test_a_long_prompt_that_nobody_wants_is_taken_in_no_further(model, make_engine, pieces_of, monkeypatch):
+    """Also where nothing runs beside it, and its chunks follow on one another."""
+    handles, taken = [], []
+
+    def take_chunk(*arguments):
+        taken.append(1)
+        if len(taken) == 2:
+            handles[0].cancel()
+        return slots.take_chunk(*arguments)
+
+    with make_engine(model) as engine:
+        monkeypatch.setattr(programs, "take_chunk", take_chunk)
+        with engine._changed:  # so that the handle is known before the first chunk
+            handles.append(engine.submit(Request(tuple(range(2, 92)), 4, eos_ids=())))
+        assert pieces_of(handles[0]) == ([], "", "cancelled")
+        assert len(taken) == 2  # of 6
+        assert len(pieces_of(engine.submit(Request((5, 6), 4, eos_ids=())))[0]) == 4
 
 
 def test_event_loops_are_served_without_threads(model, make_engine, pieces_of):
@@ -302,6 +327,7 @@ def test_event_loops_are_served_without_threads(model, make_engine, pieces_of):
         ({"max_new_tokens": 0}, "at least 1, got 0"),
         ({"max_new_tokens": 95}, "has 2 tokens and 95 new ones were asked for; the engine's context holds 96"),
         ({"eos_ids": tuple(range(9))}, "at most 8"),
+        ({"eos_ids": (3, 2**31)}, "between 0 and 2147483647, got 3, 2147483648"),
         ({"sampling": SamplingConfig(coupled=False)}, "coupled"),
         ({"stop": ("",)}, "must not be empty"),
         ({"logprobs": 0}, "gives no log-probabilities"),
