@@ -4,9 +4,10 @@
     python -m experiments.row_classes --shape 7b --layers 8 --trees --passes 1x1 16x1 64x1 32x8
     python -m experiments.row_classes --shape 7b --layers 8 --weights int4
 
-One sequence is decoded in passes of W rows (all but one of them wrong drafts) among B sequences that differ from it.
-With `--trees` passes of more than one row are trees.
-Every bit of the verifier's final hidden state at every position must be that of the first pass in the list.
+B sequences are decoded in passes of W rows of each (all but one of them wrong drafts). They differ in what they go on
+with and in where they stand. With `--trees` passes of more than one row are trees.
+Every bit of the verifier's final hidden state, of every sequence at every position, must be what the first pass in the
+list gives; if that has fewer sequences, it is run for others until all are known.
 """
 
 from __future__ import annotations
@@ -55,21 +56,16 @@ def main() -> int:
     model = scripted(random_model(config, options.dtype, 1, quantisation=how).with_kv(options.kv))
     prompt = np.random.default_rng(0).integers(3, config.vocab_size, options.prompt).tolist()
     rows: list[dict[str, Any]] = []
-    first = None
+    most = max(batch for _, batch in passes)
+    known = None
     for width, batch in passes:
         plan = Plan("tree" if options.trees else "chain", width - (not options.trees)) if width > 1 else PLAIN
-        found = decoded(model, prompt, plan, batch, options.new_tokens)
-        first = found if first is None else first
-        differing = np.flatnonzero((found != first).any(axis=-1))
+        count = most if known is None else batch
+        found = decoded(model, prompt, plan, batch, options.new_tokens, count)
+        known = found if known is None else known
         rows.append(
-            {
-                "width": width,
-                "batch": batch,
-                "row_class": row_class(batch, width, config, options.dtype),
-                "positions": len(found),
-                "equal": not len(differing),
-                "first_difference": int(differing[0]) if len(differing) else None,
-            }
+            {"width": width, "batch": batch, "row_class": row_class(batch, width, config, options.dtype)}
+            | compared(found, known)
         )
         print(rows[-1], flush=True)
     if options.out:
@@ -77,23 +73,51 @@ def main() -> int:
     return 0 if all(row["equal"] for row in rows if row["row_class"] == rows[0]["row_class"]) else 1
 
 
-def decoded(model: LoadedModel, prompt: list[int], plan: Plan, batch: int, new_tokens: int) -> np.ndarray:
-    """Bits of the first sequence's final hidden states that rounds gave: one row a position, [new tokens - 1, D]."""
+def decoded(model: LoadedModel, prompt: list[int], plan: Plan, batch: int, new_tokens: int, count: int) -> np.ndarray:
+    """Bits of the final hidden states that rounds gave `count` sequences, so many side by side as `batch` says.
+
+    One row a new position: [count, new tokens - 1, D].
+    """
     alike = rows_alike(batch * plan.rows, model.config, model.manifest.dtype)
     settings = DecodeConfig(draft_steps=plan.drafts if alike else plan.rows - 1, max_new_tokens=new_tokens)
     knobs = Knobs.make(plan.drafts, 0.0, ())
-    state = _among(start(model, [prompt], settings, knobs, record=True), batch, model.config.vocab_size)
-    state = state.replace(drafter=jnp.full_like(state.tokens, 1))  # drafts token 1: right by accident at most
-    state = decode_rounds(model.definition, model.decode_params, state, knobs, plan)
-    return final_bits(state)[0, len(prompt) + 1 : len(prompt) + new_tokens]
+    prefilled = start(model, [prompt], settings, knobs, record=True)
+    found: list[np.ndarray] = []
+    for first in range(0, count, batch):
+        state = _sequences(prefilled, range(first, first + batch), model.config.vocab_size)
+        after = np.asarray(state.length)[:, None] + np.arange(new_tokens - 1)
+        state = decode_rounds(model.definition, model.decode_params, state, knobs, plan)
+        found += list(np.take_along_axis(final_bits(state), after[..., None], axis=1))
+    return np.stack(found[:count])
 
 
-def _among(state: DecodeState, batch: int, vocab_size: int) -> DecodeState:
-    """A state of one sequence as the first of `batch`; the others go on from other pending tokens."""
-    state = jax.tree.map(lambda x: x if x.ndim == 0 else jnp.repeat(x, batch, axis=0), state)
-    pending = jax.random.randint(jax.random.key(1), (batch,), 3, vocab_size, jnp.int32)
-    places = (jnp.arange(1, batch), state.length[1:] - 1)
-    return state.replace(tokens=state.tokens.at[places].set(pending[1:]))
+def compared(found: np.ndarray, known: np.ndarray) -> dict[str, Any]:
+    """What is said of sequences [B, positions, D] beside those that are known, the first B of which they are."""
+    differing = (found != known[: len(found)]).any(axis=-1)
+    earliest = np.argwhere(differing.T)[:1, ::-1].tolist()
+    return {
+        "positions": differing.size,
+        "equal": not differing.any(),
+        "differing_sequences": int(differing.any(axis=1).sum()),
+        "first_difference": dict(zip(("sequence", "position"), earliest[0], strict=True)) if earliest else None,
+    }
+
+
+def _sequences(state: DecodeState, numbers: range, vocab_size: int) -> DecodeState:
+    """Sequences of these numbers from a state of one: each goes on from another token, and up to half a prompt earlier.
+
+    What lies in the caches behind that is stale, as rejected drafts are.
+    """
+    length, new_tokens = int(state.length[0]), int(state.limit[0] - state.length[0])
+    pending = [np.random.default_rng(number).integers(3, vocab_size) for number in numbers]
+    lengths = np.array([length - number * 7 % max(length // 2, 1) for number in numbers], np.int32)
+    state = jax.tree.map(lambda x: jnp.repeat(jnp.copy(x), len(numbers), axis=0) if x.ndim else jnp.copy(x), state)
+    return state.replace(
+        tokens=state.tokens.at[np.arange(len(numbers)), lengths - 1].set(np.array(pending, np.int32)),
+        length=jnp.asarray(lengths),
+        limit=jnp.asarray(lengths + new_tokens),
+        drafter=jnp.full((len(numbers), state.tokens.shape[1]), 1),  # drafts token 1: right by accident at most
+    )
 
 
 def _pass(text: str, *, trees: bool) -> tuple[int, int]:

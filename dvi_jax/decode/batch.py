@@ -30,6 +30,7 @@ from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import check_batch, to_host
+from dvi_jax.settings import INT32
 
 MOST_EOS_IDS = 8  # more would be another compiled program
 
@@ -106,8 +107,7 @@ def generate_batch(
 
 def make_knobs(settings: DecodeConfig, eos_ids: tuple[int, ...], *, plain: bool = False) -> Knobs:
     """Run-time settings of a generation; `plain` drafts nothing."""
-    if len(eos_ids) > MOST_EOS_IDS:
-        raise UserError(f"at most {MOST_EOS_IDS} end-of-sequence ids, got {len(eos_ids)}")
+    check_eos_ids(eos_ids)
     return Knobs.make(
         0 if plain else settings.draft_steps,
         settings.threshold,
@@ -212,6 +212,14 @@ def choose_plan(model: LoadedModel, settings: DecodeConfig, *, plain: bool = Fal
         )
     # A plan that asks before each draft drafts nothing for nothing: no other program is needed.
     return PLAIN if plain and plan.kind != "early-exit" else plan
+
+
+def check_eos_ids(eos_ids: Sequence[int]) -> None:
+    """Raise `UserError` for end-of-sequence ids that are too many or cannot be ids."""
+    if len(eos_ids) > MOST_EOS_IDS:
+        raise UserError(f"at most {MOST_EOS_IDS} end-of-sequence ids, got {len(eos_ids)}")
+    if not all(0 <= token <= INT32 for token in eos_ids):
+        raise UserError(f"end-of-sequence ids must be between 0 and {INT32}, got {', '.join(map(str, eos_ids))}")
 
 
 def check_rows(model: LoadedModel, plan: Plan, batch: int) -> None:

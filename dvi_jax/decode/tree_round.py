@@ -104,6 +104,8 @@ def verify_tree(model: SpeculativeLlama, state: DecodeState, tree: TokenTree) ->
 def right_path(tree: TokenTree, verified: jax.Array) -> jax.Array:
     """int32 [B, A]: the rows of the longest path on which each draft is the verifier's token after the row before."""
     right = tree.tokens == along_rows(verified, tree.parent)  # NO_TOKEN is no token of the verifier's
+    # Worths that are no numbers rank nodes in no order, and one may then be told another parent than its own.
+    right &= tree.depth == along_rows(tree.depth, tree.parent) + 1
     right = right.at[:, 0].set(True)
     on_path = jnp.all(along_rows(right, tree.path), axis=2)
     end = jnp.argmax(jnp.where(on_path, tree.depth, -1), axis=1)

@@ -8,6 +8,9 @@ Letters: P parts.
 
 from __future__ import annotations
 
+import operator
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 
@@ -56,8 +59,11 @@ def _by_blocks(x: jax.Array, weight: Quantised) -> jax.Array:
 
 
 def total(parts: jax.Array, dtype: jnp.dtype, bias: jax.Array | None = None) -> jax.Array:
-    """Sum of parts [P, ..., out], and of `bias` [out] where there is one, rounded once, as the whole would be."""
-    whole = parts[0] if len(parts) == 1 else jnp.sum(parts, axis=0)
+    """Sum of parts [P, ..., out], and of `bias` [out] where there is one, rounded once, as the whole would be.
+
+    One part after the other: how a compiler orders a reduction may depend on how many rows there are.
+    """
+    whole = reduce(operator.add, parts)
     if bias is not None:
         whole = whole.astype(jnp.float32) + bias.astype(jnp.float32)
     return whole.astype(dtype)

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import jax
 
-from dvi_jax.decode.batch import MOST_EOS_IDS, check_prompts
+from dvi_jax.decode.batch import check_eos_ids, check_prompts
 from dvi_jax.decode.branches import most_branches
 from dvi_jax.decode.kernel_loading import load_kernels
 from dvi_jax.decode.plan import PLAIN, Plan
@@ -220,8 +220,7 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens and {request.max_new_tokens} new ones were asked for;"
                 f" the engine's context holds {self.context}"
             )
-        if len(eos) > MOST_EOS_IDS:
-            raise UserError(f"at most {MOST_EOS_IDS} end-of-sequence ids, got {len(eos)}")
+        check_eos_ids(eos)
         if request.sampling is not None and not request.sampling.coupled:
             raise UserError("an engine's sampling is coupled: with rejection, tokens would depend on the drafter")
         if request.logprobs is not None and not self.logprobs:

@@ -76,10 +76,11 @@ class Intake:
     def _take(self, tokens: np.ndarray, position: int) -> None:
         self._programs.take(tokens, self._lengths.copy(), position)  # the device reads them when it comes to it
 
-    def hand_over(self, most: int) -> dict[int, Reply]:
-        """So many of the replies whose prompts are taken in, by row; these stay there until others begin."""
-        rows = [row for row, reply in enumerate(self._replies) if reply is not None][:most]
-        return {row: self._pop(row) for row in rows}
+    def hand_over(self) -> Iterator[tuple[int, Reply]]:
+        """The replies whose prompts are taken in, each by its row as it is asked for; the prompts stay there."""
+        for row, reply in enumerate(self._replies):
+            if reply is not None:
+                yield row, self._pop(row)
 
     def drop_cancelled(self) -> Iterator[Reply]:
         """Think no more of the prompts of cancelled replies; whose they are."""

@@ -146,8 +146,12 @@ class Learner:
         """Whether a turn would do anything if the share allowed it."""
         if self.status.state != "learning":
             return False
-        while self._arrived and self._arrived[0].is_ready():  # type: ignore[attr-defined]  # all of jax's have it
-            self._new_positions += int(self._arrived.pop(0))
+        try:
+            while self._arrived and self._arrived[0].is_ready():  # type: ignore[attr-defined]  # all of jax's have it
+                self._new_positions += int(self._arrived.pop(0))
+        except jax.errors.JaxRuntimeError as error:  # what the device made of keeping it
+            self._stop(one_line(str(error)))
+            return False
         enough = self._new_positions >= self._positions
         return enough or self._verdict_is_due() or self._save_is_due()
 

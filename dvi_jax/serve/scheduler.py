@@ -220,15 +220,16 @@ class Scheduler:
     def _lay(self) -> _Laid:
         """Prompts that are complete into free slots, as many as there are."""
         free = [slot for slot, reply in enumerate(self._replies) if reply is None]
-        replies = self._intake.hand_over(len(free))
         places = np.full(self._intake.rows, len(self._replies), np.int32)
         terms = [Terms.of(1, 1, (), GREEDY, self._vocab_size)] * self._intake.rows
-        laid = [(row, slot, reply) for slot, (row, reply) in zip(free, replies.items(), strict=False)]
-        for row, slot, reply in laid:
+        laid: list[tuple[int, int, Reply]] = []
+        for slot, (row, reply) in zip(free, self._intake.hand_over(), strict=False):
+            self._replies[slot] = reply  # at once: should anything fail, its reader is told
+            laid.append((row, slot, reply))
             request, length = reply.request, len(reply.request.prompt_ids)
             sampling = request.sampling or GREEDY
             terms[row] = Terms.of(length, request.max_new_tokens, reply.eos_ids, sampling, self._vocab_size)
-            places[row], self._replies[slot] = slot, reply
+            places[row] = slot
             reply.statistics.started = time.monotonic()
             self.status = replace(
                 self.status,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Collection
 from enum import Enum
 
 BLOCK = 100  # drafts judged
@@ -30,7 +31,7 @@ class Shadow:
 
     def __init__(self) -> None:
         self._good: deque[float] = deque(maxlen=2 * ENOUGH)  # accept rate of each of the newest blocks
-        self._trial: list[float] | None = None  # the same since the swap; None: nothing is on trial
+        self._trial: deque[float] | None = None  # the same since the swap; None: nothing is on trial
         self._seen = (0, 0)  # drafts judged and accepted, up to the block under way
 
     @property
@@ -53,7 +54,7 @@ class Shadow:
     def swapped(self, judged: int, accepted: int) -> None:
         """Another drafter is live from here on. What follows it before the verdict is on the same trial."""
         if self._trial is None:
-            self._trial, self._seen = [], (judged, accepted)
+            self._trial, self._seen = deque(maxlen=2 * ENOUGH), (judged, accepted)
 
     def verdict(self) -> Verdict:
         """What the blocks so far say of the trial."""
@@ -78,11 +79,11 @@ class Shadow:
         self._trial, self._seen = None, (judged, accepted)
 
 
-def _mean(rates: deque[float] | list[float] | tuple[()]) -> float | None:
+def _mean(rates: Collection[float]) -> float | None:
     return statistics.fmean(rates) if rates else None
 
 
-def _variance(rates: deque[float] | list[float]) -> float:
+def _variance(rates: deque[float]) -> float:
     """Of the mean of blocks: at least that of independent drafts."""
     mean = statistics.fmean(rates)
     return max(statistics.variance(rates), mean * (1 - mean) / BLOCK) / len(rates)

@@ -15,6 +15,7 @@ from dvi_jax.decode.selection import at_places, ranks, repeated_argmax
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import NO_TOKEN, Knobs
 from dvi_jax.decode.tree import grow
+from dvi_jax.decode.tree_round import right_path
 from dvi_jax.model.drafters import StepDrafter
 from dvi_jax.model.speculative_llama import SpeculativeLlama, join, split
 from tests.compiling import lightly_compiled
@@ -132,6 +133,26 @@ def test_a_node_below_the_threshold_has_no_children():
         for end in range(1, len(path)):
             step = everything[path[:end]] / (everything[path[: end - 1]] if end > 1 else 1)
             assert step >= sure
+
+
+def test_no_drafter_makes_a_path_that_is_none():
+    """Where it gives no numbers behind one node, others are told wrong parents: they are right for no verifier."""
+    table = TABLE.copy()
+    table[:, 0], table[:, 1] = [0.3, 0.2, 0.1, 0.0], 0.0
+    table[:, 1, 0], table[:, 1, 3] = np.nan, [5.0, 0.0, 0.0, 0.0]
+    tree, rng = grown(rows=36, growth=Growth(3, 4, 4), table=table), np.random.default_rng(0)
+    assert (tree.parent == np.arange(36))[:, 1:].any()  # its own parent
+    lengths = set()
+    for _ in range(100):
+        verified = rng.integers(0, VOCAB, tree.tokens.shape)
+        for sequence, path in enumerate(np.asarray(right_path(tree, verified))):
+            drafts = tree.depth[sequence, path[-1]]
+            rows, before = path[1 : drafts + 1], path[:drafts]
+            assert path[0] == 0
+            np.testing.assert_array_equal(tree.parent[sequence, rows], before)
+            np.testing.assert_array_equal(tree.tokens[sequence, rows], verified[sequence, before])
+            lengths.add(int(drafts))
+    assert lengths >= {1, 2}
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])

@@ -219,16 +219,22 @@ def test_nothing_grows(model, make_engine, pieces_of):
         assert first[0] == before
 
 
-def test_a_failure_reaches_every_reader(model, make_engine, monkeypatch):
-    calls = []
+@pytest.mark.parametrize(
+    ("module", "name", "which"),
+    [(programs, "run_stretch", 2), (programs, "lay", 3), (slots.Terms, "of", 6)],
+    ids=["a stretch", "a prompt into its slot", "what that takes"],
+)
+def test_a_failure_reaches_every_reader(model, make_engine, monkeypatch, module, name, which):
+    """Whatever fails before the first reply is whole, and wherever the others are then."""
+    calls, right = [], getattr(module, name)
 
-    def run_stretch(*arguments, **options):
+    def fails(*arguments, **options):
         calls.append(1)
-        if len(calls) == 2:  # no reply is whole yet
+        if len(calls) == which:
             raise RuntimeError("the device\nis gone")
-        return slots.run_stretch(*arguments, **options)
+        return right(*arguments, **options)
 
-    monkeypatch.setattr(programs, "run_stretch", run_stretch)
+    monkeypatch.setattr(module, name, fails)
     with make_engine(model) as engine:
         handles = [engine.submit(Request((5, index), 80, eos_ids=())) for index in range(6)]
         for handle in handles:
@@ -302,6 +308,7 @@ def test_event_loops_are_served_without_threads(model, make_engine, pieces_of):
         ({"max_new_tokens": 0}, "at least 1, got 0"),
         ({"max_new_tokens": 95}, "has 2 tokens and 95 new ones were asked for; the engine's context holds 96"),
         ({"eos_ids": tuple(range(9))}, "at most 8"),
+        ({"eos_ids": (3, 2**31)}, "between 0 and 2147483647, got 3, 2147483648"),
         ({"sampling": SamplingConfig(coupled=False)}, "coupled"),
         ({"stop": ("",)}, "must not be empty"),
         ({"logprobs": 0}, "gives no log-probabilities"),

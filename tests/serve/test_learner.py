@@ -9,6 +9,7 @@ import pytest
 from dvi_jax.config import OptimizerConfig, SamplingConfig
 from dvi_jax.errors import UserError
 from dvi_jax.learn import fast_update
+from dvi_jax.serve import learner as learner_module
 from dvi_jax.serve import learning
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learner import TRIAL_UPDATES, Learner
@@ -207,13 +208,23 @@ def test_a_model_whose_replies_learning_would_change(new_model, make_learner):
         make_learner(with_lora_d)
 
 
-def test_a_device_without_memory_stops_learning_alone(model, make_engine, make_learner, pieces_of, monkeypatch):
-    learner = make_learner()
+class Failed:
+    """A number that the device did not come to."""
 
-    def fails(*_, **__):
+    def is_ready(self):
+        return True
+
+    def __int__(self):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of\nmemory")
 
-    monkeypatch.setattr(learner, "_fast_update", fails)
+
+@pytest.mark.parametrize("what", ["an update", "a window, as is seen later"])
+def test_a_device_without_memory_stops_learning_alone(model, make_engine, make_learner, pieces_of, monkeypatch, what):
+    learner = make_learner()
+    if what == "an update":
+        monkeypatch.setattr(learner, "_fast_update", lambda *_, **__: int(Failed()))
+    else:
+        monkeypatch.setattr(learner_module, "keep", lambda replay, *_: (replay, Failed()))
     with make_engine(model, learner=learner) as engine:
         until(lambda: serve(engine, requests(), pieces_of) and learner.status.state != "learning")
         assert learner.status.state == "stopped: RESOURCE_EXHAUSTED: out of memory"

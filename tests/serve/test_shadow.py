@@ -46,6 +46,15 @@ def test_a_worse_drafter_is_found_out_and_chance_is_not():
     assert on_trial(0.4, 0.0, seed=0)[0] is Verdict.WORSE
 
 
+def test_an_endless_trial_is_judged_by_its_newest_drafts():
+    """As where learning has stopped, or has no time: nothing grows with what is served."""
+    shadow, last = Shadow(), 100 * ENOUGH
+    shadow.swapped(0, 0)
+    for block in range(1, last + 1):
+        shadow.observe(BLOCK * block, BLOCK * max(block - last + 2 * ENOUGH, 0))
+    assert shadow.rates[1] == 1.0
+
+
 def test_the_next_is_measured_by_what_held():
     shadow, traffic = Shadow(), Traffic()
     shadow.swapped(0, 0)
