@@ -28,7 +28,7 @@ from dvi_jax.learn.rollback import go_on_from
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Params
 from dvi_jax.serve.learn_settings import LearnSettings
-from dvi_jax.serve.learning import checksum, compare, copied, keep, moved, newest
+from dvi_jax.serve.learning import checksum, compare, copied, keep, newest
 from dvi_jax.serve.requests import EngineStatus, Request
 from dvi_jax.serve.shadow import Shadow, Verdict
 from dvi_jax.serve.share import Share
@@ -117,8 +117,9 @@ class Learner:
         window = window_bytes(self._window, config.hidden_size, len(self._model.taps), settings.branches)
         capacity = max(fresh, min(settings.replay_capacity, settings.replay_bytes // window))
         moving = tree_bytes(self._model.params.drafter) + tree_bytes(self._model.params.lora_s)
-        # Weights of three drafters (good, live, candidate) with two moments each, and gradients.
-        check_room(capacity * window + 10 * moving, f"--learn: {capacity} windows and the optimiser's states")
+        # Weights of three drafters (good, live, candidate) with two moments and perhaps an average each, and gradients.
+        states = 3 * (4 if settings.optimizer.average else 3) + 1
+        check_room(capacity * window + states * moving, f"--learn: {capacity} windows and the optimiser's states")
         return capacity
 
     # What the engine's thread calls.
@@ -186,7 +187,7 @@ class Learner:
 
     def params(self) -> Params:
         """The model's arrays with the live drafter."""
-        return with_trainable(self._model.params, self._live.trainable)
+        return with_trainable(self._model.params, self._live.served)
 
     # What is kept across restarts.
 
@@ -246,13 +247,11 @@ class Learner:
     def _update(self) -> None:
         """One fast update of the candidate; it goes live when enough of them are pooled."""
         began, step = self._clock(), self.status.updates
-        before = self._state.trainable
-        state, values = self._fast_update(self._state)
         rate = self._rate(step)
-        trainable = moved(before, state.trainable, np.float32(rate))
-        self._state = state.replace(trainable=trainable)
+        state, values = self._fast_update(self._state, rate)
+        self._state = state
         self._new_positions, self._pooled = 0, self._pooled + 1
-        jax.block_until_ready(trainable)
+        jax.block_until_ready(state.served)
         found, failing = jax.device_get((values, state.optimizer.notfinite_count))
         seconds, positions = self._clock() - began, int(found["positions"])
         self.status = replace(
@@ -271,7 +270,7 @@ class Learner:
         elif self._pooled >= self._pool(step):
             self._swap()
 
-    def _fast_update(self, state: LearnerState) -> tuple[LearnerState, dict[str, jax.Array]]:
+    def _fast_update(self, state: LearnerState, rate: float) -> tuple[LearnerState, dict[str, jax.Array]]:
         settings, model = self.settings, self._model
         fresh = newest(state.replay, settings.fresh_windows)
         return fast_update(
@@ -283,6 +282,7 @@ class Learner:
             objective=settings.objective,
             optimizer=settings.optimizer,
             size=self._size,
+            rate=rate,
         )
 
     def _usual_rate(self, step: int) -> float:
@@ -331,8 +331,8 @@ class Learner:
         return compare(
             model.definition,
             model.params,
-            self._good.trainable,
-            self._live.trainable,
+            self._good.served,
+            self._live.served,
             newest(self._state.replay, settings.fresh_windows),
             self._state.key,
             objective=settings.objective,
@@ -351,7 +351,7 @@ class Learner:
         self._note_live()
 
     def _note_live(self) -> None:
-        digest = f"{int(checksum(self._live.trainable)):08x}"
+        digest = f"{int(checksum(self._live.served)):08x}"
         self.status = replace(self.status, digest=digest, live_since=time.time())
 
     def _point(self) -> LearnerState:
@@ -374,8 +374,7 @@ class Learner:
 
     def _warm_up(self) -> None:
         """Compile every program, on no windows, so that no reply waits for one."""
-        state, _ = self._fast_update(self._renewed(self._good))
-        moved(self._good.trainable, state.trainable, np.float32(1.0))
+        state, _ = self._fast_update(self._renewed(self._good), 1.0)
         self._state = self._state.replace(replay=state.replay)
         self._state = self._renewed(self._good)
         self._compare()[0].block_until_ready()

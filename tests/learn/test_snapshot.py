@@ -29,7 +29,7 @@ PROGRESS_AT = {"prompts": 7, "seconds": 0.1}
 @pytest.fixture(scope="module")
 def learner(make_tiny) -> LearnerState:
     """A learner whose arrays are all different from a new one's."""
-    state = init_learner(make_tiny().params, OptimizerConfig(), Replay.empty(3, 5, 32), jax.random.key(0))
+    state = init_learner(make_tiny().params, OptimizerConfig(average=0.5), Replay.empty(3, 5, 32), jax.random.key(0))
     rng = np.random.default_rng(0)
     leaves, structure = jax.tree.flatten(state)
     noisy = [

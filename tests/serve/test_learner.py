@@ -16,7 +16,7 @@ from dvi_jax.serve.learner import TRIAL_UPDATES, Learner
 from dvi_jax.serve.requests import EngineStatus, Request
 from tests.serve.server.live import until
 
-PROGRAMS = (fast_update._fast_update, learning.keep, learning.newest, learning.moved, learning.compare)
+PROGRAMS = (fast_update._fast_update, learning.keep, learning.newest, learning.compare)
 SETTINGS = LearnSettings(
     share=0.9,
     window=64,
