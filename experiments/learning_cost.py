@@ -12,9 +12,10 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +29,8 @@ from dvi_jax.learn.online import OnlineRun, with_new_lora_d
 from dvi_jax.learn.shared_directory import open_directory
 
 STILL = 1e-30  # a learning rate that moves no float32 weight
+
+SomeRun = TypeVar("SomeRun", bound=OnlineRun)
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,9 @@ def cost_of_learning(config: TrainConfig, *, prompts: int, pairs: int) -> dict[s
         raise UserError(f"--cost-prompts {prompts}: an update follows {cycle} prompts, so there must be as many")
     optimizer = replace(config.optimizer, lora_lr=STILL, head_lr=STILL, weight_decay=0.0)
     still = replace(config, optimizer=optimizer, rollback=replace(config.rollback, collapse=0.0))
-    checkpoint = open_checkpoint(config.checkpoint)
-    checkpoint = kept_or_new_drafter(checkpoint, config.drafter, config.drafter_options, config.exit_layer)
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        open_directory(f"{scratch}/run", keep=1, keep_best=0, resume=False, report=lambda kind, record: None) as out,
-    ):
-        run = Stretches(still, with_new_lora_d(checkpoint, still), out)
+    counts = 0, config.updates_per_rollout
+    with opened(Stretches, still) as run:
         cycles = list(itertools.islice(run._cycles(), prompts // cycle))
-        counts = 0, config.updates_per_rollout
         for updates in counts:  # compiles, and fills the replay
             run.stretch(cycles, updates=updates)
         measured = []
@@ -96,6 +93,18 @@ def cost_of_learning(config: TrainConfig, *, prompts: int, pairs: int) -> dict[s
             found = {updates: run.stretch(cycles, updates=updates) for updates in order}
             measured.append((found[counts[0]], found[counts[1]]))
     return summarise(measured) | {"rollouts": len(cycles) * config.update_every, "updates": len(cycles) * counts[1]}
+
+
+@contextmanager
+def opened(kind: type[SomeRun], config: TrainConfig) -> Iterator[SomeRun]:
+    """An online run of this class that has not begun, in a directory that is removed."""
+    checkpoint = open_checkpoint(config.checkpoint)
+    checkpoint = kept_or_new_drafter(checkpoint, config.drafter, config.drafter_options, config.exit_layer)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        open_directory(f"{scratch}/run", keep=1, keep_best=0, resume=False, report=lambda kind, record: None) as out,
+    ):
+        yield kind(config, with_new_lora_d(checkpoint, config), out)
 
 
 def summarise(pairs: Sequence[tuple[Stretch, Stretch]]) -> dict[str, Any]:
