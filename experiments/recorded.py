@@ -88,12 +88,12 @@ def check_variant(config: TrainConfig, base: TrainConfig) -> None:
 def compare_variants(base: TrainConfig, variants: list[TrainConfig], options: argparse.Namespace) -> int:
     """Every variant against the drafter that learns nothing, by domain."""
     began = time.perf_counter()
-    domains = [Path(file).stem for file in base.data.files]
     with opened(Recorder, base) as run:
         rollouts = run.record()
         files = np.array([file for rollout in rollouts for file in rollout.files])
+        domains = {Path(base.data.files[index]).stem: files == index for index in np.unique(files)}
         frozen = run.go_through(rollouts, replace(base, updates_per_rollout=0))
-        rates = {domain: rate(frozen[files == index]) for index, domain in enumerate(domains)}
+        rates = {domain: rate(frozen[inside]) for domain, inside in domains.items()}
         result: dict[str, Any] = {"environment": environment(), "settings": recorded(base), "prompts": len(files)}
         result |= {"seeds": options.seeds, "frozen": rates, "variants": []}
         told = ", ".join(f"{domain} {share:.1%}" for domain, share in rates.items())
@@ -101,8 +101,8 @@ def compare_variants(base: TrainConfig, variants: list[TrainConfig], options: ar
         for given, config in zip(options.variant, variants, strict=True):
             learned = [run.go_through(rollouts, replace(config, seed=seed)) for seed in range(options.seeds)]
             changes = {
-                domain: change([counts[files == index] for counts in learned], frozen[files == index])
-                for index, domain in enumerate(domains)
+                domain: change([counts[inside] for counts in learned], frozen[inside])
+                for domain, inside in domains.items()
             }
             result["variants"].append({"set": given, "change": changes})
             write_result(options.out, result)
