@@ -88,6 +88,8 @@ class Learner:
         if settings.branches:
             check_branches(model, settings.objective.unroll_steps)
         self.settings, self._model, self._clock = settings, model, clock
+        average = settings.average if model.drafter_is_trained else 0.0
+        self._optimizer = replace(settings.optimizer, average=average)
         self._report, self._save = report, save
         self._window = min(settings.window, context)
         fresh, kept = settings.fresh_windows, settings.replayed_windows
@@ -96,7 +98,7 @@ class Learner:
         capacity = self._capacity(fresh)
         width, taps = model.config.hidden_size, len(model.taps)
         replay = Replay.empty(capacity, self._window, width, taps, settings.branches)
-        self._state = init_learner(model.params, settings.optimizer, replay, jax.random.key(settings.seed))
+        self._state = init_learner(model.params, self._optimizer, replay, jax.random.key(settings.seed))
         self._good = self._live = self._given = self._point()  # given: what the engine drafts with
         self._shadow, self._share = Shadow(), Share(settings.share, clock)
         self._arrived: list[jax.Array] = []  # lengths of windows that were not counted yet
@@ -118,7 +120,7 @@ class Learner:
         capacity = max(fresh, min(settings.replay_capacity, settings.replay_bytes // window))
         moving = tree_bytes(self._model.params.drafter) + tree_bytes(self._model.params.lora_s)
         # Weights of three drafters (good, live, candidate) with two moments and perhaps an average each, and gradients.
-        states = 3 * (4 if settings.optimizer.average else 3) + 1
+        states = 3 * (4 if self._optimizer.average else 3) + 1
         check_room(capacity * window + states * moving, f"--learn: {capacity} windows and the optimiser's states")
         return capacity
 
@@ -280,7 +282,7 @@ class Learner:
             fresh,
             np.array(False),
             objective=settings.objective,
-            optimizer=settings.optimizer,
+            optimizer=self._optimizer,
             size=self._size,
             rate=rate,
         )

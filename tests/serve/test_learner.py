@@ -12,7 +12,7 @@ from dvi_jax.learn import fast_update
 from dvi_jax.serve import learner as learner_module
 from dvi_jax.serve import learning
 from dvi_jax.serve.learn_settings import LearnSettings
-from dvi_jax.serve.learner import TRIAL_UPDATES, Learner
+from dvi_jax.serve.learner import POOLED, TRIAL_UPDATES, Learner
 from dvi_jax.serve.requests import EngineStatus, Request
 from tests.serve.server.live import until
 
@@ -115,7 +115,8 @@ def go_bad(learner, params):
     """As if updates had led there: weights go live, with an optimiser that has moved on."""
     trainable = {"drafter": params.drafter, "lora_s": params.lora_s}
     optimizer = jax.tree.map(lambda leaf: leaf + 1 if leaf.dtype != bool else leaf, learner._state.optimizer)
-    learner._state = learner._state.replace(trainable=trainable, step=learner._state.step + 7, optimizer=optimizer)
+    step = learner._state.step + 7
+    learner._state = learner._state.replace(trainable=trainable, average=trainable, step=step, optimizer=optimizer)
     learner._swap()
 
 
@@ -166,6 +167,25 @@ def test_windows_decide_what_traffic_does_not(model, make_learner, train_noise, 
         learner.status = replace(learner.status, updates=learner.status.updates + TRIAL_UPDATES)
         assert (turn() is not None) == (kind == "rollback")
         assert learner.records[-1][0] == kind
+
+
+def test_an_average_of_a_trained_drafter_drafts(model, make_learner, some_windows):
+    """Of four updates' weights, by hand; one from nothing has none."""
+    learner, found, new = make_learner(model), [], None
+    for window in some_windows:
+        learner.take(window, requests()[0])
+    for _ in range(POOLED):
+        assert new is None
+        learner._new_positions = SETTINGS.positions
+        new = learner.turn(EngineStatus(4, running=0, waiting=0, context=96, plan="plain"), idle=True)
+        found.append(jax.device_get(learner._state.trainable["drafter"]))
+    expected = jax.device_get(model.params.drafter)
+    for weights in found:
+        expected = jax.tree.map(lambda average, each: 0.97 * average + 0.03 * each, expected, weights)
+    for drafts, by_hand, last in zip(*map(jax.tree.leaves, (new.drafter, expected, found[-1])), strict=True):
+        np.testing.assert_allclose(drafts, by_hand, atol=1e-6)
+        assert np.abs(drafts - last).max() > 1e-4
+    assert make_learner()._state.average is None
 
 
 def test_who_opts_out_is_not_learned_from(model, make_engine, make_learner, pieces_of):
