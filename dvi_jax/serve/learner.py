@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -242,7 +243,8 @@ class Learner:
     def _look(self, *, wait: bool = False) -> None:
         """What the device has come to since: an update, which may go live, and the live drafter's digest."""
         if self._digest is not None and (wait or is_ready(self._digest)):
-            self.status, self._digest = replace(self.status, digest=f"{int(self._digest):08x}"), None
+            digest, self._digest = self._digest, None  # looked at once, whatever it came to
+            self.status = replace(self.status, digest=f"{int(digest):08x}")
         if not (self._candidate.has_updated or (wait and self._candidate.is_updating)):
             return
         learnt, step = self._candidate.look(), self.status.updates
@@ -322,10 +324,15 @@ class Learner:
         self.status = replace(self.status, live_since=time.time())
 
     def _stop(self, reason: str) -> None:
-        """Learn no more; replies go on with the good drafter."""
+        """Learn no more; replies go on with the good drafter. What else fails then is not told of."""
+        if self.status.state != "learning":
+            return
         log.error("learning stopped: %s", reason)
-        self._live = self._good
         self.status = replace(self.status, state=f"stopped: {reason}")
+        if self._live is not self._good:
+            self._live = self._good
+            with suppress(jax.errors.JaxRuntimeError):  # of such a device
+                self._note_live()
         self._log("stopped", {"reason": reason})
 
     def _log(self, kind: str, values: dict[str, Any]) -> None:

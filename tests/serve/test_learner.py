@@ -256,6 +256,20 @@ class Failed:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of\nmemory")
 
 
+def test_a_failure_stops_learning_once(model, make_learner, train_noise):
+    """Looked at turn after turn, it is told of once; what is drafted with, and its digest, are the good drafter's."""
+    learner = make_learner(model)
+    good = learner.status.digest
+    go_bad(learner, train_noise(model.params, "drafter", std=1.0))
+    learner._digest = Failed()
+    status = EngineStatus(4, running=0, waiting=0, context=96, plan="plain")
+    params = [learner.turn(status, idle=True) for _ in range(3)]
+    assert [kind for kind, _ in learner.records].count("stopped") == 1
+    assert params.count(None) == 3  # the engine never had another one
+    assert learner.status.digest == good
+    assert equal(learner.params().drafter, model.params.drafter)
+
+
 @pytest.mark.parametrize("what", ["an update", "a window, as is seen later"])
 def test_a_device_without_memory_stops_learning_alone(model, make_engine, make_learner, pieces_of, monkeypatch, what):
     learner = make_learner()
