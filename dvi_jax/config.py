@@ -147,6 +147,7 @@ class OptimizerConfig:
     b2: float = 0.999  # decay of Adam's second moment
     weight_decay: float = 0.0  # of AdamW
     clip_norm: float = 1.0  # most global norm of a gradient
+    average: float = 0.0  # decay, an update, of a moving average of the weights, which drafts in their place; 0: none
 
     def __post_init__(self) -> None:
         require(
@@ -156,6 +157,7 @@ class OptimizerConfig:
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or above")
         require(0 <= self.b2 < 1, "optimizer.b2", self.b2, "in [0, 1)")
         require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "above 0")
+        require(0 <= self.average < 1, "optimizer.average", self.average, "in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,9 @@ class TrainConfig:
             f"at most {most}: fresh windows * (max_prompt_tokens + max_new_tokens - 1)",
         )
         require(self.decode.draft_steps >= 1, "decode.draft_steps", self.decode.draft_steps, "at least 1 to learn")
+        # What an average drafted says nothing of the weights that the gradient is of.
+        on_policy = not (self.optimizer.average and self.objective.pg_max)
+        require(on_policy, "objective.pg_max", self.objective.pg_max, "0, as optimizer.average is set")
         require(self.max_minutes >= 0, "max_minutes", self.max_minutes, "0 (no limit) or above")
 
 

@@ -4,9 +4,9 @@
 
 The config's files are the domains, in order; each must give `--per-domain` prompts to learn from. All runs decode the
 same prompts with the same starting drafter, the checkpoint's or that of `--drafter-from`; every prompt is met once,
-before anything was learned from it. The frozen run makes no update. For the cost, a third kind of run makes the same
-updates at a learning rate too small to move a weight, so that its rollouts are the frozen run's: the difference in
-tokens per second is what updates cost. Writes DIR/domain_shift.json after every run, and DIR/domain_shift.png.
+before anything was learned from it. The frozen run makes no update. Seeds share their prompts, so their spread does
+not say how much chance there is in a difference: the standard error over rollouts does. What updates cost is measured
+apart (`learning_cost.py`). Writes DIR/domain_shift.json after every run, and DIR/domain_shift.png.
 """
 
 from __future__ import annotations
@@ -34,15 +34,14 @@ from dvi_jax.learn.metrics import MetricsLog
 from dvi_jax.learn.online import train_online
 from dvi_jax.loading import enable_compilation_cache
 from dvi_jax.trained_parts import with_drafter_from
+from experiments.learning_cost import cost_of_learning
 from experiments.measure import environment, write_result
 from experiments.objectives import online_config, recorded, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STILL = 1e-30  # a learning rate that moves no float32 weight
 NEVER = 10**9
-COMPILING = 2  # updates at the beginning, with the rollouts before them, that are not timed
 
 Run = dict[str, list[float]]
 
@@ -56,9 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--per-domain", type=at_least_one, required=True, help="training prompts in each of the config's files"
     )
-    parser.add_argument(
-        "--cost-prompts", type=at_least_one, default=512, help="prompts of the run that measures the cost"
-    )
+    parser.add_argument("--cost-prompts", type=at_least_one, default=256, help="prompts of a stretch, for the cost")
+    parser.add_argument("--cost-pairs", type=at_least_one, default=7, help="stretches without and with updates")
     parser.add_argument("--drafter-from", metavar="DIR", help="a directory whose trained drafter to begin with")
     parser.add_argument("--out", required=True, type=Path)
     options = parser.parse_args(arguments)
@@ -73,30 +71,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare_runs(config: TrainConfig, options: argparse.Namespace) -> int:
-    """All runs from the checkpoint's drafter."""
+    """All runs from the checkpoint's drafter; 1 if learning changed what the cost's stretches wrote."""
     domains = [Path(file).stem for file in config.data.files]
     check_stream(config, options.per_domain)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "domain_shift.json"
     result: dict[str, Any] = {"environment": environment(), "settings": recorded(config)}
+    began = time.perf_counter()
+
+    def tell(text: str) -> None:
+        write_result(path, result)
+        print(f"{time.perf_counter() - began:5.0f} s  {text}", flush=True)
+
     frozen = run(replace(config, updates_per_rollout=0))
     online: list[Run] = []
     result |= {"domains": domains, "per_domain": options.per_domain, "frozen": frozen, "online": online}
-
-    write_result(path, result)
-    result["cost"] = cost_of_learning(config, frozen, options.cost_prompts)
+    tell("frozen")
+    cost = cost_of_learning(config, prompts=options.cost_prompts, pairs=options.cost_pairs)
+    result["cost"] = cost
+    tell(f"{options.cost_pairs} pairs of stretches for the cost")
     for seed in range(options.seeds):
         online.append(run(replace(config, seed=seed)))
         result["summary"] = compare(frozen, online, domains, options.per_domain)
-        write_result(path, result)
-        print(f"seed {seed}: " + ", ".join(f"{d} {row['online'][-1]:.1%}" for d, row in result["summary"].items()))
+        tell(f"seed {seed}: " + ", ".join(f"{d} {row['online'][-1]:.1%}" for d, row in result["summary"].items()))
     draw(frozen, online, domains, options.per_domain, path.with_suffix(".png"))
     for domain, row in result["summary"].items():
-        print(f"{domain:12s} frozen {row['frozen']:.1%}  online {spread(row['online'])}")
-    cost = result["cost"]
-    print(f"tokens/s without updates {cost['off']:.0f}, with {cost['on']:.0f}: learning costs {cost['share']:.1%}")
-    print(f"a rollout takes {cost['rollout_seconds']:.4f} s, updates for it {cost['update_seconds']:.4f} s")
-    return 0
+        change = f"{100 * row['change']:+.2f}" + (f" +- {100 * row['error']:.2f}" if row["error"] is not None else "")
+        print(f"{domain:12s} frozen {row['frozen']:.1%}  online {spread(row['online'])}  change {change} points")
+    print(
+        f"tokens/s without updates {cost['off']:.0f}, with {cost['on']:.0f}: learning costs {cost['share']:.1%}"
+        f" (median; {min(cost['shares']):.1%} to {max(cost['shares']):.1%} in {options.cost_pairs} pairs),"
+        f" {'equal' if cost['same_output'] else 'DIFFERENT'} outputs"
+    )
+    for name in ("rollout_seconds", "update_seconds"):
+        off, on = (seconds / cost["rollouts"] for seconds in cost[name])
+        print(f"{name} of a rollout, without and with updates: {off:.4f}, {on:.4f}")
+    return int(not cost["same_output"])
 
 
 def check_stream(config: TrainConfig, per_domain: int) -> None:
@@ -139,50 +149,25 @@ def run(config: TrainConfig) -> Run:
     return curves | {"seconds": [now - clock[0] for now in clock]}
 
 
-def cost_of_learning(config: TrainConfig, frozen: Run, prompts: int) -> dict[str, float]:
-    """Tokens per second without (`off`) and with updates (`on`) over the same rollouts, and the share lost.
-
-    `rollout_seconds` and `update_seconds`: means over the rollouts of the run with updates, to see where it is lost.
-    """
-    optimizer = replace(config.optimizer, lora_lr=STILL, head_lr=STILL, weight_decay=0.0)
-    still = run(replace(config, optimizer=optimizer, prompts=min(prompts, config.prompts)))
-    rollouts, untimed = len(still["prompts"]), COMPILING * config.update_every
-    if rollouts <= untimed:
-        raise UserError(f"--cost-prompts {prompts} gives {rollouts} rollouts: at least {untimed + 1} are needed")
-    same = still["accept_rate"] == frozen["accept_rate"][:rollouts]
-    off, on = (tokens_per_second(each, untimed, rollouts) for each in (frozen, still))
-    parts = {name: statistics.mean(still[name][untimed:]) for name in ("rollout_seconds", "update_seconds")}
-    return {
-        "off": off,
-        "on": on,
-        "share": 1 - on / off,
-        "rollouts": rollouts - untimed,
-        "same_acceptance": same,
-    } | parts
-
-
-def tokens_per_second(run_: Run, untimed: int, rollouts: int) -> float:
-    """New tokens a second from the end of rollout number `untimed` to the end of rollout number `rollouts`."""
-    tokens, seconds = run_["new_tokens"], run_["seconds"]
-    first, last = untimed - 1, rollouts - 1
-    return (tokens[last] - tokens[first]) / (seconds[last] - seconds[first])
-
-
 def compare(frozen: Run, online: list[Run], domains: list[str], per_domain: int) -> dict[str, Any]:
-    """Mean accept rate over the second half of every domain."""
+    """Accept rates over the second half of every domain: `frozen`, `online` for each seed, means over rollouts.
 
-    def mean(run_: Run, index: int) -> float:
+    `change` is the mean over seeds less the frozen rate, `error` its standard error over the rollouts, each compared
+    with the frozen one of the same prompts (None for a single rollout).
+    """
+
+    def second_half(index: int) -> dict[str, Any]:
         begin, end = (index + 0.5) * per_domain, (index + 1) * per_domain
-        pairs = zip(run_["prompts"], run_["accept_rate"], strict=True)
-        rates = [rate for prompts, rate in pairs if begin < prompts <= end]
-        if not rates:
+        inside = [number for number, prompts in enumerate(frozen["prompts"]) if begin < prompts <= end]
+        if not inside:
             raise UserError(f"no rollout in the second half of {domains[index]}: raise prompts or lower --per-domain")
-        return statistics.mean(rates)
+        before, *after = ([run_["accept_rate"][number] for number in inside] for run_ in (frozen, *online))
+        changes = [statistics.mean(rates) - rate for rate, *rates in zip(before, *after, strict=True)]
+        error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else None
+        rates = {"frozen": statistics.mean(before), "online": [statistics.mean(rates) for rates in after]}
+        return rates | {"change": statistics.mean(changes), "error": error}
 
-    return {
-        domain: {"frozen": mean(frozen, index), "online": [mean(run_, index) for run_ in online]}
-        for index, domain in enumerate(domains)
-    }
+    return {domain: second_half(index) for index, domain in enumerate(domains)}
 
 
 def draw(frozen: Run, online: list[Run], domains: list[str], per_domain: int, path: Path) -> None:

@@ -38,13 +38,19 @@ Trainable = dict[str, Tree]
 class LearnerState(struct.PyTreeNode):
     """All that the fast update carries; with the stream position, all that a resumed run needs."""
 
-    trainable: Trainable  # {"drafter": ..., "lora_s": ...} as in `Params`
+    trainable: Trainable  # {"drafter": ..., "lora_s": ...} as in `Params`: what updates move
     optimizer: optax.OptState
     replay: Replay
     baseline: jax.Array  # float32 scalar, moving average of the reward
     step: jax.Array  # int32 scalar, updates done
     key: jax.Array
     slow: SlowState | None = None  # of a verifier with a lora_D; the fast update passes it on
+    average: Trainable | None = None  # moving average of `trainable`, where `OptimizerConfig.average` asks for one
+
+    @property
+    def served(self) -> Trainable:
+        """What drafts: the average where there is one."""
+        return self.trainable if self.average is None else self.average
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,8 @@ def init_learner(params: Params, config: OptimizerConfig, replay: Replay, key: j
     """A learner at update 0."""
     trainable = jax.tree.map(jnp.asarray, {"drafter": params.drafter, "lora_s": params.lora_s})
     optimizer = make_optimizer(config).init(trainable)
-    return LearnerState(trainable, optimizer, replay, jnp.float32(0.0), jnp.int32(0), key)
+    average = trainable if config.average else None
+    return LearnerState(trainable, optimizer, replay, jnp.float32(0.0), jnp.int32(0), key, average=average)
 
 
 def with_trainable(params: Params, trainable: Trainable) -> Params:
@@ -115,21 +122,24 @@ def fast_update(
     objective: ObjectiveConfig,
     optimizer: OptimizerConfig,
     size: Batch,
+    rate: float | np.ndarray = 1.0,
 ) -> tuple[LearnerState, dict[str, jax.Array]]:
-    """One update on windows of the `fresh` rollout and of the replay.
+    """One update on windows of the `fresh` rollout and of the replay, at `rate` times the optimiser's rates.
 
     The policy term uses the fresh windows alone, and only while the drafter is still the one that made them
-    (`is_current`, bool): proposals of another drafter would bias it. Returns the new state and scalar metrics.
-    `state` is used up, all but its `trainable`: a model that decodes with those arrays keeps them.
+    (`is_current`, bool): proposals of another drafter would bias it. Returns the new state and scalar metrics, which
+    are of `trainable`. `state` is used up, all but its `trainable` and `average`: a model that decodes with those
+    arrays keeps them.
     """
-    rest = state.replace(trainable={})
+    rest = state.replace(trainable={}, average=None)
     return _fast_update(
         definition,
         params,
-        state.trainable,
+        (state.trainable, state.average),
         rest,
         fresh,
         is_current,
+        np.float32(rate),
         objective=objective,
         optimizer=optimizer,
         size=size,
@@ -140,15 +150,17 @@ def fast_update(
 def _fast_update(
     definition: Definition,
     params: Params,
-    trainable: Trainable,
+    kept: tuple[Trainable, Trainable | None],
     state: LearnerState,
     fresh: Windows,
     is_current: jax.Array,
+    rate: jax.Array,
     *,
     objective: ObjectiveConfig,
     optimizer: OptimizerConfig,
     size: Batch,
 ) -> tuple[LearnerState, dict[str, jax.Array]]:
+    trainable, average = kept
     key, sample_key, pick_key = jax.random.split(state.key, 3)
     batch, on_policy = choose_windows(state.replay, fresh, is_current, sample_key, size)
     weights = kl_to_rl(state.step, objective)
@@ -168,6 +180,9 @@ def _fast_update(
     run = definition.sharded(gradient, params, (WHOLE,) * 6, WHOLE)
     grads, metrics = run(params, trainable, batch, on_policy, pick_key, state.baseline, weights)
     updates, opt_state = make_optimizer(optimizer).update(grads, state.optimizer, trainable)
+    trainable = optax.apply_updates(trainable, jax.tree.map(lambda update: rate * update, updates))
+    if average is not None:
+        average = optax.incremental_update(trainable, average, 1 - optimizer.average)
     judged = fresh.reward >= 0
     mean_reward = jnp.sum(fresh.reward * judged) / jnp.maximum(jnp.sum(judged), 1)
     momentum = objective.baseline_momentum
@@ -180,15 +195,7 @@ def _fast_update(
         "grad_norm": optax.global_norm(grads),
         "skipped_updates": opt_state.total_notfinite,
     }
-    new = LearnerState(
-        optax.apply_updates(trainable, updates),
-        opt_state,
-        state.replay,
-        baseline,
-        state.step + 1,
-        key,
-        state.slow,
-    )
+    new = LearnerState(trainable, opt_state, state.replay, baseline, state.step + 1, key, state.slow, average)
     return new, metrics
 
 

@@ -166,7 +166,7 @@ class OnlineRun(Run[LearnerState, Acceptance]):
 
     def learned(self) -> dict[str, Any]:
         slow = self.state.slow
-        return self.state.trainable if slow is None else self.state.trainable | {"lora_d": slow.lora_d}
+        return self.state.served if slow is None else self.state.served | {"lora_d": slow.lora_d}
 
     def progress_record(self) -> dict[str, Any]:
         return asdict(self.progress) | {"watch": asdict(self.watch)}
@@ -262,7 +262,7 @@ class OnlineRun(Run[LearnerState, Acceptance]):
             return False
         # Only suspected as yet: the best snapshot's drafter decodes the very same prompts.
         good, step = self.last_good(best=True)
-        model = self.model.with_params(with_trainable(self.model.params, good.trainable))
+        model = self.model.with_params(with_trainable(self.model.params, good.served))
         there = measure_acceptance(self._roll_out(model, batch)[1]).accept_rate
         values = {"accept_rate": accept_rate, "good_accept_rate": there, "snapshot": step}
         if accept_rate < config.collapse * there:

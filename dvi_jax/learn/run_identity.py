@@ -91,7 +91,7 @@ def identify(
 
     `manifest` is the loaded model's, with the drafter's options complete.
     """
-    settings = {name: value for name, value in _by_name(asdict(config)) if name not in RESOLVED | DATA}
+    settings = {name: value for name, value in by_name(asdict(config)) if name not in RESOLVED | DATA}
     trained = {"drafter": checkpoint.drafter, "lora": checkpoint.lora}
     texts = [checkpoint.tokenizer_json, checkpoint.chat_template, checkpoint.special_tokens]
     fixed = {
@@ -112,11 +112,11 @@ def identify(
     return RunIdentity.of(fixed, {name: value for name, value in settings.items() if name in MAY_CHANGE})
 
 
-def _by_name(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every setting."""
+def by_name(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every setting, so that one which a later release adds is compared with nothing."""
     for name, value in settings.items():
         if isinstance(value, dict) and prefix + name not in RESOLVED:
-            yield from _by_name(value, f"{prefix}{name}.")
+            yield from by_name(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

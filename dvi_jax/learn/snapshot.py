@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from dvi_jax.learn.fast_update import LearnerState
 from dvi_jax.text_files import read_json
 
 State = TypeVar("State", LearnerState, DistillState)
+Found = TypeVar("Found")
 
 # Arrays that earlier releases kept under another name.
 FORMER_NAMES = {"replay/windows/verifier_hidden": "replay/windows/features/final"}
@@ -266,7 +267,7 @@ def _named(state: State) -> dict[str, jax.Array]:
 def _check_fit(headers: dict[str, Header], template: State, where: str) -> None:
     """Raise `UserError` naming the first array that is missing, unknown or of another kind than in `template`."""
     wanted = _named(template)
-    headers = {FORMER_NAMES.get(name, name): header for name, header in headers.items()}
+    headers = _as_now(headers, wanted)
     unknown = sorted(headers.keys() - wanted.keys())
     if unknown:
         raise UserError(f"{where} does not fit these settings: it has {unknown[0]}, which they do not use")
@@ -284,10 +285,17 @@ def _is_raw(dtype: np.dtype, like: np.dtype) -> bool:
     return dtype.kind == "V" and dtype.itemsize == like.itemsize
 
 
+def _as_now(found: dict[str, Found], wanted: Iterable[str]) -> dict[str, Found]:
+    """By this release's names. An average that an earlier one did not keep begins as the weights that it is of."""
+    found = {FORMER_NAMES.get(name, name): each for name, each in found.items()}
+    absent = {name: name.replace("average/", "trainable/", 1) for name in wanted if name not in found}
+    return found | {name: found[weights] for name, weights in absent.items() if weights in found}
+
+
 def _from_named(arrays: dict[str, np.ndarray], template: State) -> State:
     """Arrays that fit `template`, in its structure."""
     wanted = _named(template)
-    arrays = {FORMER_NAMES.get(name, name): array for name, array in arrays.items()}
+    arrays = _as_now(arrays, wanted)
 
     def find(path: KeyPath[Any], old: jax.Array) -> jax.Array:
         name = _name(path)

@@ -7,7 +7,7 @@ there, and only then may the weights be drafted with.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,9 @@ from dvi_jax.learn.fast_update import Batch, LearnerState, Trainable, fast_updat
 from dvi_jax.learn.replay import Replay, Windows, window_bytes
 from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.learn_settings import LearnSettings
-from dvi_jax.serve.learning import compare, copied, keep, moved, newest
+from dvi_jax.serve.learning import compare, copied, keep, newest
+
+TIMED = 4  # updates by which it is known how long one takes
 
 
 class _Update(NamedTuple):
@@ -45,13 +47,15 @@ class Candidate:
     def __init__(self, model: LoadedModel, settings: LearnSettings, context: int, clock: Callable[[], float]):
         """Take the memory and compile. `UserError` where the memory does not hold what is needed."""
         self._model, self._settings = model, settings
+        average = settings.average if model.drafter_is_trained else 0.0
+        self._optimizer = replace(settings.optimizer, average=average)
         self._window = min(settings.window, context)
         fresh, kept = settings.fresh_windows, settings.replayed_windows
         self._positions = min(settings.positions, fresh * (self._window - 1))
         self._size = Batch(0, kept, self._positions)
         width, taps = model.config.hidden_size, len(model.taps)
         replay = Replay.empty(self._capacity(), self._window, width, taps, settings.branches)
-        self._state = init_learner(model.params, settings.optimizer, replay, jax.random.key(settings.seed))
+        self._state = init_learner(model.params, self._optimizer, replay, jax.random.key(settings.seed))
         self._arrived: list[jax.Array] = []  # lengths of windows that were not counted yet
         self._update: _Update | None = None
         self._new_positions = 0  # of windows since the last update
@@ -63,8 +67,9 @@ class Candidate:
         window = window_bytes(self._window, config.hidden_size, len(self._model.taps), settings.branches)
         capacity = max(settings.fresh_windows, min(settings.replay_capacity, settings.replay_bytes // window))
         moving = tree_bytes(self._model.params.drafter) + tree_bytes(self._model.params.lora_s)
-        # Weights of three drafters (good, live, candidate) with two moments each, and gradients.
-        check_room(capacity * window + 10 * moving, f"--learn: {capacity} windows and the optimiser's states")
+        # Weights of three drafters (good, live, candidate) with two moments and perhaps an average each, and gradients.
+        states = 3 * (4 if self._optimizer.average else 3) + 1
+        check_room(capacity * window + states * moving, f"--learn: {capacity} windows and the optimiser's states")
         return capacity
 
     # Windows.
@@ -95,12 +100,21 @@ class Candidate:
 
     def begin_update(self, rate: float) -> None:
         """Give the device one fast update, of `rate` as a share of the optimiser's rates."""
-        before = self._state.trainable
-        state, values = self._fast_update(self._state)
-        self._state = state.replace(trainable=moved(before, state.trainable, np.float32(rate)))
+        settings, model = self._settings, self._model
+        self._state, values = fast_update(
+            model.definition,
+            model.params,
+            self._state,
+            newest(self._state.replay, settings.fresh_windows),
+            np.array(False),
+            objective=settings.objective,
+            optimizer=self._optimizer,
+            size=self._size,
+            rate=rate,
+        )
         self._new_positions = 0
         # A copy: the next update uses up the optimiser's state.
-        self._update = _Update(values, copied(state.optimizer.notfinite_count), rate)
+        self._update = _Update(values, copied(self._state.optimizer.notfinite_count), rate)
 
     def look(self) -> Learnt:
         """What the update under way came to, once it has."""
@@ -108,20 +122,6 @@ class Candidate:
         update, self._update = self._update, None
         values, failing = jax.device_get((update.values, update.failing))
         return Learnt({name: float(value) for name, value in values.items()}, int(failing), update.rate)
-
-    def _fast_update(self, state: LearnerState) -> tuple[LearnerState, dict[str, jax.Array]]:
-        settings, model = self._settings, self._model
-        fresh = newest(state.replay, settings.fresh_windows)
-        return fast_update(
-            model.definition,
-            model.params,
-            state,
-            fresh,
-            np.array(False),
-            objective=settings.objective,
-            optimizer=settings.optimizer,
-            size=self._size,
-        )
 
     # Points that one may go back to.
 
@@ -157,15 +157,16 @@ class Candidate:
 
     def _warm_up(self, clock: Callable[[], float]) -> float:
         """Compile every program, on no windows, so that no reply waits for one. -> seconds of an update."""
-        begun, seconds = self.point(), 0.0
-        for _ in range(2):  # the first one compiles
-            began = clock()
+        begun = self.point()
+        self.begin_update(1.0)
+        self.look()
+        began = clock()
+        for _ in range(TIMED):  # one behind the other, as behind rounds
             self.begin_update(1.0)
-            jax.block_until_ready(self._state.trainable)
-            self.look()
-            seconds = clock() - began
+        self.look()
+        seconds = (clock() - began) / TIMED
         self.go_on_from(begun)
-        self.agreements(begun.trainable, begun.trainable)
+        self.agreements(begun.served, begun.served)
         jax.tree.map(jnp.copy, begun)  # as a snapshot will
         return seconds
 

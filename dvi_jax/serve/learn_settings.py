@@ -27,6 +27,7 @@ class LearnSettings:
     save_seconds: float = 60.0  # between snapshots
     seed: int = 0  # of the choice of windows
     objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(kl_min=1.0, pg_max=0.0))
+    average: float = 0.97  # `OptimizerConfig.average` of a trained drafter; one from nothing moves too fast for it
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lora_lr=1.5e-3, head_lr=1.5e-3))
 
     def __post_init__(self) -> None:
@@ -35,4 +36,5 @@ class LearnSettings:
             require_count(name, getattr(self, name), most=2**40)
         require_count("replayed_windows", self.replayed_windows, 0)
         require_count("--learn-branches", self.branches, 0, MOST_BRANCHES)
+        require(0 <= self.average < 1, "average", self.average, "in [0, 1)")
         require(self.save_seconds >= 0, "--save-seconds", self.save_seconds, "0 or above")

@@ -174,7 +174,7 @@ class Learner:
 
     def params(self) -> Params:
         """The model's arrays with the live drafter."""
-        return with_trainable(self._model.params, self._live.trainable)
+        return with_trainable(self._model.params, self._live.served)
 
     # What is kept across restarts.
 
@@ -298,7 +298,7 @@ class Learner:
 
         Traffic that became worse (`suspected`) and windows must agree; without that, chance alone takes nothing back.
         """
-        good, live, error = self._candidate.agreements(self._good.trainable, self._live.trainable)
+        good, live, error = self._candidate.agreements(self._good.served, self._live.served)
         rates = dict(zip(("accept_rate_before", "accept_rate"), self._shadow.rates, strict=True))
         found = {"good_agreement": good, "live_agreement": live, "standard_error": error, **rates}
         if live < good if suspected else good - live > 2 * error:
@@ -320,7 +320,7 @@ class Learner:
         self._note_live()
 
     def _note_live(self) -> None:
-        self._digest = checksum(self._live.trainable)
+        self._digest = checksum(self._live.served)
         self.status = replace(self.status, live_since=time.time())
 
     def _stop(self, reason: str) -> None:

@@ -49,12 +49,6 @@ def newest(replay: Replay, count: int) -> Windows:
     return jax.tree.map(lambda ring: ring[rows], replay.windows)
 
 
-@jax.jit
-def moved(old: Trainable, new: Trainable, rate: jax.Array) -> Trainable:
-    """`rate` of the way from old to new: what AdamW's step is at that share of its learning rate."""
-    return jax.tree.map(lambda a, b: (a + rate * (b - a)).astype(a.dtype), old, new)
-
-
 @partial(jax.jit, static_argnames=("definition", "objective", "count"))
 def compare(
     definition: Definition,

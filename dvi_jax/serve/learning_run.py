@@ -23,7 +23,7 @@ from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.fast_update import LearnerState, with_trainable
 from dvi_jax.learn.new_drafter import kept_or_new_drafter
 from dvi_jax.learn.run_directory import Report, RunDirectory
-from dvi_jax.learn.run_identity import RunIdentity
+from dvi_jax.learn.run_identity import RunIdentity, by_name
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, from_checkpoint, trained_parts
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learner import Learner
@@ -94,7 +94,7 @@ class LearningRun:
 
     def _identity(self) -> RunIdentity:
         """What must be the same for a server to go on here: weights and drafter, and how it learns."""
-        manifest, settings = self._model.manifest, asdict(self._settings)
+        manifest, settings = self._model.manifest, dict(by_name(asdict(self._settings)))
         fixed = {
             "trainer": "serve",
             "model.weights": manifest.base_sha256,
@@ -140,7 +140,7 @@ class LearningRun:
         return all(manifest[name] == value for name, value in self._manifest_values(step).items())
 
     def _write_drafter(self, path: Path, state: LearnerState, step: int) -> None:
-        params = with_trainable(self._model.params, state.trainable)
+        params = with_trainable(self._model.params, state.served)
         manifest = replace(self._model.manifest, calibration=(), **self._manifest_values(step))  # fitted to others
         write_drafter(path, replace(self._checkpoint, manifest=manifest, **jax.device_get(trained_parts(params))))
 

@@ -24,7 +24,8 @@ from dvi_jax.learn.schedule import kl_to_rl
 from dvi_jax.loading import from_checkpoint, trained_parts
 from dvi_jax.presets import TINY
 from dvi_jax.trained_parts import write_drafter
-from experiments import distill_curve, domain_shift, drafters, draw, objectives, sweep
+from experiments import distill_curve, domain_shift, drafters, draw, learning_cost, objectives, sweep
+from experiments.learning_cost import Stretch
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def write_domains(folder: Path, *names: str, topics: tuple[str, ...]) -> dict:
 
 @pytest.mark.full
 def test_domain_shift(byte_checkpoint, write_config, tmp_path, capsys):
-    """From a kept drafter. The run for the cost decodes exactly as the frozen one does; the picture is drawn again.
+    """From a kept drafter. The stretches for the cost write the very same, and the picture is drawn again.
 
     An update follows every other rollout.
     """
@@ -135,15 +136,28 @@ def test_domain_shift(byte_checkpoint, write_config, tmp_path, capsys):
     write_drafter(tmp_path / "kept", replace(new, **trained_parts(from_checkpoint(new).params)))
     data = write_domains(tmp_path, "chat", "code", topics=("chat", "code"))
     config, out = write_config(prompts=16, update_every=2, data=data), tmp_path / "out"
-    sizes = ["--per-domain", "8", "--seeds", "1", "--cost-prompts", "12", "--drafter-from", str(tmp_path / "kept")]
+    sizes = [
+        "--per-domain",
+        "8",
+        "--seeds",
+        "1",
+        "--cost-prompts",
+        "8",
+        "--cost-pairs",
+        "2",
+        "--drafter-from",
+        str(tmp_path / "kept"),
+    ]
     assert domain_shift.main(["--config", str(config), "--out", str(out), *sizes]) == 0
     result = json.loads((out / "domain_shift.json").read_text(encoding="utf-8"))
-    assert result["cost"]["same_acceptance"]
-    assert result["cost"]["rollouts"] == 2
+    cost = result["cost"]
+    assert cost["same_output"]
+    assert (cost["rollouts"], cost["updates"], len(cost["shares"])) == (4, 4, 2)
+    assert cost["update_seconds"][1] > cost["update_seconds"][0]
     frozen, (online,) = result["frozen"], result["online"]
     for name in ("rollout_seconds", "update_seconds"):
         assert len(online[name]) == 8
-        assert min(*online[name], result["cost"][name]) > 0
+        assert min(online[name]) > 0
     assert frozen["prompts"] == online["prompts"] == list(range(2, 18, 2))
     assert frozen["new_tokens"] == online["new_tokens"]
     assert set(result["summary"]) == {"chat", "code"}
@@ -172,17 +186,44 @@ def test_traffic_that_does_not_change_where_it_should(write_config, tmp_path, to
 
 
 def test_second_halves_of_the_domains():
-    """Domain b is prompts 5 to 8; its second half, 7 and 8."""
-    run = {"prompts": [2, 4, 6, 8], "accept_rate": [0.1, 0.2, 0.3, 0.6]}
-    summary = domain_shift.compare(run, [run], ["a", "b"], 4)
-    assert summary == {"a": {"frozen": 0.2, "online": [0.2]}, "b": {"frozen": 0.6, "online": [0.6]}}
+    """Domain b is prompts 9 to 16; its second half, rollouts of 13-14 and 15-16, which two seeds decoded."""
+
+    def of(*rates: float) -> domain_shift.Run:
+        return {"prompts": list(range(2, 18, 2)), "accept_rate": [0.0] * 6 + list(rates)}
+
+    online = [of(0.3, 0.5), of(0.5, 0.5)]
+    found = domain_shift.compare(of(0.2, 0.6), online, ["a", "b"], 8)
+    assert found["a"] == {"frozen": 0, "online": [0, 0], "change": 0, "error": 0}
+    # Over the seeds, the first rollout gained 0.2 and the second lost 0.1: 0.05 on average, and half of 0.3 by chance.
+    assert (found["b"]["frozen"], *found["b"]["online"]) == pytest.approx((0.4, 0.4, 0.5))
+    assert (found["b"]["change"], found["b"]["error"]) == pytest.approx((0.05, 0.15))
     with pytest.raises(UserError, match="no rollout in the second half of c"):
-        domain_shift.compare(run, [run], ["a", "b", "c"], 4)
+        domain_shift.compare(of(0.2, 0.6), online, ["a", "b", "c"], 8)
 
 
-def test_tokens_per_second_leaves_the_compiling_rollouts_out():
-    run = {"new_tokens": [10, 20, 40, 70, 110], "seconds": [0.0, 50.0, 51.0, 52.0, 60.0]}
-    assert domain_shift.tokens_per_second(run, 2, 4) == (70 - 20) / (52 - 50)
+def test_the_cost_of_learning_is_the_median_over_pairs():
+    """Five pairs that drift: rates by hand. One stretch that wrote something else is noticed."""
+
+    def pair(off: float, on: float) -> tuple[Stretch, Stretch]:
+        return Stretch(off, 100, "a", off, 0.0), Stretch(on, 100, "a", off, on - off)
+
+    pairs = [pair(10, 11), pair(20, 25), pair(8, 10), pair(10, 10), pair(5, 8)]
+    found = learning_cost.summarise(pairs)
+    assert found["shares"] == pytest.approx([1 / 11, 1 / 5, 1 / 5, 0, 3 / 8])
+    assert (found["share"], found["off"], found["on"]) == pytest.approx((1 / 5, 10, 10))
+    assert (found["rollout_seconds"], found["update_seconds"]) == ([10, 10], [0, 2])
+    assert found["same_output"]
+    odd = replace(pairs[2][1], digest="b")
+    assert not learning_cost.summarise([*pairs, (pairs[0][0], odd)])["same_output"]
+
+
+def test_a_cost_needs_updates(write_config):
+    config = load_train_config(write_config(updates_per_rollout=0))
+    with pytest.raises(UserError, match="updates_per_rollout is 0"):
+        learning_cost.cost_of_learning(config, prompts=8, pairs=1)
+    config = load_train_config(write_config(update_every=4))
+    with pytest.raises(UserError, match="an update follows 8 prompts"):
+        learning_cost.cost_of_learning(config, prompts=7, pairs=1)
 
 
 @pytest.mark.full

@@ -1,5 +1,7 @@
 """The fast update on real rollouts of a tiny model: what moves, what must not, and that it learns."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,7 @@ ACT = 1000
 OBJECTIVE = ObjectiveConfig(warmup=ACT - 1, ramp=1, kl_min=0.5, learn_from_prompt=False)
 
 
-def update(model, learner, windows, current=True):
+def update(model, learner, windows, current=True, optimizer=OPTIMIZER, rate=1.0):
     return fast_update(
         model.definition,
         model.params,
@@ -39,14 +41,15 @@ def update(model, learner, windows, current=True):
         windows,
         jnp.array(current),
         objective=OBJECTIVE,
-        optimizer=OPTIMIZER,
+        optimizer=optimizer,
         size=Batch(0, 0, 40),
+        rate=rate,
     )
 
 
-def new_learner(model, step=0):
+def new_learner(model, step=0, optimizer=OPTIMIZER):
     window = window_length(SETTINGS, 8)
-    learner = init_learner(model.params, OPTIMIZER, Replay.empty(5, window, 32), jax.random.key(0))
+    learner = init_learner(model.params, optimizer, Replay.empty(5, window, 32), jax.random.key(0))
     return learner.replace(step=jnp.int32(step))
 
 
@@ -157,6 +160,40 @@ def test_non_finite_gradient_is_skipped(make_tiny):
     learner, metrics = update(model, learner, poisoned)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, learner.trainable))
     assert int(metrics["skipped_updates"]) == 1
+
+
+def flat(weights):
+    """All of them, float64 [N]."""
+    return np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(weights)])
+
+
+def test_half_the_rate_is_half_the_step(make_tiny):
+    model = make_tiny()
+    windows, _ = rollout(model, PROMPTS, SETTINGS, longest_prompt=8)
+    start = flat(new_learner(model).trainable)
+    whole, half = (
+        flat(update(model, new_learner(model), windows, rate=rate)[0].trainable) - start for rate in (1.0, 0.5)
+    )
+    assert np.abs(whole).max() > 1e-3
+    np.testing.assert_allclose(half, whole / 2, atol=1e-6)
+
+
+def test_the_average_of_the_weights_drafts(make_tiny):
+    """Weights move as without one. After n updates it is decay^n w0 + (1 - decay) sum of decay^(n - k) wk."""
+    model, optimizer = make_tiny(), replace(OPTIMIZER, average=0.75)
+    windows, _ = rollout(model, PROMPTS, SETTINGS, longest_prompt=8)
+    learner, plain = new_learner(model, optimizer=optimizer), new_learner(model)
+    weights, served = [flat(plain.served)], [learner.served]
+    for _ in range(3):
+        learner, _ = update(model, learner, windows, optimizer=optimizer)
+        plain, _ = update(model, plain, windows)
+        weights.append(flat(plain.served))
+        served.append(learner.served)  # an update leaves it as it is, for whoever decodes with it
+    np.testing.assert_allclose(flat(learner.trainable), weights[3], atol=1e-5)
+    for average, shares in ((served[0], [1]), (served[2], [0.5625, 0.1875, 0.25])):
+        by_hand = sum(share * each for share, each in zip(shares, weights, strict=False))
+        np.testing.assert_allclose(flat(average), by_hand, atol=1e-5)
+    assert np.abs(flat(learner.served) - weights[3]).max() > 1e-3
 
 
 def test_warm_up_by_hand():

@@ -145,6 +145,8 @@ def test_updates_every_third_rollout(write_config, tmp_path, monkeypatch):
         ("fresh_windows=3", r"fresh_windows must be 0 \(all\) or above, at most rollout_batch=2, got 3"),
         ("fresh_windows=1 positions_per_update=56", "positions_per_update must be at most 55: fresh windows"),
         ("optimizer.warmup=-1", r"optimizer.warmup must be 0 \(none\) or above, of 32 bits, got -1"),
+        ("optimizer.average=1.0", r"optimizer.average must be in \[0, 1\), got 1.0"),
+        ("optimizer.average=0.9", "objective.pg_max must be 0, as optimizer.average is set, got 1.0"),
         ("optimizer.b2=1.0", r"optimizer.b2 must be in \[0, 1\), got 1.0"),
     ],
 )

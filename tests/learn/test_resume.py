@@ -46,15 +46,16 @@ def kill_after(config: Path, out: Path, rollouts: int) -> None:
 
 
 def test_a_killed_run_resumes_bit_for_bit(write_config, tmp_path, capsys):
-    """Killed while the learning rate still rises."""
+    """Killed while the learning rate still rises; an average of the weights drafts, and is what is left."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    optimizer = {"lora_lr": 1e-2, "head_lr": 1e-2, "warmup": 150}
-    config = write_config(out=str(killed), optimizer=optimizer, prompts=80)
+    optimizer = {"lora_lr": 1e-2, "head_lr": 1e-2, "warmup": 150, "average": 0.5}
+    settings = {"optimizer": optimizer, "objective": {"pg_max": 0.0}, "prompts": 80}
+    config = write_config(out=str(killed), **settings)
     kill_after(config, killed, 23)
     assert not (killed / "checkpoint").exists()
     assert main(["--config", str(config), "--resume"]) == 0
     assert "resumed at update" in capsys.readouterr().out
-    assert main(["--config", str(write_config(out=str(whole), optimizer=optimizer, prompts=80))]) == 0
+    assert main(["--config", str(write_config(out=str(whole), **settings))]) == 0
 
     resumed, expected = records(killed), records(whole)
     assert len(expected) == 40 + 3 + 1  # rollouts, evaluations at 0, 20 and 40, the summary
@@ -69,6 +70,9 @@ def test_a_killed_run_resumes_bit_for_bit(write_config, tmp_path, capsys):
     assert mine.manifest.training_step == 80
     for part in ("drafter", "lora", "base"):
         jax.tree.map(np.testing.assert_array_equal, getattr(mine, part), getattr(theirs, part))
+    for name, weights in mine.drafter.items():
+        np.testing.assert_array_equal(weights, snapshots[0][f"average/drafter/drafter/{name}"])
+        assert np.any(weights != snapshots[0][f"trainable/drafter/drafter/{name}"])
 
 
 def test_a_run_killed_between_two_updates_resumes_bit_for_bit(write_config, tmp_path, monkeypatch):

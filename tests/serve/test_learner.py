@@ -13,11 +13,11 @@ from dvi_jax.learn import fast_update
 from dvi_jax.serve import candidate as candidate_module
 from dvi_jax.serve import learning
 from dvi_jax.serve.learn_settings import LearnSettings
-from dvi_jax.serve.learner import TRIAL_UPDATES, Learner
+from dvi_jax.serve.learner import POOLED, TRIAL_UPDATES, Learner
 from dvi_jax.serve.requests import EngineStatus, Request
 from tests.serve.server.live import until
 
-PROGRAMS = (fast_update._fast_update, learning.keep, learning.newest, learning.moved, learning.compare)
+PROGRAMS = (fast_update._fast_update, learning.keep, learning.newest, learning.compare)
 SETTINGS = LearnSettings(
     share=0.9,
     window=64,
@@ -117,7 +117,8 @@ def go_bad(learner, params):
     trainable = {"drafter": params.drafter, "lora_s": params.lora_s}
     candidate, state = learner._candidate, learner._candidate.state
     optimizer = jax.tree.map(lambda leaf: leaf + 1 if leaf.dtype != bool else leaf, state.optimizer)
-    candidate._state = state.replace(trainable=trainable, step=state.step + 7, optimizer=optimizer)
+    step = state.step + 7
+    candidate._state = state.replace(trainable=trainable, average=trainable, step=step, optimizer=optimizer)
     learner._swap()
 
 
@@ -171,6 +172,28 @@ def test_windows_decide_what_traffic_does_not(model, make_learner, train_noise, 
         learner.status = replace(learner.status, updates=learner.status.updates + TRIAL_UPDATES)
         assert (turn() is not None) == (kind == "rollback")
         assert learner.records[-1][0] == kind
+
+
+def test_an_average_of_a_trained_drafter_drafts(model, make_learner, some_windows, monkeypatch):
+    """Of four updates' weights, by hand; one from nothing has none."""
+    learner, found, new, enough = make_learner(model), [], None, itertools.cycle([True, False])
+    monkeypatch.setattr(learner._candidate, "has_enough", lambda: next(enough))
+    for window in some_windows:
+        learner.take(window, requests()[0])
+    for _ in range(POOLED):
+        assert new is None
+        status = EngineStatus(4, running=0, waiting=0, context=96, plan="plain")
+        assert learner.turn(status, idle=True) is None  # an update is begun,
+        until(lambda: learner._candidate.has_updated)
+        found.append(jax.device_get(learner._candidate.state.trainable["drafter"]))
+        new = learner.turn(status, idle=True)  # and looked at
+    expected = jax.device_get(model.params.drafter)
+    for weights in found:
+        expected = jax.tree.map(lambda average, each: 0.97 * average + 0.03 * each, expected, weights)
+    for drafts, by_hand, last in zip(*map(jax.tree.leaves, (new.drafter, expected, found[-1])), strict=True):
+        np.testing.assert_allclose(drafts, by_hand, atol=1e-6)
+        assert np.abs(drafts - last).max() > 1e-4
+    assert make_learner()._candidate.state.average is None
 
 
 def test_what_was_drafted_before_a_swap_is_not_on_its_trial(model, make_learner, monkeypatch):
@@ -274,7 +297,7 @@ def test_a_failure_stops_learning_once(model, make_learner, train_noise):
 def test_a_device_without_memory_stops_learning_alone(model, make_engine, make_learner, pieces_of, monkeypatch, what):
     learner = make_learner()
     if what == "an update":
-        monkeypatch.setattr(learner._candidate, "_fast_update", lambda *_, **__: int(Failed()))
+        monkeypatch.setattr(candidate_module, "fast_update", lambda *_, **__: int(Failed()))
     else:
         monkeypatch.setattr(candidate_module, "keep", lambda replay, *_: (replay, Failed()))
     with make_engine(model, learner=learner) as engine:
