@@ -94,6 +94,7 @@ class Learner:
         self._report, self._save = report, save
         self._candidate = Candidate(model, settings, context, clock)
         self._good = self._live = self._given = self._candidate.point()  # given: what the engine drafts with
+        self._tried = self._good  # what was live when the trial began
         self._shadow, self._share = Shadow(), Share(settings.share, clock)
         self._pooled = 0  # updates since the last swap
         self._good_step = 0  # update that made the good drafter
@@ -164,6 +165,8 @@ class Learner:
         self._judged, self._stretches = (sum(status.judged), sum(status.accepted)), status.stretches
         if self._swapped_in is not None and self._stretches > self._swapped_in:
             self._swapped_in = None
+            if not self._shadow.on_trial:
+                self._tried = self._live
             self._shadow.swapped(*self._judged)
         self._shadow.observe(*self._judged)
 
@@ -217,7 +220,7 @@ class Learner:
                 began = self._clock()
             verdict = self._shadow.verdict()
             if verdict is Verdict.HELD:
-                self._hold()
+                self._hold(self._tried)
             else:
                 self._decide(suspected=verdict is Verdict.WORSE)
         elif self._save_is_due():
@@ -286,12 +289,14 @@ class Learner:
         self.status = replace(self.status, swaps=self.status.swaps + 1)
         self._note_live()
 
-    def _hold(self) -> None:
-        """The trial is over: the live drafter is the good one."""
-        good, trial = self._shadow.rates
+    def _hold(self, good: LearnerState) -> None:
+        """The trial is over, and this drafter the good one; what went live meanwhile has the next trial."""
+        before, trial = self._shadow.rates
         self._shadow.hold()
-        self._good, self._good_step, self._decided = self._live, int(self._live.step), self.status.updates
-        self._log("held", {"accept_rate": trial, "accept_rate_before": good})
+        self._good, self._good_step, self._decided = good, int(good.step), self.status.updates
+        if self._live is not good and self._swapped_in is None:
+            self._swapped_in = self._stretches
+        self._log("held", {"accept_rate": trial, "accept_rate_before": before})
 
     def _decide(self, *, suspected: bool) -> None:
         """Good and live drafter on the same newest windows: the better one goes on.
@@ -306,7 +311,7 @@ class Learner:
             return
         if suspected:
             self._log("traffic_changed", found)
-        self._hold()
+        self._hold(self._live)
 
     def _take_back(self, values: dict[str, Any]) -> None:
         """The good drafter is live again, with its optimiser's state, and learns more slowly for a while."""
