@@ -241,7 +241,7 @@ def test_what_was_drafted_before_a_swap_is_not_on_its_trial(model, make_learner,
     assert turn(3, 300, 120) == (0.5, 0.1)
 
 
-@pytest.mark.parametrize(("plan", "least", "most"), [("plain", 0.025, 0.06), ("chain:2", 0.095, 0.13)])
+@pytest.mark.parametrize(("plan", "least", "most"), [("plain", 0.025, 0.04), ("chain:2", 0.095, 0.11)])
 def test_plain_decoding_that_pays_is_left_its_time(model, make_learner, monkeypatch, plan, least, most):
     """Of ten seconds; with what is saved up at the beginning."""
     now, begun = [0.0], []
