@@ -67,8 +67,9 @@ class Candidate:
         window = window_bytes(self._window, config.hidden_size, len(self._model.taps), settings.branches)
         capacity = max(settings.fresh_windows, min(settings.replay_capacity, settings.replay_bytes // window))
         moving = tree_bytes(self._model.params.drafter) + tree_bytes(self._model.params.lora_s)
-        # Weights of three drafters (good, live, candidate) with two moments and perhaps an average each, and gradients.
-        states = 3 * (4 if self._optimizer.average else 3) + 1
+        # Weights of four drafters (good, tried, live, candidate), with two moments and perhaps an average each, and
+        # gradients.
+        states = 4 * (4 if self._optimizer.average else 3) + 1
         check_room(capacity * window + states * moving, f"--learn: {capacity} windows and the optimiser's states")
         return capacity
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -93,6 +94,7 @@ class Learner:
         self._report, self._save = report, save
         self._candidate = Candidate(model, settings, context, clock)
         self._good = self._live = self._given = self._candidate.point()  # given: what the engine drafts with
+        self._tried = self._good  # what was live when the trial began
         self._shadow, self._share = Shadow(), Share(settings.share, clock)
         self._pooled = 0  # updates since the last swap
         self._good_step = 0  # update that made the good drafter
@@ -163,6 +165,8 @@ class Learner:
         self._judged, self._stretches = (sum(status.judged), sum(status.accepted)), status.stretches
         if self._swapped_in is not None and self._stretches > self._swapped_in:
             self._swapped_in = None
+            if not self._shadow.on_trial:
+                self._tried = self._live
             self._shadow.swapped(*self._judged)
         self._shadow.observe(*self._judged)
 
@@ -216,7 +220,7 @@ class Learner:
                 began = self._clock()
             verdict = self._shadow.verdict()
             if verdict is Verdict.HELD:
-                self._hold()
+                self._hold(self._tried)
             else:
                 self._decide(suspected=verdict is Verdict.WORSE)
         elif self._save_is_due():
@@ -242,7 +246,8 @@ class Learner:
     def _look(self, *, wait: bool = False) -> None:
         """What the device has come to since: an update, which may go live, and the live drafter's digest."""
         if self._digest is not None and (wait or is_ready(self._digest)):
-            self.status, self._digest = replace(self.status, digest=f"{int(self._digest):08x}"), None
+            digest, self._digest = self._digest, None  # looked at once, whatever it came to
+            self.status = replace(self.status, digest=f"{int(digest):08x}")
         if not (self._candidate.has_updated or (wait and self._candidate.is_updating)):
             return
         learnt, step = self._candidate.look(), self.status.updates
@@ -284,12 +289,14 @@ class Learner:
         self.status = replace(self.status, swaps=self.status.swaps + 1)
         self._note_live()
 
-    def _hold(self) -> None:
-        """The trial is over: the live drafter is the good one."""
-        good, trial = self._shadow.rates
+    def _hold(self, good: LearnerState) -> None:
+        """The trial is over, and this drafter the good one; what went live meanwhile has the next trial."""
+        before, trial = self._shadow.rates
         self._shadow.hold()
-        self._good, self._good_step, self._decided = self._live, int(self._live.step), self.status.updates
-        self._log("held", {"accept_rate": trial, "accept_rate_before": good})
+        self._good, self._good_step, self._decided = good, int(good.step), self.status.updates
+        if self._live is not good and self._swapped_in is None:
+            self._swapped_in = self._stretches
+        self._log("held", {"accept_rate": trial, "accept_rate_before": before})
 
     def _decide(self, *, suspected: bool) -> None:
         """Good and live drafter on the same newest windows: the better one goes on.
@@ -304,7 +311,7 @@ class Learner:
             return
         if suspected:
             self._log("traffic_changed", found)
-        self._hold()
+        self._hold(self._live)
 
     def _take_back(self, values: dict[str, Any]) -> None:
         """The good drafter is live again, with its optimiser's state, and learns more slowly for a while."""
@@ -322,10 +329,15 @@ class Learner:
         self.status = replace(self.status, live_since=time.time())
 
     def _stop(self, reason: str) -> None:
-        """Learn no more; replies go on with the good drafter."""
+        """Learn no more; replies go on with the good drafter. What else fails then is not told of."""
+        if self.status.state != "learning":
+            return
         log.error("learning stopped: %s", reason)
-        self._live = self._good
         self.status = replace(self.status, state=f"stopped: {reason}")
+        if self._live is not self._good:
+            self._live = self._good
+            with suppress(jax.errors.JaxRuntimeError):  # of such a device
+                self._note_live()
         self._log("stopped", {"reason": reason})
 
     def _log(self, kind: str, values: dict[str, Any]) -> None:
