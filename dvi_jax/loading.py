@@ -20,6 +20,7 @@ from dvi_jax.errors import UserError
 from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.mesh import check_blocks, collect, place_tree, shard_config, shards, spread, stored_shapes
 from dvi_jax.model.drafters import Origin, build_drafter
+from dvi_jax.model.equalised import keep_kv
 from dvi_jax.model.llama import Llama
 from dvi_jax.model.lora import inject_dual_lora
 from dvi_jax.model.products import compute_capability
@@ -90,7 +91,7 @@ class LoadedModel:
         """The same model with caches that keep keys and values so; `UserError` for none of `config.KV`."""
         check_kv(kv)
         module = join(self.definition, self.params)
-        module.llama.kv = kv
+        keep_kv(module.llama, kv, self.definition.mesh)
         definition, params = split(module, self.definition.mesh)
         return replace(self, definition=definition, params=params)
 
@@ -166,8 +167,9 @@ def from_checkpoint(
             )
     shard_config(config, mesh)  # what does not divide is said before anything is laid out
     check_blocks(mesh, checkpoint.base)
-    base = place_tree(mesh, config, checkpoint.base, "llama")
-    model = build_model(config, manifest, base, kv=kv, seed=seed, mesh=mesh)
+    # Nobody but the model has its arrays, so that those which are changed go one after the other.
+    model = build_model(config, manifest, place_tree(mesh, config, checkpoint.base, "llama"), seed=seed, mesh=mesh)
+    keep_kv(model.llama, kv, mesh)
     if checkpoint.draft_vocabulary is not None:
         model.restrict_drafts([*checkpoint.draft_vocabulary, *config.eos_token_ids])
     manifest = replace(manifest, drafter_config=model.drafter.config())
@@ -190,19 +192,18 @@ def build_model(
     manifest: Manifest,
     base: dict[str, Any],
     *,
-    kv: str = WHOLE_KV,
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> SpeculativeLlama:
     """A `SpeculativeLlama` of the manifest's shape over `base`, with a fresh drafter and fresh LoRA sets.
 
-    `base` as `mesh.place_tree` gives it; `kv`: what its caches keep keys and values in (`config.KV`).
+    `base` as `mesh.place_tree` gives it.
     """
     drafter_key, lora_key = jax.random.split(jax.random.key(seed))
     origin = Origin(config, norm=base["norm"], key=drafter_key)
     drafter = build_drafter(manifest.drafter, manifest.drafter_config, origin)
     part = shard_config(config, mesh)
-    llama = Llama(part, base, manifest.exit_layer, taps=drafter.taps, shards=shards(mesh), kv=kv)
+    llama = Llama(part, base, manifest.exit_layer, taps=drafter.taps, shards=shards(mesh))
     model = SpeculativeLlama(llama, drafter)
     if manifest.lora:
         inject_dual_lora(model, key=lora_key, **manifest.lora)

@@ -39,6 +39,7 @@ WEIGHTS = {
     "head": BY_OUTPUT,
     "qkv": BY_OUTPUT,
     "qkv_bias": P(MODEL),
+    "qkv_factors": P(MODEL),
     "gate_up": BY_OUTPUT,
     "out": BY_INPUT,
     "down": BY_INPUT,

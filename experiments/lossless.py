@@ -95,7 +95,8 @@ def on_mesh(model: LoadedModel, mesh: Mesh) -> LoadedModel:
     config, manifest = model.config, model.manifest
     shard_config(config, mesh)  # what does not divide is said in one line
     base = place_tree(mesh, config, jax.tree.map(np.asarray, random_weights(config, manifest)), "llama")
-    return LoadedModel(config, manifest, *split(build_model(config, manifest, base, kv=model.kv, mesh=mesh), mesh))
+    whole = LoadedModel(config, manifest, *split(build_model(config, manifest, base, mesh=mesh), mesh))
+    return whole.with_kv(model.kv)
 
 
 def check(

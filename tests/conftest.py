@@ -33,6 +33,8 @@ begin()
 # processes whose paths differ, as those of the workers do, would share nothing.
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+# Meshes of GPUs are compiled by GSPMD (`mesh.make_mesh`), so those of made-up devices are, too.
+jax.config.update("jax_use_shardy_partitioner", False)
 # What is imported by now stays; traces leave many objects and little garbage, which need not be looked for that often.
 gc.freeze()
 gc.set_threshold(20_000, 20, 20)

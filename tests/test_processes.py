@@ -20,7 +20,7 @@ import pytest
 
 from dvi_jax import processes
 from dvi_jax.checkpoint import read_checkpoint
-from dvi_jax.config import DecodeConfig, load_train_config
+from dvi_jax.config import DecodeConfig, SamplingConfig, load_train_config
 from dvi_jax.decode.batch import generate_batch
 from dvi_jax.distill import main as distill
 from dvi_jax.errors import EXIT_STATUS, Terminated, UserError
@@ -31,6 +31,8 @@ from dvi_jax.learn.packing import load_packed
 from dvi_jax.learn.stopping import Stopped
 from dvi_jax.loading import load
 from dvi_jax.processes import one_of_several
+from dvi_jax.serve.engine import CPU_CHUNK
+from experiments.tiny import write_tiny_model
 
 DEADLINE = 240  # seconds, after which a test fails rather than waits
 
@@ -133,26 +135,34 @@ def test_a_distillation_that_lost_a_process_goes_on(byte_checkpoint, log, tmp_pa
     assert hash_tree(drafters[0].drafter) == hash_tree(drafters[1].drafter)
 
 
-def test_a_server_of_two_processes(byte_checkpoint):
-    """Its replies are those of plain decoding by one; when a process is killed it says so, and ends.
+def test_a_server_of_two_processes(tmp_path):
+    """Trees, a prompt whose beginning is known, a sampled reply: all are those of plain decoding by one process.
 
-    Signals that can be answered are the first one's affair.
+    When a process is killed it says so, and ends. Signals that can be answered are the first one's affair.
     """
-    options = ["--slots", "2", "--context", "120", "--plan", "plain", "--model-name", "small", "--port", "0"]
-    first, other = two("dvi_jax.serve", "--checkpoint", str(byte_checkpoint), "--mesh", "data=2", *options)
+    write_tiny_model(tmp_path / "tiny", layers=2, context=256)
+    options = ["--slots", "2", "--context", "192", "--plan", "tree:4", "--model-name", "small", "--port", "0"]
+    first, other = two("dvi_jax.serve", "--checkpoint", str(tmp_path / "tiny"), "--mesh", "data=2", *options)
     lines = iter(first.stderr.readline, "")
     url = re.search(r"http://[^/]+", next(line for line in lines if line.startswith("serving "))).group()
     other.send_signal(signal.SIGTERM)
-    model = load(byte_checkpoint)
-    prompts = [[5, 9, 2], [7, 7, 1, 30], list(range(2, 40))]
-    settings = DecodeConfig(draft_steps=0, max_new_tokens=40)
+    model, chunk = load(tmp_path / "tiny"), CPU_CHUNK
+    settings = DecodeConfig(draft_steps=3, max_new_tokens=40)
+    prompts = [[*range(2, 2 + chunk), 5, 9], [*range(2, 2 + chunk), 7, 7, 1, 30], [9, 4] * (chunk // 2 + 1)]
+    temperatures = [0.0, 0.9, 0.0]
     with httpx.Client(base_url=url, timeout=60) as http, ThreadPoolExecutor() as pool:
-        body = {"model": "small", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
-        asked = [body | {"prompt": prompt} for prompt in prompts]
-        replies = list(pool.map(lambda body: http.post("/v1/completions", json=body).json(), asked))
-        for prompt, reply in zip(prompts, replies, strict=True):
-            (alone,), _ = generate_batch(model, [prompt], settings, plain=True, eos_ids=())
+
+        def ask(prompt, temperature):
+            body = {"model": "small", "max_tokens": 40, "ignore_eos": True, "seed": 3}
+            return http.post("/v1/completions", json=body | {"prompt": prompt, "temperature": temperature}).json()
+
+        replies = [ask(prompts[0], 0.0), *pool.map(ask, prompts[1:], temperatures[1:])]
+        for prompt, temperature, reply in zip(prompts, temperatures, replies, strict=True):
+            sampling = SamplingConfig(temperature=temperature, seed=3)
+            (alone,), _ = generate_batch(model, [prompt], settings, plain=True, eos_ids=(), sampling=sampling)
             assert reply["choices"][0]["text"] == model.tokenizer.decode(alone.new_ids)
+        cached = [reply["usage"]["prompt_tokens_details"]["cached_tokens"] for reply in replies]
+        assert cached == [0, chunk, 0]
         other.send_signal(signal.SIGKILL)
         sick = wait_for(lambda: [answer for answer in [http.get("/health")] if answer.status_code == 503])
     assert "process 1 is gone" in sick[0].text

@@ -13,7 +13,6 @@ import numpy as np
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.decode.kernel_loading import load_kernels
 from dvi_jax.decode.plan import (
-    MOST_TREES_ROWS,
     PLAIN,
     Option,
     Plan,
@@ -30,6 +29,7 @@ from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import check_batch, to_host
+from dvi_jax.model.product_blocks import MOST_ROWS
 from dvi_jax.settings import INT32
 
 MOST_EOS_IDS = 8  # more would be another compiled program
@@ -225,7 +225,7 @@ def check_eos_ids(eos_ids: Sequence[int]) -> None:
 def check_rows(model: LoadedModel, plan: Plan, batch: int) -> None:
     """Raise `UserError` for trees of more rows, over the batch, than have the bits of plain decoding."""
     if plan.kind == "tree" and not trees_are_plain(batch, plan, model.config, model.manifest.dtype):
-        raise UserError(f"plan {plan}: {batch} such trees have more than {MOST_TREES_ROWS} rows, the most of a round")
+        raise UserError(f"plan {plan}: {batch} such trees have more than {MOST_ROWS} rows, the most of a round")
 
 
 def read_generations(state: DecodeState, prompt_lengths: Sequence[int], eos_ids: tuple[int, ...]) -> list[Generation]:

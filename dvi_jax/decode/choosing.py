@@ -26,7 +26,7 @@ from dvi_jax.decode.batch import make_knobs, start
 from dvi_jax.decode.cost import ROUNDS, round_seconds
 from dvi_jax.decode.kept import kept_path
 from dvi_jax.decode.kernel_loading import load_kernels
-from dvi_jax.decode.plan import PLAIN, Option, Plan, plan_for, rows_alike, trees_are_plain
+from dvi_jax.decode.plan import PLAIN, Option, Plan, plan_for, rows_alike
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import notice
@@ -227,8 +227,7 @@ def options(
     drafts = [n for n in (DRAFTS if alike else FEW_DRAFTS) if n <= most]
     plans = [PLAIN, *(plan_for(n, drafts_blocks=model.drafts_blocks) for n in drafts)]
     for tree in (Plan("tree", rows) for rows in trees):
-        fits = tree.drafts <= most and batch * tree.rows <= most_rows
-        if alike and fits and trees_are_plain(batch, tree, model.config, model.manifest.dtype):
+        if alike and tree.drafts <= most and batch * tree.rows <= most_rows:
             plans.append(tree)
     return [Option(plan, most + 1 if alike else plan.rows) for plan in plans]
 

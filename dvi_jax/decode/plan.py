@@ -20,8 +20,6 @@ from dvi_jax.model.attention import has_round_kernels
 
 Kind = Literal["plain", "chain", "block", "early-exit", "tree"]
 MOST_ROWS = 64  # of a tree
-# Of all trees of a batch, where rows are alike: with 256, four replies of 32 had other ids, for no known reason.
-MOST_TREES_ROWS = 128
 
 
 class Growth(NamedTuple):
@@ -139,7 +137,7 @@ def rows_alike(rows: int, config: LlamaConfig, dtype: jax.typing.DTypeLike) -> b
 
 def trees_are_plain(batch: int, plan: Plan, config: LlamaConfig, dtype: jax.typing.DTypeLike) -> bool:
     """Whether so many trees together have the bits of plain decoding; without kernels, passes of as many rows do."""
-    return not rows_alike(plan.rows, config, dtype) or batch * plan.rows <= MOST_TREES_ROWS
+    return not rows_alike(plan.rows, config, dtype) or rows_alike(batch * plan.rows, config, dtype)
 
 
 def row_class(batch: int, width: int, config: LlamaConfig, dtype: jax.typing.DTypeLike) -> str:

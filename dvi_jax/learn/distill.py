@@ -230,8 +230,17 @@ def verify_text(model: SpeculativeLlama, tokens: jax.Array, mask: jax.Array) -> 
     final, tapped_deep, _ = model.llama.deep(hidden, None, positions)
     learned = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))  # the last row's token is not in the batch
     features = Features.of(final, tapped + tapped_deep)
-    order = jnp.argsort(~learned.ravel(), stable=True).astype(jnp.int32)
-    return jax.lax.stop_gradient(Verified(tokens, hidden, features, order, jnp.sum(learned, dtype=jnp.int32)))
+    return jax.lax.stop_gradient(Verified(tokens, hidden, features, *learned_first(learned.ravel())))
+
+
+def learned_first(learned: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Numbers int32 [M] of the positions marked in bool [M], in order, then of the others; how many are marked.
+
+    Not by sorting: XLA's partitioner for GPUs (GSPMD) dies on the sort of a device's own rows.
+    """
+    count = jnp.sum(learned, dtype=jnp.int32)
+    place = jnp.where(learned, jnp.cumsum(learned) - 1, count + jnp.cumsum(~learned) - 1)
+    return jnp.zeros(learned.shape, jnp.int32).at[place].set(jnp.arange(len(learned), dtype=jnp.int32)), count
 
 
 def unrolled_drafts(model: SpeculativeLlama, verified: Verified, steps: int) -> jax.Array:

@@ -137,12 +137,11 @@ def attend_cached(
 
 
 def attend_many(query: jax.Array, key: Rows, value: Rows, positions: jax.Array, mask: jax.Array) -> jax.Array:
-    """`attend` of a prefill's rows on a GPU: by cuDNN, or by a kernel that reads 8 bits as they are.
+    """`attend` of a prefill's rows on a GPU, by a kernel that reads what the cache holds as it is.
 
-    For heads that this does not take, cuDNN reads a copy of the layer in the model's dtype.
+    For heads that this does not take, cuDNN reads all slots, those in 8 bits as a copy in the model's dtype.
     """
-    if isinstance(key, Kept) and decode_attention.fits(query.shape[-1]):
-        assert isinstance(value, Kept)
+    if decode_attention.fits(query.shape[-1]):
         return prefill_attention.prefill_attention(query, key, value, positions)
     whole = (rows.dequantised() if isinstance(rows, Kept) else rows for rows in (key, value))
     return cudnn_attention(query, *whole, mask=mask[:, None])

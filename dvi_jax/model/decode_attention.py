@@ -33,6 +33,7 @@ UNCUT_SLOTS = 1024  # caches up to here are one chunk: a short context is not wo
 STEP_SLOTS = 64  # slots of one step inside a chunk
 WARPS = 4
 STAGES = 3  # steps whose loads are under way at once
+CHUNKS_AT_ONCE = 32  # that are put together by one step
 TILE = 16  # queries that one program works on: rows of the smallest matrix product in Triton
 MOST_ROUND_ROWS = 64  # T: more rows than any round has belong to a prefill
 Ref = Any  # a pointer into an array; indexing gives another, `plt.load` and `plt.store` use it
@@ -107,7 +108,7 @@ def cached_attention(
         interpret=interpret,
         name="cached_attention",
     )(*cache, qkv, cos, sin, positions, *([] if bias is None else [bias]))
-    return results(written, structure, rows, key.dtype)
+    return results(written, structure, rows, key.dtype, interpret=interpret)
 
 
 def chunk_count(slots: int) -> int:
@@ -133,18 +134,56 @@ def of_head(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *array.shape[2:]), lambda b, k, c: (b, k, 0, 0))
 
 
-def results(written: Sequence[jax.Array], structure: Any, rows: int, dtype: jnp.dtype) -> tuple[jax.Array, Rows, Rows]:
+def results(
+    written: Sequence[jax.Array], structure: Any, rows: int, dtype: jnp.dtype, *, interpret: bool
+) -> tuple[jax.Array, Rows, Rows]:
     """From a kernel's outputs: the attention [R, N*H], and keys and values, of that structure, which come first."""
     key, value = jax.tree.unflatten(structure, written[: structure.num_leaves])
     found = written[structure.num_leaves :]
-    mixed = found[0] if len(found) == 1 else combine(*found).astype(dtype)
+    mixed = found[0] if len(found) == 1 else combine(*found, dtype=dtype, interpret=interpret)
     return mixed.reshape(rows, -1), key, value
 
 
-def combine(mixed: jax.Array, top: jax.Array, total: jax.Array) -> jax.Array:
-    """Chunks [C, R, N, H] with the maxima and sums of their scores [C, R, N] -> [R, N, H]."""
-    weight = jnp.exp(top - jnp.max(top, axis=0))
-    return jnp.sum(mixed * weight[..., None], axis=0) / jnp.sum(total * weight, axis=0)[..., None]
+def combine(
+    mixed: jax.Array, top: jax.Array, total: jax.Array, *, dtype: jnp.dtype, interpret: bool = False
+) -> jax.Array:
+    """Chunks [C, R, N, H] with the maxima and sums of their scores [C, R, N] -> [R, N, H] in `dtype`.
+
+    A kernel, since how XLA orders a sum may depend on how many rows there are.
+    """
+    chunks, rows, heads, size = mixed.shape
+    block = min(pl.next_power_of_2(chunks), CHUNKS_AT_ONCE)
+    return pl.pallas_call(
+        partial(_combine_kernel, block=block),
+        grid=(rows, heads),
+        out_shape=jax.ShapeDtypeStruct((rows, heads, size), dtype),
+        compiler_params=plt.CompilerParams(num_warps=1 if block * size <= 1024 else WARPS, num_stages=1),
+        interpret=interpret,
+        name="combine",
+    )(mixed, top, total)
+
+
+def _combine_kernel(mixed: Ref, top: Ref, total: Ref, out: Ref, *, block: int) -> None:
+    """One head of one row, `block` chunks at a time."""
+    chunks, _, _, size = mixed.shape
+    row, head = pl.program_id(0), pl.program_id(1)
+    column, steps = jnp.arange(size)[None, :], pl.cdiv(chunks, block)
+
+    def of_step(step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        chunk = step * block + jnp.arange(block)
+        return chunk, plt.load(top.at[chunk, row, head], mask=chunk < chunks, other=MASKED)
+
+    highest = jax.lax.fori_loop(0, steps, lambda step, best: jnp.maximum(best, jnp.max(of_step(step)[1])), MASKED)
+
+    def add(step: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        chunk, tops = of_step(step)
+        weight, there = jnp.exp(tops - highest), chunk < chunks
+        values = plt.load(mixed.at[chunk[:, None], row, head, column], mask=there[:, None], other=0.0)
+        scores = plt.load(total.at[chunk, row, head], mask=there, other=0.0)
+        return sums[0] + jnp.sum(values * weight[:, None], axis=0), sums[1] + jnp.sum(scores * weight)
+
+    found, weights = jax.lax.fori_loop(0, steps, add, (jnp.zeros(size, jnp.float32), jnp.float32(0)))
+    plt.store(out.at[row, head, jnp.arange(size)], (found / weights).astype(out.dtype))
 
 
 class HeadRows(NamedTuple):
@@ -203,26 +242,36 @@ def _kernel(
     query_index = jnp.where(query_index < tokens * group, query_index, 0)
     token, head = query_index // group, kv_head * group + query_index % group
     turn = partial(turned, qkv, bias, (cos, sin), first_row=first_row, dtype=dtype)
-    query = turn((token[:, None], head[:, None]))
-
-    # Every program writes all of the new rows, always the same: each then reads what it wrote itself.
-    new = jnp.arange(pl.next_power_of_2(tokens))[:, None]
-    new = jnp.where(new < tokens, new, 0)
-    slot, column = plt.load(positions.at[new]), jnp.arange(size)[None, :]
-    key.store(slot, turn((new, queries + kv_head)))
-    at = (first_row + new, queries + kv_heads + kv_head, column)
-    value.store(slot, [summed(qkv, bias, at, dtype)])
-    if not interpret:
-        plt.debug_barrier()  # the program's other threads wrote what the next lines read
-
-    slots = key.values.shape[0]
-    begin = chunk * CHUNK_SLOTS
+    slots, begin = key.values.shape[0], chunk * CHUNK_SLOTS
     limit = slots if chunks == 1 else jnp.minimum(begin + CHUNK_SLOTS, slots)
     position = plt.load(positions.at[token])
     end = jnp.minimum(limit, jnp.max(position) + 1)
-    steps = (0, pl.cdiv(end - begin, STEP_SLOTS))
-    carry = attend(nothing_yet(size), query, cached_slots(key, value, dtype), position, begin, steps)
-    write(outputs, carry, first_row + token, head, chunk)
+    finish = partial(write, outputs, row=first_row + token, head=head, chunk=chunk)
+
+    def work() -> None:
+        query = turn((token[:, None], head[:, None]))
+        # Every program writes all of the new rows, always the same: each then reads what it wrote itself.
+        new = jnp.arange(pl.next_power_of_2(tokens))[:, None]
+        new = jnp.where(new < tokens, new, 0)
+        slot, column = plt.load(positions.at[new]), jnp.arange(size)[None, :]
+        key.store(slot, turn((new, queries + kv_head)))
+        at = (first_row + new, queries + kv_heads + kv_head, column)
+        value.store(slot, [summed(qkv, bias, at, dtype)])
+        if not interpret:
+            plt.debug_barrier()  # the program's other threads wrote what the next lines read
+        steps = (0, pl.cdiv(end - begin, STEP_SLOTS))
+        finish(attend(nothing_yet(size), query, cached_slots(key, value, dtype), position, begin, steps))
+
+    in_its_chunk(chunks, end > begin, work, lambda: finish(nothing_yet(size)))
+
+
+def in_its_chunk(chunks: int, is_reached: jax.Array, work: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    """A program's `work` where its chunk has a slot that one of its rows sees, which the first of all chunks has."""
+    if chunks == 1:
+        work()
+        return
+    pl.when(is_reached)(work)
+    pl.when(jnp.logical_not(is_reached))(otherwise)
 
 
 class Slots(NamedTuple):

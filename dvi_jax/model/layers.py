@@ -19,7 +19,7 @@ from dvi_jax.model.attention import AnyCache, LayerCache
 from dvi_jax.model.decode_products import gated_product, product
 from dvi_jax.model.product_blocks import sum_parts
 from dvi_jax.model.products import linear, total
-from dvi_jax.model.quantised import Matrix, frozen
+from dvi_jax.model.quantised import Matrix, frozen, multiply_rows
 from dvi_jax.model.residual import Residual
 from dvi_jax.model.variables import Base, DeepLoRA
 
@@ -66,6 +66,7 @@ class Block(nnx.Module):
         self.is_biased = "qkv_bias" in weights
         if self.is_biased:
             self.qkv_bias = Base(weights["qkv_bias"])
+        self.is_equalised = False  # True: rows of `qkv` have been multiplied, by `qkv_factors` (`equalised.py`)
         self.heads = heads
         self.eps = eps
         self.shards = shards
@@ -109,6 +110,13 @@ class Block(nnx.Module):
                 gated = jax.nn.silu(gate) * up
             return entered, plus(residual, project("down", gated, wide=self.shards > 1)), cache
 
+    def multiply_qkv(self, factors: jax.Array) -> None:
+        """Rows of `qkv`, and of its bias, times factors float32 [(N+2K)H] from here on; what adapters add is, too."""
+        multiply_rows(self.qkv, factors)
+        if self.is_biased:
+            multiply_rows(self.qkv_bias, factors)
+        self.is_equalised, self.qkv_factors = True, Base(factors)
+
     def exchanged_parts(self) -> int:
         """P: into how many parts, at most, a sum of this device goes to the others in a round."""
         return max(self._sum_parts(name, getattr(self, name)[...]) for name in ("out", "down"))
@@ -140,7 +148,10 @@ class Block(nnx.Module):
         adapter = self.lora.get(name)
         # lora_D is part of the verifier; lora_S acts only in the draft pass.
         if adapter is not None and (adapted or isinstance(adapter.a, DeepLoRA)):
-            return (total(parts, dtype) + adapter(x, kernels=kernels))[None]
+            added = adapter(x, kernels=kernels)
+            if name == "qkv" and self.is_equalised:
+                added = added * self.qkv_factors[...].astype(added.dtype)
+            return (total(parts, dtype) + added)[None]
         return parts
 
     def _sum_parts(self, name: str, weight: Matrix) -> int:

@@ -85,13 +85,11 @@ class Llama(nnx.Module):
         *,
         taps: tuple[int, ...] = (),
         shards: int = 1,
-        kv: str = WHOLE_KV,
     ):
         """`base`: tree of `base_shapes(config)`. `exit_layer` in 0..L-1, 0 where nothing is to be split off below.
 
         `taps`: ascending layer numbers in 1..L-1; tap i is the hidden state after i layers. Others: `UserError`.
         `shards`: devices that have a part of the model each, of which `config` then is (`mesh.shard_config`).
-        `kv`: what `init_caches` keeps keys and values in (`config.KV`).
         """
         last = config.num_layers - 1
         if not 0 <= exit_layer <= last:
@@ -102,7 +100,7 @@ class Llama(nnx.Module):
         self.exit_layer = exit_layer
         self.taps = check_taps(taps, config.num_layers)
         self.shards = shards
-        self.kv = kv
+        self.kv = WHOLE_KV  # what `init_caches` keeps keys and values in, changed by `equalised.keep_kv`
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         self.embed = Base(base["embed"])
         self.layers = nnx.List(

@@ -15,6 +15,7 @@ Letters: O output channels, I inputs, G groups of a channel, P integers of a byt
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -169,3 +170,20 @@ def by_group(scales: jax.Array) -> jax.Array:
 def frozen(weight: Any) -> Base | QuantisedWeight:
     """A weight of a base tree, array or parts of a quantised matrix, as what a module holds."""
     return QuantisedWeight(weight) if isinstance(weight, Mapping) else Base(weight)
+
+
+def multiply_rows(weight: Base | QuantisedWeight, factors: jax.Array) -> None:
+    """Row o of a matrix, or element o of a vector, times factors[o], in place; exact where they are powers of two."""
+    if isinstance(weight, Base):
+        weight[...] = _times(weight[...], factors, axis=0)
+        return
+    for name in ("scales", "group_scales", "group_minima"):
+        if hasattr(weight, name):
+            part = getattr(weight, name)
+            part[...] = _times(part[...], factors, axis=part.ndim - 1)
+
+
+@partial(jax.jit, static_argnames="axis")
+def _times(x: jax.Array, factors: jax.Array, axis: int) -> jax.Array:
+    """x, with O elements along `axis`, times factors float32 [O]; in x's dtype."""
+    return (x * jnp.expand_dims(factors, [i for i in range(x.ndim) if i != axis])).astype(x.dtype)

@@ -95,7 +95,7 @@ def tree_attention(
         interpret=interpret,
         name="tree_attention",
     )(*earlier, *cache, qkv, cos, sin, positions, tree.path, tree.start, *biases)
-    return chain.results(written, structure, rows, key.dtype)
+    return chain.results(written, structure, rows, key.dtype, interpret=interpret)
 
 
 def _of_sequence(*shape: int) -> pl.BlockSpec:
@@ -132,32 +132,32 @@ def _kernel(
     head = kv_head * group + jnp.where(member < group, member, 0)
     token = jnp.full((TILE,), row)
     turn = partial(chain.turned, qkv, bias, (cos, sin), first_row=first_row, dtype=dtype)
-    query = turn((token[:, None], head[:, None]))
-
-    # Every program notes its own path, as far as it is of this pass: it then reads what it wrote itself.
-    step = jnp.arange(pl.next_power_of_2(longest))[:, None]
-    node = plt.load(path.at[row, jnp.where(step < longest, step, 0)])
-    new = node >= first
-    source = jnp.where(new, node - first, 0)
-    nodes[0].store(node, turn((source, queries + kv_head)), new)
-    at = (first_row + source, queries + kv_heads + kv_head, jnp.arange(size)[None, :])
-    nodes[1].store(node, [chain.summed(qkv, bias, at, dtype)], new)
-    if not interpret:
-        plt.debug_barrier()  # the program's other threads wrote what the next lines read
-
-    slots = key.values.shape[0]
-    begin = chunk * chain.CHUNK_SLOTS
+    slots, begin = key.values.shape[0], chunk * chain.CHUNK_SLOTS
     limit = slots if chunks == 1 else jnp.minimum(begin + chain.CHUNK_SLOTS, slots)
-    position = plt.load(positions.at[token])
-    root = plt.load(start.at[sequence])
-    last_step = pl.cdiv(jnp.minimum(limit, jnp.max(position) + 1) - begin, STEP_SLOTS)
-    committed = chain.cached_slots(key, value, dtype)
-    split = jnp.clip((root - begin) // STEP_SLOTS, 0, last_step)  # steps before it hold no node
-    carry = chain.nothing_yet(size)
-    carry = chain.attend(carry, query, committed, position, begin, (0, split))
-    behind = _slots_of_path(committed, nodes, path, row, root, dtype)
-    carry = chain.attend(carry, query, behind, position, begin, (split, last_step))
-    chain.write(outputs, carry, first_row + token, head, chunk)
+    position, root = plt.load(positions.at[token]), plt.load(start.at[sequence])
+    end = jnp.minimum(limit, jnp.max(position) + 1)
+    finish = partial(chain.write, outputs, row=first_row + token, head=head, chunk=chunk)
+
+    def work() -> None:
+        query = turn((token[:, None], head[:, None]))
+        # Every program notes its own path, as far as it is of this pass: it then reads what it wrote itself.
+        step = jnp.arange(pl.next_power_of_2(longest))[:, None]
+        node = plt.load(path.at[row, jnp.where(step < longest, step, 0)])
+        new = node >= first
+        source = jnp.where(new, node - first, 0)
+        nodes[0].store(node, turn((source, queries + kv_head)), new)
+        at = (first_row + source, queries + kv_heads + kv_head, jnp.arange(size)[None, :])
+        nodes[1].store(node, [chain.summed(qkv, bias, at, dtype)], new)
+        if not interpret:
+            plt.debug_barrier()  # the program's other threads wrote what the next lines read
+        last_step = pl.cdiv(end - begin, STEP_SLOTS)
+        committed = chain.cached_slots(key, value, dtype)
+        split = jnp.clip((root - begin) // STEP_SLOTS, 0, last_step)  # steps before it hold no node
+        carry = chain.attend(chain.nothing_yet(size), query, committed, position, begin, (0, split))
+        behind = _slots_of_path(committed, nodes, path, row, root, dtype)
+        finish(chain.attend(carry, query, behind, position, begin, (split, last_step)))
+
+    chain.in_its_chunk(chunks, end > begin, work, lambda: finish(chain.nothing_yet(size)))
 
 
 def _slots_of_path(

@@ -2,6 +2,7 @@
 
 As `decode/agreement.py` does it for generations, with programs of the engine's own shape. Slots may fill the memory, so
 none is copied: they hold the same prompt twice, go on by the plan and plainly, and their checksums are compared.
+Behind the prompt each goes on from another token: a sum in another order is seldom another number once it is rounded.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def check_plans(
 def _run(
     model: LoadedModel, slots: Slots, intake: Intake, plan: Plan, *, pieces: bool
 ) -> tuple[Slots, np.ndarray, np.ndarray]:
-    """A stretch in which every slot goes on from the same prompt.
+    """A stretch in which every slot goes on from the same prompt, and another token behind it.
 
     -> slots, free again; positions committed int32 [B]; checksums uint32 [B, positions] from the first new one on.
     """
@@ -64,12 +65,24 @@ def _run(
     for begin in range(0, batch, intake.rows):
         places = np.arange(begin, begin + intake.rows, dtype=np.int32)  # those beyond the last are none
         slots, _ = lay(definition, params, slots, filled, places, rows, sampled=False)
+    slots = _told_apart(slots)
     rounds = np.int32(MOST_ROUNDS)
     for _ in range(calls_of(MOST_ROUNDS, pieces=pieces)):
         slots, packed = run_stretch(definition, params, slots, rounds, plan, sampled=False, pieces=pieces)
     checksums = _checksums(slots, np.int32(len(prompt)), MOST_ROUNDS * width)
     found = Outcome.read(packed).length - len(prompt), to_host(checksums)
     return release(slots, np.ones(batch, bool)), *found
+
+
+@partial(jax.jit, donate_argnames="slots")
+def _told_apart(slots: Slots) -> Slots:
+    """With a first new token of its own in each slot."""
+    state = slots.decode
+    assert state.sampling is not None
+    vocab_size, (batch, room) = state.sampling.seen.shape[1], state.tokens.shape
+    new = (3 + jnp.arange(batch, dtype=jnp.int32)) % vocab_size
+    is_pending = jnp.arange(room) == state.length[:, None] - 1
+    return slots._replace(decode=state.replace(tokens=jnp.where(is_pending, new[:, None], state.tokens)))
 
 
 def _agree(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> bool:

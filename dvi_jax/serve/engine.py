@@ -341,9 +341,7 @@ class Engine:
             self._waiting.clear()
             self._closing = True
             self._changed.notify_all()
-        for reply in left:
-            if reply.finish_reason is not None:
-                continue
+        for reply in left:  # those that have ended take no notice
             if self._failure is None:
                 reply.end("cancelled")
             else:

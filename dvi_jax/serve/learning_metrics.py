@@ -34,7 +34,7 @@ class LearningCollector(Collector):
             "learning_seconds": ("Seconds that the engine's thread learned", now.seconds),
         }
         gauges = {
-            "learning_update_seconds": ("The newest update", now.update_seconds),
+            "learning_update_seconds": ("An update, on a device that does nothing else", now.update_seconds),
             "learning_agreement": ("Share of its positions where drafter and verifier chose alike", now.agreement),
             "learning_active": ("0 once learning has stopped", float(now.state == "learning")),
             "live_drafter_age_seconds": ("Since the live drafter's weights went live", time.time() - now.live_since),

@@ -122,7 +122,7 @@ class Programs:
 
     def window(self, slot: int, prompt: int, length: int, branches: int) -> Windows:
         """Of a slot, for who learns, which is in this process alone (`take_window`)."""
-        return take_window(self.slots, np.int32(slot), np.int32(prompt), np.int32(length), branches=branches)
+        return take_window(self.slots, slot, prompt, length, branches=branches)
 
     @_step
     def try_laying_back(self) -> None:

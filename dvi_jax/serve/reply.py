@@ -132,17 +132,19 @@ class Reply:
         self._give(ReplyPiece((), "", reason))
 
     def fail(self, message: str) -> None:
-        """The engine failed; the reader is told so."""
+        """The engine failed; the reader is told so, unless the reply has ended."""
         with self._changed:
+            if self.finish_reason is not None:
+                return
             self._failure, self.finish_reason = message, "failed"
         self._tell()
 
     def _give(self, piece: ReplyPiece) -> None:
-        if piece.finish_reason is not None:
-            self.statistics.finished = time.monotonic()
         with self._changed:
-            if self._failure is not None:  # said by another thread: nothing comes after it
+            if self.finish_reason is not None:  # another thread was first: nothing comes after that
                 return
+            if piece.finish_reason is not None:
+                self.statistics.finished = time.monotonic()
             self._pieces.append(piece)
             self.finish_reason = piece.finish_reason
         self._tell()

@@ -206,7 +206,7 @@ class Scheduler:
                 if None not in self._replies:
                     return laid
                 laid.append(self._lay())
-            if (runs or laid) and chunks >= most:
+            if ((runs or laid) and chunks >= most) or any(reply.cancelled for reply in self._intake.replies):
                 return laid
             if not self._intake.replies:
                 replies = next_replies(rows)

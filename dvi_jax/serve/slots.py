@@ -269,10 +269,13 @@ def lay(
     return jax.tree.map(put, slots, rows), definition.on_all(jnp.stack([first_token, ends], axis=1))
 
 
-@partial(jax.jit, donate_argnames="slots")
-def release(slots: Slots, ended: jax.Array) -> Slots:
+def release(slots: Slots, ended: jax.Array | np.ndarray) -> Slots:
     """The sequences marked in bool [B] go no further."""
-    return slots._replace(decode=slots.decode.replace(done=slots.decode.done | ended))
+    # No more than the program needs: the host pays for every array that one is given.
+    return slots._replace(decode=slots.decode.replace(done=_marked(slots.decode.done, ended)))
+
+
+_marked = jax.jit(jnp.logical_or, donate_argnums=0)
 
 
 @partial(jax.jit, static_argnames=("definition", "plan", "sampled", "pieces"), donate_argnames="slots")
@@ -316,19 +319,23 @@ def _piece(definition: Definition, params: Params, state: DecodeState, knobs: Kn
     return definition.sharded(decode, params, (STATE_SPECS, knob_specs(knobs)), STATE_SPECS)(params, state, knobs)
 
 
-@partial(jax.jit, static_argnames="branches")
-def take_window(
-    slots: Slots, slot: jax.Array, prompt_length: jax.Array, length: jax.Array, *, branches: int = 0
-) -> Windows:
+def take_window(slots: Slots, slot: int, prompt_length: int, length: int, *, branches: int = 0) -> Windows:
     """One window of S positions: the first `length` tokens of a slot's sequence, with their learning signals.
 
     And with so many drafts that were not taken, of a slot that keeps any.
     """
+    state = slots.decode.replace(shallow=(), deep=(), trunk=(), drafter=(), sampling=None)  # as in `release`
+    return _window(state, np.int32(slot), np.int32(prompt_length), np.int32(length), branches=branches)
+
+
+@partial(jax.jit, static_argnames="branches")
+def _window(
+    state: DecodeState, slot: jax.Array, prompt_length: jax.Array, length: jax.Array, *, branches: int
+) -> Windows:
 
     def of(tree: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(tree, slot, 1)
 
-    state = slots.decode
     row = state.replace(tokens=of(state.tokens), length=length[None], signals=jax.tree.map(of, state.signals))
     return read_windows(row, prompt_length[None], window=state.tokens.shape[1], branches=branches)
 

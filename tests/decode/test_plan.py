@@ -87,7 +87,7 @@ def test_plain_decoding_has_a_program_where_drafting_cannot_be_left_out(make_tin
 
 
 def test_how_many_rows_a_tree_may_have(make_tiny, monkeypatch):
-    """As many as a chain where bits depend on their number; else 128 over the whole batch."""
+    """As many as a chain where bits depend on their number; else 256 over the whole batch."""
     model = make_tiny(layers=2)
     assert choose_plan(model, DecodeConfig(plan="tree:4")) == Plan("tree", 4)
     with pytest.raises(UserError, match=r"tree:5: without the GPU's kernels .* at most draft_steps \+ 1 rows, here 4"):
@@ -95,9 +95,9 @@ def test_how_many_rows_a_tree_may_have(make_tiny, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     half = replace(model, config=SHAPES["smollm2"], manifest=replace(model.manifest, dtype="bfloat16"))
     assert choose_plan(half, DecodeConfig(plan="tree:64")) == Plan("tree", 64)
-    check_rows(half, Plan("tree", 64), 2)
-    with pytest.raises(UserError, match="tree:64: 3 such trees have more than 128 rows"):
-        check_rows(half, Plan("tree", 64), 3)
+    check_rows(half, Plan("tree", 64), 4)
+    with pytest.raises(UserError, match="tree:64: 5 such trees have more than 256 rows"):
+        check_rows(half, Plan("tree", 64), 5)
 
 
 def test_a_drafter_follows_no_plan_of_more_drafts_than_it_makes():

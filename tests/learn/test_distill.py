@@ -354,3 +354,12 @@ def test_tokens_per_second_count_the_device(own_text, tmp_path, monkeypatch):
     assert len(chosen) == 20
     assert often[list(chosen)].min() >= np.delete(often, chosen).max()
     assert load(result.checkpoint).params.base["draft_vocabulary"]["ids"].tolist() == list(chosen)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_what_is_learned_comes_first(share):
+    """In NumPy's stable order."""
+    learned = np.random.default_rng(0).random(200) < share
+    order, count = distill_module.learned_first(jnp.asarray(learned))
+    np.testing.assert_array_equal(order, np.argsort(~learned, kind="stable"))
+    assert int(count) == learned.sum()

@@ -9,6 +9,7 @@ import pytest
 
 from dvi_jax.model import attention, decode_attention
 from dvi_jax.model.decode_attention import CHUNK_SLOTS, UNCUT_SLOTS, cached_attention
+from dvi_jax.model.prefill_attention import prefill_attention
 
 TOKENS = 4
 SPARE = 3  # rows that only fill up
@@ -155,3 +156,28 @@ def test_what_the_kernel_takes(monkeypatch, rows, head_dim, dtype, supported):
     assert not decode_attention.is_supported(rows, head_dim, dtype)  # on the CPU, where this runs
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert decode_attention.is_supported(rows, head_dim, dtype) == supported
+
+
+@pytest.mark.parametrize("chunks", [3, 40])
+def test_chunks_are_put_together(chunks):
+    """As one softmax over all of them; a chunk that a row does not see counts for nothing."""
+    rng = np.random.default_rng(chunks)
+    mixed, total = rng.normal(size=(chunks, 4, 2, 32)), rng.uniform(1, 5, size=(chunks, 4, 2))
+    top = rng.normal(size=(chunks, 4, 2)) * 4
+    top[1:, 0], total[1:, 0], mixed[1:, 0] = decode_attention.MASKED, 0, 0  # row 0 ends in the first chunk
+    weight = np.exp(top - top.max(axis=0))
+    expected = (mixed * weight[..., None]).sum(axis=0) / (total * weight).sum(axis=0)[..., None]
+    given = (jnp.asarray(x, jnp.float32) for x in (mixed, top, total))
+    found = decode_attention.combine(*given, dtype=jnp.float32, interpret=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_prefill_sees_what_lies_before_it():
+    """More rows than a round has, behind others: the kernel against the einsum."""
+    rng, (batch, tokens, heads, kv_heads, size, slots) = np.random.default_rng(0), (2, 70, 6, 2, 32, 200)
+    query = jnp.asarray(rng.normal(size=(batch, tokens, heads, size)), jnp.bfloat16)
+    key, value = (jnp.asarray(rng.normal(size=(batch, kv_heads, slots, size)), jnp.bfloat16) for _ in range(2))
+    positions = jnp.asarray([[60], [3]]) + jnp.arange(tokens)
+    found = prefill_attention(query, key, value, positions, interpret=True)
+    expected = attention.attend(query, key, value, attention.cached_mask(positions, slots))
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (found, expected)), rtol=2**-7, atol=2**-8)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dvi_jax.decode.plan import PLAIN
@@ -26,6 +27,21 @@ def test_plans_that_agree_are_compared_once(model, make_engine, pieces_of, tmp_p
     kept.unlink()
     with pytest.raises(TypeError):
         make_engine(model)
+
+
+def test_no_two_slots_are_compared_by_the_same_sequence(model, make_engine, monkeypatch):
+    found, checksums = [], agreement._checksums
+
+    def looked_at(slots, start, count):
+        found.append(np.asarray(slots.decode.tokens)[:, int(start) - 16 : int(start) + 12])
+        return checksums(slots, start, count)
+
+    monkeypatch.setattr(agreement, "_checksums", looked_at)
+    make_engine(model).close()
+    plain, drafted = found
+    np.testing.assert_array_equal(plain[:, :16], np.broadcast_to(np.arange(3, 19), (4, 16)))
+    assert len({tuple(row) for row in plain[:, 17:].tolist()}) == 4
+    np.testing.assert_array_equal(drafted, plain)
 
 
 @pytest.mark.parametrize("where", ["token", "value"])

@@ -15,7 +15,7 @@ from dvi_jax.model.speculative_llama import join
 from dvi_jax.serve import prefixes, programs, slots
 from dvi_jax.serve.requests import QueueFullError, Request
 
-PROGRAMS = (*(slots.take_chunk, slots.lay, slots.run_stretch, slots.release), prefixes.cut_block, prefixes.put_block)
+PROGRAMS = (*(slots.take_chunk, slots.lay, slots.run_stretch, slots._marked), prefixes.cut_block, prefixes.put_block)
 
 
 def random_requests(count, seed):
@@ -268,6 +268,25 @@ def test_waiting_draining_and_closing(model, make_engine, pieces_of):
     engine.close()
     assert pieces_of(left[-1])[2] == "cancelled"
     assert {pieces_of(handle)[2] for handle in left[:-1]} <= {"cancelled", "length"}
+
+
+def test_a_long_prompt_that_nobody_wants_is_taken_in_no_further(model, make_engine, pieces_of, monkeypatch):
+    """Also where nothing runs beside it, and its chunks follow on one another."""
+    handles, taken = [], []
+
+    def take_chunk(*arguments):
+        taken.append(1)
+        if len(taken) == 2:
+            handles[0].cancel()
+        return slots.take_chunk(*arguments)
+
+    with make_engine(model) as engine:
+        monkeypatch.setattr(programs, "take_chunk", take_chunk)
+        with engine._changed:  # so that the handle is known before the first chunk
+            handles.append(engine.submit(Request(tuple(range(2, 92)), 4, eos_ids=())))
+        assert pieces_of(handles[0]) == ([], "", "cancelled")
+        assert len(taken) == 2  # of 6
+        assert len(pieces_of(engine.submit(Request((5, 6), 4, eos_ids=())))[0]) == 4
 
 
 def test_event_loops_are_served_without_threads(model, make_engine, pieces_of):

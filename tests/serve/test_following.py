@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dvi_jax import generate_file
-from dvi_jax.config import DecodeConfig
+from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.decode.batch import Generation
 from dvi_jax.evaluate import batched
 from dvi_jax.evaluate.spec_bench import Question
@@ -58,10 +58,13 @@ class Processes:
 LINES = [Line(0, [5, 9]), Line(1, [], "a fault"), Line(2, list(range(2, 30))), Line(3, [7])]
 
 
-@pytest.mark.parametrize(("kept", "engines"), [(0, 1), (2, 1), (4, 0)])
-def test_files_of_prompts(model, tmp_path, monkeypatch, kept, engines):
+@pytest.mark.parametrize(
+    ("kept", "engines", "plan", "sampling"),
+    [(0, 1, "tree:4", SamplingConfig(seed=7)), (2, 1, "chain:2", None), (4, 0, "auto", None)],
+)
+def test_files_of_prompts(model, tmp_path, monkeypatch, kept, engines, plan, sampling):
     """From the beginning, from where a file was cut, and where nothing is left to do."""
-    decoding = Decoding("chain:2", plain=False, max_new_tokens=3, eos_ids=(), sampling=None, stop=(), slots=2)
+    decoding = Decoding(plan, plain=False, max_new_tokens=3, eos_ids=(), sampling=sampling, stop=(), slots=2)
     output = tmp_path / "out.jsonl"
     processes = Processes(monkeypatch, generate_file)
 
@@ -74,7 +77,7 @@ def test_files_of_prompts(model, tmp_path, monkeypatch, kept, engines):
     whole = output.read_bytes()
     output.write_bytes(b"".join(whole.splitlines(keepends=True)[:kept]))
     opened = processes.compare(first, lambda: follow_answers(model, LINES, decoding))
-    assert len(opened) == engines
+    assert [shape["plan"] for shape in opened] == [plan] * engines
     assert output.read_bytes() == whole
 
 

@@ -1,5 +1,6 @@
 """Learning while serving: replies stay as they are, the drafter gets better, and what makes it worse is taken back."""
 
+import itertools
 from dataclasses import replace
 
 import jax
@@ -9,11 +10,12 @@ import pytest
 from dvi_jax.config import OptimizerConfig, SamplingConfig
 from dvi_jax.errors import UserError
 from dvi_jax.learn import fast_update
-from dvi_jax.serve import learner as learner_module
+from dvi_jax.serve import candidate as candidate_module
 from dvi_jax.serve import learning
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learner import POOLED, TRIAL_UPDATES, Learner
 from dvi_jax.serve.requests import EngineStatus, Request
+from dvi_jax.serve.shadow import BLOCK, ENOUGH, LEAST
 from tests.serve.server.live import until
 
 PROGRAMS = (fast_update._fast_update, learning.keep, learning.newest, learning.compare)
@@ -114,25 +116,27 @@ def test_replies_stay_and_drafts_get_better(new_model, make_engine, make_learner
 def go_bad(learner, params):
     """As if updates had led there: weights go live, with an optimiser that has moved on."""
     trainable = {"drafter": params.drafter, "lora_s": params.lora_s}
-    optimizer = jax.tree.map(lambda leaf: leaf + 1 if leaf.dtype != bool else leaf, learner._state.optimizer)
-    step = learner._state.step + 7
-    learner._state = learner._state.replace(trainable=trainable, average=trainable, step=step, optimizer=optimizer)
+    candidate, state = learner._candidate, learner._candidate.state
+    optimizer = jax.tree.map(lambda leaf: leaf + 1 if leaf.dtype != bool else leaf, state.optimizer)
+    step = state.step + 7
+    candidate._state = state.replace(trainable=trainable, average=trainable, step=step, optimizer=optimizer)
     learner._swap()
 
 
 def test_a_harmful_drafter_is_taken_back(model, make_engine, make_learner, pieces_of, train_noise, monkeypatch):
     """Traffic finds it out, windows confirm it; the good one's weights are back in every bit, and learn more slowly."""
     learner = make_learner(model)
-    monkeypatch.setattr(learner, "_update", lambda: setattr(learner, "_new_positions", 0))
+    monkeypatch.setattr(learner._candidate, "has_enough", lambda: False)  # no update comes between
     good = learner._good
     with make_engine(model, learner=learner) as engine:
         before = [serve(engine, requests(), pieces_of) for _ in range(4)][-1]
+        until(lambda: learner.status.windows == 4 * len(requests()))  # the engine's thread is done with the state
         go_bad(learner, train_noise(model.params, "drafter", seed=1, std=1.0))
-        assert learner.status.digest != f"{int(learning.checksum(good.trainable)):08x}"
         engine.swap(learner.params())
         replies, harmed = serve(engine, requests(), pieces_of)
         assert replies == before[0]
         assert harmed < 0.5 * before[1]
+        assert learner.status.digest != f"{int(learning.checksum(good.trainable)):08x}"
         until(lambda: serve(engine, requests(), pieces_of) and learner.status.rollbacks, 60)
         assert serve(engine, requests(), pieces_of) == before
     (values,) = [values for kind, values in learner.records if kind == "rollback"]
@@ -141,27 +145,29 @@ def test_a_harmful_drafter_is_taken_back(model, make_engine, make_learner, piece
     assert learner.status.rollbacks == 1
     assert learner.status.digest == f"{int(learning.checksum(good.trainable)):08x}"
     assert equal(learner.params().drafter, model.params.drafter)
-    assert equal(learner._state.trainable, good.trainable)
-    assert int(learner._state.step) == 7  # updates only count up
-    now, then = (jax.tree.leaves(state.optimizer) for state in (learner._state, good))
+    state = learner._candidate.state
+    assert equal(state.trainable, good.trainable)
+    assert int(state.step) == 7  # updates only count up
+    now, then = (jax.tree.leaves(one.optimizer) for one in (state, good))
     assert equal(now[:2] + now[3:], then[:2] + then[3:])  # all but the count of updates skipped since the start
     assert learner._rate(0) < learner._usual_rate(0)
 
 
-def test_windows_decide_what_traffic_does_not(model, make_learner, train_noise, some_windows):
+def test_windows_decide_what_traffic_does_not(model, make_learner, train_noise, some_windows, monkeypatch):
     """After many updates in which no draft was judged: a worse drafter is taken back, an equal one is good."""
     learner = make_learner(model)
+    monkeypatch.setattr(learner._candidate, "has_enough", lambda: False)  # no update comes between
     for window in some_windows:
         learner.take(window, requests()[0])
 
+    stretches = itertools.count()
+
     def turn():
-        status = EngineStatus(4, running=0, waiting=0, context=96, plan="plain")
+        status = EngineStatus(4, running=0, waiting=0, context=96, plan="plain", stretches=next(stretches))
         return learner.turn(status, idle=True)
 
     for params, kind in [(model.params, "held"), (train_noise(model.params, "drafter", std=1.0), "rollback")]:
         go_bad(learner, params)
-        learner._new_positions = 0
-        learner._arrived.clear()
         assert turn() is not None  # live, on trial
         assert turn() is None
         learner.status = replace(learner.status, updates=learner.status.updates + TRIAL_UPDATES)
@@ -169,23 +175,86 @@ def test_windows_decide_what_traffic_does_not(model, make_learner, train_noise, 
         assert learner.records[-1][0] == kind
 
 
-def test_an_average_of_a_trained_drafter_drafts(model, make_learner, some_windows):
+def test_what_goes_live_late_in_a_trial_is_not_good_by_it(model, make_learner, train_noise, some_windows, monkeypatch):
+    """A harmful drafter behind a harmless one, whose trial it ends: its own drafts find it out."""
+    learner = make_learner(model)
+    monkeypatch.setattr(learner._candidate, "has_enough", lambda: False)
+    for window in some_windows:
+        learner.take(window, requests()[0])
+    judged = accepted = stretches = 0
+
+    def traffic(rate, blocks):
+        """Stretches of a block of drafts each; the newest kind of record."""
+        nonlocal judged, accepted, stretches
+        for _ in range(blocks):
+            judged, accepted, stretches = judged + BLOCK, accepted + round(rate * BLOCK), stretches + 1
+            counts = {"judged": (judged,), "accepted": (accepted,), "stretches": stretches}
+            learner.turn(EngineStatus(4, running=4, waiting=0, context=96, plan="chain:2", **counts), idle=True)
+        return learner.records[-1][0] if learner.records else None
+
+    traffic(0.6, ENOUGH)
+    go_bad(learner, model.params)
+    traffic(0.6, ENOUGH)  # the stretch in which it went live counts for what was live before
+    assert not learner.records
+    go_bad(learner, train_noise(model.params, "drafter", std=1.0))
+    assert traffic(0.1, 1) == "held"
+    assert traffic(0.1, LEAST + 2) == "rollback"
+    assert equal(learner.params().drafter, model.params.drafter)
+
+
+def test_an_average_of_a_trained_drafter_drafts(model, make_learner, some_windows, monkeypatch):
     """Of four updates' weights, by hand; one from nothing has none."""
-    learner, found, new = make_learner(model), [], None
+    learner, found, new, enough = make_learner(model), [], None, itertools.cycle([True, False])
+    monkeypatch.setattr(learner._candidate, "has_enough", lambda: next(enough))
     for window in some_windows:
         learner.take(window, requests()[0])
     for _ in range(POOLED):
         assert new is None
-        learner._new_positions = SETTINGS.positions
-        new = learner.turn(EngineStatus(4, running=0, waiting=0, context=96, plan="plain"), idle=True)
-        found.append(jax.device_get(learner._state.trainable["drafter"]))
+        status = EngineStatus(4, running=0, waiting=0, context=96, plan="plain")
+        assert learner.turn(status, idle=True) is None  # an update is begun,
+        until(lambda: learner._candidate.has_updated)
+        found.append(jax.device_get(learner._candidate.state.trainable["drafter"]))
+        new = learner.turn(status, idle=True)  # and looked at
     expected = jax.device_get(model.params.drafter)
     for weights in found:
         expected = jax.tree.map(lambda average, each: 0.97 * average + 0.03 * each, expected, weights)
     for drafts, by_hand, last in zip(*map(jax.tree.leaves, (new.drafter, expected, found[-1])), strict=True):
         np.testing.assert_allclose(drafts, by_hand, atol=1e-6)
         assert np.abs(drafts - last).max() > 1e-4
-    assert make_learner()._state.average is None
+    assert make_learner()._candidate.state.average is None
+
+
+def test_what_was_drafted_before_a_swap_is_not_on_its_trial(model, make_learner, monkeypatch):
+    """A stretch may be under way when weights change: what it judged counts for those before."""
+    learner = make_learner(model)
+    monkeypatch.setattr(learner._candidate, "has_enough", lambda: False)
+
+    def turn(stretches, judged, accepted):
+        counts = {"stretches": stretches, "judged": (judged,), "accepted": (accepted,)}
+        learner.turn(EngineStatus(4, running=4, waiting=0, context=96, plan="chain:1", **counts), idle=False)
+        return learner._shadow.rates
+
+    assert turn(1, 100, 50) == (0.5, None)
+    go_bad(learner, model.params)
+    assert turn(1, 100, 50) == (0.5, None)
+    assert turn(2, 200, 110) == (0.5, None)
+    assert turn(3, 300, 120) == (0.5, 0.1)
+
+
+@pytest.mark.parametrize(("plan", "least", "most"), [("plain", 0.025, 0.04), ("chain:2", 0.095, 0.11)])
+def test_plain_decoding_that_pays_is_left_its_time(model, make_learner, monkeypatch, plan, least, most):
+    """Of ten seconds; with what is saved up at the beginning."""
+    now, begun = [0.0], []
+    learner = make_learner(model, settings=replace(SETTINGS, share=0.1), clock=lambda: now[0])
+    monkeypatch.setattr(learner._candidate, "has_enough", lambda: True)
+    monkeypatch.setattr(learner._candidate, "begin_update", begun.append)
+    learner._candidate.seconds = 0.01
+    status = EngineStatus(4, running=4, waiting=0, context=96, plan=plan)
+    while now[0] < 10:
+        now[0] += 0.005
+        learner.turn(status, idle=False)
+    assert least < learner.status.seconds / 10 < most
+    assert learner.status.seconds == pytest.approx(0.01 * len(begun))
 
 
 def test_who_opts_out_is_not_learned_from(model, make_engine, make_learner, pieces_of):
@@ -194,10 +263,10 @@ def test_who_opts_out_is_not_learned_from(model, make_engine, make_learner, piec
         for _ in range(5):
             serve(engine, requests(learn=False), pieces_of)
         assert (learner.status.windows, learner.status.updates) == (0, 0)
-        assert not np.asarray(learner._state.replay.windows.tokens).any()
+        assert not np.asarray(learner._candidate.state.replay.windows.tokens).any()
         while not learner.status.updates:
             serve(engine, [*requests(learn=False), requests()[0]], pieces_of)
-    windows = learner._state.replay.windows  # while the engine is there, an update may use up the arrays
+    windows = learner._candidate.state.replay.windows  # while the engine is there, an update may use up the arrays
     asked = requests()[0].prompt_ids
     for tokens, length in zip(np.asarray(windows.tokens), np.asarray(windows.length), strict=True):
         assert length == 0 or tuple(tokens[:12].tolist()) == asked
@@ -216,7 +285,7 @@ def test_a_long_reply_is_cut_to_its_newest_positions(make_learner, some_windows)
     """All of a window's rows still belong to the positions that they predict."""
     learner, window = make_learner(), jax.device_get(some_windows[0])
     learner.take(window.replace(prompt_length=np.array([5]), length=np.array([83])), requests()[0])
-    kept = jax.device_get(learning.newest(learner._state.replay, 2))
+    kept = jax.device_get(learning.newest(learner._candidate.state.replay, 2))
     assert (kept.length.tolist(), kept.prompt_length.tolist()) == ([64, 0], [0, 0])
     for short, long in zip(jax.tree.leaves(kept), jax.tree.leaves(window), strict=True):
         assert short.ndim == 1 or np.array_equal(short[0], long[0, 19:83])
@@ -238,13 +307,27 @@ class Failed:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of\nmemory")
 
 
+def test_a_failure_stops_learning_once(model, make_learner, train_noise):
+    """Looked at turn after turn, it is told of once; what is drafted with, and its digest, are the good drafter's."""
+    learner = make_learner(model)
+    good = learner.status.digest
+    go_bad(learner, train_noise(model.params, "drafter", std=1.0))
+    learner._digest = Failed()
+    status = EngineStatus(4, running=0, waiting=0, context=96, plan="plain")
+    params = [learner.turn(status, idle=True) for _ in range(3)]
+    assert [kind for kind, _ in learner.records].count("stopped") == 1
+    assert params.count(None) == 3  # the engine never had another one
+    assert learner.status.digest == good
+    assert equal(learner.params().drafter, model.params.drafter)
+
+
 @pytest.mark.parametrize("what", ["an update", "a window, as is seen later"])
 def test_a_device_without_memory_stops_learning_alone(model, make_engine, make_learner, pieces_of, monkeypatch, what):
     learner = make_learner()
     if what == "an update":
-        monkeypatch.setattr(learner, "_fast_update", lambda *_, **__: int(Failed()))
+        monkeypatch.setattr(candidate_module, "fast_update", lambda *_, **__: int(Failed()))
     else:
-        monkeypatch.setattr(learner_module, "keep", lambda replay, *_: (replay, Failed()))
+        monkeypatch.setattr(candidate_module, "keep", lambda replay, *_: (replay, Failed()))
     with make_engine(model, learner=learner) as engine:
         until(lambda: serve(engine, requests(), pieces_of) and learner.status.state != "learning")
         assert learner.status.state == "stopped: RESOURCE_EXHAUSTED: out of memory"

@@ -113,10 +113,10 @@ def test_plans_of_a_name(model, monkeypatch):
     half = replace(model, config=SHAPES["smollm2"], manifest=replace(model.manifest, dtype="bfloat16"))
     chains, trees = [Plan("chain", drafts) for drafts in (1, 2, 3, 5)], [Plan("tree", rows) for rows in (4, 8, 16)]
     assert plans_of(half, "auto", 8) == ((PLAIN, *chains, *trees), 6)
-    assert plans_of(half, "auto", 16) == ((PLAIN, *chains, *trees[:2]), 6)  # up to 256 rows in all, of trees 128
-    assert plans_of(half, "auto", 64) == ((PLAIN, *chains[:3]), 4)
-    with pytest.raises(UserError, match="plan tree:8: 17 such trees have more than 128 rows"):
-        plans_of(half, "tree:8", 17)
+    assert plans_of(half, "auto", 16) == ((PLAIN, *chains, *trees), 6)  # up to 256 rows in all
+    assert plans_of(half, "auto", 64) == ((PLAIN, *chains[:3], trees[0]), 4)
+    with pytest.raises(UserError, match="plan tree:8: 33 such trees have more than 256 rows"):
+        plans_of(half, "tree:8", 33)
     assert plans_of(half, "auto", 128) == ((PLAIN, chains[0]), 2)
     assert plans_of(half, "auto", 129) == ((PLAIN,), 1)
     with pytest.raises(UserError, match="drafter kangaroo takes"):

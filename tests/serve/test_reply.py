@@ -19,3 +19,12 @@ def test_nothing_comes_after_a_failure():
     with pytest.raises(UserError, match="process 1 is gone"):
         next(pieces)
     assert reply.finish_reason == "failed"
+
+
+def test_nothing_comes_after_the_end():
+    """A failure that is noticed at that moment is none of a whole reply's."""
+    reply = Reply(Request((1, 2), 1), (), None, lambda: None)
+    reply.take([5], done=True)
+    reply.fail("process 1 is gone")
+    assert [(piece.ids, piece.finish_reason) for piece in reply] == [((5,), "length")]
+    assert reply.finish_reason == "length"
