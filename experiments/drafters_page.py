@@ -139,6 +139,7 @@ def calibration(path: Path, result: Any) -> Table:
 def shifts(path: Path, result: Any) -> Table:
     """Frozen against online by domain, and what learning cost."""
     settings, cost = result["settings"], f"{result['cost']['share']:.1%}"
+    cost += "" if "shares" in result["cost"] else " (two runs)"
     how = f"{Path(settings['checkpoint']).name}, rate {settings['optimizer']['head_lr']:g}"
     rows = [["began with", "domain", "frozen (%)", "online (%)", "cost of learning"]]
     for domain, row in result["summary"].items():
@@ -217,7 +218,8 @@ SECTIONS = (
     Section(
         "Learning while the traffic changes",
         "Accept rate over the second half of each domain; online: mean, lowest and highest of the seeds. Cost: share of"
-        " tokens per second.",
+        " tokens per second, the median of pairs of stretches; where it was the difference of two runs, these differ by"
+        " several per cent among themselves.",
         ("domain_shift_*_h100.json",),
         command(
             "python -m experiments.domain_shift --config experiments/configs/domain_shift.yaml --per-domain 512 \\",
