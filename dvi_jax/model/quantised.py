@@ -175,12 +175,12 @@ def frozen(weight: Any) -> Base | QuantisedWeight:
 def multiply_rows(weight: Base | QuantisedWeight, factors: jax.Array) -> None:
     """Row o of a matrix, or element o of a vector, times factors[o], in place; exact where they are powers of two."""
     if isinstance(weight, Base):
-        weight[...] = _times(weight[...], factors, axis=0)
+        weight.set_value(_times(weight[...], factors, axis=0))
         return
     for name in ("scales", "group_scales", "group_minima"):
         if hasattr(weight, name):
             part = getattr(weight, name)
-            part[...] = _times(part[...], factors, axis=part.ndim - 1)
+            part.set_value(_times(part[...], factors, axis=part.ndim - 1))
 
 
 @partial(jax.jit, static_argnames="axis")
