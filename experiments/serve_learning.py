@@ -41,6 +41,7 @@ from dvi_jax.serve.learner import Learner
 from dvi_jax.serve.pace import SWITCH_SECONDS
 from dvi_jax.serve.requests import Request
 from dvi_jax.trained_parts import with_drafter_from
+from experiments.measure import settings_of
 from experiments.tiny import write_questions, write_tiny_model
 
 LONGEST = 8  # bytes of a digest of a reply
@@ -201,7 +202,7 @@ def _prompts(files: Sequence[str], tokenizer: Any, config: DataConfig) -> Iterat
 
 
 def _told(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(options).items() if name not in ("out", "debug", "data")}
+    return {name: value for name, value in settings_of(options).items() if name not in ("debug", "data")}
 
 
 def _write(file: TextIO, record: dict[str, Any]) -> None:

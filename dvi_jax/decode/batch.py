@@ -25,7 +25,7 @@ from dvi_jax.decode.prefill import bucket, cache_slots, prefill
 from dvi_jax.decode.prefix import Prefix, pad_prompts
 from dvi_jax.decode.sampling import Sampling
 from dvi_jax.decode.speculative import decode_rounds
-from dvi_jax.decode.state import DecodeState, Knobs
+from dvi_jax.decode.state import NO_TOKEN, DecodeState, Knobs
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import check_batch, to_host
@@ -218,7 +218,7 @@ def check_eos_ids(eos_ids: Sequence[int]) -> None:
     """Raise `UserError` for end-of-sequence ids that are too many or cannot be ids."""
     if len(eos_ids) > MOST_EOS_IDS:
         raise UserError(f"at most {MOST_EOS_IDS} end-of-sequence ids, got {len(eos_ids)}")
-    if not all(0 <= token <= INT32 for token in eos_ids):
+    if not all(NO_TOKEN <= token <= INT32 for token in eos_ids):  # NO_TOKEN: none, as some configs have it
         raise UserError(f"end-of-sequence ids must be between 0 and {INT32}, got {', '.join(map(str, eos_ids))}")
 
 
