@@ -130,23 +130,13 @@ def check_stream(config: TrainConfig, per_domain: int) -> None:
 
 
 def run(config: TrainConfig) -> Run:
-    """One run in a scratch directory: for each rollout, prompts and tokens so far, acceptance, and the clock.
-
-    `seconds` is when its record was written, after the next updates; what the parts took is in the other two.
-    """
-    clock: list[float] = []
-
-    def watch(kind: str, record: dict[str, Any]) -> None:
-        if kind == "train":
-            clock.append(time.perf_counter())
-
+    """One run in a scratch directory: for each rollout prompts and tokens so far, acceptance, and what it took."""
     with tempfile.TemporaryDirectory() as scratch:
-        # Neither evaluations nor snapshots between rollouts: the clock shall count rollouts and updates.
-        train_online(replace(config, out=f"{scratch}/run", eval_every=NEVER, save_every=NEVER), report=watch)
+        # Neither evaluations nor snapshots between rollouts.
+        train_online(replace(config, out=f"{scratch}/run", eval_every=NEVER, save_every=NEVER))
         records = MetricsLog(Path(scratch) / "run" / "metrics.jsonl").records("train")
     names = ("prompts", "new_tokens", "accept_rate", "tokens_per_round", "rollout_seconds", "update_seconds")
-    curves = {name: [record[name] for record in records] for name in names}
-    return curves | {"seconds": [now - clock[0] for now in clock]}
+    return {name: [record[name] for record in records] for name in names}
 
 
 def compare(frozen: Run, online: list[Run], domains: list[str], per_domain: int) -> dict[str, Any]:

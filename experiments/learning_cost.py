@@ -81,7 +81,8 @@ def cost_of_learning(config: TrainConfig, *, prompts: int, pairs: int) -> dict[s
     if prompts < cycle:
         raise UserError(f"--cost-prompts {prompts}: an update follows {cycle} prompts, so there must be as many")
     optimizer = replace(config.optimizer, lora_lr=STILL, head_lr=STILL, weight_decay=0.0)
-    still = replace(config, optimizer=optimizer, rollback=replace(config.rollback, collapse=0.0))
+    slow, rollback = replace(config.slow, lr=STILL), replace(config.rollback, collapse=0.0)
+    still = replace(config, optimizer=optimizer, slow=slow, rollback=rollback)
     counts = 0, config.updates_per_rollout
     with opened(Stretches, still) as run:
         cycles = list(itertools.islice(run._cycles(), prompts // cycle))

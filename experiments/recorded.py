@@ -39,7 +39,8 @@ from dvi_jax.model.speculative_llama import Definition, Params, join
 from dvi_jax.trained_parts import with_drafter_from
 from experiments.learning_cost import opened
 from experiments.measure import environment, write_result
-from experiments.objectives import online_config, recorded
+from experiments.objectives import online_config
+from experiments.objectives import recorded as settings_of_run
 
 # What a variant may change.
 OF_LEARNING = (
@@ -94,7 +95,11 @@ def compare_variants(base: TrainConfig, variants: list[TrainConfig], options: ar
         domains = {Path(base.data.files[index]).stem: files == index for index in np.unique(files)}
         frozen = run.go_through(rollouts, replace(base, updates_per_rollout=0))
         rates = {domain: rate(frozen[inside]) for domain, inside in domains.items()}
-        result: dict[str, Any] = {"environment": environment(), "settings": recorded(base), "prompts": len(files)}
+        result: dict[str, Any] = {
+            "environment": environment(),
+            "settings": settings_of_run(base),
+            "prompts": len(files),
+        }
         result |= {"seeds": options.seeds, "frozen": rates, "variants": []}
         told = ", ".join(f"{domain} {share:.1%}" for domain, share in rates.items())
         print(f"{time.perf_counter() - began:5.0f} s  frozen: {told}", flush=True)

@@ -23,7 +23,7 @@ import numpy as np
 
 from dvi_jax.config import KV, MOST_DRAFTS, WHOLE_KV, DecodeConfig
 from dvi_jax.decode.batch import start
-from dvi_jax.decode.plan import MOST_ROWS, PLAIN, Plan, row_class, rows_alike
+from dvi_jax.decode.plan import MOST_TREE_ROWS, PLAIN, Plan, row_class, rows_alike
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
@@ -121,7 +121,7 @@ def _sequences(state: DecodeState, numbers: range, vocab_size: int) -> DecodeSta
 
 
 def _pass(text: str, *, trees: bool) -> tuple[int, int]:
-    most = MOST_ROWS if trees else MOST_DRAFTS + 1
+    most = MOST_TREE_ROWS if trees else MOST_DRAFTS + 1
     width, _, batch = text.partition("x")
     if not (width.isdecimal() and batch.isdecimal() and 1 <= int(width) <= most and int(batch) >= 1):
         raise UserError(f"--passes {text}: it must be rows by sequences, such as 6x1, at most {most} rows")

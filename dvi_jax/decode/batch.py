@@ -218,8 +218,10 @@ def check_eos_ids(eos_ids: Sequence[int]) -> None:
     """Raise `UserError` for end-of-sequence ids that are too many or cannot be ids."""
     if len(eos_ids) > MOST_EOS_IDS:
         raise UserError(f"at most {MOST_EOS_IDS} end-of-sequence ids, got {len(eos_ids)}")
-    if not all(NO_TOKEN <= token <= INT32 for token in eos_ids):  # NO_TOKEN: none, as some configs have it
-        raise UserError(f"end-of-sequence ids must be between 0 and {INT32}, got {', '.join(map(str, eos_ids))}")
+    if not all(NO_TOKEN <= token <= INT32 for token in eos_ids):  # NO_TOKEN: none, as --eos-id -1 asks for
+        raise UserError(
+            f"end-of-sequence ids must be between 0 and {INT32}, or -1 for none, got {', '.join(map(str, eos_ids))}"
+        )
 
 
 def check_rows(model: LoadedModel, plan: Plan, batch: int) -> None:

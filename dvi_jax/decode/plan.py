@@ -19,7 +19,7 @@ from dvi_jax.errors import UserError
 from dvi_jax.model.attention import has_round_kernels
 
 Kind = Literal["plain", "chain", "block", "early-exit", "tree"]
-MOST_ROWS = 64  # of a tree
+MOST_TREE_ROWS = 64  # of a tree
 
 
 class Growth(NamedTuple):
@@ -39,7 +39,7 @@ class Plan:
     levels: int = 0  # drafts of a tree's longest path, 0 for as many as suit its rows
 
     def __post_init__(self) -> None:
-        least, most = {"plain": (0, 0), "tree": (2, MOST_ROWS)}.get(self.kind, (1, MOST_DRAFTS))
+        least, most = {"plain": (0, 0), "tree": (2, MOST_TREE_ROWS)}.get(self.kind, (1, MOST_DRAFTS))
         if not least <= self.size <= most:
             what = "has between {} and {} rows" if self.kind == "tree" else "makes between {} and {} drafts"
             raise UserError(f"plan {self}: a {self.kind} plan {what.format(least, most)}")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dvi_jax.decode import vocabulary
-from dvi_jax.decode.sampling import Sampling, draw, log_probs
+from dvi_jax.decode.sampling import Sampling, draw, kept_logits
 from dvi_jax.decode.state import STATE_SPECS, DecodeState, Signals
 from dvi_jax.mesh import COPIED_CACHES, ROWS, WHOLE
 from dvi_jax.model.attention import Caches
@@ -151,8 +151,8 @@ def choose_first(model: SpeculativeLlama, filled: Filled, sampling: Sampling | N
     logits = llama.logits(filled.features.final)
     if sampling is None:
         return vocabulary.best(logits, llama.shards)[:, 0]
-    log_p = log_probs(llama.all_logits(logits), sampling, sampling.seen[:, None])
-    return draw(log_p, sampling, lengths[:, None])[:, 0]
+    kept = kept_logits(llama.all_logits(logits), sampling, sampling.seen[:, None])
+    return draw(kept, sampling, lengths[:, None])[:, 0]
 
 
 def lay(filled: Filled, prefix: Filled) -> Filled:

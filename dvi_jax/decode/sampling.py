@@ -78,8 +78,17 @@ class Sampling(struct.PyTreeNode):
 def log_probs(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> jax.Array:
     """The distribution that is sampled: float32 logits [B, R, V], tokens seen before each row [B, R, V] -> log p.
 
+    At temperature 0 all of it lies on the best token.
+    """
+    return jax.nn.log_softmax(kept_logits(logits, sampling, seen), axis=-1)
+
+
+def kept_logits(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> jax.Array:
+    """`log_probs` but for a number that all of a row share: -inf for tokens that are never drawn.
+
     In the order of Hugging Face: repetition penalty, temperature, top-k, top-p, min-p. Tokens tied with the last one
-    kept are kept. At temperature 0 all of it lies on the best token.
+    kept are kept. Nothing is summed in an order that a compiler would choose, perhaps by the number of rows: `cumsum` adds
+    in the order of a scan that jax writes out.
     """
 
     def by_row(x: jax.Array) -> jax.Array:
@@ -94,21 +103,21 @@ def log_probs(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> jax.Arr
     ordered = jnp.sort(scaled, axis=-1, descending=True)
     last = jnp.take_along_axis(ordered, by_row(sampling.top_k - 1), axis=-1)
     mass = jnp.where(ordered >= last, jnp.exp(ordered), 0.0)
-    mass = mass / jnp.sum(mass, axis=-1, keepdims=True)
+    upto = jnp.cumsum(mass, axis=-1)
     # A token stays while the tokens before it hold less than top_p; the best always does. At 1 all stay, also those so
     # improbable that the rounded sum before them is 1.
     top_p = by_row(sampling.top_p)
-    stays = (jnp.cumsum(mass, axis=-1) - mass < top_p) | (top_p == 1) | (ordered == 0)
+    stays = (upto - mass < top_p * upto[..., -1:]) | (top_p == 1) | (ordered == 0)
     last = jnp.maximum(last, jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True))
     last = jnp.maximum(last, jnp.log(by_row(sampling.min_p)))
     kept = jnp.where(scaled >= last, scaled, -jnp.inf)
-    return jnp.where(greedy, jnp.where(_is_first_best(logits), 0.0, -jnp.inf), jax.nn.log_softmax(kept, axis=-1))
+    return jnp.where(greedy, jnp.where(_is_first_best(logits), 0.0, -jnp.inf), kept)
 
 
 def draw(
     log_p: jax.Array, sampling: Sampling, position: jax.Array, purpose: Purpose | jax.Array = Purpose.TOKEN
 ) -> jax.Array:
-    """Tokens int32 [B, R] from log p [B, R, V], each with the noise of its `position` [B, R]."""
+    """Tokens int32 [B, R] from log p [B, R, V] or `kept_logits`, each with the noise of its `position` [B, R]."""
     return jnp.argmax(log_p + gumbel(sampling, position, log_p.shape[2], purpose), axis=-1).astype(jnp.int32)
 
 
@@ -142,8 +151,17 @@ def verifier_log_probs(logits: jax.Array, sampling: Sampling, before: jax.Array)
 
     Negative where there is none.
     """
-    seen = jax.vmap(lambda row: _mark(sampling.seen, row, row >= 0), in_axes=1, out_axes=1)(before)
-    return log_probs(logits, sampling, seen)
+    return log_probs(logits, sampling, _seen(sampling, before))
+
+
+def draw_coupled(logits: jax.Array, sampling: Sampling, before: jax.Array, position: jax.Array) -> jax.Array:
+    """Tokens int32 [B, R] after such rows, each with the noise of its `position` [B, R]."""
+    return draw(kept_logits(logits, sampling, _seen(sampling, before)), sampling, position)
+
+
+def _seen(sampling: Sampling, before: jax.Array) -> jax.Array:
+    """bool [B, R, V]: tokens that the sequence holds, or the round before each row."""
+    return jax.vmap(lambda row: _mark(sampling.seen, row, row >= 0), in_axes=1, out_axes=1)(before)
 
 
 def draw_verified(
@@ -154,10 +172,10 @@ def draw_verified(
     Row r predicts position[b] + r. With rejection, log_q [B, W, V] is what row r + 1 was drawn from, and the verifier's
     token is the draft where it is accepted.
     """
-    log_p = verifier_log_probs(logits, sampling, _prefixes(rows))
     positions = position[:, None] + jnp.arange(rows.shape[1])
     if sampling.coupled:
-        return draw(log_p, sampling, positions)
+        return draw_coupled(logits, sampling, _prefixes(rows), positions)
+    log_p = verifier_log_probs(logits, sampling, _prefixes(rows))
     assert log_q is not None  # rejection keeps it
     draft = jnp.pad(rows[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     return reject(log_p, log_q, draft[..., None], sampling, positions)

@@ -137,12 +137,13 @@ def grow(
         log_qs += [] if drawn.log_q is None else [drawn.log_q]
     depth = np.repeat(np.arange(growth.levels) + 1, [each.tokens.shape[1] for each in seen])
     most_children = max(growth.beam, growth.children)
-    tree = _best(root, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *seen), depth, rows)
+    nodes = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *seen)
+    tree = _best(root, nodes, depth, min(rows, 1 + len(depth)))  # few levels may have fewer nodes than there are rows
     tree = tree.replace(most_children=most_children)
-    if not log_qs:
-        return tree
-    source = jnp.maximum(tree.source, 0)[..., None]
-    return tree.replace(log_q=jnp.take_along_axis(jnp.concatenate(log_qs, axis=1), source, axis=1))
+    if log_qs:
+        source = jnp.maximum(tree.source, 0)[..., None]
+        tree = tree.replace(log_q=jnp.take_along_axis(jnp.concatenate(log_qs, axis=1), source, axis=1))
+    return tree.widened(rows)
 
 
 def along_rows(rows: jax.Array, path: jax.Array) -> jax.Array:

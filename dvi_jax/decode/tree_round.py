@@ -15,7 +15,7 @@ from dvi_jax.decode import vocabulary
 from dvi_jax.decode.branches import of_tree
 from dvi_jax.decode.commit import Verdict, accept, commit, record
 from dvi_jax.decode.plan import Plan, rows_alike
-from dvi_jax.decode.sampling import draw, reject, verifier_log_probs
+from dvi_jax.decode.sampling import draw_coupled, reject, verifier_log_probs
 from dvi_jax.decode.state import NO_TOKEN, DecodeState, Knobs
 from dvi_jax.decode.tree import TokenTree, along_rows, grow
 from dvi_jax.decode.tree_drafting import BlockPass, StepPasses
@@ -93,10 +93,11 @@ def verify_tree(model: SpeculativeLlama, state: DecodeState, tree: TokenTree) ->
     if state.sampling is None:
         verified = vocabulary.best(logits, llama.shards)
     else:
-        log_p = verifier_log_probs(llama.all_logits(logits), state.sampling, tree.tokens_before())
+        logits, before = llama.all_logits(logits), tree.tokens_before()
         if tree.log_q is None:
-            verified = draw(log_p, state.sampling, positions + 1)
+            verified = draw_coupled(logits, state.sampling, before, positions + 1)
         else:
+            log_p = verifier_log_probs(logits, state.sampling, before)
             verified = reject(log_p, tree.log_q, tree.children(tree.most_children), state.sampling, positions + 1)
     return Rows(verified, hidden, Features.of(final, tapped_below + tapped), (*shallow, *deep))
 

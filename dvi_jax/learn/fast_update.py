@@ -122,7 +122,7 @@ def fast_update(
     objective: ObjectiveConfig,
     optimizer: OptimizerConfig,
     size: Batch,
-    rate: float | np.ndarray = 1.0,
+    rate: float = 1.0,
 ) -> tuple[LearnerState, dict[str, jax.Array]]:
     """One update on windows of the `fresh` rollout and of the replay, at `rate` times the optimiser's rates.
 

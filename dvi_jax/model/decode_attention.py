@@ -225,7 +225,7 @@ class HeadRows(NamedTuple):
 def _kernel(
     *refs: Ref, arrays: int, biased: bool, kv_heads: int, chunks: int, dtype: jnp.dtype, interpret: bool
 ) -> None:
-    """One KV head, 16 queries and one chunk: write the new rows, then attend.
+    """One KV head, 16 queries and one chunk: write the new rows, then attend; where no row reaches the chunk, nothing.
 
     `refs`: the `arrays` of keys and values before the call; the rows, their tables and positions; the bias if there is
     one; then the outputs, the same arrays in the same memory and what `cached_attention` makes its result of.

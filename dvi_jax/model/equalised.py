@@ -37,7 +37,7 @@ _ANY = 64  # exponents that no factor comes near
 
 
 def keep_kv(llama: Llama, kv: str, mesh: Mesh | None) -> None:
-    """Let `llama`, whose arrays lie on `mesh`, keep keys and values so from here on, one of `config.KV`; in place.
+    """Let `llama`, whose arrays lie on `mesh`, keep keys and values as `kv` says, one of `config.KV`; in place.
 
     Eight-bit floats have no use for equal channels, since their errors are shares of each value, and were worse so.
     """

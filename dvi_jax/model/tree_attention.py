@@ -113,7 +113,10 @@ def _kernel(
     dtype: jnp.dtype,
     interpret: bool,
 ) -> None:
-    """One row, one KV head and one chunk: note the keys and values of the row and its ancestors, then attend."""
+    """One row, one KV head and one chunk: note the keys and values of the row and its ancestors, then attend.
+
+    Where the row does not reach the chunk, nothing.
+    """
     committed_refs, (qkv, cos, sin, positions, path, start, *rest) = (
         refs[earlier : earlier + arrays],
         refs[earlier + arrays :],

@@ -2,7 +2,8 @@
 
 As `decode/agreement.py` does it for generations, with programs of the engine's own shape. Slots may fill the memory, so
 none is copied: they hold the same prompt twice, go on by the plan and plainly, and their checksums are compared.
-Behind the prompt each goes on from another token: a sum in another order is seldom another number once it is rounded.
+Behind the prompt each slot goes on from another token: sums in another order round to the same number more often than
+not, so many different ones are looked at.
 """
 
 from __future__ import annotations

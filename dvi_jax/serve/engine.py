@@ -63,8 +63,8 @@ class Learns(Protocol):
     def turn(self, status: EngineStatus, *, idle: bool, settle: Callable[[], EngineStatus]) -> Params | None:
         """Between two stretches: a piece of work, and other weights to draft with (`Engine.swap`), if there are any.
 
-        `idle`: no request is there. `settle` waits for the stretch under way and gives the status then; called before
-        any work, so that its time is not taken for the work's.
+        `idle`: no request is there. `settle` waits for the stretch under way and gives the status then; it is called
+        before a verdict, for which what was drafted so far counts.
         """
 
 

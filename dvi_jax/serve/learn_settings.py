@@ -37,4 +37,6 @@ class LearnSettings:
         require_count("replayed_windows", self.replayed_windows, 0)
         require_count("--learn-branches", self.branches, 0, MOST_BRANCHES)
         require(0 <= self.average < 1, "average", self.average, "in [0, 1)")
+        given = self.optimizer.average
+        require(not given, "optimizer.average", given, "0: a learning server's is the setting average")
         require(self.save_seconds >= 0, "--save-seconds", self.save_seconds, "0 or above")

@@ -38,9 +38,7 @@ TRIAL_UPDATES = 64  # after which windows decide on a trial that traffic has not
 CAUTION, CAUTIOUS_UPDATES = 0.3, 100  # factor of the rate after a drafter was taken back, and for how long
 SLOW, FADE = 0.1, 300  # rate of a good drafter, as a share of a new one's; updates over which a new one's fades
 POOLED = 4  # updates between two swaps of a drafter that moves slowly
-UNPAID = (
-    0.03  # most of the time for learning while plain decoding is quicker: what a plain server would have is not lost
-)
+UNPAID = 0.03  # most of the time for learning while plain decoding is quicker: no more than that is lost
 RETRY_SECONDS = 1.0  # until a snapshot is offered again that was not taken
 LOG_SECONDS = 1.0  # at least, between two updates that are logged: they may be many
 
@@ -130,10 +128,14 @@ class Learner:
 
     def has_work(self) -> bool:
         """Whether a turn would do anything if the share allowed it."""
-        if self.status.state != "learning":
+        if self._digest is not None and is_ready(self._digest):
+            return True
+        return self.status.state == "learning" and (self._candidate.has_updated or self._is_due())
+
+    def _is_due(self) -> bool:
+        """Whether a piece of work could begin."""
+        if self.status.state != "learning" or self._candidate.is_updating:
             return False
-        if self._candidate.is_updating:
-            return self._candidate.has_updated
         try:
             enough = self._candidate.has_enough()
         except jax.errors.JaxRuntimeError as error:  # what the device made of keeping a window
@@ -152,7 +154,7 @@ class Learner:
         self._share.share = min(self.settings.share, UNPAID) if status.plan == str(PLAIN) else self.settings.share
         try:
             self._look()
-            if not self._candidate.is_updating and self.has_work() and (self._share.allows() or idle):
+            if self._is_due() and (self._share.allows() or idle):
                 seconds = self._work(settle)
                 self._share.spend(seconds, free=idle)
                 self.status = replace(self.status, seconds=self.status.seconds + seconds)
@@ -202,6 +204,7 @@ class Learner:
                 self._look(wait=True)
                 if self._live is not self._good:
                     self._decide(suspected=False)
+                self._look(wait=True)  # the digest of what is live then
             except jax.errors.JaxRuntimeError as error:
                 self._stop(one_line(str(error)))
         return self._good, self._progress()
@@ -221,7 +224,7 @@ class Learner:
             verdict = self._shadow.verdict()
             if verdict is Verdict.HELD:
                 self._hold(self._tried)
-            else:
+            elif self._verdict_is_due():  # unless what landed has cleared it
                 self._decide(suspected=verdict is Verdict.WORSE)
         elif self._save_is_due():
             if self._save(self._good, self._progress()):
@@ -248,6 +251,8 @@ class Learner:
         if self._digest is not None and (wait or is_ready(self._digest)):
             digest, self._digest = self._digest, None  # looked at once, whatever it came to
             self.status = replace(self.status, digest=f"{int(digest):08x}")
+        if self.status.state != "learning":  # what was under way then goes nowhere
+            return
         if not (self._candidate.has_updated or (wait and self._candidate.is_updating)):
             return
         learnt, step = self._candidate.look(), self.status.updates
@@ -261,7 +266,7 @@ class Learner:
         if now - self._logged_at >= LOG_SECONDS:
             self._logged_at, (judged, accepted) = now, self._judged
             shown = {name: learnt.values[name] for name in ("loss", "kl", "agreement", "grad_norm")}
-            counts = {"seconds": self._candidate.seconds, "judged": judged, "accepted": accepted}
+            counts = {"judged": judged, "accepted": accepted}
             self._log("update", shown | {"rate": learnt.rate} | counts)
         self._pooled += 1
         if learnt.failing >= MOST_FAILING:

@@ -31,7 +31,10 @@ class LearningCollector(Collector):
             "learning_rollbacks": ("Times that weights were taken back", now.rollbacks),
             "learning_positions": ("Positions that updates looked at", now.learned_positions),
             "learning_windows": ("Replies kept to be learned from", now.windows),
-            "learning_seconds": ("Seconds that the engine's thread learned", now.seconds),
+            "learning_seconds": (
+                "Seconds of learning, an update counted as long as the device takes for one",
+                now.seconds,
+            ),
         }
         gauges = {
             "learning_update_seconds": ("An update, on a device that does nothing else", now.update_seconds),

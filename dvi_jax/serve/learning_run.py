@@ -30,7 +30,11 @@ from dvi_jax.serve.learner import Learner
 from dvi_jax.trained_parts import with_drafter_from, write_drafter
 
 KEPT = 2  # snapshots
-MAY_CHANGE = ("share", "save_seconds", "replay_bytes", "replay_capacity")  # settings that make no other run
+# Settings that make no other run: a snapshot holds no windows.
+MAY_CHANGE = (
+    *("share", "save_seconds", "replay_bytes", "replay_capacity"),
+    *("window", "positions", "fresh_windows", "replayed_windows"),
+)
 
 
 class LearningRun:

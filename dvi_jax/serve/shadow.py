@@ -36,7 +36,7 @@ class Shadow:
 
     @property
     def on_trial(self) -> bool:
-        """Whether another drafter than the good one is live."""
+        """Whether a trial is under way."""
         return self._trial is not None
 
     @property

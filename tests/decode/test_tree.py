@@ -105,6 +105,18 @@ def test_a_beam_drafts_from_the_best_of_a_level_alone():
         assert sources == [0, 1, 2]
 
 
+def test_few_levels_may_have_fewer_nodes_than_rows():
+    """Those behind are empty: two nodes and four children of each are ten drafts, for sixteen rows."""
+    tree = grown(rows=16, growth=Growth(2, 2, VOCAB))
+    assert tree.tokens.shape == (2, 16)
+    assert tree.is_draft.sum(axis=1).tolist() == [10, 10]
+    for indices in (tree.path, tree.parent):
+        assert indices.min() >= 0
+        assert indices.max() <= 10
+    for sequence in range(2):
+        assert len(set(paths_of(tree, sequence))) == 10
+
+
 def test_children_are_in_the_order_of_their_places():
     tree = grown()
     children = np.asarray(tree.children(VOCAB))

@@ -15,6 +15,7 @@ from dvi_jax.importing.rounding import rounded
 from dvi_jax.loading import from_checkpoint
 from dvi_jax.mesh import make_mesh, row_order
 from dvi_jax.model.llama import random_base
+from dvi_jax.model.quantised import Quantised
 from dvi_jax.model.speculative_llama import join, split
 from dvi_jax.presets import TINY
 from dvi_jax.quantisation import Quantisation
@@ -64,6 +65,12 @@ def exponents(module):
     return -np.log2(module.llama.layers[0].qkv_factors[...][KEYS]).reshape(K, H)
 
 
+def rows(module):
+    """The first layer's weight of queries, keys and values, float32."""
+    weight = module.llama.layers[0].qkv[...]
+    return np.asarray(weight.dequantised(np.float32) if isinstance(weight, Quantised) else weight, np.float32)
+
+
 FORMS = [("bfloat16", None, 1), ("float32", "int8", 1), ("bfloat16", "int4", 2.0**-10)]
 
 
@@ -76,6 +83,8 @@ def test_no_bit_changes(dtype, weights, size, train_noise):
     found = exponents(module_of(equal))
     assert np.ptp(found) >= 3
     np.testing.assert_array_equal(found[:, : H // 2], found[:, H // 2 :])  # what RoPE turns together
+    factors = np.asarray(module_of(equal).llama.layers[0].qkv_factors[...])[:, None]
+    np.testing.assert_array_equal(rows(module_of(equal)), rows(module_of(model)) * factors)
     for adapted in (False, True):
         np.testing.assert_array_equal(
             final(module_of(equal.with_kv("dtype")), adapted), final(module_of(model), adapted)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dvi_jax.config import SamplingConfig
+from dvi_jax.decode.sampling import Sampling, draw_coupled
 from dvi_jax.model import tree_cache
 from dvi_jax.model.speculative_llama import join
 from dvi_jax.model.tree_attention import Tree
@@ -54,3 +56,17 @@ def test_sums_are_made_by_kernels_alone(monkeypatch, weights, kv, slots, trees):
     found = set(primitives(jax.make_jaxpr(run)(model.params, jnp.zeros((3, 4), jnp.int32)).jaxpr))
     assert "pallas_call" in found
     assert not found & SUMS
+
+
+def test_a_coupled_token_depends_on_no_sum_of_the_compilers(monkeypatch):
+    """`cumsum` is a scan that jax writes out for a GPU: its order is that of the vocabulary."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    settings = SamplingConfig(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=1)
+    sampling = Sampling.make([settings] * 3, [[1, 2]] * 3, 4096)
+
+    def run(logits, before, position):
+        return draw_coupled(logits, sampling, before, position)
+
+    shapes = jnp.zeros((3, 4, 4096)), jnp.zeros((3, 4, 2), jnp.int32), jnp.zeros((3, 4), jnp.int32)
+    found = set(primitives(jax.make_jaxpr(run)(*shapes).jaxpr))
+    assert found & SUMS == {"cumsum"}

@@ -327,7 +327,7 @@ def test_event_loops_are_served_without_threads(model, make_engine, pieces_of):
         ({"max_new_tokens": 0}, "at least 1, got 0"),
         ({"max_new_tokens": 95}, "has 2 tokens and 95 new ones were asked for; the engine's context holds 96"),
         ({"eos_ids": tuple(range(9))}, "at most 8"),
-        ({"eos_ids": (3, 2**31)}, "between 0 and 2147483647, got 3, 2147483648"),
+        ({"eos_ids": (3, 2**31)}, "between 0 and 2147483647, or -1 for none, got 3, 2147483648"),
         ({"sampling": SamplingConfig(coupled=False)}, "coupled"),
         ({"stop": ("",)}, "must not be empty"),
         ({"logprobs": 0}, "gives no log-probabilities"),

@@ -15,7 +15,7 @@ from dvi_jax.serve import learning
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learner import POOLED, TRIAL_UPDATES, Learner
 from dvi_jax.serve.requests import EngineStatus, Request
-from dvi_jax.serve.shadow import BLOCK, ENOUGH, LEAST
+from dvi_jax.serve.shadow import BLOCK, ENOUGH, LEAST, Verdict
 from tests.serve.server.live import until
 
 PROGRAMS = (fast_update._fast_update, learning.keep, learning.newest, learning.compare)
@@ -222,6 +222,64 @@ def test_an_average_of_a_trained_drafter_drafts(model, make_learner, some_window
         np.testing.assert_allclose(drafts, by_hand, atol=1e-6)
         assert np.abs(drafts - last).max() > 1e-4
     assert make_learner()._candidate.state.average is None
+
+
+def turned(learner, settle=None, **counts):
+    """A turn of an engine that drafts, idle."""
+    status = EngineStatus(4, running=0, waiting=0, context=96, plan="chain:2", **counts)
+    return learner.turn(status, idle=True, settle=settle)
+
+
+def test_what_was_under_way_when_learning_stopped_goes_nowhere(make_learner, some_windows, monkeypatch):
+    learner = make_learner()
+    for window in some_windows:
+        learner.take(window, requests()[0])
+    until(learner.has_work)
+    turned(learner)
+    assert learner._candidate.is_updating
+    monkeypatch.setattr(candidate_module, "keep", lambda *_: int(Failed()))
+    learner.take(some_windows[0], requests()[0])
+    assert learner.status.state.startswith("stopped")
+    until(lambda: learner._candidate.has_updated)
+    assert turned(learner) is None
+    assert learner._live is learner._good
+    assert (learner.status.swaps, learner.status.updates) == (0, 0)
+
+
+def test_the_digest_shown_is_the_live_drafters(make_learner, some_windows):
+    """While nothing is asked, and at the end."""
+    learner = make_learner()
+    for window in some_windows:
+        learner.take(window, requests()[0])
+    until(learner.has_work)
+    while not (learner.status.swaps and not learner.has_work() and not learner._candidate.is_updating):
+        turned(learner)  # as an idle engine does while there is work
+    assert learner.status.digest == f"{int(learning.checksum(learner._live.served)):08x}"
+    state, progress = learner.finish()
+    assert progress["digest"] == f"{int(learning.checksum(state.served)):08x}"
+
+
+def test_a_suspicion_that_the_last_stretch_clears_decides_nothing(model, make_learner, monkeypatch):
+    learner, told = make_learner(model), {"stretches": 0, "judged": (0,), "accepted": (0,)}
+    monkeypatch.setattr(learner._candidate, "has_enough", lambda: False)
+
+    def more(rate):
+        told["stretches"] += 1
+        told["judged"], told["accepted"] = (told["judged"][0] + 100,), (told["accepted"][0] + round(100 * rate),)
+
+    def settle():
+        more(0.99)
+        return EngineStatus(4, running=0, waiting=0, context=96, plan="chain:2", **told)
+
+    for rates, what in [([0.6] * 12, None), ([0.6] + [0.45] * 3, "swap"), ([0.45], "suspicion")]:
+        if what == "swap":
+            go_bad(learner, model.params)
+        for rate in rates:
+            more(rate)
+            turned(learner, settle, **told)
+    assert learner._shadow.verdict() is Verdict.OPEN
+    assert learner._shadow.on_trial
+    assert not {kind for kind, _ in learner.records} & {"held", "rollback"}
 
 
 def test_what_was_drafted_before_a_swap_is_not_on_its_trial(model, make_learner, monkeypatch):

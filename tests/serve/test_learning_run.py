@@ -76,8 +76,8 @@ def test_a_killed_server_comes_back_with_what_it_learned(byte_checkpoint, tmp_pa
         live = weights({"drafter": run.model.params.drafter, "lora_s": run.model.params.lora_s})
         assert live.keys() == saved.keys()
         assert all(np.array_equal(live[name], saved[name]) for name in saved)
-        begun = from_checkpoint(read_checkpoint(byte_checkpoint)).params
         begun = weights({"drafter": params.drafter, "lora_s": params.lora_s})
+        # Not all: of an adapter's two factors the one behind zeros stands still in the first update.
         assert any(not np.array_equal(saved[name], begun[name]) for name in saved)
         assert run.learner.status.updates == int(newest.name) > 0
         digest = run.learner.status.digest
