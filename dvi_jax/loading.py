@@ -88,10 +88,10 @@ class LoadedModel:
         return self.tokenizer
 
     def with_kv(self, kv: str) -> LoadedModel:
-        """The same model with caches that keep keys and values so; `UserError` for none of `config.KV`.
+        """The same model with caches that keep keys and values as `kv` says; `UserError` for none of `config.KV`.
 
-        Once it was int8, rows of queries and keys stay multiplied (`equalised.py`), which changes nothing but float8, which
-        is less near then: load anew for that.
+        Once it was int8, rows of queries and keys stay multiplied (`equalised.py`). That changes nothing but float8,
+        which is less near then: load anew for that.
         """
         check_kv(kv)
         module = join(self.definition, self.params)

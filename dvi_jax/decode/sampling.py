@@ -87,8 +87,8 @@ def kept_logits(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> jax.A
     """`log_probs` but for a number that all of a row share: -inf for tokens that are never drawn.
 
     In the order of Hugging Face: repetition penalty, temperature, top-k, top-p, min-p. Tokens tied with the last one
-    kept are kept. Nothing is summed in an order that a compiler would choose, perhaps by the number of rows: `cumsum` adds
-    in the order of a scan that jax writes out.
+    kept are kept. No sum has an order that a compiler would choose, perhaps by the number of rows: `cumsum` is a scan
+    that jax writes out.
     """
 
     def by_row(x: jax.Array) -> jax.Array:
