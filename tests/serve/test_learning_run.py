@@ -154,6 +154,7 @@ def test_a_full_disk_stops_neither_serving_nor_learning(byte_checkpoint, tmp_pat
     with open_run(byte_checkpoint, tmp_path / "run", report=lambda kind, record: told.append(kind)) as run:
         try:
             serve_until(run, is_told)
+            until(lambda: not run._directory.snapshots.is_saving)  # what was begun is refused, too
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert (run.learner.status.state, run.learner.status.updates > 0) == ("learning", True)
