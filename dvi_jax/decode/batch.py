@@ -12,15 +12,7 @@ import numpy as np
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
 from dvi_jax.decode.kernel_loading import load_kernels
-from dvi_jax.decode.plan import (
-    PLAIN,
-    Option,
-    Plan,
-    check_plan,
-    plan_for,
-    rows_alike,
-    trees_are_plain,
-)
+from dvi_jax.decode.plan import PLAIN, Option, Plan, check_plan, plan_for, rows_alike, trees_are_plain
 from dvi_jax.decode.prefill import bucket, cache_slots, prefill
 from dvi_jax.decode.prefix import Prefix, pad_prompts
 from dvi_jax.decode.sampling import Sampling

@@ -332,6 +332,7 @@ def take_window(slots: Slots, slot: int, prompt_length: int, length: int, *, bra
 def _window(
     state: DecodeState, slot: jax.Array, prompt_length: jax.Array, length: jax.Array, *, branches: int
 ) -> Windows:
+    """`take_window` of a state with what that reads alone."""
 
     def of(tree: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(tree, slot, 1)
