@@ -133,8 +133,8 @@ class Place(NamedTuple):
     def nothing_summed(self, blocks: Blocks, count: int, *, inline: bool) -> tuple[jax.Array, ...]:
         """float32 zeros [block rows, block columns], `count` times; `inline` as in `next_may_start`.
 
-        The kernel after a single sum is for sum and norm or attention, and small where there are few rows. After a gated
-        product comes another product, whose programs would lie unevenly.
+        The kernel after a single sum is for sum and norm or attention, and small where there are few rows. After a
+        gated product comes another product, whose programs would lie unevenly.
         """
         zeros = jnp.zeros((self.rows.shape[0], blocks.columns), jnp.float32)
         if count == 1 and len(self.rows) < MOST_BLOCK_ROWS:
