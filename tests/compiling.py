@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -23,8 +23,10 @@ FLAG = "jax_disable_most_optimizations"
 # what is computed in which order.
 QUICKER = "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_extra_options=xla_cpu_disable_loop_unrolling"
 DEVICES = "--xla_force_host_platform_device_count=4"  # made up, for tests of meshes; others see the first alone
-# XLA's newer way from a fused loop to machine code goes through MLIR, which costs three times what the older does.
+# XLA's newer way from a fused loop to machine code goes through MLIR, which costs three times what the older does. That
+# of jax 0.11 has no other.
 EMITTERS = "xla_cpu_use_fusion_emitters"
+_has_older = False  # whether there is an older way
 _emitters = True  # whether optimised programs come from the newer way
 _mixed = False  # whether an optimised module left programs of the other kind, whose bits may differ
 
@@ -32,12 +34,15 @@ _mixed = False  # whether an optimised module left programs of the other kind, w
 def begin() -> None:
     """Has all programs compiled as described here, those of processes started from here too; before the first one."""
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKER} {DEVICES}".strip()
-    jax.devices()  # XLA has read them now, and what `optimize` adds reaches other processes alone
+    global _has_older
+    with suppress(jax.errors.JaxRuntimeError):  # XLA reads them here, and what `optimize` adds reaches others alone
+        jax.jit(lambda: 0).lower().compile(compiler_options={EMITTERS: False})
+        _has_older = True
     options_of_jax = compiler.get_compile_options
 
     def options(*args: Any, **kwargs: Any) -> Any:
         chosen = options_of_jax(*args, **kwargs)
-        if jax.config.read(FLAG) or not _emitters:
+        if _has_older and (jax.config.read(FLAG) or not _emitters):
             chosen.env_option_overrides = [*chosen.env_option_overrides, (EMITTERS, False)]
         return chosen
 
@@ -52,7 +57,7 @@ def optimize(yes: bool, *, emitters: bool = False) -> None:
     global _emitters, _mixed
     os.environ[FLAG.upper()] = str(int(not yes))
     others = os.environ["XLA_FLAGS"].removesuffix(f" --{EMITTERS}=false")
-    os.environ["XLA_FLAGS"] = others if emitters else f"{others} --{EMITTERS}=false"
+    os.environ["XLA_FLAGS"] = others if emitters or not _has_older else f"{others} --{EMITTERS}=false"
     if jax.config.read(FLAG) == yes or _emitters != emitters or _mixed:
         jax.config.update(FLAG, not yes)
         jax.clear_caches()

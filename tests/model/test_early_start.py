@@ -8,6 +8,7 @@ from dvi_jax.model import early_start
 from dvi_jax.model.decode_attention import cached_attention
 from dvi_jax.model.decode_products import gated_product, product
 from dvi_jax.model.residual import add_and_norm
+from tests.lowering import gpu_text
 
 
 def array(*shape, dtype=jnp.bfloat16):
@@ -56,5 +57,5 @@ def forget():
 
 def test_only_hoppers_kernels_before_small_ones_say_so(gpu):
     for name, ((function, args), count) in cases().items():
-        text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+        text = gpu_text(jax.jit(function), *args)
         assert text.count("griddepcontrol.launch_dependents") == (count if gpu >= (9, 0) else 0), name

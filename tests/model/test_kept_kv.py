@@ -19,6 +19,7 @@ from dvi_jax.model.kept_kv import KINDS, Kept, keep, quantised
 from dvi_jax.model.prefill_attention import prefill_attention
 from dvi_jax.model.tree_attention import Tree, keep_path, tree_attention
 from dvi_jax.presets import TINY
+from tests.lowering import gpu_text
 
 HEADS, SIZE, TOKENS = (6, 2, 32), 32, 9  # three queries for each KV head: two tiles of queries
 SLOTS, STARTS = UNCUT_SLOTS + 76, np.array([CHUNK_SLOTS - 2, UNCUT_SLOTS + 67])  # ends in different chunks
@@ -172,7 +173,7 @@ def test_a_gpu_gets_kernels_and_no_copy(monkeypatch, kv, tokens):
     def attended(qkv, cache):
         return attention.attend_cached(qkv, HEADS, rope, cache, positions)
 
-    text = jax.jit(attended).trace(qkv, cache).lower(lowering_platforms=("cuda",)).as_text()
+    text = gpu_text(jax.jit(attended), qkv, cache)
     assert text.count("gpu.triton") == 1
     assert f"2x2x1024x32x{'i8' if kv == 'int8' else 'f8E4M3FN'}" in text
     assert "2x2x1024x32xbf16" not in text

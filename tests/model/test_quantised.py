@@ -12,6 +12,7 @@ from dvi_jax.model.product_blocks import blocks_for, part_count, sum_parts
 from dvi_jax.model.products import linear
 from dvi_jax.model.quantised import Quantised
 from dvi_jax.quantisation import Quantisation
+from tests.lowering import gpu_text
 
 FORMS = ("int8", "float8", "int4", "int4 in bytes", "int4 with minima", "int8 in groups")
 ROWS, OUT, WIDTH, GROUP = 32, 40, 768, 64
@@ -111,7 +112,7 @@ def test_kernels_lower_for_a_gpu(form):
     weight = on_device(matrix(form, 64))
     x = jax.ShapeDtypeStruct((16, WIDTH), jnp.bfloat16)
     for kernel in (product, gated_product):
-        assert kernel.trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+        assert gpu_text(kernel, x, weight)
 
 
 def test_parts_are_whole_groups():
