@@ -9,7 +9,6 @@ import pytest
 
 from dvi_jax.config import OptimizerConfig, SamplingConfig
 from dvi_jax.errors import UserError
-from dvi_jax.learn import fast_update
 from dvi_jax.serve import candidate as candidate_module
 from dvi_jax.serve import learning
 from dvi_jax.serve.learn_settings import LearnSettings
@@ -18,7 +17,7 @@ from dvi_jax.serve.requests import EngineStatus, Request
 from dvi_jax.serve.shadow import BLOCK, ENOUGH, LEAST, Verdict
 from tests.serve.server.live import until
 
-PROGRAMS = (fast_update._fast_update, learning.keep, learning.newest, learning.compare)
+PROGRAMS = (learning.update, learning.compare)
 SETTINGS = LearnSettings(
     share=0.9,
     window=64,
@@ -94,7 +93,7 @@ def test_replies_stay_and_drafts_get_better(new_model, make_engine, make_learner
     assert again == (frozen, before)
     learner = make_learner(settings=replace(SETTINGS, branches=8))
     digest, rates = learner.status.digest, []
-    compiled = [program._cache_size() for program in PROGRAMS[:1] + PROGRAMS[2:]]
+    compiled = [program._cache_size() for program in PROGRAMS]
     with make_engine(new_model, learner=learner) as engine:
         while learner.status.updates < 30:
             replies, rate = serve(engine, requests(), pieces_of)
@@ -102,7 +101,7 @@ def test_replies_stay_and_drafts_get_better(new_model, make_engine, make_learner
             rates.append(rate)
         assert engine.drain(30)
     status = learner.status
-    assert [program._cache_size() for program in PROGRAMS[:1] + PROGRAMS[2:]] == compiled
+    assert [program._cache_size() for program in PROGRAMS] == compiled
     assert before < 0.8
     assert rates[-1] > before + 0.5  # 1.5 of 2 are reached
     assert status.state == "learning"
@@ -119,7 +118,7 @@ def go_bad(learner, params):
     candidate, state = learner._candidate, learner._candidate.state
     optimizer = jax.tree.map(lambda leaf: leaf + 1 if leaf.dtype != bool else leaf, state.optimizer)
     step = state.step + 7
-    candidate._state = state.replace(trainable=trainable, average=trainable, step=step, optimizer=optimizer)
+    candidate.state = state.replace(trainable=trainable, average=trainable, step=step, optimizer=optimizer)
     learner._swap()
 
 
@@ -321,10 +320,10 @@ def test_who_opts_out_is_not_learned_from(model, make_engine, make_learner, piec
         for _ in range(5):
             serve(engine, requests(learn=False), pieces_of)
         assert (learner.status.windows, learner.status.updates) == (0, 0)
-        assert not np.asarray(learner._candidate.state.replay.windows.tokens).any()
+        assert not np.asarray(learner._candidate.replay.windows.tokens).any()
         while not learner.status.updates:
             serve(engine, [*requests(learn=False), requests()[0]], pieces_of)
-    windows = learner._candidate.state.replay.windows  # while the engine is there, an update may use up the arrays
+    windows = learner._candidate.replay.windows  # while the engine is there, another reply uses up the arrays
     asked = requests()[0].prompt_ids
     for tokens, length in zip(np.asarray(windows.tokens), np.asarray(windows.length), strict=True):
         assert length == 0 or tuple(tokens[:12].tolist()) == asked
@@ -343,7 +342,7 @@ def test_a_long_reply_is_cut_to_its_newest_positions(make_learner, some_windows)
     """All of a window's rows still belong to the positions that they predict."""
     learner, window = make_learner(), jax.device_get(some_windows[0])
     learner.take(window.replace(prompt_length=np.array([5]), length=np.array([83])), requests()[0])
-    kept = jax.device_get(learning.newest(learner._candidate.state.replay, 2))
+    kept = jax.device_get(learning.newest(learner._candidate.replay, 2))
     assert (kept.length.tolist(), kept.prompt_length.tolist()) == ([64, 0], [0, 0])
     for short, long in zip(jax.tree.leaves(kept), jax.tree.leaves(window), strict=True):
         assert short.ndim == 1 or np.array_equal(short[0], long[0, 19:83])
@@ -383,7 +382,7 @@ def test_a_failure_stops_learning_once(model, make_learner, train_noise):
 def test_a_device_without_memory_stops_learning_alone(model, make_engine, make_learner, pieces_of, monkeypatch, what):
     learner = make_learner()
     if what == "an update":
-        monkeypatch.setattr(candidate_module, "fast_update", lambda *_, **__: int(Failed()))
+        monkeypatch.setattr(candidate_module, "update", lambda *_, **__: int(Failed()))
     else:
         monkeypatch.setattr(candidate_module, "keep", lambda replay, *_: (replay, Failed()))
     with make_engine(model, learner=learner) as engine:
