@@ -64,7 +64,7 @@ class Learns(Protocol):
         """Between two stretches: a piece of work, and other weights to draft with (`Engine.swap`), if there are any.
 
         `idle`: no request is there. `settle` waits for the stretch under way and gives the status then; it is called
-        before a verdict, for which what was drafted so far counts.
+        before weights may be taken back, for which what was drafted so far counts.
         """
 
 
@@ -179,12 +179,13 @@ class Engine:
         if [id(leaf) for leaf in jax.tree.leaves(params.lora_d)] != [id(leaf) for leaf in jax.tree.leaves(own.lora_d)]:
             raise UserError("an engine's verifier stays as it is: only the drafter and lora_S can be swapped")
         new = self.model.with_params(own._replace(drafter=params.drafter, lora_s=params.lora_s)).decode_params
-        if jax.tree.map(_kind, new) != jax.tree.map(_kind, self.model.decode_params):
+        old = self.model.decode_params  # of which the base is the same, and has most of the arrays
+        if jax.tree.map(_kind, (new.drafter, new.lora_s)) != jax.tree.map(_kind, (old.drafter, old.lora_s)):
             raise UserError("these drafter weights are not of the shapes that the engine was made for")
         if self._crew is not None:
             raise UserError("several processes draft with the weights they were loaded with")
         with self._changed:
-            self._swapped = self.model.decode_params._replace(drafter=new.drafter, lora_s=new.lora_s)
+            self._swapped = old._replace(drafter=new.drafter, lora_s=new.lora_s)
 
     def drain(self, seconds: float) -> bool:
         """Take nothing new and let what runs finish, for so long at most; whether all finished."""
@@ -266,11 +267,12 @@ class Engine:
     def _learn(self, learner: Learns) -> None:
         """The learner's turn."""
         idle = not (self._waiting or self._scheduler.is_busy)
-        params = learner.turn(self._scheduler.status, idle=idle, settle=self._scheduler.settle)
-        if params is not None:
-            self.swap(params)
-            with self._changed:
-                self._take_swapped()
+        with self._scheduler.learning():
+            params = learner.turn(self._scheduler.status, idle=idle, settle=self._scheduler.settle)
+            if params is not None:
+                self.swap(params)
+                with self._changed:
+                    self._take_swapped()
 
     def _take_swapped(self) -> None:
         """What was swapped in is what the next stretch decodes with; under the lock."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -139,6 +140,13 @@ class Scheduler:
             handed_seconds=self._device.handed,
             intake_seconds=self.status.intake_seconds + taken_in,
         )
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Around what is done between turns for who learns."""
+        with self._device.learning():
+            yield
+        self.status = replace(self.status, learner_seconds=self._device.learned)
 
     def settle(self) -> EngineStatus:
         """Between turns: read the stretch under way, if there is one. -> the status then. The device rests after it."""
@@ -315,8 +323,9 @@ class Scheduler:
             return
         prompt = len(reply.request.prompt_ids)
         length = prompt + reply.statistics.new_tokens
-        window = self._programs.window(slot, prompt, length, self._branches)
-        self._on_window(window, reply.request)
+        with self._device.handing():
+            window = self._programs.window(slot, prompt, length, self._branches)
+            self._on_window(window, reply.request)
 
     def _free(self, slot: int) -> None:
         """A slot for somebody else."""
