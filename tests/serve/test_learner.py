@@ -7,87 +7,21 @@ import jax
 import numpy as np
 import pytest
 
-from dvi_jax.config import OptimizerConfig, SamplingConfig
 from dvi_jax.errors import UserError
 from dvi_jax.serve import candidate as candidate_module
+from dvi_jax.serve import learner as learner_module
 from dvi_jax.serve import learning
-from dvi_jax.serve.learn_settings import LearnSettings
-from dvi_jax.serve.learner import POOLED, TRIAL_UPDATES, Learner
-from dvi_jax.serve.requests import EngineStatus, Request
+from dvi_jax.serve.learner import TRIAL_UPDATES
+from dvi_jax.serve.requests import EngineStatus
 from dvi_jax.serve.shadow import BLOCK, ENOUGH, LEAST, Verdict
 from tests.serve.server.live import until
+from tests.serve.traffic import SETTINGS, Failed, equal, requests, serve, turned
 
 PROGRAMS = (learning.update, learning.compare)
-SETTINGS = LearnSettings(
-    share=0.9,
-    window=64,
-    fresh_windows=2,
-    replayed_windows=2,
-    positions=64,
-    replay_capacity=16,
-    optimizer=OptimizerConfig(lora_lr=3e-2, head_lr=3e-2, warmup=0),
-)
 
 
-def requests(learn=True):
-    """Six that come again and again: greedy and sampled."""
-    rng = np.random.default_rng(0)
-    return [
-        Request(
-            prompt_ids=tuple(rng.integers(2, 258, 12).tolist()),
-            max_new_tokens=50,
-            sampling=SamplingConfig(temperature=0.5, seed=index) if index % 3 == 2 else None,
-            eos_ids=(),
-            learn=learn,
-        )
-        for index in range(6)
-    ]
-
-
-def serve(engine, asked, pieces_of):
-    """All replies' ids, and the accept rate of their drafts."""
-    handles = [engine.submit(request) for request in asked]
-    replies = [pieces_of(handle)[0] for handle in handles]
-    drafts = [(handle.statistics.accepted, handle.statistics.rounds) for handle in handles]
-    accepted, rounds = np.sum(drafts, axis=0)
-    return replies, accepted / rounds  # drafts accepted in a round, of two
-
-
-@pytest.fixture(scope="module")
-def new_model(model, train_noise):
-    """A drafter that is right now and then, and that learns as one from nothing does."""
-    return replace(model.with_params(train_noise(model.params, "drafter", std=0.3)), drafter_is_trained=False)
-
-
-@pytest.fixture(scope="module")
-def some_windows(model, make_engine, pieces_of):
-    """What an engine hands over of six replies."""
-    windows = []
-    with make_engine(model, on_window=lambda window, request: windows.append(window)) as engine:
-        serve(engine, requests(), pieces_of)
-    return windows
-
-
-@pytest.fixture
-def make_learner(new_model):
-    """make_learner(...): one whose records are kept in `records`."""
-
-    def make(model=new_model, settings=SETTINGS, **options):
-        records = []
-        learner = Learner(
-            model, settings, 96, report=lambda kind, step, values: records.append((kind, values)), **options
-        )
-        learner.records = records
-        return learner
-
-    return make
-
-
-def equal(a, b):
-    return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
-
-
-def test_replies_stay_and_drafts_get_better(new_model, make_engine, make_learner, pieces_of):
+def test_replies_stay_and_drafts_get_better(new_model, make_engine, make_learner, pieces_of, monkeypatch):
+    monkeypatch.setattr(learner_module, "SWAP_SECONDS", 0.0)
     with make_engine(new_model) as engine:
         (frozen, before), again = (serve(engine, requests(), pieces_of) for _ in range(2))
     assert again == (frozen, before)
@@ -181,14 +115,22 @@ def test_what_goes_live_late_in_a_trial_is_not_good_by_it(model, make_learner, t
     for window in some_windows:
         learner.take(window, requests()[0])
     judged = accepted = stretches = 0
+    settled = []  # accept rates on trial when the device was waited for
+
+    def settle():
+        settled.append(learner._shadow.rates[1])
+        return status()
+
+    def status():
+        counts = {"judged": (judged,), "accepted": (accepted,), "stretches": stretches}
+        return EngineStatus(4, running=4, waiting=0, context=96, plan="chain:2", **counts)
 
     def traffic(rate, blocks):
         """Stretches of a block of drafts each; the newest kind of record."""
         nonlocal judged, accepted, stretches
         for _ in range(blocks):
             judged, accepted, stretches = judged + BLOCK, accepted + round(rate * BLOCK), stretches + 1
-            counts = {"judged": (judged,), "accepted": (accepted,), "stretches": stretches}
-            learner.turn(EngineStatus(4, running=4, waiting=0, context=96, plan="chain:2", **counts), idle=True)
+            learner.turn(status(), idle=True, settle=settle)
         return learner.records[-1][0] if learner.records else None
 
     traffic(0.6, ENOUGH)
@@ -197,65 +139,10 @@ def test_what_goes_live_late_in_a_trial_is_not_good_by_it(model, make_learner, t
     assert not learner.records
     go_bad(learner, train_noise(model.params, "drafter", std=1.0))
     assert traffic(0.1, 1) == "held"
+    assert not settled  # where nothing is taken back, nothing need be waited for
     assert traffic(0.1, LEAST + 2) == "rollback"
+    assert settled == [pytest.approx(0.1)]
     assert equal(learner.params().drafter, model.params.drafter)
-
-
-def test_an_average_of_a_trained_drafter_drafts(model, make_learner, some_windows, monkeypatch):
-    """Of four updates' weights, by hand; one from nothing has none."""
-    learner, found, new, enough = make_learner(model), [], None, itertools.cycle([True, False])
-    monkeypatch.setattr(learner._candidate, "has_enough", lambda: next(enough))
-    for window in some_windows:
-        learner.take(window, requests()[0])
-    for _ in range(POOLED):
-        assert new is None
-        status = EngineStatus(4, running=0, waiting=0, context=96, plan="plain")
-        assert learner.turn(status, idle=True) is None  # an update is begun,
-        until(lambda: learner._candidate.has_updated)
-        found.append(jax.device_get(learner._candidate.state.trainable["drafter"]))
-        new = learner.turn(status, idle=True)  # and looked at
-    expected = jax.device_get(model.params.drafter)
-    for weights in found:
-        expected = jax.tree.map(lambda average, each: 0.97 * average + 0.03 * each, expected, weights)
-    for drafts, by_hand, last in zip(*map(jax.tree.leaves, (new.drafter, expected, found[-1])), strict=True):
-        np.testing.assert_allclose(drafts, by_hand, atol=1e-6)
-        assert np.abs(drafts - last).max() > 1e-4
-    assert make_learner()._candidate.state.average is None
-
-
-def turned(learner, settle=None, **counts):
-    """A turn of an engine that drafts, idle."""
-    status = EngineStatus(4, running=0, waiting=0, context=96, plan="chain:2", **counts)
-    return learner.turn(status, idle=True, settle=settle)
-
-
-def test_what_was_under_way_when_learning_stopped_goes_nowhere(make_learner, some_windows, monkeypatch):
-    learner = make_learner()
-    for window in some_windows:
-        learner.take(window, requests()[0])
-    until(learner.has_work)
-    turned(learner)
-    assert learner._candidate.is_updating
-    monkeypatch.setattr(candidate_module, "keep", lambda *_: int(Failed()))
-    learner.take(some_windows[0], requests()[0])
-    assert learner.status.state.startswith("stopped")
-    until(lambda: learner._candidate.has_updated)
-    assert turned(learner) is None
-    assert learner._live is learner._good
-    assert (learner.status.swaps, learner.status.updates) == (0, 0)
-
-
-def test_the_digest_shown_is_the_live_drafters(make_learner, some_windows):
-    """While nothing is asked, and at the end."""
-    learner = make_learner()
-    for window in some_windows:
-        learner.take(window, requests()[0])
-    until(learner.has_work)
-    while not (learner.status.swaps and not learner.has_work() and not learner._candidate.is_updating):
-        turned(learner)  # as an idle engine does while there is work
-    assert learner.status.digest == f"{int(learning.checksum(learner._live.served)):08x}"
-    state, progress = learner.finish()
-    assert progress["digest"] == f"{int(learning.checksum(state.served)):08x}"
 
 
 def test_a_suspicion_that_the_last_stretch_clears_decides_nothing(model, make_learner, monkeypatch):
@@ -352,16 +239,6 @@ def test_a_model_whose_replies_learning_would_change(new_model, make_learner):
     with_lora_d = new_model.with_params(new_model.params._replace(lora_d={"layers": np.zeros(1)}))
     with pytest.raises(UserError, match=r"has a lora_D, whose learning would change replies"):
         make_learner(with_lora_d)
-
-
-class Failed:
-    """A number that the device did not come to."""
-
-    def is_ready(self):
-        return True
-
-    def __int__(self):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of\nmemory")
 
 
 def test_a_failure_stops_learning_once(model, make_learner, train_noise):
