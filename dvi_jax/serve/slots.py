@@ -325,14 +325,13 @@ def take_window(slots: Slots, slot: int, prompt_length: int, length: int, *, bra
     And with so many drafts that were not taken, of a slot that keeps any.
     """
     state = slots.decode.replace(shallow=(), deep=(), trunk=(), drafter=(), sampling=None)  # as in `release`
-    return _window(state, np.int32(slot), np.int32(prompt_length), np.int32(length), branches=branches)
+    return _window(state, np.array([slot, prompt_length, length], np.int32), branches=branches)
 
 
 @partial(jax.jit, static_argnames="branches")
-def _window(
-    state: DecodeState, slot: jax.Array, prompt_length: jax.Array, length: jax.Array, *, branches: int
-) -> Windows:
-    """`take_window` of a state with what that reads alone."""
+def _window(state: DecodeState, place: jax.Array, *, branches: int) -> Windows:
+    """`take_window` of a state with what that reads alone; slot and lengths come in one array int32 [3]."""
+    slot, prompt_length, length = place
 
     def of(tree: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(tree, slot, 1)
