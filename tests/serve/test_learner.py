@@ -201,6 +201,12 @@ def test_plain_decoding_that_pays_is_left_its_time(model, make_learner, monkeypa
     assert learner.status.seconds == pytest.approx(0.01 * len(begun))
 
 
+def test_a_hiccup_while_updates_are_timed_costs_no_learning(new_model):
+    """Two updates in 4, 0.2 and 6 seconds: one takes 0.1."""
+    times = iter([0.0, 4.0, 10.0, 10.2, 20.0, 26.0])
+    assert candidate_module.Candidate(new_model, SETTINGS, 96, lambda: next(times)).seconds == pytest.approx(0.1)
+
+
 def test_who_opts_out_is_not_learned_from(model, make_engine, make_learner, pieces_of):
     learner = make_learner()
     with make_engine(model, learner=learner) as engine:
