@@ -16,8 +16,9 @@ import numpy as np
 
 from dvi_jax.decode.memory import check_room, tree_bytes
 from dvi_jax.learn.fast_update import Batch, Trainable, init_learner
-from dvi_jax.learn.replay import Replay, Windows, window_bytes
+from dvi_jax.learn.replay import Replay, window_bytes
 from dvi_jax.loading import LoadedModel
+from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learning import REPORTED, compare, keep, update
 
@@ -75,9 +76,9 @@ class Candidate:
 
     # Windows.
 
-    def take(self, windows: Windows) -> None:
-        """A window of all positions of a slot; cut and kept on the device."""
-        self.replay, length = keep(self.replay, windows, self._window)
+    def take(self, ended: Ended) -> None:
+        """The newest window of a reply, kept on the device."""
+        self.replay, length = keep(self.replay, ended, window=self._window, branches=self._settings.branches)
         self._arrived.append(length)
 
     def has_enough(self) -> bool:

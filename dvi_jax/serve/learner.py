@@ -22,11 +22,12 @@ import jax
 from dvi_jax.decode.plan import PLAIN
 from dvi_jax.errors import UserError, one_line
 from dvi_jax.learn.fast_update import LearnerState, with_trainable
-from dvi_jax.learn.replay import Windows, check_branches
+from dvi_jax.learn.replay import check_branches
 from dvi_jax.learn.rollback import go_on_from
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Params
 from dvi_jax.serve.candidate import Candidate, Learnt, is_ready
+from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learning import checksum
 from dvi_jax.serve.requests import EngineStatus, Request
@@ -114,19 +115,19 @@ class Learner:
 
     @property
     def branches(self) -> int:
-        """How many drafts that were not taken it wants with a reply's window, at most."""
+        """How many drafts that were not taken it wants of a reply, at most."""
         return self.settings.branches
 
-    def take(self, windows: Windows, request: Request) -> None:
-        """The window of a reply that has ended, of all positions of a slot; cut and kept on the device."""
+    def take(self, ended: Ended, request: Request) -> None:
+        """A reply that has ended; its window is kept on the device."""
         if self.status.state != "learning":
             return
         try:
-            self._candidate.take(windows)
+            self._candidate.take(ended)
         except jax.errors.JaxRuntimeError as error:
             self._stop(one_line(str(error)))
             return
-        if request.prompt_ids:  # an engine that warms up hands over an empty window
+        if request.prompt_ids:  # an engine that warms up hands over an empty one
             self.status = replace(self.status, windows=self.status.windows + 1)
 
     def has_work(self) -> bool:

@@ -24,27 +24,30 @@ from dvi_jax.learn.fast_update import (
 from dvi_jax.learn.objectives import masked_mean
 from dvi_jax.learn.replay import Replay, Windows, push
 from dvi_jax.model.speculative_llama import Definition, Params, join
+from dvi_jax.serve.ended import Ended
 
 REPORTED = ("loss", "kl", "agreement", "grad_norm", "positions")  # metrics of an update that the host looks at
 
 
-@partial(jax.jit, static_argnames="window", donate_argnames="replay")
-def keep(replay: Replay, windows: Windows, window: int) -> tuple[Replay, jax.Array]:
-    """Put one window of S positions into the replay, cut to its newest `window`; and how many are valid, int32 scalar.
+@partial(jax.jit, static_argnames=("window", "branches"), donate_argnames="replay")
+def keep(replay: Replay, ended: Ended, *, window: int, branches: int) -> tuple[Replay, jax.Array]:
+    """Put a reply's newest `window` positions into the replay; and how many are valid, int32 scalar.
 
-    What is cut off is missing as context, so the first positions after it are learned from a little less of it.
+    With so many drafts that were not taken. What is cut off is missing as context, so the first positions after it are
+    learned from a little less of it.
     """
+    windows = ended.window(branches)
     cut = jnp.maximum(windows.length[0] - window, 0)
 
     def newest_part(leaf: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(leaf, cut, window, axis=1) if leaf.ndim > 1 else leaf
 
-    branches = windows.branches
+    aside = windows.branches
     windows = jax.tree.map(newest_part, windows.replace(branches=None))
     windows = windows.replace(
         prompt_length=jnp.maximum(windows.prompt_length - cut, 0),
         length=jnp.minimum(windows.length, window),
-        branches=branches and branches.replace(position=branches.position - cut),
+        branches=aside and aside.replace(position=aside.position - cut),
     )
     replay = push(replay, windows)
     return replay, replay.windows.length[replay.cursor - 1]

@@ -15,8 +15,8 @@ import numpy as np
 
 from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.prefill import Filled
-from dvi_jax.learn.replay import Windows
 from dvi_jax.loading import LoadedModel
+from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.prefixes import Prefixes, cut_block, position_axes, put_block
 from dvi_jax.serve.slots import (
     Shape,
@@ -27,7 +27,6 @@ from dvi_jax.serve.slots import (
     release,
     run_stretch,
     take_chunk,
-    take_window,
     token_logprobs,
 )
 
@@ -120,9 +119,9 @@ class Programs:
         place = np.int32(slot), np.int32(start)
         return token_logprobs(self._definition, self.params, self.slots, *place, most=most)
 
-    def window(self, slot: int, prompt: int, length: int, branches: int) -> Windows:
-        """Of a slot, for who learns, which is in this process alone (`take_window`)."""
-        return take_window(self.slots, slot, prompt, length, branches=branches)
+    def ended(self, slot: int, prompt: int, length: int) -> Ended:
+        """Of a slot, for who learns, which is in this process alone."""
+        return Ended.of(self.slots, slot, prompt, length)
 
     @_step
     def try_laying_back(self) -> None:

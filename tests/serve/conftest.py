@@ -14,7 +14,7 @@ from dvi_jax.model.speculative_llama import split
 from dvi_jax.presets import TINY
 from dvi_jax.serve.engine import Engine
 from dvi_jax.serve.learner import Learner
-from tests.serve.traffic import SETTINGS, requests, serve
+from tests.serve.traffic import SETTINGS, Collecting, requests, serve
 
 SHAPE = {"slots": 4, "context": 96, "chunk": 16, "plan": "chain:2", "prefix_bytes": 0}
 
@@ -79,12 +79,12 @@ def new_model(model, train_noise):
 
 
 @pytest.fixture(scope="session")
-def some_windows(model, make_engine, pieces_of):
-    """What an engine hands over of six replies."""
-    windows = []
-    with make_engine(model, on_window=lambda window, request: windows.append(window)) as engine:
+def some_ended(model, make_engine, pieces_of):
+    """What a learner gets of six replies."""
+    learner = Collecting()
+    with make_engine(model, learner=learner) as engine:
         serve(engine, requests(), pieces_of)
-    return windows
+    return learner.ended
 
 
 @pytest.fixture

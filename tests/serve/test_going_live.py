@@ -16,12 +16,12 @@ from tests.serve.server.live import until
 from tests.serve.traffic import Failed, requests, turned
 
 
-def test_an_average_of_a_trained_drafter_drafts(model, make_learner, some_windows, monkeypatch):
+def test_an_average_of_a_trained_drafter_drafts(model, make_learner, some_ended, monkeypatch):
     """Of four updates' weights, by hand; one from nothing has none."""
     learner, found, new, enough = make_learner(model), [], None, itertools.cycle([True, False])
     monkeypatch.setattr(learner._candidate, "has_enough", lambda: next(enough))
-    for window in some_windows:
-        learner.take(window, requests()[0])
+    for ended in some_ended:
+        learner.take(ended, requests()[0])
     for _ in range(POOLED):
         assert new is None
         status = EngineStatus(4, running=0, waiting=0, context=96, plan="plain")
@@ -41,9 +41,7 @@ def test_an_average_of_a_trained_drafter_drafts(model, make_learner, some_window
 @pytest.mark.parametrize(
     ("before", "seconds", "swaps", "left"), [(100, 0.06, 2, True), (100, 0.3, 10, False), (0, 0.06, 10, False)]
 )
-def test_a_drafter_goes_live_a_few_times_a_second(
-    make_learner, some_windows, monkeypatch, before, seconds, swaps, left
-):
+def test_a_drafter_goes_live_a_few_times_a_second(make_learner, some_ended, monkeypatch, before, seconds, swaps, left):
     """Of ten updates so far apart, after so many; what the last one taught does so too, though nothing more is learned.
 
     One that is young does so after each.
@@ -52,8 +50,8 @@ def test_a_drafter_goes_live_a_few_times_a_second(
     learner = make_learner(clock=lambda: now[0])
     learner.status, last = replace(learner.status, updates=before), before + 10
     monkeypatch.setattr(learner._candidate, "has_enough", lambda: learner.status.updates < last)
-    for window in some_windows:
-        learner.take(window, requests()[0])
+    for ended in some_ended:
+        learner.take(ended, requests()[0])
     while learner.status.updates < last:
         turned(learner)
         until(lambda: learner._candidate.has_updated or learner.status.updates == last)
@@ -67,15 +65,15 @@ def test_a_drafter_goes_live_a_few_times_a_second(
     assert learner.status.swaps == swaps + left
 
 
-def test_what_was_under_way_when_learning_stopped_goes_nowhere(make_learner, some_windows, monkeypatch):
+def test_what_was_under_way_when_learning_stopped_goes_nowhere(make_learner, some_ended, monkeypatch):
     learner = make_learner()
-    for window in some_windows:
-        learner.take(window, requests()[0])
+    for ended in some_ended:
+        learner.take(ended, requests()[0])
     until(learner.has_work)
     turned(learner)
     assert learner._candidate.is_updating
-    monkeypatch.setattr(candidate_module, "keep", lambda *_: int(Failed()))
-    learner.take(some_windows[0], requests()[0])
+    monkeypatch.setattr(candidate_module, "keep", lambda *_, **__: int(Failed()))
+    learner.take(some_ended[0], requests()[0])
     assert learner.status.state.startswith("stopped")
     until(lambda: learner._candidate.has_updated)
     assert turned(learner) is None
@@ -83,11 +81,11 @@ def test_what_was_under_way_when_learning_stopped_goes_nowhere(make_learner, som
     assert (learner.status.swaps, learner.status.updates) == (0, 0)
 
 
-def test_the_digest_shown_is_the_live_drafters(make_learner, some_windows):
+def test_the_digest_shown_is_the_live_drafters(make_learner, some_ended):
     """While nothing is asked, and at the end."""
     learner = make_learner()
-    for window in some_windows:
-        learner.take(window, requests()[0])
+    for ended in some_ended:
+        learner.take(ended, requests()[0])
     until(learner.has_work)
     while (
         not learner.status.swaps or learner.has_work() or learner._candidate.is_updating or learner._digest is not None

@@ -11,6 +11,7 @@ from dvi_jax.errors import UserError
 from dvi_jax.serve import candidate as candidate_module
 from dvi_jax.serve import learner as learner_module
 from dvi_jax.serve import learning
+from dvi_jax.serve.ended import take_window
 from dvi_jax.serve.learner import TRIAL_UPDATES
 from dvi_jax.serve.requests import EngineStatus
 from dvi_jax.serve.shadow import BLOCK, ENOUGH, LEAST, Verdict
@@ -86,12 +87,12 @@ def test_a_harmful_drafter_is_taken_back(model, make_engine, make_learner, piece
     assert learner._rate(0) < learner._usual_rate(0)
 
 
-def test_windows_decide_what_traffic_does_not(model, make_learner, train_noise, some_windows, monkeypatch):
+def test_windows_decide_what_traffic_does_not(model, make_learner, train_noise, some_ended, monkeypatch):
     """After many updates in which no draft was judged: a worse drafter is taken back, an equal one is good."""
     learner = make_learner(model)
     monkeypatch.setattr(learner._candidate, "has_enough", lambda: False)  # no update comes between
-    for window in some_windows:
-        learner.take(window, requests()[0])
+    for ended in some_ended:
+        learner.take(ended, requests()[0])
 
     stretches = itertools.count()
 
@@ -108,12 +109,12 @@ def test_windows_decide_what_traffic_does_not(model, make_learner, train_noise, 
         assert learner.records[-1][0] == kind
 
 
-def test_what_goes_live_late_in_a_trial_is_not_good_by_it(model, make_learner, train_noise, some_windows, monkeypatch):
+def test_what_goes_live_late_in_a_trial_is_not_good_by_it(model, make_learner, train_noise, some_ended, monkeypatch):
     """A harmful drafter behind a harmless one, whose trial it ends: its own drafts find it out."""
     learner = make_learner(model)
     monkeypatch.setattr(learner._candidate, "has_enough", lambda: False)
-    for window in some_windows:
-        learner.take(window, requests()[0])
+    for ended in some_ended:
+        learner.take(ended, requests()[0])
     judged = accepted = stretches = 0
     settled = []  # accept rates on trial when the device was waited for
 
@@ -231,10 +232,11 @@ def test_an_idle_engine_learns_on(model, make_engine, make_learner, pieces_of):
             until(lambda count=count: learner.status.updates >= count)
 
 
-def test_a_long_reply_is_cut_to_its_newest_positions(make_learner, some_windows):
+def test_a_long_reply_is_cut_to_its_newest_positions(make_learner, some_ended):
     """All of a window's rows still belong to the positions that they predict."""
-    learner, window = make_learner(), jax.device_get(some_windows[0])
-    learner.take(window.replace(prompt_length=np.array([5]), length=np.array([83])), requests()[0])
+    learner, ended = make_learner(), some_ended[0]._replace(place=np.array([0, 5, 83], np.int32))
+    learner.take(ended, requests()[0])
+    window = jax.device_get(take_window(ended))
     kept = jax.device_get(learning.newest(learner._candidate.replay, 2))
     assert (kept.length.tolist(), kept.prompt_length.tolist()) == ([64, 0], [0, 0])
     for short, long in zip(jax.tree.leaves(kept), jax.tree.leaves(window), strict=True):
@@ -267,7 +269,7 @@ def test_a_device_without_memory_stops_learning_alone(model, make_engine, make_l
     if what == "an update":
         monkeypatch.setattr(candidate_module, "update", lambda *_, **__: int(Failed()))
     else:
-        monkeypatch.setattr(candidate_module, "keep", lambda replay, *_: (replay, Failed()))
+        monkeypatch.setattr(candidate_module, "keep", lambda replay, *_, **__: (replay, Failed()))
     with make_engine(model, learner=learner) as engine:
         until(lambda: serve(engine, requests(), pieces_of) and learner.status.state != "learning")
         assert learner.status.state == "stopped: RESOURCE_EXHAUSTED: out of memory"

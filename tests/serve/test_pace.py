@@ -90,7 +90,7 @@ class BlockingLearner:
         self.now += 1e-4
         return self.now
 
-    def take(self, windows, request):
+    def take(self, ended, request):
         self.now += 0.05
 
     def has_work(self):

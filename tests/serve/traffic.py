@@ -1,6 +1,7 @@
 """What the tests of learning share: requests that come again, and turns of a learner without an engine."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dvi_jax.config import OptimizerConfig, SamplingConfig
@@ -60,3 +61,21 @@ class Failed:
 
     def __int__(self):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of\nmemory")
+
+
+class Collecting:
+    """A learner that learns nothing: it keeps what it is given."""
+
+    branches = 0
+
+    def __init__(self):
+        self.ended = []
+
+    def take(self, ended, request):
+        self.ended.append(jax.tree.map(jnp.copy, ended))  # the slots are used up
+
+    def has_work(self):
+        return False
+
+    def turn(self, status, *, idle, settle):
+        return None
