@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvi_jax.decode.memory import check_room, tree_bytes
-from dvi_jax.learn.fast_update import Batch, Trainable, init_learner
+from dvi_jax.learn.fast_update import Batch, LearnerState, Trainable, init_learner
 from dvi_jax.learn.replay import Replay, window_bytes
 from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.learn_settings import LearnSettings
-from dvi_jax.serve.learning import REPORTED, compare, keep, update
+from dvi_jax.serve.learning import REPORTED, compare, copied, keep, update
 
 TIMED, SERIES = 2, 3  # updates one behind the other, and how often: the quickest tell how long one takes
 
@@ -55,8 +55,10 @@ class Candidate:
         self._size = Batch(0, kept, self._positions)
         width, taps = model.config.hidden_size, len(model.taps)
         self.replay = Replay.empty(self._capacity(), self._window, width, taps, settings.branches)
-        # Without windows, which stay with the candidate. Updates leave its arrays alone: any state may be gone back to.
-        self.state = init_learner(model.params, self._optimizer, Replay.empty(1, 1, 1), jax.random.key(settings.seed))
+        self._no_windows = Replay.empty(1, 1, 1)  # of a point
+        key = jax.random.key(settings.seed)
+        # Its arrays are its own, and the next update uses them up. Windows are beside it.
+        self.state = copied(init_learner(model.params, self._optimizer, self._no_windows, key).replace(replay=None))
         self._arrived: list[jax.Array] = []  # lengths of windows since the last update that were not counted yet
         self._update: _Update | None = None
         self._new_positions = 0  # of windows since the last update, as far as they were counted
@@ -68,9 +70,9 @@ class Candidate:
         window = window_bytes(self._window, config.hidden_size, len(self._model.taps), settings.branches)
         capacity = max(settings.fresh_windows, min(settings.replay_capacity, settings.replay_bytes // window))
         moving = tree_bytes(self._model.params.drafter) + tree_bytes(self._model.params.lora_s)
-        # Weights of four drafters (good, tried, live, candidate) and of the next, with two moments and perhaps an
-        # average each; and gradients.
-        states = 5 * 4 + 1 if self._optimizer.average else 5 * 3 + 1
+        # Weights of four drafters (good, tried, live, candidate), with two moments and perhaps an average each; those
+        # that an engine drafts with; and while an update runs gradients.
+        states = 4 * 4 + 2 if self._optimizer.average else 4 * 3 + 2
         check_room(capacity * window + states * moving, f"--learn: {capacity} windows and the optimiser's states")
         return capacity
 
@@ -104,11 +106,11 @@ class Candidate:
 
     def begin_update(self, rate: float) -> None:
         """Give the device one fast update, of `rate` as a share of the optimiser's rates."""
-        settings, model, windowless = self._settings, self._model, self.state.replay
-        state, report = update(
+        settings, model = self._settings, self._model
+        self.state, report = update(
             model.definition,
             model.params,
-            self.state.replace(replay=None),
+            self.state,
             self.replay,
             np.float32(rate),
             fresh=settings.fresh_windows,
@@ -117,7 +119,7 @@ class Candidate:
             size=self._size,
         )
         report.copy_to_host_async()
-        self.state, self._update = state.replace(replay=windowless), _Update(report, rate)
+        self._update = _Update(report, rate)
         self._new_positions = 0
         self._arrived.clear()  # the update sees them, counted or not
 
@@ -127,6 +129,16 @@ class Candidate:
         begun, self._update = self._update, None
         *values, failing = np.asarray(begun.report).tolist()
         return Learnt(dict(zip(REPORTED, values, strict=True)), int(failing), begun.rate)
+
+    # Points that one may go back to.
+
+    def point(self) -> LearnerState:
+        """The state as it is, in arrays that updates leave alone."""
+        return copied(self.state).replace(replay=self._no_windows)
+
+    def go_on_from(self, point: LearnerState) -> None:
+        """Begin at `point`, whose arrays stay, with the windows that there are."""
+        self.state = copied(point.replace(replay=None))
 
     def agreements(self, good: Trainable, live: Trainable) -> tuple[float, float, float]:
         """How often two drafters choose as the verifier, on the newest windows, and the standard error between them."""
@@ -147,7 +159,7 @@ class Candidate:
 
     def _warm_up(self, clock: Callable[[], float]) -> float:
         """Compile every program, on no windows, so that no reply waits for one. -> seconds of an update."""
-        begun, seconds = self.state, []
+        begun, seconds = self.point(), []
         self.begin_update(1.0)
         self.look()
         for _ in range(SERIES):
@@ -156,7 +168,7 @@ class Candidate:
                 self.begin_update(1.0)
             self.look()
             seconds.append((clock() - began) / TIMED)
-        self.state = begun
+        self.go_on_from(begun)
         self.agreements(begun.served, begun.served)
         jax.tree.map(jnp.copy, begun)  # as a snapshot will
         return min(seconds)  # a hiccup of the host would slow learning down for good

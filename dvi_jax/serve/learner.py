@@ -95,7 +95,7 @@ class Learner:
         self.settings, self._model, self._clock = settings, model, clock
         self._report, self._save = report, save
         self._candidate = Candidate(model, settings, context, clock)
-        self._good = self._live = self._given = self._candidate.state  # given: what the engine drafts with
+        self._good = self._live = self._given = self._candidate.point()  # given: what the engine drafts with
         self._tried = self._good  # what was live when the trial began
         self._shadow, self._share = Shadow(), Share(settings.share, clock)
         self._pooled, self._swapped_at = 0, clock() - SWAP_SECONDS  # updates since the last swap; its time
@@ -198,7 +198,7 @@ class Learner:
     def restore(self, state: LearnerState, progress: dict[str, Any]) -> None:
         """Go on from what `save` was given; before the engine starts."""
         self._good = self._live = self._given = state
-        self._candidate.state = state
+        self._candidate.go_on_from(state)
         self._good_step = self._decided = self._saved_step = int(state.step)
         self.status = Learned(**progress | {"update_seconds": self._candidate.seconds})
         self._note_live()
@@ -305,7 +305,7 @@ class Learner:
 
     def _swap(self) -> None:
         """The candidate goes live, on trial."""
-        self._live, self._pooled, self._swapped_at = self._candidate.state, 0, self._clock()
+        self._live, self._pooled, self._swapped_at = self._candidate.point(), 0, self._clock()
         if self._swapped_in is None:
             self._swapped_in = self._stretches
         self.status = replace(self.status, swaps=self.status.swaps + 1)
@@ -337,7 +337,7 @@ class Learner:
 
     def _take_back(self, values: dict[str, Any]) -> None:
         """The good drafter is live again, with its optimiser's state, and learns more slowly for a while."""
-        self._candidate.state = go_on_from(self._good, self._candidate.state)
+        self._candidate.go_on_from(go_on_from(self._good, self._candidate.state))
         self._live, self._pooled, self._swapped_in = self._good, 0, None
         self._decided = self.status.updates
         self._cautious_until = self.status.updates + CAUTIOUS_UPDATES

@@ -7,7 +7,7 @@ Letters: S positions of a slot, T of a window, F newest windows, M positions loo
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ from dvi_jax.learn.objectives import masked_mean
 from dvi_jax.learn.replay import Replay, Windows, push
 from dvi_jax.model.speculative_llama import Definition, Params, join
 from dvi_jax.serve.ended import Ended
+
+Tree = TypeVar("Tree")
 
 REPORTED = ("loss", "kl", "agreement", "grad_norm", "positions")  # metrics of an update that the host looks at
 
@@ -59,7 +61,7 @@ def newest(replay: Replay, count: int) -> Windows:
     return jax.tree.map(lambda ring: ring[rows], replay.windows)
 
 
-@partial(jax.jit, static_argnames=("definition", "fresh", "objective", "optimizer", "size"))
+@partial(jax.jit, static_argnames=("definition", "fresh", "objective", "optimizer", "size"), donate_argnames="state")
 def update(
     definition: Definition,
     params: Params,
@@ -74,8 +76,9 @@ def update(
 ) -> tuple[LearnerState, jax.Array]:
     """One fast update on the `fresh` newest windows and others of the replay -> the next state, and a report.
 
-    Neither state has windows (None). Nothing is donated, so that any state may be gone back to. The report: float32,
-    metrics as in `REPORTED`, and how many updates in a row up to this one were not finite.
+    Neither state has windows (None). It is used up, all of it: what stays in its place leaves the memory as it was, and
+    with it what a GPU has recorded of other programs. The report: float32, metrics as in `REPORTED`, and how many
+    updates in a row up to this one were not finite.
     """
     windows, state = newest(replay, fresh), state.replace(replay=replay)
     state, values = fast_update(
@@ -124,6 +127,12 @@ def compare(
     spread = masked_mean(jnp.square(difference - masked_mean(difference, valid)), valid)
     error = jnp.sqrt(spread / jnp.maximum(jnp.sum(valid), 1))
     return jnp.stack([masked_mean(of_good, valid), masked_mean(of_live, valid), error])
+
+
+@jax.jit
+def copied(tree: Tree) -> Tree:
+    """The same in arrays of its own, which an update of the original leaves alone."""
+    return jax.tree.map(jnp.copy, tree)
 
 
 @jax.jit

@@ -13,7 +13,7 @@ from dvi_jax.serve import learning
 from dvi_jax.serve.learner import POOLED
 from dvi_jax.serve.requests import EngineStatus
 from tests.serve.server.live import until
-from tests.serve.traffic import Failed, requests, turned
+from tests.serve.traffic import Failed, equal, requests, turned
 
 
 def test_an_average_of_a_trained_drafter_drafts(model, make_learner, some_ended, monkeypatch):
@@ -57,11 +57,12 @@ def test_a_drafter_goes_live_a_few_times_a_second(make_learner, some_ended, monk
         until(lambda: learner._candidate.has_updated or learner.status.updates == last)
         now[0] += seconds
     assert learner.status.swaps == swaps
-    assert (learner._live is not learner._candidate.state) == left
+    newest = learner._candidate.point()
+    assert equal(learner._live.served, newest.served) != left
     now[0] += learner_module.SWAP_SECONDS
     until(learner.has_work)
     turned(learner)
-    assert learner._live is learner._candidate.state
+    assert equal(learner._live.served, newest.served)
     assert learner.status.swaps == swaps + left
 
 
