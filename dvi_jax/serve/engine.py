@@ -186,7 +186,7 @@ class Engine:
         if self._crew is not None:
             raise UserError("several processes draft with the weights they were loaded with")
         with self._changed:
-            self._swapped = old._replace(drafter=new.drafter, lora_s=new.lora_s)
+            self._swapped = new
 
     def drain(self, seconds: float) -> bool:
         """Take nothing new and let what runs finish, for so long at most; whether all finished."""
@@ -278,7 +278,8 @@ class Engine:
     def _take_swapped(self) -> None:
         """What was swapped in is what the next stretch decodes with; under the lock."""
         if self._swapped is not None:
-            self._programs.params, self._swapped = self._swapped, None
+            self._programs.draft_with(self._swapped.drafter, self._swapped.lora_s)
+            self._swapped = None
 
     def _wait_for_work(self) -> bool:
         """Whether to go on; waits while there is nothing to do."""

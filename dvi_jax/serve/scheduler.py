@@ -100,6 +100,7 @@ class Scheduler:
         self._intake.warm_up()
         if self._on_ended is not None:  # without a token, so that nothing can be learned from it
             self._on_ended(self._programs.ended(0, 0, 0), Request((), 0))
+            self._programs.draft_with(self._programs.params.drafter, self._programs.params.lora_s)  # as after a swap
         done = Terms.joined([Terms.of(1, 1, (), GREEDY, self._vocab_size)] * self._intake.rows)  # with first tokens
         places = np.arange(self._intake.rows, dtype=np.int32)
         for sampled in (False, True):
