@@ -5,8 +5,11 @@
 
 `--clients` readers keep as many requests under way, each asking for the next prompt when its reply is there. The
 frozen engine goes first (with `--frozen N`, through the first N alone), then the one that learns; every reply of both
-must be the same. Writes a line of JSON for every `--every` requests, and one for each engine at its end; seconds are
-without starting and compiling.
+must be the same. Writes a line of JSON for every `--every` requests, of what came since the last one, and one for each
+engine at its end, of all; seconds are without starting and compiling. Of the engine's thread, `waited_seconds` went by
+for the device, `handed_seconds` giving it programs, `host_seconds` with the rest of serving; `intake_seconds`, of all
+three, taking prompts in; and `learner_seconds`, besides, with turns of the learner. `slots_at_work` is the share of the
+rounds computed for slots that were a reply's.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from dvi_jax.serve.engine import Engine
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learner import Learner
 from dvi_jax.serve.pace import SWITCH_SECONDS
-from dvi_jax.serve.requests import Request
+from dvi_jax.serve.requests import EngineStatus, Request
 from dvi_jax.trained_parts import with_drafter_from
 from experiments.measure import settings_of
 from experiments.tiny import write_questions, write_tiny_model
@@ -54,6 +57,15 @@ class Progress:
     lock: threading.Lock
     replies: list[bytes | None]  # digest of each reply's ids
     done: int = 0
+
+
+@dataclass(frozen=True)
+class Look:
+    """What an engine has come to at a moment."""
+
+    done: int  # requests
+    seconds: float  # since the first was asked
+    status: EngineStatus
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,7 +101,8 @@ def serve(
     shape = {"slots": options.slots, "context": options.context, "plan": options.plan, "max_waiting": options.clients}
     progress = Progress(threading.Lock(), [None] * len(requests))
     with Engine(model, **shape, warm_up=True, learner=learner) as engine:
-        began, indices = time.perf_counter(), iter(range(len(requests)))
+        before, indices = Look(0, 0.0, engine.status()), iter(range(len(requests)))
+        began = time.perf_counter()
 
         def read() -> None:
             while True:
@@ -106,49 +119,47 @@ def serve(
         threads = [threading.Thread(target=read, daemon=True) for _ in range(options.clients)]
         for thread in threads:
             thread.start()
-        before: dict[str, Any] = {"done": 0, "tokens": 0, "rounds": 0, "judged": 0, "accepted": 0, "seconds": 0.0}
         start = before
         while any(thread.is_alive() for thread in threads):
             time.sleep(0.02)
-            if progress.done - before["done"] >= options.every:
-                now = _counts(engine, progress.done, began)
+            if progress.done - before.done >= options.every:
+                now = Look(progress.done, time.perf_counter() - began, engine.status())
                 _write(file, _line(name, before, now, learner))
                 before = now
         for thread in threads:
             thread.join()
-        end = _counts(engine, progress.done, began)
+        end = Look(progress.done, time.perf_counter() - began, engine.status())
     _write(file, _line(name, start, end, learner) | {"kind": "end"})
     if failure := engine.status().failure:
         raise UserError(failure)
     return progress.replies
 
 
-def _counts(engine: Engine, done: int, began: float) -> dict[str, Any]:
-    status = engine.status()
-    return {
-        "done": done,
-        "tokens": status.new_tokens,
-        "rounds": status.rounds,
-        "judged": sum(status.judged),
-        "accepted": sum(status.accepted),
-        "seconds": time.perf_counter() - began,
-        "plan": status.plan,
-    }
-
-
-def _line(name: str, before: dict[str, Any], now: dict[str, Any], learner: Learner | None) -> dict[str, Any]:
+def _line(name: str, before: Look, now: Look, learner: Learner | None) -> dict[str, Any]:
     """What happened from one look to the next."""
-    tokens, rounds, judged = (now[key] - before[key] for key in ("tokens", "rounds", "judged"))
+
+    def more(field: str) -> float:
+        """A counter of the engine's status, of tuples the sum."""
+        return float(np.sum(getattr(now.status, field)) - np.sum(getattr(before.status, field)))
+
+    def ratio(part: float, whole: float) -> float | None:
+        return part / whole if whole else None
+
     record = {
         "kind": "progress",
         "engine": name,
-        "requests": now["done"],
-        "seconds": now["seconds"],
-        "plan": now["plan"],
-        "tokens_per_second": tokens / (now["seconds"] - before["seconds"]),
-        "tokens_per_round": tokens / rounds if rounds else None,
-        "accept_rate": (now["accepted"] - before["accepted"]) / judged if judged else None,
+        "requests": now.done,
+        "seconds": now.seconds,
+        "plan": now.status.plan,
+        "tokens_per_second": more("new_tokens") / (now.seconds - before.seconds),
+        "tokens_per_round": ratio(more("new_tokens"), more("rounds")),
+        "accept_rate": ratio(more("accepted"), more("judged")),
+        "stretches": int(more("stretches")),
+        "rounds_per_stretch": ratio(more("slot_rounds") / now.status.slots, more("stretches")),
+        "slots_at_work": ratio(more("rounds"), more("slot_rounds")),
+        "host_seconds": more("busy_seconds") - more("waited_seconds") - more("handed_seconds"),
     }
+    record |= {f"{part}_seconds": more(f"{part}_seconds") for part in ("waited", "handed", "intake", "learner")}
     if learner is not None:
         status = learner.status
         record |= {
@@ -156,7 +167,7 @@ def _line(name: str, before: dict[str, Any], now: dict[str, Any], learner: Learn
             "swaps": status.swaps,
             "rollbacks": status.rollbacks,
             "learned_positions": status.learned_positions,
-            "learning_share": status.seconds / now["seconds"],
+            "learning_share": status.seconds / now.seconds,
             "update_seconds": status.update_seconds,
             "digest": status.digest,
             "state": status.state,

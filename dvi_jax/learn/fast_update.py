@@ -122,7 +122,7 @@ def fast_update(
     objective: ObjectiveConfig,
     optimizer: OptimizerConfig,
     size: Batch,
-    rate: float = 1.0,
+    rate: float | jax.Array = 1.0,
 ) -> tuple[LearnerState, dict[str, jax.Array]]:
     """One update on windows of the `fresh` rollout and of the replay, at `rate` times the optimiser's rates.
 
@@ -139,7 +139,7 @@ def fast_update(
         rest,
         fresh,
         is_current,
-        np.float32(rate),
+        rate if isinstance(rate, jax.Array) else np.float32(rate),
         objective=objective,
         optimizer=optimizer,
         size=size,

@@ -15,20 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvi_jax.decode.memory import check_room, tree_bytes
-from dvi_jax.learn.fast_update import Batch, LearnerState, Trainable, fast_update, init_learner
-from dvi_jax.learn.replay import Replay, Windows, window_bytes
+from dvi_jax.learn.fast_update import Batch, LearnerState, Trainable, init_learner
+from dvi_jax.learn.replay import Replay, window_bytes
 from dvi_jax.loading import LoadedModel
+from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.learn_settings import LearnSettings
-from dvi_jax.serve.learning import compare, copied, keep, newest
+from dvi_jax.serve.learning import REPORTED, compare, copied, keep, update
 
-TIMED = 4  # updates by which it is known how long one takes
+TIMED, SERIES = 2, 3  # updates one behind the other, and how often: the quickest tell how long one takes
 
 
 class _Update(NamedTuple):
     """One that the device was given."""
 
-    values: dict[str, jax.Array]  # its metrics
-    failing: jax.Array  # int32, as in `Learnt`
+    report: jax.Array  # as of `learning.update`
     rate: float
 
 
@@ -36,7 +36,7 @@ class _Update(NamedTuple):
 class Learnt:
     """What an update came to."""
 
-    values: dict[str, float]  # its metrics
+    values: dict[str, float]  # its metrics, those of `REPORTED`
     failing: int  # updates in a row up to it whose gradients were not finite
     rate: float  # of it, as a share of the optimiser's rates
 
@@ -54,11 +54,14 @@ class Candidate:
         self._positions = min(settings.positions, fresh * (self._window - 1))
         self._size = Batch(0, kept, self._positions)
         width, taps = model.config.hidden_size, len(model.taps)
-        replay = Replay.empty(self._capacity(), self._window, width, taps, settings.branches)
-        self._state = init_learner(model.params, self._optimizer, replay, jax.random.key(settings.seed))
-        self._arrived: list[jax.Array] = []  # lengths of windows that were not counted yet
+        self.replay = Replay.empty(self._capacity(), self._window, width, taps, settings.branches)
+        self._no_windows = Replay.empty(1, 1, 1)  # of a point
+        key = jax.random.key(settings.seed)
+        # Its arrays are its own, and the next update uses them up. Windows are beside it.
+        self.state = copied(init_learner(model.params, self._optimizer, self._no_windows, key).replace(replay=None))
+        self._arrived: list[jax.Array] = []  # lengths of windows since the last update that were not counted yet
         self._update: _Update | None = None
-        self._new_positions = 0  # of windows since the last update
+        self._new_positions = 0  # of windows since the last update, as far as they were counted
         self.seconds = self._warm_up(clock)  # of an update, on a device that does nothing else
 
     def _capacity(self) -> int:
@@ -67,24 +70,26 @@ class Candidate:
         window = window_bytes(self._window, config.hidden_size, len(self._model.taps), settings.branches)
         capacity = max(settings.fresh_windows, min(settings.replay_capacity, settings.replay_bytes // window))
         moving = tree_bytes(self._model.params.drafter) + tree_bytes(self._model.params.lora_s)
-        # Weights of four drafters (good, tried, live, candidate), with two moments and perhaps an average each; and
-        # while an update runs gradients, and what it replaces.
-        states = 4 * 4 + 3 if self._optimizer.average else 4 * 3 + 2
+        # Weights of four drafters (good, tried, live, candidate), with two moments and perhaps an average each; those
+        # that an engine drafts with; and while an update runs gradients.
+        states = 4 * 4 + 2 if self._optimizer.average else 4 * 3 + 2
         check_room(capacity * window + states * moving, f"--learn: {capacity} windows and the optimiser's states")
         return capacity
 
     # Windows.
 
-    def take(self, windows: Windows) -> None:
-        """A window of all positions of a slot; cut and kept on the device."""
-        replay, length = keep(self._state.replay, windows, self._window)
-        self._state = self._state.replace(replay=replay)
+    def take(self, ended: Ended) -> None:
+        """The newest window of a reply, kept on the device."""
+        self.replay, length = keep(self.replay, ended, window=self._window, branches=self._settings.branches)
         self._arrived.append(length)
 
     def has_enough(self) -> bool:
         """Whether new positions lie there, a quarter as many as an update looks at; the others are seen again."""
-        while self._arrived and is_ready(self._arrived[0]):
+        while not self._is_enough() and self._arrived and is_ready(self._arrived[0]):
             self._new_positions += int(self._arrived.pop(0))
+        return self._is_enough()
+
+    def _is_enough(self) -> bool:
         return 4 * self._new_positions >= self._positions
 
     # Updates.
@@ -97,86 +102,78 @@ class Candidate:
     @property
     def has_updated(self) -> bool:
         """Whether that one can be looked at without waiting."""
-        return self._update is not None and is_ready(self._update.values)
+        return self._update is not None and is_ready(self._update.report)
 
     def begin_update(self, rate: float) -> None:
         """Give the device one fast update, of `rate` as a share of the optimiser's rates."""
         settings, model = self._settings, self._model
-        self._state, values = fast_update(
+        self.state, report = update(
             model.definition,
             model.params,
-            self._state,
-            newest(self._state.replay, settings.fresh_windows),
-            np.array(False),
+            self.state,
+            self.replay,
+            np.float32(rate),
+            fresh=settings.fresh_windows,
             objective=settings.objective,
             optimizer=self._optimizer,
             size=self._size,
-            rate=rate,
         )
+        report.copy_to_host_async()
+        self._update = _Update(report, rate)
         self._new_positions = 0
-        # A copy: the next update uses up the optimiser's state.
-        self._update = _Update(values, copied(self._state.optimizer.notfinite_count), rate)
+        self._arrived.clear()  # the update sees them, counted or not
 
     def look(self) -> Learnt:
         """What the update under way came to, once it has."""
         assert self._update is not None
-        update, self._update = self._update, None
-        values, failing = jax.device_get((update.values, update.failing))
-        return Learnt({name: float(value) for name, value in values.items()}, int(failing), update.rate)
+        begun, self._update = self._update, None
+        *values, failing = np.asarray(begun.report).tolist()
+        return Learnt(dict(zip(REPORTED, values, strict=True)), int(failing), begun.rate)
 
     # Points that one may go back to.
 
     def point(self) -> LearnerState:
-        """The state as it is, without windows; updates do not touch its arrays."""
-        return self._state.replace(**_rest(self._state), replay=Replay.empty(1, 1, 1))
+        """The state as it is, in arrays that updates leave alone."""
+        return copied(self.state).replace(replay=self._no_windows)
 
     def go_on_from(self, point: LearnerState) -> None:
         """Begin at `point`, whose arrays stay, with the windows that there are."""
-        self._state = point.replace(**_rest(point), replay=self._state.replay)
-
-    @property
-    def state(self) -> LearnerState:
-        """The state as it is; the next update uses it up."""
-        return self._state
+        self.state = copied(point.replace(replay=None))
 
     def agreements(self, good: Trainable, live: Trainable) -> tuple[float, float, float]:
         """How often two drafters choose as the verifier, on the newest windows, and the standard error between them."""
         settings, model = self._settings, self._model
-        windows = newest(self._state.replay, settings.fresh_windows)
         found = compare(
             model.definition,
             model.params,
             good,
             live,
-            windows,
-            self._state.key,
+            self.replay,
+            self.state.key,
+            fresh=settings.fresh_windows,
             objective=settings.objective,
             count=self._positions,
         )
-        first, second, error = map(float, jax.device_get(found))
+        first, second, error = np.asarray(found).tolist()
         return first, second, error
 
     def _warm_up(self, clock: Callable[[], float]) -> float:
         """Compile every program, on no windows, so that no reply waits for one. -> seconds of an update."""
-        begun = self.point()
+        begun, seconds = self.point(), []
         self.begin_update(1.0)
         self.look()
-        began = clock()
-        for _ in range(TIMED):  # one behind the other, as behind rounds
-            self.begin_update(1.0)
-        self.look()
-        seconds = (clock() - began) / TIMED
+        for _ in range(SERIES):
+            began = clock()
+            for _ in range(TIMED):  # as behind rounds
+                self.begin_update(1.0)
+            self.look()
+            seconds.append((clock() - began) / TIMED)
         self.go_on_from(begun)
         self.agreements(begun.served, begun.served)
         jax.tree.map(jnp.copy, begun)  # as a snapshot will
-        return seconds
+        return min(seconds)  # a hiccup of the host would slow learning down for good
 
 
 def is_ready(tree: Any) -> bool:
     """Whether the device has come to all of it."""
     return all(leaf.is_ready() for leaf in jax.tree.leaves(tree))
-
-
-def _rest(state: LearnerState) -> dict[str, Any]:
-    """Copies of what an update uses up, windows apart."""
-    return copied({"optimizer": state.optimizer, "baseline": state.baseline, "step": state.step, "key": state.key})

@@ -24,19 +24,19 @@ from dvi_jax.decode.plan import PLAIN, Plan
 from dvi_jax.decode.state import Knobs
 from dvi_jax.decode.stream import StreamedText, stop_ids
 from dvi_jax.errors import UserError
-from dvi_jax.learn.replay import Windows
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import check_batch, shards
 from dvi_jax.model.decode_attention import MOST_ROUND_ROWS
 from dvi_jax.model.speculative_llama import Params
 from dvi_jax.serve.agreement import check_plans
+from dvi_jax.serve.ended import Ended, OnEnded, OnWindow, with_windows
 from dvi_jax.serve.intake import Intake
 from dvi_jax.serve.memory import check_engine_memory, engine_memory
 from dvi_jax.serve.plans import choose, plans_of
 from dvi_jax.serve.programs import Programs
 from dvi_jax.serve.reply import Reply
 from dvi_jax.serve.requests import EngineStatus, QueueFullError, Request
-from dvi_jax.serve.scheduler import OnWindow, Scheduler
+from dvi_jax.serve.scheduler import Scheduler
 from dvi_jax.serve.slots import Shape
 from dvi_jax.serve.together import Follower, Leader, join_together, require_alike
 
@@ -52,10 +52,10 @@ class Learns(Protocol):
 
     @property
     def branches(self) -> int:
-        """How many drafts that were not taken it wants with a reply's window, at most."""
+        """How many drafts that were not taken it wants of a reply, at most."""
 
-    def take(self, windows: Windows, request: Request) -> None:
-        """The learning signals of a reply that has ended, as `Engine`'s `on_window` gets them; quick."""
+    def take(self, ended: Ended, request: Request) -> None:
+        """A reply that has ended, with its learning signals; quick, as the slots are used up after it."""
 
     def has_work(self) -> bool:
         """Whether a turn may do anything; quick."""
@@ -64,7 +64,7 @@ class Learns(Protocol):
         """Between two stretches: a piece of work, and other weights to draft with (`Engine.swap`), if there are any.
 
         `idle`: no request is there. `settle` waits for the stretch under way and gives the status then; it is called
-        before a verdict, for which what was drafted so far counts.
+        before weights may be taken back, for which what was drafted so far counts.
         """
 
 
@@ -104,7 +104,7 @@ class Engine:
         one. `logprobs`: alternatives that a request may want the log-probabilities of; 0: none, which needs less
         memory. `ahead`: start a stretch before the last one is read; None: unless the device is the host's CPU.
         `on_window` gets the learning signals of every reply that may be learned from, on the device, as one window of
-        as many positions as a slot has; it must be quick. A `learner` gets them in its place, and turns between
+        as many positions as a slot has; it must be quick. A `learner` gets the replies in its place, and turns between
         stretches. Raises `UserError` for sizes that cannot be, or that memory does not hold, and for a plan that on
         this device has other bits than plain decoding (`agreement.py`).
         """
@@ -113,8 +113,8 @@ class Engine:
             raise UserError("what learns from an engine's replies takes one process")
         self.model, self.slots, self.max_waiting, self.logprobs = model, slots, max_waiting, logprobs
         self.context = min(context, model.config.context_length)
-        self._learner, on_window = learner, on_window if learner is None else learner.take
-        record, (plans, least) = on_window is not None or logprobs > 0, plans_of(model, plan, slots)
+        self._learner, on_ended = learner, with_windows(on_window) if learner is None else learner.take
+        record, (plans, least) = on_ended is not None or logprobs > 0, plans_of(model, plan, slots)
         width, prefix_bytes = max(width, least), prefix_bytes if together == 1 else 0
         chunk = _chunk(model, chunk, self.context)
         room = _rounded_up(max(_rounded_up(self.context, chunk), self.context + width), POSITIONS)
@@ -124,8 +124,9 @@ class Engine:
         self.memory = engine_memory(model, shape, prefix_bytes, together)
         check_engine_memory(self.memory)
         self._programs = Programs(model, shape, rows=together, chunk=chunk, prefix_bytes=prefix_bytes)
-        most = {"most_logprobs": logprobs, "branches": branches}
-        self._scheduler = _scheduler(model, self._programs, plans, width, ahead=ahead, on_window=on_window, **most)
+        self._scheduler = _scheduler(
+            model, self._programs, plans, width, ahead=ahead, on_ended=on_ended, most_logprobs=logprobs
+        )
         self._changed = threading.Condition()  # its lock is for all that follows, which several threads touch
         self._waiting: deque[Reply] = deque()
         self._swapped: Params | None = None
@@ -179,12 +180,13 @@ class Engine:
         if [id(leaf) for leaf in jax.tree.leaves(params.lora_d)] != [id(leaf) for leaf in jax.tree.leaves(own.lora_d)]:
             raise UserError("an engine's verifier stays as it is: only the drafter and lora_S can be swapped")
         new = self.model.with_params(own._replace(drafter=params.drafter, lora_s=params.lora_s)).decode_params
-        if jax.tree.map(_kind, new) != jax.tree.map(_kind, self.model.decode_params):
+        old = self.model.decode_params  # of which the base is the same, and has most of the arrays
+        if jax.tree.map(_kind, (new.drafter, new.lora_s)) != jax.tree.map(_kind, (old.drafter, old.lora_s)):
             raise UserError("these drafter weights are not of the shapes that the engine was made for")
         if self._crew is not None:
             raise UserError("several processes draft with the weights they were loaded with")
         with self._changed:
-            self._swapped = self.model.decode_params._replace(drafter=new.drafter, lora_s=new.lora_s)
+            self._swapped = new
 
     def drain(self, seconds: float) -> bool:
         """Take nothing new and let what runs finish, for so long at most; whether all finished."""
@@ -266,16 +268,18 @@ class Engine:
     def _learn(self, learner: Learns) -> None:
         """The learner's turn."""
         idle = not (self._waiting or self._scheduler.is_busy)
-        params = learner.turn(self._scheduler.status, idle=idle, settle=self._scheduler.settle)
-        if params is not None:
-            self.swap(params)
-            with self._changed:
-                self._take_swapped()
+        with self._scheduler.learning():
+            params = learner.turn(self._scheduler.status, idle=idle, settle=self._scheduler.settle)
+            if params is not None:
+                self.swap(params)
+                with self._changed:
+                    self._take_swapped()
 
     def _take_swapped(self) -> None:
         """What was swapped in is what the next stretch decodes with; under the lock."""
         if self._swapped is not None:
-            self._programs.params, self._swapped = self._swapped, None
+            self._programs.draft_with(self._swapped.drafter, self._swapped.lora_s)
+            self._swapped = None
 
     def _wait_for_work(self) -> bool:
         """Whether to go on; waits while there is nothing to do."""
@@ -364,9 +368,8 @@ def _scheduler(
     width: int,
     *,
     ahead: bool | None,
-    on_window: OnWindow | None,
+    on_ended: OnEnded | None,
     most_logprobs: int,
-    branches: int,
 ) -> Scheduler:
     """All slots free, and plans that were compared with plain decoding, and timed, in them."""
     ahead = jax.default_backend() != "cpu" if ahead is None else ahead
@@ -375,8 +378,7 @@ def _scheduler(
     load_kernels(model, empty.decode.replace(sampling=None), knobs, *plans, PLAIN)
     checked = check_plans(model, plans, empty, intake, pieces=ahead)
     choice, programs.slots = choose(model, plans, width, checked, pieces=ahead)
-    most = {"most_logprobs": most_logprobs, "branches": branches}
-    return Scheduler(model, programs, intake, choice, ahead=ahead, on_window=on_window, **most)
+    return Scheduler(model, programs, intake, choice, ahead=ahead, on_ended=on_ended, most_logprobs=most_logprobs)
 
 
 def _chunk(model: LoadedModel, chunk: int | None, context: int) -> int:

@@ -22,11 +22,12 @@ import jax
 from dvi_jax.decode.plan import PLAIN
 from dvi_jax.errors import UserError, one_line
 from dvi_jax.learn.fast_update import LearnerState, with_trainable
-from dvi_jax.learn.replay import Windows, check_branches
+from dvi_jax.learn.replay import check_branches
 from dvi_jax.learn.rollback import go_on_from
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Params
-from dvi_jax.serve.candidate import Candidate, is_ready
+from dvi_jax.serve.candidate import Candidate, Learnt, is_ready
+from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learning import checksum
 from dvi_jax.serve.requests import EngineStatus, Request
@@ -38,6 +39,9 @@ TRIAL_UPDATES = 64  # after which windows decide on a trial that traffic has not
 CAUTION, CAUTIOUS_UPDATES = 0.3, 100  # factor of the rate after a drafter was taken back, and for how long
 SLOW, FADE = 0.1, 300  # rate of a good drafter, as a share of a new one's; updates over which a new one's fades
 POOLED = 4  # updates between two swaps of a drafter that moves slowly
+# Between two swaps, at least: the host pays for each, and a quick device makes four updates in that time. But a young
+# drafter changes much with every update: what has so large a share of all of them behind it goes live at once.
+SWAP_SECONDS, YOUNG = 0.25, 0.1
 UNPAID = 0.03  # most of the time for learning while plain decoding is quicker: no more than that is lost
 RETRY_SECONDS = 1.0  # until a snapshot is offered again that was not taken
 LOG_SECONDS = 1.0  # at least, between two updates that are logged: they may be many
@@ -94,7 +98,7 @@ class Learner:
         self._good = self._live = self._given = self._candidate.point()  # given: what the engine drafts with
         self._tried = self._good  # what was live when the trial began
         self._shadow, self._share = Shadow(), Share(settings.share, clock)
-        self._pooled = 0  # updates since the last swap
+        self._pooled, self._swapped_at = 0, clock() - SWAP_SECONDS  # updates since the last swap; its time
         self._good_step = 0  # update that made the good drafter
         self._decided = 0  # update after which the last trial was decided
         self._judged, self._stretches = (0, 0), 0  # of the engine
@@ -111,26 +115,28 @@ class Learner:
 
     @property
     def branches(self) -> int:
-        """How many drafts that were not taken it wants with a reply's window, at most."""
+        """How many drafts that were not taken it wants of a reply, at most."""
         return self.settings.branches
 
-    def take(self, windows: Windows, request: Request) -> None:
-        """The window of a reply that has ended, of all positions of a slot; cut and kept on the device."""
+    def take(self, ended: Ended, request: Request) -> None:
+        """A reply that has ended; its window is kept on the device."""
         if self.status.state != "learning":
             return
         try:
-            self._candidate.take(windows)
+            self._candidate.take(ended)
         except jax.errors.JaxRuntimeError as error:
             self._stop(one_line(str(error)))
             return
-        if request.prompt_ids:  # an engine that warms up hands over an empty window
+        if request.prompt_ids:  # an engine that warms up hands over an empty one
             self.status = replace(self.status, windows=self.status.windows + 1)
 
     def has_work(self) -> bool:
         """Whether a turn would do anything if the share allowed it."""
         if self._digest is not None and is_ready(self._digest):
             return True
-        return self.status.state == "learning" and (self._candidate.has_updated or self._is_due())
+        if self.status.state != "learning":
+            return False
+        return self._candidate.has_updated or self._swap_is_due() or self._is_due()
 
     def _is_due(self) -> bool:
         """Whether a piece of work could begin."""
@@ -148,7 +154,8 @@ class Learner:
     ) -> Params | None:
         """One piece of work if there is one and the share allows it; the weights to draft with from here on, or None.
 
-        `idle`: no request is there. `settle`: waits for the device, before a verdict, and says what was judged.
+        `idle`: no request is there. `settle`: waits for the device, before weights may be taken back, and says what was
+        judged.
         """
         self._observe(status)
         self._share.share = min(self.settings.share, UNPAID) if status.plan == str(PLAIN) else self.settings.share
@@ -218,7 +225,8 @@ class Learner:
         """The most urgent piece -> seconds that it takes the device, or keeps the engine waiting."""
         began = self._clock()
         if self._verdict_is_due():
-            if settle is not None:  # what lands now was drafted before the verdict
+            # What lands now was drafted before the verdict. A trial that held undoes nothing, and waits for nothing.
+            if settle is not None and self._shadow.verdict() is not Verdict.HELD:
                 self._observe(settle())
                 began = self._clock()
             verdict = self._shadow.verdict()
@@ -253,12 +261,16 @@ class Learner:
             self.status = replace(self.status, digest=f"{int(digest):08x}")
         if self.status.state != "learning":  # what was under way then goes nowhere
             return
-        if not (self._candidate.has_updated or (wait and self._candidate.is_updating)):
-            return
-        learnt, step = self._candidate.look(), self.status.updates
+        if self._candidate.has_updated or (wait and self._candidate.is_updating):
+            self._note_update(self._candidate.look())
+        if self._swap_is_due(now=wait):
+            self._swap()
+
+    def _note_update(self, learnt: Learnt) -> None:
+        """An update is done; the good drafter is live again if too many in a row moved nothing."""
         self.status = replace(
             self.status,
-            updates=step + 1,
+            updates=self.status.updates + 1,
             agreement=learnt.values["agreement"],
             learned_positions=self.status.learned_positions + int(learnt.values["positions"]),
         )
@@ -271,8 +283,6 @@ class Learner:
         self._pooled += 1
         if learnt.failing >= MOST_FAILING:
             self._take_back({"reason": f"{learnt.failing} non-finite updates in a row"})
-        elif self._pooled >= self._pool(step):
-            self._swap()
 
     def _usual_rate(self, step: int) -> float:
         """A drafter from nothing begins quickly and slows down; a trained one has something to lose."""
@@ -286,9 +296,16 @@ class Learner:
         """Updates from one swap to the next."""
         return POOLED if self._usual_rate(step) < 0.5 else 1
 
+    def _swap_is_due(self, *, now: bool = False) -> bool:
+        """Whether there have been updates enough since the last swap, and time enough unless it is to be `now`."""
+        if self._candidate.is_updating or self._pooled < self._pool(self.status.updates):
+            return False
+        is_young = self._pooled >= YOUNG * self.status.updates
+        return now or is_young or self._clock() - self._swapped_at >= SWAP_SECONDS
+
     def _swap(self) -> None:
         """The candidate goes live, on trial."""
-        self._live, self._pooled = self._candidate.point(), 0
+        self._live, self._pooled, self._swapped_at = self._candidate.point(), 0, self._clock()
         if self._swapped_in is None:
             self._swapped_in = self._stretches
         self.status = replace(self.status, swaps=self.status.swaps + 1)

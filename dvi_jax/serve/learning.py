@@ -1,5 +1,6 @@
-"""The device's side of learning while serving, beside the fast update: windows kept, weights moved and compared.
+"""The device's side of learning while serving: windows kept, weights moved and compared, each by one program.
 
+The host pays for every program and every read, all the more where other threads wait for Python meanwhile.
 Letters: S positions of a slot, T of a window, F newest windows, M positions looked at.
 """
 
@@ -11,60 +12,108 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from dvi_jax.config import ObjectiveConfig
-from dvi_jax.learn.fast_update import Trainable, evaluate_positions, with_trainable
+from dvi_jax.config import ObjectiveConfig, OptimizerConfig
+from dvi_jax.learn.fast_update import (
+    Batch,
+    LearnerState,
+    Trainable,
+    evaluate_positions,
+    fast_update,
+    with_trainable,
+)
 from dvi_jax.learn.objectives import masked_mean
 from dvi_jax.learn.replay import Replay, Windows, push
 from dvi_jax.model.speculative_llama import Definition, Params, join
+from dvi_jax.serve.ended import Ended
 
 Tree = TypeVar("Tree")
 
+REPORTED = ("loss", "kl", "agreement", "grad_norm", "positions")  # metrics of an update that the host looks at
 
-@partial(jax.jit, static_argnames="window", donate_argnames="replay")
-def keep(replay: Replay, windows: Windows, window: int) -> tuple[Replay, jax.Array]:
-    """Put one window of S positions into the replay, cut to its newest `window`; and how many are valid, int32 scalar.
 
-    What is cut off is missing as context, so the first positions after it are learned from a little less of it.
+@partial(jax.jit, static_argnames=("window", "branches"), donate_argnames="replay")
+def keep(replay: Replay, ended: Ended, *, window: int, branches: int) -> tuple[Replay, jax.Array]:
+    """Put a reply's newest `window` positions into the replay; and how many are valid, int32 scalar.
+
+    With so many drafts that were not taken. What is cut off is missing as context, so the first positions after it are
+    learned from a little less of it.
     """
+    windows = ended.window(branches)
     cut = jnp.maximum(windows.length[0] - window, 0)
 
     def newest_part(leaf: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(leaf, cut, window, axis=1) if leaf.ndim > 1 else leaf
 
-    branches = windows.branches
+    aside = windows.branches
     windows = jax.tree.map(newest_part, windows.replace(branches=None))
     windows = windows.replace(
         prompt_length=jnp.maximum(windows.prompt_length - cut, 0),
         length=jnp.minimum(windows.length, window),
-        branches=branches and branches.replace(position=branches.position - cut),
+        branches=aside and aside.replace(position=aside.position - cut),
     )
     replay = push(replay, windows)
     return replay, replay.windows.length[replay.cursor - 1]
 
 
-@partial(jax.jit, static_argnames="count")
 def newest(replay: Replay, count: int) -> Windows:
     """The newest `count` windows, F of them; empty ones while there are fewer."""
     rows = (replay.cursor - 1 - jnp.arange(count)) % replay.windows.length.shape[0]
     return jax.tree.map(lambda ring: ring[rows], replay.windows)
 
 
-@partial(jax.jit, static_argnames=("definition", "objective", "count"))
+@partial(jax.jit, static_argnames=("definition", "fresh", "objective", "optimizer", "size"), donate_argnames="state")
+def update(
+    definition: Definition,
+    params: Params,
+    state: LearnerState,
+    replay: Replay,
+    rate: jax.Array,
+    *,
+    fresh: int,
+    objective: ObjectiveConfig,
+    optimizer: OptimizerConfig,
+    size: Batch,
+) -> tuple[LearnerState, jax.Array]:
+    """One fast update on the `fresh` newest windows and others of the replay -> the next state, and a report.
+
+    Neither state has windows (None). It is used up, all of it: what stays in its place leaves the memory as it was, and
+    with it what a GPU has recorded of other programs. The report: float32, metrics as in `REPORTED`, and how many
+    updates in a row up to this one were not finite.
+    """
+    windows, state = newest(replay, fresh), state.replace(replay=replay)
+    state, values = fast_update(
+        definition,
+        params,
+        state,
+        windows,
+        jnp.array(False),
+        objective=objective,
+        optimizer=optimizer,
+        size=size,
+        rate=rate,
+    )
+    report = [*(values[name] for name in REPORTED), state.optimizer.notfinite_count]
+    return state.replace(replay=None), jnp.stack([number.astype(jnp.float32) for number in report])
+
+
+@partial(jax.jit, static_argnames=("definition", "fresh", "objective", "count"))
 def compare(
     definition: Definition,
     params: Params,
     good: Trainable,
     live: Trainable,
-    windows: Windows,
+    replay: Replay,
     key: jax.Array,
     *,
+    fresh: int,
     objective: ObjectiveConfig,
     count: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """How often the first choices of two drafters are the verifier's, at the same M random positions.
+) -> jax.Array:
+    """How often the first choices of two drafters are the verifier's, at M random positions of the `fresh` newest.
 
-    -> float32 scalars: the share of drafts for good, for live, and the standard error of their difference.
+    -> float32 [3]: the share of drafts for good, for live, and the standard error of their difference.
     """
+    windows = newest(replay, fresh).replace(branches=None)  # as in decoding, where nothing behind a wrong draft counts
 
     def right(trainable: Trainable) -> tuple[jax.Array, jax.Array]:
         model, nothing = join(definition, with_trainable(params, trainable)), jnp.zeros(windows.length.shape, bool)
@@ -73,17 +122,16 @@ def compare(
         drafts = jnp.stack([jnp.argmax(logits, axis=-1) == top for logits in picked.draft_logits])
         return jnp.mean(drafts.astype(jnp.float32), axis=0), picked.valid
 
-    windows = windows.replace(branches=None)  # as in decoding, where nothing behind a wrong draft counts
     (of_good, valid), (of_live, _) = right(good), right(live)
     difference = of_good - of_live
     spread = masked_mean(jnp.square(difference - masked_mean(difference, valid)), valid)
     error = jnp.sqrt(spread / jnp.maximum(jnp.sum(valid), 1))
-    return masked_mean(of_good, valid), masked_mean(of_live, valid), error
+    return jnp.stack([masked_mean(of_good, valid), masked_mean(of_live, valid), error])
 
 
 @jax.jit
 def copied(tree: Tree) -> Tree:
-    """The same in arrays of its own, which a donation elsewhere leaves alone."""
+    """The same in arrays of its own, which an update of the original leaves alone."""
     return jax.tree.map(jnp.copy, tree)
 
 

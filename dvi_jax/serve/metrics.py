@@ -108,6 +108,7 @@ class EngineCollector(Collector):
             "engine_waited_seconds": ("Of these, waiting for the device", now.waited_seconds),
             "engine_handed_seconds": ("Of these, giving it programs", now.handed_seconds),
             "engine_intake_seconds": ("Of these, taking prompts in", now.intake_seconds),
+            "engine_learner_seconds": ("Of the engine's thread, besides: turns of the learner", now.learner_seconds),
             "stretches": ("Times that the device ran rounds without the host", now.stretches),
         }
         for name, (about, value) in counters.items():

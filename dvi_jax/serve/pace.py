@@ -26,11 +26,12 @@ class DeviceTime:
         self._clock = clock
         self.waited = 0.0  # for what it computes
         self.handed = 0.0  # giving it programs: while its queue is full, it takes the next as fast as it works
+        self.learned = 0.0  # turns of who learns, which are little but giving it programs too
 
     @property
     def seconds(self) -> float:
-        """Of both kinds."""
-        return self.waited + self.handed
+        """Of all kinds."""
+        return self.waited + self.handed + self.learned
 
     def read(self, array: jax.Array) -> np.ndarray:
         """What the device gives, once it does."""
@@ -45,6 +46,16 @@ class DeviceTime:
         began = self._clock()
         yield
         self.handed += self._clock() - began
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Around a turn of who learns; what it waits for in between is counted as such.
+
+        No stretch is made longer for it: it would be for the next one, and the updates would be as many.
+        """
+        began, before = self._clock(), self.seconds
+        yield
+        self.learned += self._clock() - began - (self.seconds - before)
 
 
 class Pace:

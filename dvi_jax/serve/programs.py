@@ -7,16 +7,18 @@ them run it (`together.py`). Letters as in `slots.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.prefill import Filled
-from dvi_jax.learn.replay import Windows
 from dvi_jax.loading import LoadedModel
+from dvi_jax.model.speculative_llama import Tree
+from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.prefixes import Prefixes, cut_block, position_axes, put_block
 from dvi_jax.serve.slots import (
     Shape,
@@ -27,7 +29,6 @@ from dvi_jax.serve.slots import (
     release,
     run_stretch,
     take_chunk,
-    take_window,
     token_logprobs,
 )
 
@@ -61,12 +62,24 @@ class Programs:
         assert rows == 1 or not prefix_bytes
         self.rows, self.chunk = rows, chunk
         self.tell: Tell | None = None  # of other processes
-        self.params = model.decode_params  # what the next step computes with
+        self.params, self._owns_drafter = model.decode_params, False  # what the next step computes with
         self._definition = model.definition
         self._filled = empty_prompts(model.definition, self.params, rows=rows, room=shape.room, record=shape.record)
         self.prefixes = Prefixes(chunk, prefix_bytes)
         self._axes = position_axes(model.definition, self.params, record=shape.record)
         self.slots = empty_slots(model.definition, self.params, shape)
+
+    def draft_with(self, drafter: Tree, lora_s: Tree) -> None:
+        """Of `decode_params`, from the next step on; in this process alone.
+
+        They are written over those before, so that every program finds them where it did: a GPU that has recorded one
+        with the addresses of its arrays would have to record it again.
+        """
+        if not self._owns_drafter:  # the model's arrays stay as they are
+            own = jax.tree.map(jnp.zeros_like, (self.params.drafter, self.params.lora_s))
+            self.params, self._owns_drafter = self.params._replace(drafter=own[0], lora_s=own[1]), True
+        drafter, lora_s = _written_over((self.params.drafter, self.params.lora_s), (drafter, lora_s))
+        self.params = self.params._replace(drafter=drafter, lora_s=lora_s)
 
     @property
     def filled(self) -> Filled:
@@ -120,12 +133,18 @@ class Programs:
         place = np.int32(slot), np.int32(start)
         return token_logprobs(self._definition, self.params, self.slots, *place, most=most)
 
-    def window(self, slot: int, prompt: int, length: int, branches: int) -> Windows:
-        """Of a slot, for who learns, which is in this process alone (`take_window`)."""
-        return take_window(self.slots, slot, prompt, length, branches=branches)
+    def ended(self, slot: int, prompt: int, length: int) -> Ended:
+        """Of a slot, for who learns, which is in this process alone."""
+        return Ended.of(self.slots, slot, prompt, length)
 
     @_step
     def try_laying_back(self) -> None:
         """Compile what keeps beginnings and lays them back, with the chunk that was taken in last."""
         block = cut_block(self._filled, self._axes, self.chunk)
         self._filled = put_block(self._filled, block, self._axes, np.int32(0))
+
+
+@partial(jax.jit, donate_argnums=0, keep_unused=True)
+def _written_over(old: tuple[Tree, Tree], new: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+    """`new`, in the arrays of `old`."""
+    return jax.tree.map(jnp.copy, new)

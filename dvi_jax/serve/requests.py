@@ -103,6 +103,7 @@ class EngineStatus:
     waited_seconds: float = 0.0  # of these, for the device
     handed_seconds: float = 0.0  # of these, giving it programs
     intake_seconds: float = 0.0  # of these, taking prompts in
+    learner_seconds: float = 0.0  # of the engine's thread, besides: turns of who learns
     last_stretch: float = 0.0  # when the device last finished one, `time.monotonic` seconds
     failure: str | None = None  # why the engine serves no more, in one line
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ import numpy as np
 
 from dvi_jax.config import SamplingConfig
 from dvi_jax.decode.plan import Plan
-from dvi_jax.learn.replay import Windows
 from dvi_jax.loading import LoadedModel
+from dvi_jax.serve.ended import OnEnded
 from dvi_jax.serve.intake import Intake
 from dvi_jax.serve.pace import DeviceTime, Pace
 from dvi_jax.serve.plans import PlanChoice
@@ -30,7 +31,6 @@ from dvi_jax.serve.slots import MOST_ROUNDS, PIECE_ROUNDS, Outcome, Terms, colum
 GREEDY = SamplingConfig(temperature=0.0)
 EARLY_TOKENS = 64  # of a reply: its beginning
 
-OnWindow = Callable[[Windows, Request], None]
 _Laid = tuple[list[tuple[int, int, Reply]], jax.Array]  # row of what `lay` gave, slot and reply of each; what it gave
 
 
@@ -54,20 +54,18 @@ class Scheduler:
         intake: Intake,
         choice: PlanChoice,
         *,
-        on_window: OnWindow | None,
+        on_ended: OnEnded | None,
         most_logprobs: int,
-        branches: int,
         ahead: bool = False,
     ):
-        """Where slots keep learning signals, `on_window` gets those of replies that have ended.
+        """Where slots keep learning signals, `on_ended` gets those of replies that have ended.
 
-        `branches`: drafts not taken that it gets of each, at most.
         `most_logprobs`: alternatives that a request may want the log-probabilities of.
         `ahead`: a stretch is started before the one before it is read.
         """
         self._vocab_size = model.config.vocab_size
         self._programs, self._intake, self._choice = programs, intake, choice
-        self._on_window, self._most_logprobs, self._branches = on_window, most_logprobs, branches
+        self._on_ended, self._most_logprobs = on_ended, most_logprobs
         count = len(programs.slots.eos_ids)
         self._replies: list[Reply | None] = [None] * count
         self._ended = np.zeros(count, bool)  # slots whose sequence must go no further, though the device would
@@ -100,8 +98,9 @@ class Scheduler:
     def warm_up(self) -> None:
         """Compile every program, by running it with nothing in the slots."""
         self._intake.warm_up()
-        if self._on_window is not None:  # an empty window, which nothing can be learned from
-            self._on_window(self._programs.window(0, 0, 0, self._branches), Request((), 0))
+        if self._on_ended is not None:  # without a token, so that nothing can be learned from it
+            self._on_ended(self._programs.ended(0, 0, 0), Request((), 0))
+            self._programs.draft_with(self._programs.params.drafter, self._programs.params.lora_s)  # as after a swap
         done = Terms.joined([Terms.of(1, 1, (), GREEDY, self._vocab_size)] * self._intake.rows)  # with first tokens
         places = np.arange(self._intake.rows, dtype=np.int32)
         for sampled in (False, True):
@@ -139,6 +138,13 @@ class Scheduler:
             handed_seconds=self._device.handed,
             intake_seconds=self.status.intake_seconds + taken_in,
         )
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Around what is done between turns for who learns."""
+        with self._device.learning():
+            yield
+        self.status = replace(self.status, learner_seconds=self._device.learned)
 
     def settle(self) -> EngineStatus:
         """Between turns: read the stretch under way, if there is one. -> the status then. The device rests after it."""
@@ -316,12 +322,12 @@ class Scheduler:
 
     def _hand_on(self, slot: int, reply: Reply) -> None:
         """What can be learned from a reply that has ended, while its slot still holds it."""
-        if self._on_window is None or not reply.request.learn:
+        if self._on_ended is None or not reply.request.learn:
             return
         prompt = len(reply.request.prompt_ids)
         length = prompt + reply.statistics.new_tokens
-        window = self._programs.window(slot, prompt, length, self._branches)
-        self._on_window(window, reply.request)
+        with self._device.handing():
+            self._on_ended(self._programs.ended(slot, prompt, length), reply.request)
 
     def _free(self, slot: int) -> None:
         """A slot for somebody else."""

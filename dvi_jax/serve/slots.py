@@ -25,7 +25,6 @@ from dvi_jax.decode.prefill import PREFIX_SPECS, Filled, begin, choose_first, fi
 from dvi_jax.decode.sampling import Sampling
 from dvi_jax.decode.speculative import decode_rounds, speculative_round
 from dvi_jax.decode.state import COPIED_SPECS, NO_TOKEN, STATE_SPECS, DecodeState, Knobs, knob_specs
-from dvi_jax.learn.replay import Windows, read_windows
 from dvi_jax.mesh import ROWS, WHOLE, replicas
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
 
@@ -317,28 +316,6 @@ def _piece(definition: Definition, params: Params, state: DecodeState, knobs: Kn
         return jax.lax.fori_loop(0, PIECE_ROUNDS, lambda _, s: speculative_round(model, s, knobs, plan), state)
 
     return definition.sharded(decode, params, (STATE_SPECS, knob_specs(knobs)), STATE_SPECS)(params, state, knobs)
-
-
-def take_window(slots: Slots, slot: int, prompt_length: int, length: int, *, branches: int = 0) -> Windows:
-    """One window of S positions: the first `length` tokens of a slot's sequence, with their learning signals.
-
-    And with so many drafts that were not taken, of a slot that keeps any.
-    """
-    state = slots.decode.replace(shallow=(), deep=(), trunk=(), drafter=(), sampling=None)  # as in `release`
-    return _window(state, np.int32(slot), np.int32(prompt_length), np.int32(length), branches=branches)
-
-
-@partial(jax.jit, static_argnames="branches")
-def _window(
-    state: DecodeState, slot: jax.Array, prompt_length: jax.Array, length: jax.Array, *, branches: int
-) -> Windows:
-    """`take_window` of a state with what that reads alone."""
-
-    def of(tree: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(tree, slot, 1)
-
-    row = state.replace(tokens=of(state.tokens), length=length[None], signals=jax.tree.map(of, state.signals))
-    return read_windows(row, prompt_length[None], window=state.tokens.shape[1], branches=branches)
 
 
 def _pack(state: DecodeState, began: jax.Array) -> jax.Array:

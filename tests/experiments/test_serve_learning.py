@@ -33,6 +33,13 @@ def test_both_engines_give_the_same_replies(tmp_path):
         assert [line["kind"] for line in lines[-1:]] == ["end"]
         assert lines[-1]["requests"] == 24
         assert all(1 <= line["tokens_per_round"] <= 2 for line in lines)
+        assert all(1 <= line["rounds_per_stretch"] <= 16 and 0 < line["slots_at_work"] <= 1 for line in lines)
+        # The last line is of the whole; its seconds are parts of the engine's thread, which other threads interrupt.
+        parts = [lines[-1][f"{part}_seconds"] for part in ("host", "waited", "handed", "learner")]
+        assert all(seconds > 0 for seconds in parts[:3])
+        assert sum(parts) < lines[-1]["seconds"]
+        assert lines[-1]["stretches"] >= sum(line["stretches"] for line in lines[:-1]) > 0
     assert learning[-1]["updates"] >= 1
     assert learning[-1]["learned_positions"] <= 64 * 4 * learning[-1]["updates"]
+    assert learning[-1]["learner_seconds"] > 0 == frozen[-1]["learner_seconds"]
     assert "updates" not in frozen[-1]

@@ -13,6 +13,8 @@ from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import split
 from dvi_jax.presets import TINY
 from dvi_jax.serve.engine import Engine
+from dvi_jax.serve.learner import Learner
+from tests.serve.traffic import SETTINGS, Collecting, requests, serve
 
 SHAPE = {"slots": 4, "context": 96, "chunk": 16, "plan": "chain:2", "prefix_bytes": 0}
 
@@ -68,3 +70,33 @@ def pieces_of():
         return ids, "".join(piece.text for piece in pieces), pieces[-1].finish_reason
 
     return collect
+
+
+@pytest.fixture(scope="session")
+def new_model(model, train_noise):
+    """A drafter that is right now and then, and that learns as one from nothing does."""
+    return replace(model.with_params(train_noise(model.params, "drafter", std=0.3)), drafter_is_trained=False)
+
+
+@pytest.fixture(scope="session")
+def some_ended(model, make_engine, pieces_of):
+    """What a learner gets of six replies."""
+    learner = Collecting()
+    with make_engine(model, learner=learner) as engine:
+        serve(engine, requests(), pieces_of)
+    return learner.ended
+
+
+@pytest.fixture
+def make_learner(new_model):
+    """make_learner(...): one whose records are kept in `records`."""
+
+    def make(model=new_model, settings=SETTINGS, **options):
+        records = []
+        learner = Learner(
+            model, settings, 96, report=lambda kind, step, values: records.append((kind, values)), **options
+        )
+        learner.records = records
+        return learner
+
+    return make

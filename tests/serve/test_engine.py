@@ -338,6 +338,24 @@ def test_what_cannot_be_served(model, make_engine, changes, message):
         engine.submit(replace(Request((5, 6), 8), **changes))
 
 
+def test_what_is_swapped_in_lies_where_the_last_did(make_model, make_engine, train_noise, pieces_of):
+    """Copies of it, whatever becomes of the arrays that were given; and the model's own stay as they are."""
+    model = make_model()  # whose arrays nobody has looked at: those are not given away
+    before = jax.tree.map(jax.numpy.copy, model.params.drafter)
+    given = [train_noise(model.params, "drafter", seed=seed, std=0.1) for seed in range(3)]
+    with make_engine(model) as engine:
+        places = []
+        for params in given:
+            engine.swap(params)
+            pieces_of(engine.submit(Request((2, 3), 4, eos_ids=())))
+            leaves = jax.tree.leaves(engine._programs.params.drafter)
+            places.append([leaf.unsafe_buffer_pointer() for leaf in leaves])
+            assert all(map(np.array_equal, leaves, jax.tree.leaves(params.drafter)))
+    assert places[0] == places[1] == places[2]
+    assert not set(places[0]) & {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(model.params.drafter)}
+    assert all(map(np.array_equal, jax.tree.leaves(model.params.drafter), jax.tree.leaves(before)))
+
+
 def test_only_the_drafter_is_swapped(model, make_model, make_engine):
     with make_engine(model) as engine:
         other = make_model()

@@ -7,94 +7,28 @@ import jax
 import numpy as np
 import pytest
 
-from dvi_jax.config import OptimizerConfig, SamplingConfig
 from dvi_jax.errors import UserError
-from dvi_jax.learn import fast_update
 from dvi_jax.serve import candidate as candidate_module
+from dvi_jax.serve import learner as learner_module
 from dvi_jax.serve import learning
-from dvi_jax.serve.learn_settings import LearnSettings
-from dvi_jax.serve.learner import POOLED, TRIAL_UPDATES, Learner
-from dvi_jax.serve.requests import EngineStatus, Request
+from dvi_jax.serve.ended import take_window
+from dvi_jax.serve.learner import TRIAL_UPDATES
+from dvi_jax.serve.requests import EngineStatus
 from dvi_jax.serve.shadow import BLOCK, ENOUGH, LEAST, Verdict
 from tests.serve.server.live import until
+from tests.serve.traffic import SETTINGS, Failed, equal, requests, serve, turned
 
-PROGRAMS = (fast_update._fast_update, learning.keep, learning.newest, learning.compare)
-SETTINGS = LearnSettings(
-    share=0.9,
-    window=64,
-    fresh_windows=2,
-    replayed_windows=2,
-    positions=64,
-    replay_capacity=16,
-    optimizer=OptimizerConfig(lora_lr=3e-2, head_lr=3e-2, warmup=0),
-)
+PROGRAMS = (learning.update, learning.compare)
 
 
-def requests(learn=True):
-    """Six that come again and again: greedy and sampled."""
-    rng = np.random.default_rng(0)
-    return [
-        Request(
-            prompt_ids=tuple(rng.integers(2, 258, 12).tolist()),
-            max_new_tokens=50,
-            sampling=SamplingConfig(temperature=0.5, seed=index) if index % 3 == 2 else None,
-            eos_ids=(),
-            learn=learn,
-        )
-        for index in range(6)
-    ]
-
-
-def serve(engine, asked, pieces_of):
-    """All replies' ids, and the accept rate of their drafts."""
-    handles = [engine.submit(request) for request in asked]
-    replies = [pieces_of(handle)[0] for handle in handles]
-    drafts = [(handle.statistics.accepted, handle.statistics.rounds) for handle in handles]
-    accepted, rounds = np.sum(drafts, axis=0)
-    return replies, accepted / rounds  # drafts accepted in a round, of two
-
-
-@pytest.fixture(scope="module")
-def new_model(model, train_noise):
-    """A drafter that is right now and then, and that learns as one from nothing does."""
-    return replace(model.with_params(train_noise(model.params, "drafter", std=0.3)), drafter_is_trained=False)
-
-
-@pytest.fixture(scope="module")
-def some_windows(model, make_engine, pieces_of):
-    """What an engine hands over of six replies."""
-    windows = []
-    with make_engine(model, on_window=lambda window, request: windows.append(window)) as engine:
-        serve(engine, requests(), pieces_of)
-    return windows
-
-
-@pytest.fixture
-def make_learner(new_model):
-    """make_learner(...): one whose records are kept in `records`."""
-
-    def make(model=new_model, settings=SETTINGS, **options):
-        records = []
-        learner = Learner(
-            model, settings, 96, report=lambda kind, step, values: records.append((kind, values)), **options
-        )
-        learner.records = records
-        return learner
-
-    return make
-
-
-def equal(a, b):
-    return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
-
-
-def test_replies_stay_and_drafts_get_better(new_model, make_engine, make_learner, pieces_of):
+def test_replies_stay_and_drafts_get_better(new_model, make_engine, make_learner, pieces_of, monkeypatch):
+    monkeypatch.setattr(learner_module, "SWAP_SECONDS", 0.0)
     with make_engine(new_model) as engine:
         (frozen, before), again = (serve(engine, requests(), pieces_of) for _ in range(2))
     assert again == (frozen, before)
     learner = make_learner(settings=replace(SETTINGS, branches=8))
     digest, rates = learner.status.digest, []
-    compiled = [program._cache_size() for program in PROGRAMS[:1] + PROGRAMS[2:]]
+    compiled = [program._cache_size() for program in PROGRAMS]
     with make_engine(new_model, learner=learner) as engine:
         while learner.status.updates < 30:
             replies, rate = serve(engine, requests(), pieces_of)
@@ -102,7 +36,7 @@ def test_replies_stay_and_drafts_get_better(new_model, make_engine, make_learner
             rates.append(rate)
         assert engine.drain(30)
     status = learner.status
-    assert [program._cache_size() for program in PROGRAMS[:1] + PROGRAMS[2:]] == compiled
+    assert [program._cache_size() for program in PROGRAMS] == compiled
     assert before < 0.8
     assert rates[-1] > before + 0.5  # 1.5 of 2 are reached
     assert status.state == "learning"
@@ -119,7 +53,7 @@ def go_bad(learner, params):
     candidate, state = learner._candidate, learner._candidate.state
     optimizer = jax.tree.map(lambda leaf: leaf + 1 if leaf.dtype != bool else leaf, state.optimizer)
     step = state.step + 7
-    candidate._state = state.replace(trainable=trainable, average=trainable, step=step, optimizer=optimizer)
+    candidate.state = state.replace(trainable=trainable, average=trainable, step=step, optimizer=optimizer)
     learner._swap()
 
 
@@ -153,12 +87,12 @@ def test_a_harmful_drafter_is_taken_back(model, make_engine, make_learner, piece
     assert learner._rate(0) < learner._usual_rate(0)
 
 
-def test_windows_decide_what_traffic_does_not(model, make_learner, train_noise, some_windows, monkeypatch):
+def test_windows_decide_what_traffic_does_not(model, make_learner, train_noise, some_ended, monkeypatch):
     """After many updates in which no draft was judged: a worse drafter is taken back, an equal one is good."""
     learner = make_learner(model)
     monkeypatch.setattr(learner._candidate, "has_enough", lambda: False)  # no update comes between
-    for window in some_windows:
-        learner.take(window, requests()[0])
+    for ended in some_ended:
+        learner.take(ended, requests()[0])
 
     stretches = itertools.count()
 
@@ -175,21 +109,29 @@ def test_windows_decide_what_traffic_does_not(model, make_learner, train_noise, 
         assert learner.records[-1][0] == kind
 
 
-def test_what_goes_live_late_in_a_trial_is_not_good_by_it(model, make_learner, train_noise, some_windows, monkeypatch):
+def test_what_goes_live_late_in_a_trial_is_not_good_by_it(model, make_learner, train_noise, some_ended, monkeypatch):
     """A harmful drafter behind a harmless one, whose trial it ends: its own drafts find it out."""
     learner = make_learner(model)
     monkeypatch.setattr(learner._candidate, "has_enough", lambda: False)
-    for window in some_windows:
-        learner.take(window, requests()[0])
+    for ended in some_ended:
+        learner.take(ended, requests()[0])
     judged = accepted = stretches = 0
+    settled = []  # accept rates on trial when the device was waited for
+
+    def settle():
+        settled.append(learner._shadow.rates[1])
+        return status()
+
+    def status():
+        counts = {"judged": (judged,), "accepted": (accepted,), "stretches": stretches}
+        return EngineStatus(4, running=4, waiting=0, context=96, plan="chain:2", **counts)
 
     def traffic(rate, blocks):
         """Stretches of a block of drafts each; the newest kind of record."""
         nonlocal judged, accepted, stretches
         for _ in range(blocks):
             judged, accepted, stretches = judged + BLOCK, accepted + round(rate * BLOCK), stretches + 1
-            counts = {"judged": (judged,), "accepted": (accepted,), "stretches": stretches}
-            learner.turn(EngineStatus(4, running=4, waiting=0, context=96, plan="chain:2", **counts), idle=True)
+            learner.turn(status(), idle=True, settle=settle)
         return learner.records[-1][0] if learner.records else None
 
     traffic(0.6, ENOUGH)
@@ -198,65 +140,10 @@ def test_what_goes_live_late_in_a_trial_is_not_good_by_it(model, make_learner, t
     assert not learner.records
     go_bad(learner, train_noise(model.params, "drafter", std=1.0))
     assert traffic(0.1, 1) == "held"
+    assert not settled  # where nothing is taken back, nothing need be waited for
     assert traffic(0.1, LEAST + 2) == "rollback"
+    assert settled == [pytest.approx(0.1)]
     assert equal(learner.params().drafter, model.params.drafter)
-
-
-def test_an_average_of_a_trained_drafter_drafts(model, make_learner, some_windows, monkeypatch):
-    """Of four updates' weights, by hand; one from nothing has none."""
-    learner, found, new, enough = make_learner(model), [], None, itertools.cycle([True, False])
-    monkeypatch.setattr(learner._candidate, "has_enough", lambda: next(enough))
-    for window in some_windows:
-        learner.take(window, requests()[0])
-    for _ in range(POOLED):
-        assert new is None
-        status = EngineStatus(4, running=0, waiting=0, context=96, plan="plain")
-        assert learner.turn(status, idle=True) is None  # an update is begun,
-        until(lambda: learner._candidate.has_updated)
-        found.append(jax.device_get(learner._candidate.state.trainable["drafter"]))
-        new = learner.turn(status, idle=True)  # and looked at
-    expected = jax.device_get(model.params.drafter)
-    for weights in found:
-        expected = jax.tree.map(lambda average, each: 0.97 * average + 0.03 * each, expected, weights)
-    for drafts, by_hand, last in zip(*map(jax.tree.leaves, (new.drafter, expected, found[-1])), strict=True):
-        np.testing.assert_allclose(drafts, by_hand, atol=1e-6)
-        assert np.abs(drafts - last).max() > 1e-4
-    assert make_learner()._candidate.state.average is None
-
-
-def turned(learner, settle=None, **counts):
-    """A turn of an engine that drafts, idle."""
-    status = EngineStatus(4, running=0, waiting=0, context=96, plan="chain:2", **counts)
-    return learner.turn(status, idle=True, settle=settle)
-
-
-def test_what_was_under_way_when_learning_stopped_goes_nowhere(make_learner, some_windows, monkeypatch):
-    learner = make_learner()
-    for window in some_windows:
-        learner.take(window, requests()[0])
-    until(learner.has_work)
-    turned(learner)
-    assert learner._candidate.is_updating
-    monkeypatch.setattr(candidate_module, "keep", lambda *_: int(Failed()))
-    learner.take(some_windows[0], requests()[0])
-    assert learner.status.state.startswith("stopped")
-    until(lambda: learner._candidate.has_updated)
-    assert turned(learner) is None
-    assert learner._live is learner._good
-    assert (learner.status.swaps, learner.status.updates) == (0, 0)
-
-
-def test_the_digest_shown_is_the_live_drafters(make_learner, some_windows):
-    """While nothing is asked, and at the end."""
-    learner = make_learner()
-    for window in some_windows:
-        learner.take(window, requests()[0])
-    until(learner.has_work)
-    while not (learner.status.swaps and not learner.has_work() and not learner._candidate.is_updating):
-        turned(learner)  # as an idle engine does while there is work
-    assert learner.status.digest == f"{int(learning.checksum(learner._live.served)):08x}"
-    state, progress = learner.finish()
-    assert progress["digest"] == f"{int(learning.checksum(state.served)):08x}"
 
 
 def test_a_suspicion_that_the_last_stretch_clears_decides_nothing(model, make_learner, monkeypatch):
@@ -315,16 +202,22 @@ def test_plain_decoding_that_pays_is_left_its_time(model, make_learner, monkeypa
     assert learner.status.seconds == pytest.approx(0.01 * len(begun))
 
 
+def test_a_hiccup_while_updates_are_timed_costs_no_learning(new_model):
+    """Two updates in 4, 0.2 and 6 seconds: one takes 0.1."""
+    times = iter([0.0, 4.0, 10.0, 10.2, 20.0, 26.0])
+    assert candidate_module.Candidate(new_model, SETTINGS, 96, lambda: next(times)).seconds == pytest.approx(0.1)
+
+
 def test_who_opts_out_is_not_learned_from(model, make_engine, make_learner, pieces_of):
     learner = make_learner()
     with make_engine(model, learner=learner) as engine:
         for _ in range(5):
             serve(engine, requests(learn=False), pieces_of)
         assert (learner.status.windows, learner.status.updates) == (0, 0)
-        assert not np.asarray(learner._candidate.state.replay.windows.tokens).any()
+        assert not np.asarray(learner._candidate.replay.windows.tokens).any()
         while not learner.status.updates:
             serve(engine, [*requests(learn=False), requests()[0]], pieces_of)
-    windows = learner._candidate.state.replay.windows  # while the engine is there, an update may use up the arrays
+    windows = learner._candidate.replay.windows  # while the engine is there, another reply uses up the arrays
     asked = requests()[0].prompt_ids
     for tokens, length in zip(np.asarray(windows.tokens), np.asarray(windows.length), strict=True):
         assert length == 0 or tuple(tokens[:12].tolist()) == asked
@@ -339,11 +232,12 @@ def test_an_idle_engine_learns_on(model, make_engine, make_learner, pieces_of):
             until(lambda count=count: learner.status.updates >= count)
 
 
-def test_a_long_reply_is_cut_to_its_newest_positions(make_learner, some_windows):
+def test_a_long_reply_is_cut_to_its_newest_positions(make_learner, some_ended):
     """All of a window's rows still belong to the positions that they predict."""
-    learner, window = make_learner(), jax.device_get(some_windows[0])
-    learner.take(window.replace(prompt_length=np.array([5]), length=np.array([83])), requests()[0])
-    kept = jax.device_get(learning.newest(learner._candidate.state.replay, 2))
+    learner, ended = make_learner(), some_ended[0]._replace(place=np.array([0, 5, 83], np.int32))
+    learner.take(ended, requests()[0])
+    window = jax.device_get(take_window(ended))
+    kept = jax.device_get(learning.newest(learner._candidate.replay, 2))
     assert (kept.length.tolist(), kept.prompt_length.tolist()) == ([64, 0], [0, 0])
     for short, long in zip(jax.tree.leaves(kept), jax.tree.leaves(window), strict=True):
         assert short.ndim == 1 or np.array_equal(short[0], long[0, 19:83])
@@ -353,16 +247,6 @@ def test_a_model_whose_replies_learning_would_change(new_model, make_learner):
     with_lora_d = new_model.with_params(new_model.params._replace(lora_d={"layers": np.zeros(1)}))
     with pytest.raises(UserError, match=r"has a lora_D, whose learning would change replies"):
         make_learner(with_lora_d)
-
-
-class Failed:
-    """A number that the device did not come to."""
-
-    def is_ready(self):
-        return True
-
-    def __int__(self):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of\nmemory")
 
 
 def test_a_failure_stops_learning_once(model, make_learner, train_noise):
@@ -383,9 +267,9 @@ def test_a_failure_stops_learning_once(model, make_learner, train_noise):
 def test_a_device_without_memory_stops_learning_alone(model, make_engine, make_learner, pieces_of, monkeypatch, what):
     learner = make_learner()
     if what == "an update":
-        monkeypatch.setattr(candidate_module, "fast_update", lambda *_, **__: int(Failed()))
+        monkeypatch.setattr(candidate_module, "update", lambda *_, **__: int(Failed()))
     else:
-        monkeypatch.setattr(candidate_module, "keep", lambda replay, *_: (replay, Failed()))
+        monkeypatch.setattr(candidate_module, "keep", lambda replay, *_, **__: (replay, Failed()))
     with make_engine(model, learner=learner) as engine:
         until(lambda: serve(engine, requests(), pieces_of) and learner.status.state != "learning")
         assert learner.status.state == "stopped: RESOURCE_EXHAUSTED: out of memory"

@@ -101,6 +101,27 @@ def test_a_killed_server_comes_back_with_what_it_learned(byte_checkpoint, tmp_pa
         assert not path.is_file() or not any(part in path.read_bytes() for part in (text, ids))
 
 
+def test_an_averaged_drafter_comes_back(byte_checkpoint, tmp_path):
+    """A trained drafter drafts by an average of its weights: after a restart by the same, not by the newest."""
+    read = read_checkpoint(byte_checkpoint)
+    model = replace(from_checkpoint(read), drafter_is_trained=True)
+
+    def opened(**options) -> LearningRun:
+        return LearningRun(read, model, SETTINGS, tmp_path / "run", context=96, **options)
+
+    with opened() as run:
+        serve_until(run, lambda: run.learner.status.swaps)
+    state, progress = run.learner.finish()
+    served = weights(state.served)
+    assert any(not np.array_equal(array, weights(state.trainable)[name]) for name, array in served.items())
+    with opened(resume=True) as again:
+        live = {"drafter": again.model.params.drafter, "lora_s": again.model.params.lora_s}
+        assert all(np.array_equal(array, served[name]) for name, array in weights(live).items())
+        assert again.learner.status.digest == progress["digest"]
+        assert all(np.array_equal(array, served[name]) for name, array in weights(again.learner._live.served).items())
+        serve_until(again, lambda: again.learner.status.swaps > progress["swaps"])  # and it goes on learning
+
+
 def collected(run: LearningRun):
     return list(LearningCollector("tiny", lambda: run.learner.status).collect())
 

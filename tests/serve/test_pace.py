@@ -3,6 +3,8 @@
 import pytest
 
 from dvi_jax.serve.pace import FEWEST, SHORT_SECONDS, DeviceTime, Pace
+from dvi_jax.serve.requests import Request
+from dvi_jax.serve.slots import MOST_ROUNDS
 
 
 @pytest.mark.parametrize(
@@ -73,3 +75,60 @@ def test_a_device_whose_queue_is_full_is_not_a_slow_host():
         seen = device.seconds
     assert device.handed == device.seconds == pytest.approx(0.5)
     assert pace.rounds(hurry=False) == FEWEST
+
+
+class BlockingLearner:
+    """What it gives the device keeps it waiting for 50 ms, in every turn and with every reply."""
+
+    branches = 0
+
+    def __init__(self):
+        self.now, self.turns = 0.0, 0
+
+    def clock(self):
+        """Each look at it takes 0.1 ms: the engine's own work."""
+        self.now += 1e-4
+        return self.now
+
+    def take(self, ended, request):
+        self.now += 0.05
+
+    def has_work(self):
+        return False
+
+    def turn(self, status, *, idle, settle):
+        self.now += 0.05
+        self.turns += 1
+
+
+def test_updates_that_wait_for_the_device_make_no_stretch_longer(model, make_engine):
+    """By an engine whose clock the learner moves."""
+    learner = BlockingLearner()
+    with make_engine(model, ahead=True, learner=learner) as engine:
+        scheduler = engine._scheduler
+        scheduler._pace, scheduler._device = Pace(MOST_ROUNDS, learner.clock, ahead=True), DeviceTime(learner.clock)
+        replies = [engine.submit(Request((2, 3, index), 60, eos_ids=())) for index in range(2, 8)]
+        assert [sum(len(piece.ids) for piece in reply) for reply in replies] == [60] * 6
+        assert engine.drain(30)
+        status = engine.status()
+    assert status.stretches > 6
+    assert status.slot_rounds == 4 * FEWEST * status.stretches
+    # A look at the clock costs a little of what it measures.
+    assert status.learner_seconds == pytest.approx(0.05 * learner.turns, rel=0.01)
+    assert status.handed_seconds > 0.05 * len(replies)
+
+
+def test_what_a_learner_waits_for_is_counted_once():
+    now = 0.0
+
+    def clock():
+        return now
+
+    device = DeviceTime(clock)
+    with device.learning():
+        now += 0.01
+        with device.handing():  # as a reply that ends in a stretch that it waits for
+            now += 0.02
+        now += 0.03
+    assert (device.learned, device.handed) == (pytest.approx(0.04), pytest.approx(0.02))
+    assert device.seconds == pytest.approx(now)
