@@ -287,8 +287,16 @@ def save_tree(path: Path, tree: dict[str, Any]) -> None:
     try:
         with ocp.Checkpointer(handler, **alone) as checkpointer:
             checkpointer.save(path.absolute(), ocp.args.PyTreeSave(string_keys(tree)))
+        _forget_place(path)
     except ValueError as error:  # what tensorstore makes of errors of the file system, e.g. a quota
         raise UserError(f"cannot write {path}: {error}") from error
+
+
+def _forget_place(path: Path) -> None:
+    """Leave orbax's mark that all was written, whose being there says so, without the folder that it was written in."""
+    mark = path / "commit_success.txt"
+    if mark.exists():  # releases differ
+        mark.write_text("Checkpoint commit was successful", encoding="utf-8")
 
 
 def load_tree(path: Path, shapes: dict[str, Any] | None = None, *, lazy: bool = False) -> dict[str, Any]:
