@@ -203,21 +203,21 @@ def _add_learning_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=LearnSettings.share,
         metavar="X",
-        help="most of the device's time for learning while there are requests (default: %(default)s)",
+        help="most of the device's time for learning while there are requests",
     )
     group.add_argument(
         "--learn-branches",
         type=int,
         default=LearnSettings.branches,
         metavar="N",
-        help="learn from so many drafts of a reply that were not taken, too (default: %(default)s)",
+        help="learn from so many drafts of a reply that were not taken, too",
     )
     group.add_argument(
         "--save-seconds",
         type=float,
         default=LearnSettings.save_seconds,
         metavar="S",
-        help="between two snapshots (default: %(default)s)",
+        help="between two snapshots",
     )
     group.add_argument("--drafter", metavar="KIND", help="begin with an untrained drafter of this kind")
 
