@@ -14,7 +14,6 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -26,7 +25,7 @@ import orbax.checkpoint as ocp
 
 from dvi_jax.archives import MOST_INFLATED, SMALL
 from dvi_jax.config import MOST_DRAFTS, LlamaConfig
-from dvi_jax.directories import hash_files, link_files, partial_directory, require_space, verify_files
+from dvi_jax.directories import hash_files, link_files, new_directory, require_space, verify_files
 from dvi_jax.errors import UserError
 from dvi_jax.model.llama import base_shapes
 from dvi_jax.quantisation import Quantisation, with_wholes
@@ -256,19 +255,6 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def _manifest_checksum(document: dict[str, Any], checksums: dict[str, Any]) -> str:
     """SHA-256 of the manifest's values and the other files' checksums, however they are laid out as text."""
     return hashlib.sha256(json.dumps([document, checksums], sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def new_directory(path: str | Path) -> Iterator[Path]:
-    """A temporary sibling of `path`, renamed to it when the block ends well, removed otherwise."""
-    path = Path(path).absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} already exists; choose another path or remove it first")
-    try:
-        with partial_directory(path) as partial:
-            yield partial
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def save_tree(path: Path, tree: dict[str, Any]) -> None:

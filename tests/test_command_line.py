@@ -220,6 +220,12 @@ def test_conversion(tmp_path, complaint, byte_checkpoint):
         ("--quantise-head",): "--quantise-head needs --weights",
     }.items():
         assert message in complaint(conversion, "import", "--from", MHA, "--out", out, *options)
+    # Said before what takes minutes: the weights are neither read nor rounded for it.
+    unread = ("--weights", "int4", "--calibration", tmp_path / "none.jsonl")
+    assert "already exists" in complaint(conversion, "import", "--from", MHA, "--out", weights.parent, *unread)
+    assert "already exists" in complaint(
+        conversion, "export", "--from", tmp_path / "none", "--to", "hf", "--out", weights.parent
+    )
     assert "unrecognized arguments: --no-such-flag" in complaint(
         conversion, "import", "--from", MHA, "--out", out, "--no-such-flag"
     )
