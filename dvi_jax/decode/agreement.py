@@ -96,20 +96,19 @@ def _decoded(model: LoadedModel, state: DecodeState, plan: Plan, drafts: int, ro
     return decode_rounds(model.definition, model.decode_params, copied, knobs, plan)
 
 
-def _agree(left: DecodeState, right: DecodeState) -> bool:
+@jax.jit
+def _agree(left: DecodeState, right: DecodeState) -> jax.Array:
     """Whether all that both committed is equal in every sequence; the caches lack the last token of each."""
-    committed = jnp.minimum(left.length, right.length)
-    most = int(jnp.max(committed))
-    is_committed = jnp.arange(most) < committed[:, None]
-    filled = is_committed[:, None, 1:]  # [B, 1, most - 1]
+    committed = jnp.minimum(left.length, right.length)[:, None]  # [B, 1]
 
-    def equal(a: jax.Array, b: jax.Array) -> bool:
-        same = _bits(a[:, :, : most - 1]) == _bits(b[:, :, : most - 1])
-        return bool(jnp.all(same | ~filled.reshape(*filled.shape, *[1] * (a.ndim - 3))))
+    def equal(a: jax.Array, b: jax.Array) -> jax.Array:  # [B, K, S, ...]
+        filled = jnp.arange(a.shape[2]) < committed - 1
+        return jnp.all((_bits(a) == _bits(b)) | ~filled.reshape(-1, 1, a.shape[2], *[1] * (a.ndim - 3)))
 
     caches = jax.tree.map(equal, (left.shallow, left.deep), (right.shallow, right.deep))
-    tokens = jnp.all((left.tokens[:, :most] == right.tokens[:, :most]) | ~is_committed)
-    return bool(tokens) and all(jax.tree.leaves(caches))
+    is_token = jnp.arange(left.tokens.shape[1]) < committed
+    same = jnp.all((left.tokens == right.tokens) | ~is_token)
+    return jnp.all(jnp.stack([same, *jax.tree.leaves(caches)]))
 
 
 def _bits(x: jax.Array) -> jax.Array:
