@@ -43,7 +43,12 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--any-drafter", action="store_true", help="accept one that was made for other weights")
     parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="list of the only token ids to draft")
-    parser.add_argument("--exit-layer", type=int, metavar="K", help="layers below the split (untrained drafter only)")
+    parser.add_argument(
+        "--exit-layer",
+        type=int,
+        metavar="K",
+        help="layers below the split, of an untrained drafter (default: the checkpoint's)",
+    )
     add_debug(parser)
 
 

@@ -241,7 +241,10 @@ def _parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="longest answer, in tokens"
     )
     parser.add_argument(
-        "--batch", type=at_least_one, metavar="N", help="so many prompts at a time: speeds are those of a sequence then"
+        "--batch",
+        type=at_least_one,
+        metavar="N",
+        help="so many prompts at a time, with speeds of a sequence among them (default: each prompt alone)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     add_process_options(parser)
