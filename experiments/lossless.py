@@ -4,9 +4,11 @@
     python -m experiments.lossless --shape 7b --weights int4
     python -m experiments.lossless --shape 7b --layers 4 --mesh model=2
     python -m experiments.lossless --shape smollm2 --draft-steps --trees 8 --batch 32
+    python -m experiments.lossless --shape smollm2 --draft-steps 3 --trees 8 --batch 32 --temperature 0.8 --top-p 0.9
 
 The drafter proposes the plain continuation with some tokens replaced, so every accept length occurs. Compared are the
-token ids and every bit of the verifier's final hidden state (whose head gives the logits) at every position. With
+token ids and every bit of the verifier's final hidden state (whose head gives the logits) at every position. With a
+`--temperature` tokens are drawn, each sequence with a seed of its own, drafts with the verifier's noise. With
 `--mesh` both go on there from one device's caches, and it is told, but not asked for, whether plain rounds have that
 device's bits too (docs/scaling.md says where they do). The model has to fit on one device twice.
 """
@@ -26,8 +28,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.sharding import Mesh, NamedSharding
 
-from dvi_jax.config import KV, WHOLE_KV, DecodeConfig, MeshConfig
-from dvi_jax.decode.batch import start
+from dvi_jax.config import KV, WHOLE_KV, DecodeConfig, MeshConfig, SamplingConfig
+from dvi_jax.decode.batch import make_sampling, start
 from dvi_jax.decode.kernel_loading import load_kernels
 from dvi_jax.decode.plan import PLAIN, Plan, drafts_of, plan_for
 from dvi_jax.decode.speculative import decode_rounds
@@ -54,6 +56,8 @@ def main() -> int:
     parser.add_argument("--trees", type=int, nargs="*", default=[], metavar="ROWS", help="trees of so many rows, too")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--kv", choices=KV, default=WHOLE_KV, help="what keys and values are kept in")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 takes the best token")
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--mesh", default="data=1,model=1", metavar="MESH", help="where the drafts are verified")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -69,9 +73,10 @@ def main() -> int:
     verifying = scripted(model if mesh is None else on_mesh(model, mesh))
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, model.config.vocab_size, (options.batch, options.prompt)).tolist()
+    drawn = SamplingConfig(options.temperature, top_p=options.top_p)
     plans = [plan_for(steps, drafts_blocks=False) for steps in options.draft_steps]
     plans += [Plan("tree", size) for size in options.trees]
-    rows = [check(model, verifying, prompts, plan, options.new_tokens, rng) for plan in plans]
+    rows = [check(model, verifying, prompts, plan, drawn, options.new_tokens, rng) for plan in plans]
     for row in rows:
         print(row)
     converted = conversions_are_exact() if jax.default_backend() == "gpu" else None
@@ -104,12 +109,14 @@ def check(
     verifying: LoadedModel,
     prompts: list[list[int]],
     plan: Plan,
+    drawn: SamplingConfig,
     new_tokens: int,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
     """Plain against scripted drafts with about one wrong token in four, and against all right ones."""
     settings = DecodeConfig(draft_steps=drafts_of(plan), max_new_tokens=new_tokens)
-    began = start(model, prompts, settings, Knobs.make(0, 0.0, ()), record=True)
+    sampling = make_sampling(model, prompts, drawn if drawn.temperature else None)
+    began = start(model, prompts, settings, Knobs.make(0, 0.0, ()), sampling=sampling, record=True)
     without = plan if plan.is_plains_program else PLAIN
     plain = go_on(verifying, began.replace(drafter=jnp.zeros_like(began.tokens)), without, 0)
     tokens = np.asarray(plain.tokens)

@@ -45,9 +45,13 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["exit_head", "fused", "kangaroo"])
 def trained(request, plain, tmp_path_factory):
-    """The same with a drafter as training leaves it: the exit head has a lora_S and a single number besides."""
+    """The same with a drafter as training leaves it: the exit head has a lora_S and a single number besides.
+
+    `fused` is one without an exit layer.
+    """
     checkpoint = read_checkpoint(plain)
-    manifest = replace(checkpoint.manifest, drafter=request.param, training_step=7)
+    exit_layer = 0 if request.param == "fused" else checkpoint.manifest.exit_layer
+    manifest = replace(checkpoint.manifest, drafter=request.param, exit_layer=exit_layer, training_step=7)
     if request.param == "exit_head":
         manifest = replace(manifest, drafter_config={"rank": 4, "alpha": 4.0})
     out = tmp_path_factory.mktemp("trained") / request.param
@@ -98,7 +102,7 @@ def test_a_drafter_survives_export_and_import(trained, tmp_path):
         same = {"source": "", "source_sha256": ""}
         assert replace(second.manifest, **same) == replace(first.manifest, **same)
         load(second.path)
-    with pytest.raises(UserError, match=r"--exit-layer 1: the drafter was trained at exit layer 2"):
+    with pytest.raises(UserError, match=rf"--exit-layer 1: .* trained at exit layer {first.manifest.exit_layer}"):
         import_model(tmp_path / "hf", tmp_path / "other", exit_layer=1)
     assert (tmp_path / "hf" / "adapter").exists() == (first.manifest.drafter == "kangaroo")
 

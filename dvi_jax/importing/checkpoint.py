@@ -18,6 +18,7 @@ from dvi_jax.importing.gptq import rounded_base
 from dvi_jax.importing.quantising import described, report
 from dvi_jax.importing.source import SourceModel, load_base, load_quantised_base
 from dvi_jax.importing.tensors import DTYPES, Tree
+from dvi_jax.model.drafters import drafter_class
 from dvi_jax.quantisation import Quantisation
 from dvi_jax.trained_parts import TrainedParts, read_safetensors_parts
 
@@ -135,12 +136,13 @@ def _read_base(
 
 
 def _exit_layer(exit_layer: int | None, num_layers: int, trained: TrainedParts | None) -> int:
-    if trained is not None and trained.manifest.exit_layer:
-        if exit_layer not in (None, trained.manifest.exit_layer):
-            raise UserError(
-                f"--exit-layer {exit_layer}: the drafter was trained at exit layer {trained.manifest.exit_layer}"
-            )
-        exit_layer = trained.manifest.exit_layer
+    settled = None if trained is None else trained.manifest.exit_layer
+    if trained is not None and not settled and drafter_class(trained.manifest.drafter).needs_exit_layer:
+        settled = None  # an adapter does not say for which it was made
+    if settled is not None:
+        if exit_layer not in (None, settled):
+            raise UserError(f"--exit-layer {exit_layer}: the drafter was trained at exit layer {settled}")
+        return settled
     if exit_layer is None:
         return min(DEFAULT_EXIT_LAYER, num_layers - 1)
     if not 1 <= exit_layer < num_layers:

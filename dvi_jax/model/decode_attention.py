@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from dvi_jax.model.early_start import MOST_WIDTH, next_may_start
 from dvi_jax.model.eight_bits import widened
 from dvi_jax.model.kept_kv import Rows, quantised
 from dvi_jax.model.products import has_gpu_kernels
@@ -238,7 +239,7 @@ def _kernel(
     queries, kv_head, chunk = heads - 2 * kv_heads, pl.program_id(1), pl.program_id(2) % chunks
     group, first_row = queries // kv_heads, pl.program_id(0) * tokens
     # Queries by row, then head; what fills up the last tile does the first one's work again.
-    query_index = pl.program_id(2) // chunks * TILE + jnp.arange(TILE)
+    query_index = pl.program_id(2) // chunks * TILE + tile_queries(queries * size, inline=not interpret)
     query_index = jnp.where(query_index < tokens * group, query_index, 0)
     token, head = query_index // group, kv_head * group + query_index % group
     turn = partial(turned, qkv, bias, (cos, sin), first_row=first_row, dtype=dtype)
@@ -263,6 +264,12 @@ def _kernel(
         finish(attend(nothing_yet(size), query, cached_slots(key, value, dtype), position, begin, steps))
 
     in_its_chunk(chunks, end > begin, work, lambda: finish(nothing_yet(size)))
+
+
+def tile_queries(width: int, *, inline: bool) -> jax.Array:
+    """int32 [16], the queries of a tile, of heads `width` wide in all; `inline` as in `next_may_start`."""
+    queries = jnp.arange(TILE)
+    return next_may_start(queries, inline=inline) if width <= MOST_WIDTH else queries
 
 
 def in_its_chunk(chunks: int, is_reached: jax.Array, work: Callable[[], None], otherwise: Callable[[], None]) -> None:

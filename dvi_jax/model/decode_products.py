@@ -161,8 +161,8 @@ def _sums(
         rights = [widened(right, left.dtype, inline=inline) for right in kept]
         return tuple(total + plt.dot(left, right.T) for total, right in zip(sums, rights, strict=True))
 
-    zeros = jnp.zeros((place.rows.shape[0], blocks.columns), jnp.float32)
-    sums = jax.lax.fori_loop(0, pl.cdiv(length, blocks.step), step, (zeros,) * len(offsets))
+    nothing = place.nothing_summed(blocks, len(offsets), inline=inline)
+    sums = jax.lax.fori_loop(0, pl.cdiv(length, blocks.step), step, nothing)
     if not scales:
         return sums
     return tuple(

@@ -36,11 +36,13 @@ def inject_dual_lora(
 
     Rank 0 leaves a set out; alpha defaults to the rank (scale 1). B starts at zero: output is unchanged until trained.
     A lora_S in the shallow layers makes the trunk separate (see `SpeculativeLlama`); a block drafter's drafts do not go
-    through shallow layers, and such a trunk would lack them: `UserError`. Returns `model`.
+    through shallow layers, and such a trunk would lack them: `UserError`, as without shallow layers. Returns `model`.
     """
     llama = model.llama
     if rank_s and isinstance(model.drafter, BlockDrafter):
         raise UserError(f"drafter {model.drafter.kind} drafts whole blocks: it takes no lora_S in the shallow layers")
+    if rank_s and not llama.exit_layer:
+        raise UserError("a lora_S in the shallow layers takes an exit layer, and this drafter has none")
     for index, layer in enumerate(llama.layers):
         below = index < llama.exit_layer
         rank = rank_s if below else rank_d

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from dvi_jax.model.early_start import next_may_start
 from dvi_jax.model.quantised import PACKING, Matrix, Quantised
 
 ROW_TILE = 16  # rows of the smallest matrix product in Triton
@@ -128,3 +129,14 @@ class Place(NamedTuple):
         columns = pl.program_id(1) * blocks.columns + jnp.arange(blocks.columns)[:, None]
         rows = pl.program_id(0) * block_rows + jnp.arange(block_rows)[:, None]
         return cls(rows, columns, columns < out.shape[2], pl.program_id(2))
+
+    def nothing_summed(self, blocks: Blocks, count: int, *, inline: bool) -> tuple[jax.Array, ...]:
+        """float32 zeros [block rows, block columns], `count` times; `inline` as in `next_may_start`.
+
+        The kernel after a single sum is for sum and norm or attention, and small where there are few rows. After a
+        gated product comes another product, whose programs would lie unevenly.
+        """
+        zeros = jnp.zeros((self.rows.shape[0], blocks.columns), jnp.float32)
+        if count == 1 and len(self.rows) < MOST_BLOCK_ROWS:
+            zeros += next_may_start(jnp.zeros(self.rows.shape, jnp.int32), inline=inline).astype(jnp.float32)
+        return (zeros,) * count

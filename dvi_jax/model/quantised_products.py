@@ -39,7 +39,8 @@ def sums_of_groups(
             sums = tuple(total + more for total, more in zip(sums, added, strict=True))
         return sums
 
-    return jax.lax.fori_loop(0, pl.cdiv(length, blocks.step), step, _zeros(offsets, place, blocks))
+    nothing = place.nothing_summed(blocks, len(offsets), inline=inline)
+    return jax.lax.fori_loop(0, pl.cdiv(length, blocks.step), step, nothing)
 
 
 def _group_sum(x: Ref, weight: list[Ref], group: jax.Array, place: Place, by: int, *, inline: bool) -> jax.Array:
@@ -117,17 +118,13 @@ def sums_of_words(
             sums = tuple(total + more for total, more in zip(sums, added, strict=True))
         return sums, following
 
-    start = _zeros(offsets, place, blocks), scales_of(place.part * steps)
+    start = place.nothing_summed(blocks, len(offsets), inline=inline), scales_of(place.part * steps)
     return jax.lax.fori_loop(0, steps, step, start)[0]
 
 
 def _terms(left: jax.Array, columns: int) -> jax.Array:
     """float32 [block rows, block columns]: the terms of x added up as a product adds them, the same in every column."""
     return plt.dot(left, jnp.ones((left.shape[1], columns), left.dtype))
-
-
-def _zeros(offsets: Offsets, place: Place, blocks: Blocks) -> tuple[jax.Array, ...]:
-    return (jnp.zeros((place.rows.shape[0], blocks.columns), jnp.float32),) * len(offsets)
 
 
 def _converted(packed: jax.Array, number: int, offset: int) -> jax.Array:

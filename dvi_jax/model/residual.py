@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from dvi_jax.model.early_start import MOST_WIDTH, next_may_start
 from dvi_jax.model.peer_memory import Inbox
 from dvi_jax.model.products import total
 
@@ -75,7 +76,7 @@ def add_and_norm(
     rows, size = x.shape
     warps = min(MOST_WARPS, max(4, pl.next_power_of_2(size) // 128))
     summed, normed = pl.pallas_call(
-        partial(_kernel, eps=eps),
+        partial(_kernel, eps=eps, inline=not interpret),
         grid=(rows,),
         out_shape=[jax.ShapeDtypeStruct((rows, size), x.dtype)] * 2,
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
@@ -85,18 +86,24 @@ def add_and_norm(
     return summed, normed
 
 
-def _kernel(x: Ref, *rest: Ref, eps: float) -> None:
-    """One row; rounded where XLA's sum, addition and norm would round. `rest`: parts if any, weight, both outputs."""
+def _kernel(x: Ref, *rest: Ref, eps: float, inline: bool) -> None:
+    """One row; rounded where XLA's sum, addition and norm would round. `rest`: parts if any, weight, both outputs.
+
+    `inline` as in `next_may_start`.
+    """
     *parts, weight, summed, normed = rest
     row, (_, size), dtype = pl.program_id(0), x.shape, x.dtype
     lane = jnp.arange(pl.next_power_of_2(size))
     inside = lane < size
+    nothing = jnp.zeros(lane.shape, jnp.int32)
+    if size <= MOST_WIDTH:
+        nothing = next_may_start(nothing, inline=inline)
 
     def load(ref: Ref, *at: Any) -> jax.Array:
         mask = inside
         if len(at) == 2 and ref.shape[1] < x.shape[0]:  # parts of fewer rows
             mask &= row < ref.shape[1]
-        return plt.load(ref.at[(*at, lane)], mask=mask, other=0.0).astype(jnp.float32)
+        return plt.load(ref.at[(*at, lane)], mask=mask, other=nothing.astype(ref.dtype)).astype(jnp.float32)
 
     scales = load(weight).astype(dtype)  # asked for first: it waits for nothing
     here = load(x, row)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from dvi_jax.errors import UserError
 from dvi_jax.mesh import WHOLE, run_sharded, specs_of
 from dvi_jax.model import exchange
-from dvi_jax.model.drafters import BlockDrafter, Drafter, StepDrafter
+from dvi_jax.model.drafters import BlockDrafter, Drafter
 from dvi_jax.model.llama import Llama
 from dvi_jax.model.quantised import Matrix, Quantised
 from dvi_jax.model.variables import Base, DeepLoRA, DrafterParam, ShallowLoRA
@@ -33,8 +33,8 @@ class SpeculativeLlama(nnx.Module):
     """
 
     def __init__(self, llama: Llama, drafter: Drafter, *, separate_trunk: bool = False):
-        """Raises `UserError` for a step drafter without an exit layer."""
-        if isinstance(drafter, StepDrafter) and not llama.exit_layer:
+        """Raises `UserError` for a drafter without the exit layer that it needs."""
+        if drafter.needs_exit_layer and not llama.exit_layer:
             last = llama.config.num_layers - 1
             raise UserError(
                 f"exit_layer must be between 1 and {last} for a model of {llama.config.num_layers} layers, got 0"

@@ -131,7 +131,7 @@ def _kernel(
     queries = heads - 2 * kv_heads
     group, first_row = queries // kv_heads, sequence * tokens
     # The queries of the row's heads; what fills up the tile does the first one's work again.
-    member = place // (chunks * tokens) * TILE + jnp.arange(TILE)
+    member = place // (chunks * tokens) * TILE + chain.tile_queries(queries * size, inline=not interpret)
     head = kv_head * group + jnp.where(member < group, member, 0)
     token = jnp.full((TILE,), row)
     turn = partial(chain.turned, qkv, bias, (cos, sin), first_row=first_row, dtype=dtype)

@@ -79,7 +79,7 @@ def decode_many(engine: Engine, requests: Iterable[Request]) -> Iterator[Decoded
 
 def _whole(reply: Reply) -> Decoded:
     """All of a reply, which is waited for."""
-    pieces = list(reply)
+    pieces = reply.whole()
     ids = [token for piece in pieces for token in piece.ids]
     rounds = rounds_until(reply.accept_lengths, len(ids) - 1)  # the prefill gave the first token
     generation = Generation(

@@ -14,8 +14,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from dvi_jax.decode.stream import StreamedText
 from dvi_jax.errors import UserError
 from dvi_jax.serve.requests import ReplyPiece, Request, Statistics, TokenLogprob
@@ -38,6 +36,7 @@ class Reply:
         self._pieces: deque[ReplyPiece] = deque()
         self._failure: str | None = None
         self._changed = threading.Condition()
+        self._wakes_at_end = False  # whether its reader wants to be told of nothing before
         self._notify: Callable[[], None] | None = None  # tells a reader in an event loop
 
     # What the reader calls.
@@ -54,6 +53,11 @@ class Reply:
                 yield piece
         finally:
             self.cancel()
+
+    def whole(self) -> list[ReplyPiece]:
+        """All pieces, once the last is there. The reader is woken once, which costs the engine less than each time."""
+        self._wakes_at_end = True
+        return list(self)
 
     async def stream(self) -> AsyncIterator[ReplyPiece]:
         """The same for an event loop: no thread waits."""
@@ -118,14 +122,14 @@ class Reply:
         if ids or text or reason:
             self._give(ReplyPiece(tuple(ids), text, reason, logprobs and logprobs[: len(ids)]))
 
-    def count(self, accept_lengths: np.ndarray, drafted: np.ndarray) -> None:
+    def count(self, accept_lengths: list[int], drafted: list[int]) -> None:
         """Rounds in which so many tokens each were committed and drafted; none once the sequence is done."""
-        rounds, statistics = int((accept_lengths > 0).sum()), self.statistics
-        self.accept_lengths += accept_lengths[:rounds].tolist()
-        self.drafted += drafted[:rounds].tolist()
+        rounds, statistics = sum(length > 0 for length in accept_lengths), self.statistics
+        self.accept_lengths += accept_lengths[:rounds]
+        self.drafted += drafted[:rounds]
         statistics.rounds += rounds
-        statistics.drafted += int(drafted[:rounds].sum())
-        statistics.accepted += int(accept_lengths.sum()) - rounds
+        statistics.drafted += sum(drafted[:rounds])
+        statistics.accepted += sum(accept_lengths) - rounds
 
     def end(self, reason: str) -> None:
         """Nothing more comes."""
@@ -137,7 +141,7 @@ class Reply:
             if self.finish_reason is not None:
                 return
             self._failure, self.finish_reason = message, "failed"
-        self._tell()
+            self._tell()
 
     def _give(self, piece: ReplyPiece) -> None:
         with self._changed:
@@ -147,11 +151,12 @@ class Reply:
                 self.statistics.finished = time.monotonic()
             self._pieces.append(piece)
             self.finish_reason = piece.finish_reason
-        self._tell()
+            self._tell()
 
     def _tell(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
-            notify = self._notify
-        if notify is not None:
-            notify()
+        """Wake the reader; under the lock."""
+        if self._wakes_at_end and self.finish_reason is None:
+            return
+        self._changed.notify_all()
+        if self._notify is not None:
+            self._notify()

@@ -174,9 +174,11 @@ class Scheduler:
         """The first tokens of replies that were laid into slots."""
         for placed, first in laid:
             found = self._device.read(first).tolist()
+            given = 0
             for row, slot, reply in placed:
                 token, ends = found[row]
-                self._give(slot, reply, [token], done=bool(ends))
+                given += self._give(slot, reply, [token], done=bool(ends))
+            self.status = replace(self.status, new_tokens=self.status.new_tokens + given)
 
     def _drop_cancelled(self) -> None:
         """Replies that nobody wants make room."""
@@ -277,26 +279,29 @@ class Scheduler:
         self._device_before = device
         # Replies that have ended since it was started have left their slots.
         live = [(slot, reply) for slot, reply in stretch.replies if reply.finish_reason is None]
+        lengths, drafted = outcome.accept_lengths.tolist(), outcome.drafted.tolist()
+        given = 0
         for slot, reply in live:
-            reply.count(outcome.accept_lengths[slot], outcome.drafted[slot])
+            reply.count(lengths[slot], drafted[slot])
             start = outcome.start[slot]
             ids = outcome.tokens[slot, reply.committed - start : outcome.length[slot] - start].tolist()
-            self._give(slot, reply, ids, done=bool(outcome.done[slot]))
+            given += self._give(slot, reply, ids, done=bool(outcome.done[slot]))
         rows = [slot for slot, _ in live]
         fresh = [slot for slot in stretch.fresh if slot in rows]
         if plan.drafts:
             self._choice.add(plan, outcome.accept_lengths[fresh], outcome.drafted[fresh])
-        self.status = counted(self.status, outcome.accept_lengths[rows], outcome.drafted[rows], self._choice.width - 1)
+        status = replace(self.status, new_tokens=self.status.new_tokens + given)
+        self.status = counted(status, outcome.accept_lengths[rows], outcome.drafted[rows], self._choice.width - 1)
 
-    def _give(self, slot: int, reply: Reply, ids: list[int], *, done: bool) -> None:
-        """Tokens to their reader; a reply that has ended leaves its slot."""
+    def _give(self, slot: int, reply: Reply, ids: list[int], *, done: bool) -> int:
+        """Tokens to their reader -> how many it gets; a reply that has ended leaves its slot."""
         before = reply.statistics.new_tokens
         reply.take(ids, done=done, logprobs=self._logprobs(slot, reply, ids))
-        self.status = replace(self.status, new_tokens=self.status.new_tokens + reply.statistics.new_tokens - before)
         if reply.finish_reason is not None:
             self._hand_on(slot, reply)
             self._free(slot)
             self._ended[slot] = reply.finish_reason == "stop"
+        return reply.statistics.new_tokens - before
 
     def _logprobs(self, slot: int, reply: Reply, ids: list[int]) -> tuple[TokenLogprob, ...] | None:
         """Of new tokens, if they are asked for."""

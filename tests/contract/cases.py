@@ -14,13 +14,15 @@ from dvi_jax.config import KV, WHOLE_KV
 from dvi_jax.model.drafters import DRAFTERS
 from tests.contract.probe import PROBES
 
+KINDS = DRAFTERS | {probe.kind: probe for probe in PROBES}
 AXES = {
-    "drafter": (*DRAFTERS, *(probe.kind for probe in PROBES)),
+    "drafter": tuple(KINDS),
     "dtype": ("float32", "bfloat16"),
     "draft_steps": (3, 1),
     "sampling": ("greedy", "coupled", "rejection"),
     "batch": (3, 1),
     "prefix": (False, True),
+    "exit": ("early", "none"),
     "trunk": ("shared", "separate"),
     "vocabulary": ("whole", "few"),
     "plan": ("early-exit", "chain", "tree"),
@@ -40,6 +42,7 @@ class Case:
     sampling: str = "greedy"
     batch: int = 3
     prefix: bool = False  # the prompts' beginning is taken in before, by `make_prefix`
+    exit: str = "early"  # none: the model is not split, and drafts are made from the embeddings of tokens
     trunk: str = "shared"  # separate: lora_S inside the shallow layers too
     vocabulary: str = "whole"  # few: drafts are chosen from a part of the vocabulary
     weights: str = "whole"  # else what the verifier's matrices are kept in (with int4, `down` is in int8: 48 inputs)
@@ -54,11 +57,14 @@ class Case:
 
     @property
     def is_possible(self) -> bool:
-        """A block drafter drafts from no shallow layers, so no place for a lora_S, and its chains are one plan.
+        """Without shallow layers there is no place for a lora_S, and a block drafter's chains are one plan.
 
         A batch divides among the devices along `data`, and the blocks of a matrix in four bits among those along
         `model`: the tiny verifier has one block a row.
         """
+        by_steps = not (self.drafts_blocks or KINDS[self.drafter].needs_exit_layer)
+        if self.exit == "none" and (self.trunk == "separate" or not by_steps):  # blocks are drafted without one anyway
+            return False
         if (self.mesh == "data=3" and self.batch != 3) or (self.mesh == "model=2" and self.weights == "int4"):
             return False
         return not ((self.trunk == "separate" or self.plan == "chain") and self.drafts_blocks)
@@ -109,6 +115,8 @@ PAIRS = (
     Case(plan="chain", drafter="tapped_step", dtype="bfloat16", prefix=True),
     Case(plan="tree", dtype="bfloat16", trunk="separate"),
     Case(plan="tree", dtype="bfloat16", weights="int4"),
+    Case(plan="tree", exit="none", sampling="coupled"),
+    Case(plan="chain", exit="none", dtype="bfloat16", prefix=True),
     Case(plan="tree", drafter="medusa", sampling="coupled"),
     Case(plan="tree", kv="int8", sampling="coupled"),
     Case(plan="tree", drafter="kangaroo", sampling="rejection"),

@@ -63,7 +63,7 @@ def untrained(case: Case, config: LlamaConfig | None = None) -> LoadedModel:
 
     `config`: of which shape; that of `verifier_of` where it isn't given.
     """
-    kept_apart = {name: getattr(case, name) for name in ("drafter", "dtype", "trunk", "weights")}
+    kept_apart = {name: getattr(case, name) for name in ("drafter", "dtype", "exit", "trunk", "weights")}
     return _untrained(replace(Case(), **kept_apart), config or verifier_of(case.drafter)).with_kv(case.kv)
 
 
@@ -80,7 +80,7 @@ def _untrained(case: Case, config: LlamaConfig) -> LoadedModel:
         source="random",
         source_sha256="",
         dtype=case.dtype,
-        exit_layer=0 if block else 1,
+        exit_layer=0 if block or case.exit == "none" else 1,
         drafter=case.drafter,
         drafter_config=OPTIONS.get(case.drafter, {}),
         lora={"rank_s": 2, "rank_d": 0} if case.trunk == "separate" else {},

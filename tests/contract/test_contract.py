@@ -76,14 +76,14 @@ def test_decoding_is_lossless_and_drafts_are_accepted(case, case_model):
             np.testing.assert_array_equal(bits(a[row, 1:length]), bits(b[row, 1:length]))
 
 
-@pytest.mark.axes("drafter", full=("drafter", "dtype", "trunk"))
+@pytest.mark.axes("drafter", "exit", full=("drafter", "dtype", "exit", "trunk"))
 def test_distillation_learns(losses):
     """Forty updates on the verifier's own text bring the loss well down."""
     assert np.all(np.isfinite(losses))
     assert np.mean(losses[-3:]) < 0.8 * losses[0]
 
 
-@pytest.mark.axes("drafter", full=("drafter", "dtype", "trunk"))
+@pytest.mark.axes("drafter", "exit", full=("drafter", "dtype", "exit", "trunk"))
 def test_online_update_moves_the_drafter_alone(case, case_model):
     """A fast update on a rollout of the case's drafter: finite, every trained part moves, the old model still works."""
     state = decoded(case, case_model)
@@ -115,7 +115,7 @@ def test_online_update_moves_the_drafter_alone(case, case_model):
     np.testing.assert_array_equal(again.tokens, state.tokens)
 
 
-@pytest.mark.axes("drafter", "dtype", "trunk", "weights")
+@pytest.mark.axes("drafter", "dtype", "exit", "trunk", "weights")
 def test_checkpoint_round_trip(case, case_model, tmp_path):
     """Saved and loaded, the drafter is the same in every bit, its options too."""
     options = join(case_model.definition, case_model.params).drafter.config()
@@ -127,7 +127,7 @@ def test_checkpoint_round_trip(case, case_model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, case_model.params)
 
 
-@pytest.mark.axes("drafter", "prefix", "kv", full=("drafter", "dtype", "trunk", "prefix", "kv"))
+@pytest.mark.axes("drafter", "prefix", "kv", full=("drafter", "dtype", "exit", "trunk", "prefix", "kv"))
 def test_memory_counts_the_state_to_the_byte(case, case_model):
     sizes = Sizes(case.batch, 64, case.draft_steps + 1, prompt=16, record=True, prefix=16 if case.prefix else 0)
     state = jax.eval_shape(lambda: decoded(case, case_model))

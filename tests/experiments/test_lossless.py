@@ -24,6 +24,15 @@ def test_a_mesh_against_one_device(monkeypatch, tmp_path, capsys):
     assert str(row["accept_lengths"]["3"]) in capsys.readouterr().out
 
 
+def test_drawn_tokens(monkeypatch, tmp_path):
+    found = {}
+    for how in ((), ("--temperature", "0.8", "--top-p", "0.9")):
+        out = tmp_path / f"{len(how)}.json"
+        assert run(monkeypatch, "--shape", "tiny", "--batch", "2", "--trees", "8", *how, "--out", str(out)) == 0
+        found[how] = [row["distinct_tokens"] for row in json.loads(out.read_text())["rows"]]
+    assert found[()] != found["--temperature", "0.8", "--top-p", "0.9"]
+
+
 def test_a_difference_is_seen(monkeypatch):
     monkeypatch.setattr(lossless, "same", lambda plain, fast: False)
     assert run(monkeypatch, "--shape", "tiny", "--mesh", "model=2") == 1

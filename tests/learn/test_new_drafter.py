@@ -55,17 +55,19 @@ def test_offline_another_drafter_takes_its_place(trained):
     new = matching_or_new_drafter(trained, "medusa", {"heads": 3}, None)
     assert asked(new) == ("medusa", {"heads": 3, "markov_rank": 0}, 0)
     assert new.drafter is None
-    # Back from a block drafter, which has no exit layer, to a step drafter, which needs one.
+    # Back from a block drafter, which has no exit layer, to a step drafter, which usually has one.
     assert asked(matching_or_new_drafter(trained, "fused", {}, None)) == ("fused", {}, 2)
 
 
 def test_exit_layers(untrained):
-    """A block drafter may have one, but no lora_S below it; a step drafter needs one."""
+    """A block drafter may have one, but no lora_S below it; a step drafter may need one."""
     for kind, exit_layer, lora, message in (
         ("medusa", 1, {"rank_s": 2, "rank_d": 0}, "drafter medusa drafts whole blocks: it takes no lora_S"),
-        ("fused", 0, {}, "exit_layer must be between 1 and 3 for a model of 4 layers, got 0"),
+        ("fused", 0, {"rank_s": 2, "rank_d": 0}, "a lora_S in the shallow layers takes an exit layer"),
+        ("exit_head", 0, {}, "exit_layer must be between 1 and 3 for a model of 4 layers, got 0"),
     ):
         manifest = replace(untrained.manifest, drafter=kind, drafter_config={}, exit_layer=exit_layer, lora=lora)
         with pytest.raises(UserError, match=message):
             from_checkpoint(replace(untrained, manifest=manifest))
     assert asked(kept_or_new_drafter(untrained, "medusa", {}, 1)) == ("medusa", {}, 1)
+    assert asked(kept_or_new_drafter(untrained, "fused", {}, 0)) == ("fused", {}, 0)

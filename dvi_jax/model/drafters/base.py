@@ -65,6 +65,7 @@ class Drafter(nnx.Module):
     Options: ClassVar[type] = NoOptions  # a frozen dataclass: what a manifest, YAML or a command line may set
 
     options: Any  # an instance of `Options`
+    needs_exit_layer: ClassVar[bool] = False  # without one, exit hidden states are embeddings of tokens
     taps: tuple[int, ...] = ()  # layers of the verifier whose hidden states it asks for (`Llama`)
     max_drafts: int | None = None  # most drafts it can make in a round; None: as many as are asked for
 
@@ -143,10 +144,7 @@ class StepDrafter(Drafter):
 
 
 class BlockDrafter(Drafter):
-    """A drafter that makes all drafts of a round in one pass, from what was committed and the token they follow.
-
-    Without an exit layer the model is not split, and the exit hidden state that it is given is the token's embedding.
-    """
+    """A drafter that makes all drafts of a round in one pass, from what was committed and the token they follow."""
 
     max_drafts: int
 

@@ -37,6 +37,7 @@ class ExitHead(StepDrafter):
     """
 
     kind = "exit_head"
+    needs_exit_layer = True
     Options = ExitHeadOptions
 
     def __init__(self, origin: Origin, options: ExitHeadOptions):

@@ -34,6 +34,7 @@ class Kangaroo(StepDrafter):
     """
 
     kind = "kangaroo"
+    needs_exit_layer = True
     Options = KangarooOptions
 
     def __init__(self, origin: Origin, options: KangarooOptions):

@@ -1,0 +1,60 @@
+"""Kernels that let the next one begin early: which of them say so, and to which GPUs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dvi_jax.model import early_start
+from dvi_jax.model.decode_attention import cached_attention
+from dvi_jax.model.decode_products import gated_product, product
+from dvi_jax.model.residual import add_and_norm
+
+
+def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def attention(heads, size):
+    table = array(1, 1, 1, size // 2, dtype=jnp.float32)
+    cache = array(1, heads, 64, size)
+    args = (array(1, 16, 3 * heads, size), table, table, cache, cache, array(1, 1, dtype=jnp.int32))
+    return (lambda qkv, cos, sin, key, value, at: cached_attention(qkv, (cos, sin), key, value, at)), args
+
+
+def norm(width):
+    return (lambda x, weight: add_and_norm(x, None, weight, 1e-5)), (array(16, width), array(width))
+
+
+def products(function, out, rows=16):
+    return (lambda x, weight: function(x, weight)), (array(rows, 192), array(out, 192))
+
+
+def cases():
+    return {
+        "product": (products(product, 64), 1),
+        "product of many rows": (products(product, 64, rows=64), 0),
+        "gated product": (products(gated_product, 128), 0),  # before another product
+        "narrow attention": (attention(2, 64), 1),
+        "wide attention": (attention(32, 128), 0),
+        "narrow norm": (norm(2048), 1),
+        "wide norm": (norm(4096), 0),
+    }
+
+
+@pytest.fixture(params=[(9, 0), (8, 0)], ids=["Hopper", "Ampere"])
+def gpu(monkeypatch, request):
+    monkeypatch.setattr(early_start, "compute_capability", lambda: request.param)
+    forget()  # what was traced for another GPU
+    yield request.param
+    forget()
+
+
+def forget():
+    for kernel in (cached_attention, gated_product, product, add_and_norm):
+        kernel.clear_cache()
+
+
+def test_only_hoppers_kernels_before_small_ones_say_so(gpu):
+    for name, ((function, args), count) in cases().items():
+        text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("griddepcontrol.launch_dependents") == (count if gpu >= (9, 0) else 0), name
