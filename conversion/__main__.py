@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration", nargs="+", default=[], metavar="FILE", help="conversations to round int4 by (GPTQ)"
     )
     importer.add_argument("--quantise-head", action="store_true", help="keep the LM head in as few bits too")
-    importer.add_argument("--exit-layer", type=int, metavar="K", help="layers that draft (default: 2)")
+    importer.add_argument(
+        "--exit-layer", type=int, metavar="K", help="layers below the split (default: its drafter's, or 2)"
+    )
     what = "checkpoint -> Hugging Face directory, orbax export, or its drafter alone"
     exporter = commands.add_parser("export", help=what, description=what)
     exporter.add_argument("--to", required=True, choices=("orbax", "hf", "drafter"), help="form of the export")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from conversion import kangaroo
-from dvi_jax.checkpoint import SPECIAL_TOKENS, Checkpoint, new_directory, save_tree
+from dvi_jax.checkpoint import SPECIAL_TOKENS, Checkpoint, save_tree
+from dvi_jax.directories import new_directory, require_new
 from dvi_jax.errors import UserError, notice
 from dvi_jax.identity import hash_base
 from dvi_jax.importing import hf
@@ -34,6 +35,7 @@ def export_checkpoint(source: Path, out: Path, kind: str, *, merge: bool = False
 
     `merge` folds lora_D into the base weights first.
     """
+    require_new(out)
     checkpoint = open_checkpoint(source)
     KINDS[kind](merge_verifier(checkpoint) if merge else checkpoint, out)
 

@@ -18,7 +18,7 @@ from types import FrameType
 
 from dvi_jax.command_line import (
     AUTO,
-    add_model_options,
+    add_drafting_options,
     add_sampling_options,
     decode_settings,
     load_model,
@@ -141,8 +141,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, load the model, and reply until there is nothing more to reply to."""
     options = _parser().parse_args(arguments)
     decode_settings(options)
-    if options.adaptive or options.memory_limit is not None:
-        raise UserError("a conversation measures with --plan auto: leave out --adaptive and --memory-limit")
     sampling = sampling_settings(options)
     model = load_model(options)
     tokenizer = model.need_tokenizer("this checkpoint has no tokenizer, which a conversation needs")
@@ -196,7 +194,7 @@ def read_line() -> str | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="python -m dvi_jax.chat", description="Talk to a model in the terminal.", epilog=HELP)
-    add_model_options(parser)
+    add_drafting_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument(
         "--max-new-tokens", type=at_least_one, default=NEW_TOKENS, metavar="N", help="longest reply, in tokens"

@@ -14,7 +14,6 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -26,7 +25,7 @@ import orbax.checkpoint as ocp
 
 from dvi_jax.archives import MOST_INFLATED, SMALL
 from dvi_jax.config import MOST_DRAFTS, LlamaConfig
-from dvi_jax.directories import hash_files, link_files, partial_directory, require_space, verify_files
+from dvi_jax.directories import hash_files, link_files, new_directory, require_space, verify_files
 from dvi_jax.errors import UserError
 from dvi_jax.model.llama import base_shapes
 from dvi_jax.quantisation import Quantisation, with_wholes
@@ -258,19 +257,6 @@ def _manifest_checksum(document: dict[str, Any], checksums: dict[str, Any]) -> s
     return hashlib.sha256(json.dumps([document, checksums], sort_keys=True).encode()).hexdigest()
 
 
-@contextmanager
-def new_directory(path: str | Path) -> Iterator[Path]:
-    """A temporary sibling of `path`, renamed to it when the block ends well, removed otherwise."""
-    path = Path(path).absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} already exists; choose another path or remove it first")
-    try:
-        with partial_directory(path) as partial:
-            yield partial
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 def save_tree(path: Path, tree: dict[str, Any]) -> None:
     """Save a nested dict of arrays as one orbax checkpoint; integer keys become strings.
 
@@ -287,8 +273,16 @@ def save_tree(path: Path, tree: dict[str, Any]) -> None:
     try:
         with ocp.Checkpointer(handler, **alone) as checkpointer:
             checkpointer.save(path.absolute(), ocp.args.PyTreeSave(string_keys(tree)))
+        _forget_place(path)
     except ValueError as error:  # what tensorstore makes of errors of the file system, e.g. a quota
         raise UserError(f"cannot write {path}: {error}") from error
+
+
+def _forget_place(path: Path) -> None:
+    """Leave orbax's mark that all was written, whose being there says so, without the folder that it was written in."""
+    mark = path / "commit_success.txt"
+    if mark.exists():  # releases differ
+        mark.write_text("Checkpoint commit was successful", encoding="utf-8")
 
 
 def load_tree(path: Path, shapes: dict[str, Any] | None = None, *, lazy: bool = False) -> dict[str, Any]:

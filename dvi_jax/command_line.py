@@ -43,7 +43,12 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--any-drafter", action="store_true", help="accept one that was made for other weights")
     parser.add_argument("--draft-vocabulary", metavar="FILE.json", help="list of the only token ids to draft")
-    parser.add_argument("--exit-layer", type=int, metavar="K", help="layers below the split (untrained drafter only)")
+    parser.add_argument(
+        "--exit-layer",
+        type=int,
+        metavar="K",
+        help="layers below the split, of an untrained drafter (default: the checkpoint's)",
+    )
     add_debug(parser)
 
 
@@ -58,7 +63,18 @@ def add_kv_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `load_model`, `decode_settings` and `memory_limit` read, --max-new-tokens apart."""
+    """Add those of `add_drafting_options`, and those that measure before decoding."""
+    add_drafting_options(parser)
+    parser.add_argument(
+        "--adaptive", action="store_true", help="measure what a draft costs, and draft only while it pays"
+    )
+    parser.add_argument(
+        "--memory-limit", type=float, metavar="GIB", help="refuse to use more memory than this, of a device"
+    )
+
+
+def add_drafting_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `load_model` and `decode_settings` read, --max-new-tokens apart."""
     defaults = DecodeConfig()
     add_loading_options(parser)
     parser.add_argument(
@@ -79,12 +95,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default=defaults.threshold,
         metavar="TAU",
         help="stop drafting after a draft less probable than this",
-    )
-    parser.add_argument(
-        "--adaptive", action="store_true", help="measure what a draft costs, and draft only while it pays"
-    )
-    parser.add_argument(
-        "--memory-limit", type=float, metavar="GIB", help="refuse to use more memory than this, of a device"
     )
     add_mesh_option(parser)
 
@@ -136,7 +146,7 @@ def settings_for(model: LoadedModel, options: argparse.Namespace) -> DecodeConfi
     settings = decode_settings(options)
     if options.plan is not None or options.draft_steps is not None:
         return settings
-    if options.adaptive and not model.drafter_is_trained:
+    if getattr(options, "adaptive", False) and not model.drafter_is_trained:  # not every command has it
         return settings
     settings = usual_drafting(model, settings)
     if not settings.draft_steps:

@@ -35,6 +35,25 @@ def partial_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def require_new(path: str | Path) -> None:
+    """Raise `UserError` where `path` exists and is more than an empty directory: asked before work that takes long."""
+    path = Path(path).absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} already exists; choose another path or remove it first")
+
+
+@contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """`partial_directory`, where there is none yet; what the disk says is a `UserError`."""
+    require_new(path)
+    path = Path(path).absolute()
+    try:
+        with partial_directory(path) as partial:
+            yield partial
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a text file whole or not at all, in place of an earlier one (`OSError` passes)."""
     partial = path.with_name(f".{path.name}{PARTIAL}")

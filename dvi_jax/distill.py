@@ -7,6 +7,7 @@ measured. The same command goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from dataclasses import replace
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, say what it will take, make the drafter, and say what it brings."""
     options = _parser().parse_args(arguments)
     for name in ("minutes", "passes"):
-        if getattr(options, name) <= 0:
+        if not 0 < getattr(options, name) < math.inf:  # not a number, too
             raise UserError(f"--{name} must be above 0, got {getattr(options, name):g}")
     with one_of_several(options):
         return _distill(options)

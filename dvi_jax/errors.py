@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import errno
 import io
 import os
@@ -11,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
@@ -26,12 +28,29 @@ class UserError(Exception):
     """Something the user can put right: one line saying what is wrong and what would be right."""
 
 
-class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Help that names each option's default, where it has one."""
+class _Help(argparse.HelpFormatter):
+    """Help that names every default there is, and in which commands and lists stand as they are written."""
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default is not None and action.default is not False and action.default != []
-        return super()._get_help_string(action) if has_default else action.help
+    def _format_action(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        if isinstance(shown.default, list | tuple):
+            shown.default = " ".join(map(str, shown.default))
+        is_none = shown.default is None or shown.default is False or shown.default in ("", argparse.SUPPRESS)
+        if not is_none and (shown.option_strings or shown.nargs in (argparse.OPTIONAL, argparse.ZERO_OR_MORE)):
+            default = "default: %(default)s"
+            shown.help = f"{shown.help} ({default})" if shown.help else default
+        return super()._format_action(shown)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        filled = []
+        for paragraph in text.strip().split("\n\n"):
+            as_written = any(line.startswith((" ", "* ")) for line in paragraph.splitlines())
+            filled.append(paragraph if as_written else super()._fill_text(paragraph, width, indent))
+        return "\n\n".join(filled)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        named = {int: "N", at_least_one: "N", float: "X", Path: "PATH"}
+        return named.get(action.type) or super()._get_default_metavar_for_optional(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -40,7 +59,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         if sys.argv[0].startswith("dvi "):  # run by the command `dvi`, whose help names itself
             options["prog"] = sys.argv[0]
-        super().__init__(**{"formatter_class": _Defaults, **options})
+        super().__init__(**{"formatter_class": _Help, **options})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message} (see --help)")

@@ -22,12 +22,12 @@ from dvi_jax.checkpoint import (
     Checkpoint,
     Manifest,
     load_tree,
-    new_directory,
     read_draft_vocabulary,
     read_manifest,
     save_tree,
 )
 from dvi_jax.checkpoint import write_manifest as write_manifest_file
+from dvi_jax.directories import new_directory
 from dvi_jax.errors import UserError
 from dvi_jax.identity import hash_base
 from dvi_jax.importing.files import read_json_object

@@ -19,8 +19,9 @@ from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
 def main() -> int:
     """Ask what the command line or the terminal asks, and print the replies as they come."""
     options = _parser().parse_args()
+    url = f"{options.url.rstrip('/').removesuffix('/v1')}/v1"
     try:
-        with openai.OpenAI(base_url=options.url, api_key=options.api_key) as client:
+        with openai.OpenAI(base_url=url, api_key=options.api_key) as client:
             if options.prompt is not None:
                 ask(client, [{"role": "user", "content": options.prompt}], options)
             else:
@@ -75,7 +76,7 @@ def _read(prompt: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="python -m experiments.client", description=__doc__)
-    parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server's, with or without /v1")
     parser.add_argument("--api-key", default="none", metavar="KEY")
     parser.add_argument("--model", metavar="NAME", help="default: the first that the server lists")
     parser.add_argument("--prompt", metavar="TEXT")

@@ -87,11 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = ArgumentParser(
-        prog="python -m experiments.engine_load",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser(prog="python -m experiments.engine_load", description=__doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--shape", choices=sorted(SHAPES), help="random weights")
     model.add_argument("--checkpoint", metavar="CKPT")

@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt-ids", action="append", metavar="1,2,3", help="token ids; may be given several times")
     prompts.add_argument("--questions", type=Path, metavar="FILE", help="Spec-Bench question.jsonl")
-    parser.add_argument("--limit", type=int, default=2, metavar="N", help="prompts to decode (default 2)")
+    parser.add_argument("--limit", type=int, default=2, metavar="N", help="prompts to decode")
     parser.add_argument("--prompt-length", type=int, default=128, metavar="N", help="of the random prompt (--shapes)")
     parser.add_argument("--draft-steps", type=int, default=6, metavar="S")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.0, 1.1], metavar="TAU")

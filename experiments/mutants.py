@@ -255,9 +255,7 @@ def _call(test: Callable[..., None], scratch: Path) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="python -m experiments.mutants", description="Put faults in; the tests must notice.")
     parser.add_argument("--only", default="", metavar="TEXT", help="only mutants with this in name, file or test")
-    parser.add_argument(
-        "--part", type=part_of, default=(1, 1), metavar="I/N", help="only the I-th of N pieces of these"
-    )
+    parser.add_argument("--part", type=part_of, default="1/1", metavar="I/N", help="only the I-th of N pieces of these")
     parser.add_argument("--jobs", type=at_least_one, default=2, metavar="N", help="mutants tried at once")
     parser.add_argument("--out", metavar="FILE.json", help="write what the table says, too")
     add_debug(parser)

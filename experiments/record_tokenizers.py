@@ -362,7 +362,7 @@ def record(name: str, out: Path) -> str:
 
 def main() -> None:
     """Record every family."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m experiments.record_tokenizers", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     for name in FAMILIES:

@@ -84,16 +84,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data", metavar="FILE", help="conversations whose first questions are asked (default: ShareGPT)"
     )
-    parser.add_argument("--requests", type=at_least_one, default=240, help="questions (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=at_least_one, default=48, help="of a reply (default: %(default)s)")
-    parser.add_argument("--slots", type=at_least_one, default=4, help="replies at once (default: %(default)s)")
-    parser.add_argument("--plan", default="chain:2", help="how rounds draft (default: %(default)s)")
-    parser.add_argument("--drafter", default="exit_head", help="kind that begins from nothing (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="default: %(default)s")
-    parser.add_argument(
-        "--learn-share", type=float, default=0.3, help="of the time, for learning (default: %(default)s)"
-    )
-    parser.add_argument("--out", default="runs/serve-demo", metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--requests", type=at_least_one, default=240, help="questions")
+    parser.add_argument("--new-tokens", type=at_least_one, default=48, help="of a reply")
+    parser.add_argument("--slots", type=at_least_one, default=4, help="replies at once")
+    parser.add_argument("--plan", default="chain:2", help="how rounds draft")
+    parser.add_argument("--drafter", default="exit_head", help="kind that begins from nothing")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--learn-share", type=float, default=0.3, help="of the time, for learning")
+    parser.add_argument("--out", default="runs/serve-demo", metavar="DIR")
     add_debug(parser)
     return parser.parse_args(arguments)
 

@@ -316,11 +316,7 @@ def random_requests(count: int, vocab_size: int, seed: int) -> Iterator[Request]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(
-        prog="python -m experiments.serve_trials",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser(prog="python -m experiments.serve_trials", description=__doc__)
     parser.add_argument("trial", choices=["company", "hostile", "kills", "many"])
     parser.add_argument("--requests", type=at_least_one, default=500, metavar="N", help="of company and many")
     parser.add_argument("--kills", type=at_least_one, default=20, metavar="N")

@@ -29,6 +29,7 @@ from dvi_jax.importing.cache import open_checkpoint
 from experiments.measure import write_result
 
 STEP = 128  # lengths of slots to choose from are multiples of this
+MOST_LENGTHS = 3  # that slots have together
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +70,11 @@ def waste(lengths: np.ndarray, context: int) -> list[dict[str, Any]]:
     `wasted`: share of the positions that are held, over time, which no token is in. `memory`: what is held, beside
     equal slots.
     """
+    if context < MOST_LENGTHS * STEP:
+        raise UserError(f"--contexts {context}: {MOST_LENGTHS} multiples of {STEP} need {MOST_LENGTHS * STEP}")
     fitting = lengths[lengths.sum(axis=1) <= context]
+    if not len(fitting):
+        raise UserError(f"--contexts {context}: no request of the log fits")
     prompts, replies = fitting.T.astype(float)
     used = replies @ (prompts + replies / 2)  # a reply grows by one position at a time
     whole = prompts + replies
@@ -77,7 +82,7 @@ def waste(lengths: np.ndarray, context: int) -> list[dict[str, Any]]:
     steps = np.arange(STEP, context + STEP, STEP)
     below = np.array([replies[whole <= step].sum() for step in steps])
     rows: list[dict[str, Any]] = []
-    for count in (1, 2, 3):
+    for count in range(1, MOST_LENGTHS + 1):
         held, slots = min(
             (float(np.diff(below[[*places, -1]], prepend=0) @ steps[[*places, -1]]), (*steps[[*places]], steps[-1]))
             for places in itertools.combinations(range(len(steps) - 1), count - 1)

@@ -55,9 +55,7 @@ COLUMNS = {
 
 def main() -> int:
     """Dispatch to the subcommand."""
-    parser = ArgumentParser(
-        prog="python -m experiments.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog="python -m experiments.speed", description=__doc__)
     commands = parser.add_subparsers(required=True, parser_class=ArgumentParser)
     _add_suite(commands.add_parser("suite", help="measure rounds"))
     _add_one(commands.add_parser("one", help="measure plain and speculative rounds of one program"))

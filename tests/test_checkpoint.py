@@ -44,6 +44,13 @@ def test_every_file_has_its_checksum(byte_checkpoint):
     assert {"config.json", "tokenizer.json"} < set(checksums)
 
 
+def test_nothing_tells_where_it_was_written(byte_checkpoint):
+    """It is made to be handed on: orbax's mark names its folder of its own accord."""
+    assert files_of(byte_checkpoint)
+    telling = [path for path in files_of(byte_checkpoint) if os.fsencode(byte_checkpoint.parent) in path.read_bytes()]
+    assert telling == []
+
+
 def test_every_flipped_bit_is_found_or_changes_nothing(copied):
     """A bit at `FLIPS` places: a tenth spread over the files, however small, the others over the bytes."""
     rng = np.random.default_rng(0)

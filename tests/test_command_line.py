@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conversion.__main__ import main as conversion
-from dvi_jax.errors import UserError, run_cli
+from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.evaluate.__main__ import main as evaluate
 from dvi_jax.generate import main as generate
 from dvi_jax.train import main as train
@@ -220,6 +220,12 @@ def test_conversion(tmp_path, complaint, byte_checkpoint):
         ("--quantise-head",): "--quantise-head needs --weights",
     }.items():
         assert message in complaint(conversion, "import", "--from", MHA, "--out", out, *options)
+    # Said before what takes minutes: the weights are neither read nor rounded for it.
+    unread = ("--weights", "int4", "--calibration", tmp_path / "none.jsonl")
+    assert "already exists" in complaint(conversion, "import", "--from", MHA, "--out", weights.parent, *unread)
+    assert "already exists" in complaint(
+        conversion, "export", "--from", tmp_path / "none", "--to", "hf", "--out", weights.parent
+    )
     assert "unrecognized arguments: --no-such-flag" in complaint(
         conversion, "import", "--from", MHA, "--out", out, "--no-such-flag"
     )
@@ -244,3 +250,21 @@ def test_as_a_process():
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: ")
     assert ended.stderr.count("\n") == 1
+
+
+def test_help_names_every_default_and_leaves_commands_as_they_are():
+    """Also of options without a word of their own, and those whose default is nothing much."""
+    parser = ArgumentParser(prog="x", description="One\nparagraph.\n\n    x --seeds 1\n    x --seeds 2\n\nAnother.")
+    parser.add_argument("--threshold", type=float, default=0.0, help="least of all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--flag", action="store_true", help="on")
+    shown = parser.format_help()
+    assert "\n\nOne paragraph.\n\n    x --seeds 1\n    x --seeds 2\n\nAnother.\n\n" in shown
+    options = [line.split() for line in shown.partition("options:\n")[2].splitlines()]
+    assert options[1:] == [
+        ["--threshold", "X", "least", "of", "all", "(default:", "0.0)"],
+        ["--seeds", "N", "[N", "...]", "default:", "1", "2"],
+        ["--out", "PATH"],
+        ["--flag", "on"],
+    ]

@@ -73,7 +73,8 @@ class Tokenizer:
         return largest_id(self._tokenizer) + 1
 
     def token_id(self, text: str) -> int | None:
-        """The id of one token, None if there is no such token."""
+        """The id of one token, None if there is no such token; `UserError` for what is not valid Unicode."""
+        _check_unicode(text)
         index = self._tokenizer.token_to_id(text)
         return self._tokenizer.token_to_id(SYMBOL_MARK + text) if index is None else index
 
@@ -155,10 +156,7 @@ class Tokenizer:
         return self._encode(text, add_special_tokens=self._template is None)
 
     def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
-        try:
-            text.encode("utf-8")  # the library would put replacement characters in their place
-        except UnicodeEncodeError:
-            raise UserError("the text is not valid Unicode: it has lone surrogates") from None
+        _check_unicode(text)
         with library_faults("the tokenizer cannot encode this text"):
             if len(text) < LONG_TEXT:
                 return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
@@ -168,3 +166,11 @@ class Tokenizer:
     def _text_of(self, token: int | None) -> str:
         is_known = token is not None and 0 <= token < self.vocab_size
         return (self._tokenizer.id_to_token(token) or "") if is_known else ""
+
+
+def _check_unicode(text: str) -> None:
+    """The library would put replacement characters in the place of what no text can hold, or fail."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("the text is not valid Unicode: it has lone surrogates") from None

@@ -8,6 +8,7 @@ below them came to, and the tokens what came of the last layer.
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -43,15 +44,24 @@ def check_agreement(model: LoadedModel, settings: DecodeConfig) -> None:
 
 
 def require_equal_bits(model: LoadedModel, state: DecodeState, plan: Plan) -> None:
-    """Raise `UserError` unless rounds by `plan` and plain ones lead from `state`, just prefilled, to equal bits."""
+    """Raise `UserError` unless rounds by `plan` and plain ones lead from `state`, just prefilled, to equal bits.
+
+    Every sequence is compared as far as it came, and goes on from another token than its neighbours: a batch of one
+    prompt would show the same sums again and again.
+    """
+    state = state.replace(tokens=told_apart(state, model.config.vocab_size))
     drafted = _decoded(model, state, plan, plan.drafts, ROUNDS)
-    committed = int(jnp.min(drafted.length))
-    plain = _decoded(model, state, PLAIN, 0, committed - int(jnp.min(state.length)))
-    same = jnp.array_equal(drafted.tokens[:, :committed], plain.tokens[:, :committed])
-    caches = ((drafted.shallow, drafted.deep), (plain.shallow, plain.deep))
-    equal = jax.tree.map(lambda a, b: _equal_bits(a[:, :, : committed - 1], b[:, :, : committed - 1]), *caches)
-    if not (same and all(jax.tree.leaves(equal))):
+    plain = _decoded(model, state, PLAIN, 0, int(jnp.max(drafted.length - state.length)))
+    if not _agree(drafted, plain):
         raise refusal(plan)
+
+
+@partial(jax.jit, static_argnames="vocab_size")
+def told_apart(state: DecodeState, vocab_size: int) -> jax.Array:
+    """Tokens int32 [B, S] of `state` with a pending one of its own in each sequence, whatever was predicted."""
+    batch, room = state.tokens.shape
+    pending = (3 + jnp.arange(batch, dtype=jnp.int32)) % vocab_size
+    return jnp.where(jnp.arange(room) == state.length[:, None] - 1, pending[:, None], state.tokens)
 
 
 def refusal(plan: Plan) -> UserError:
@@ -86,8 +96,20 @@ def _decoded(model: LoadedModel, state: DecodeState, plan: Plan, drafts: int, ro
     return decode_rounds(model.definition, model.decode_params, copied, knobs, plan)
 
 
-def _equal_bits(left: jax.Array, right: jax.Array) -> bool:
-    unsigned = jnp.dtype(f"uint{8 * left.dtype.itemsize}")
-    return bool(
-        jnp.array_equal(jax.lax.bitcast_convert_type(left, unsigned), jax.lax.bitcast_convert_type(right, unsigned))
-    )
+@jax.jit
+def _agree(left: DecodeState, right: DecodeState) -> jax.Array:
+    """Whether all that both committed is equal in every sequence; the caches lack the last token of each."""
+    committed = jnp.minimum(left.length, right.length)[:, None]  # [B, 1]
+
+    def equal(a: jax.Array, b: jax.Array) -> jax.Array:  # [B, K, S, ...]
+        filled = jnp.arange(a.shape[2]) < committed - 1
+        return jnp.all((_bits(a) == _bits(b)) | ~filled.reshape(-1, 1, a.shape[2], *[1] * (a.ndim - 3)))
+
+    caches = jax.tree.map(equal, (left.shallow, left.deep), (right.shallow, right.deep))
+    is_token = jnp.arange(left.tokens.shape[1]) < committed
+    same = jnp.all((left.tokens == right.tokens) | ~is_token)
+    return jnp.all(jnp.stack([same, *jax.tree.leaves(caches)]))
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))

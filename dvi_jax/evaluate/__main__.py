@@ -27,6 +27,7 @@ from dvi_jax.decode.batch import choose_plan
 from dvi_jax.decode.choosing import PlanChooser
 from dvi_jax.decode.cost import with_measured_cost
 from dvi_jax.decode.plan import row_class
+from dvi_jax.directories import require_new
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
 from dvi_jax.evaluate.batched import BatchedDecoder
 from dvi_jax.evaluate.report import render_report
@@ -69,8 +70,8 @@ def measure_questions(options: argparse.Namespace, settings: DecodeConfig) -> in
     """Measure what the options ask for and write it; the exit status."""
     questions = read_questions(options.questions)[: options.limit]
     out = Path(options.out)
-    if is_first() and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} already exists; choose another --out or remove it first")
+    if is_first():
+        require_new(out)
     model = load_model(options)
     if options.plan is None and options.draft_steps is None and model.drafter_is_trained:
         settings = usual_drafting(model, settings)
@@ -240,7 +241,10 @@ def _parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="longest answer, in tokens"
     )
     parser.add_argument(
-        "--batch", type=at_least_one, metavar="N", help="so many prompts at a time: speeds are those of a sequence then"
+        "--batch",
+        type=at_least_one,
+        metavar="N",
+        help="so many prompts at a time, with speeds of a sequence among them (default: each prompt alone)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     add_process_options(parser)

@@ -21,7 +21,10 @@ def calibration_rows(tokenizer: Tokenizer, files: Sequence[str]) -> np.ndarray:
     """int32 [at most ROWS, ROW_TOKENS]: each the beginning of a conversation that has so many; `UserError` for none."""
     found = list(islice(_long_enough(tokenizer, files, ROW_TOKENS), ROWS))
     if not found:
-        raise UserError(f"{', '.join(files)}: no conversation of {ROW_TOKENS} tokens to calibrate on")
+        raise UserError(
+            f"{', '.join(files)}: no conversation of {ROW_TOKENS} tokens to calibrate on: name a log with longer ones,"
+            " or leave out --calibration"
+        )
     return np.asarray(found, np.int32)
 
 

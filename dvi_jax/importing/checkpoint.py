@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dvi_jax.checkpoint import Manifest, write_checkpoint
 from dvi_jax.data.tokenizer import Tokenizer
+from dvi_jax.directories import require_new
 from dvi_jax.errors import UserError, notice
 from dvi_jax.identity import hash_base
 from dvi_jax.importing import tokenizer
@@ -42,6 +43,7 @@ def write_import(
     source, as `export --to hf` puts it there, comes along unless another is given (`trained`). The exit layer is the
     drafter's, or else 2. An exit layer outside 1 .. L-1 or a file that does not belong raises `UserError`.
     """
+    require_new(out)
     if dtype not in DTYPES:
         raise UserError(f"--dtype must be float32 or bfloat16, got {dtype!r}")
     if trained is None and source.is_dir():

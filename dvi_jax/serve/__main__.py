@@ -13,6 +13,7 @@ from typing import Any
 from dvi_jax.command_line import AUTO, add_loading_options, add_mesh_option, load_model
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, notice, run_cli
 from dvi_jax.loading import LoadedModel
+from dvi_jax.model.drafters import DRAFTERS
 from dvi_jax.processes import add_process_options, is_first, one_of_several
 from dvi_jax.serve.engine import Engine, Learns
 from dvi_jax.serve.learn_settings import LearnSettings
@@ -151,7 +152,10 @@ def _parser() -> argparse.ArgumentParser:
     add_mesh_option(parser)
     add_process_options(parser)
     parser.add_argument(
-        "--plan", default=AUTO, metavar="PLAN", help="how rounds draft; auto goes by slots and acceptance"
+        "--plan",
+        default=AUTO,
+        metavar="PLAN",
+        help="how rounds draft: auto (by slots and acceptance), plain, chain:N, block:N, tree:ROWS[xLEVELS]",
     )
     parser.add_argument("--slots", type=at_least_one, default=8, metavar="N", help="replies that run at once")
     parser.add_argument(
@@ -203,23 +207,23 @@ def _add_learning_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=LearnSettings.share,
         metavar="X",
-        help="most of the device's time for learning while there are requests (default: %(default)s)",
+        help="most of the device's time for learning while there are requests",
     )
     group.add_argument(
         "--learn-branches",
         type=int,
         default=LearnSettings.branches,
         metavar="N",
-        help="learn from so many drafts of a reply that were not taken, too (default: %(default)s)",
+        help="learn from so many drafts of a reply that were not taken, too",
     )
     group.add_argument(
         "--save-seconds",
         type=float,
         default=LearnSettings.save_seconds,
         metavar="S",
-        help="between two snapshots (default: %(default)s)",
+        help="between two snapshots",
     )
-    group.add_argument("--drafter", metavar="KIND", help="begin with an untrained drafter of this kind")
+    group.add_argument("--drafter", metavar="KIND", help=f"begin with an untrained one: {', '.join(sorted(DRAFTERS))}")
 
 
 if __name__ == "__main__":

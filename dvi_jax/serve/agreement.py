@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvi_jax.config import SamplingConfig
-from dvi_jax.decode.agreement import agreed_path, keep_agreed, refusal
+from dvi_jax.decode.agreement import agreed_path, keep_agreed, refusal, told_apart
 from dvi_jax.decode.plan import PLAIN, Plan
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import to_host
@@ -66,24 +66,13 @@ def _run(
     for begin in range(0, batch, intake.rows):
         places = np.arange(begin, begin + intake.rows, dtype=np.int32)  # those beyond the last are none
         slots, _ = lay(definition, params, slots, filled, places, rows, sampled=False)
-    slots = _told_apart(slots)
+    slots = slots._replace(decode=slots.decode.replace(tokens=told_apart(slots.decode, vocab_size)))
     rounds = np.int32(MOST_ROUNDS)
     for _ in range(calls_of(MOST_ROUNDS, pieces=pieces)):
         slots, packed = run_stretch(definition, params, slots, rounds, plan, sampled=False, pieces=pieces)
     checksums = _checksums(slots, np.int32(len(prompt)), MOST_ROUNDS * width)
     found = Outcome.read(packed).length - len(prompt), to_host(checksums)
     return release(slots, np.ones(batch, bool)), *found
-
-
-@partial(jax.jit, donate_argnames="slots")
-def _told_apart(slots: Slots) -> Slots:
-    """With a first new token of its own in each slot."""
-    state = slots.decode
-    assert state.sampling is not None
-    vocab_size, (batch, room) = state.sampling.seen.shape[1], state.tokens.shape
-    new = (3 + jnp.arange(batch, dtype=jnp.int32)) % vocab_size
-    is_pending = jnp.arange(room) == state.length[:, None] - 1
-    return slots._replace(decode=state.replace(tokens=jnp.where(is_pending, new[:, None], state.tokens)))
 
 
 def _agree(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> bool:

@@ -79,6 +79,12 @@ class DrainingServer(uvicorn.Server):
         self._serving.draining = True
         threading.Thread(target=self._drain, daemon=True).start()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, which after a second signal leaves the application's own end out and logs that as an error."""
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
+
     def _drain(self) -> None:
         """Let running replies finish, cut the rest off, and let the event loop end."""
         say("draining", seconds=self._serving.settings.drain_seconds)

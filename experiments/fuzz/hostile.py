@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dvi_jax.checkpoint import MANIFEST, read_checkpoint
-from dvi_jax.errors import UserError, run_cli
+from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.learn.packing import load_packed
 from dvi_jax.model.llama import base_shapes
 from dvi_jax.presets import TINY
@@ -66,6 +66,7 @@ class Outcome:
 
 def main() -> int:
     """Read all, print the table."""
+    ArgumentParser(prog="python -m experiments.fuzz.hostile", description=__doc__).parse_args()
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
     table, failed = Table("case", "s", "MiB", "told"), 0
     for case in cases():

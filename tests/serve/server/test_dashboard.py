@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -73,7 +74,7 @@ def browser() -> Iterator:
 
 @pytest.mark.browser
 def test_the_page_is_live(served, browser):
-    problems, hosts = [], set()
+    problems, hosts, began = [], set(), time.time() - 3600
     with browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light") as context:
         view = context.new_page()
         view.on("pageerror", lambda error: problems.append(str(error)))
@@ -88,8 +89,8 @@ def test_the_page_is_live(served, browser):
         assert view.inner_text("#positions tr:first-child td:last-child") == "100.0%"
         assert view.inner_text("#positions tr:last-child td:last-child") == "0.0%"
 
-        served.live.serving.sections["learning"] = learning = lambda: {"updates": 7, "digest": "abc"}
-        expect(view.locator("#learned")).to_have_text("updates7digestabc")
+        served.live.serving.sections["learning"] = learning = lambda: {"updates": 7, "live_since": began}
+        expect(view.locator("#learned")).to_have_text("updates7live since60 min ago")
         served.live.serving.sections["learning"] = lambda: learning() | {"updates": 8}
         expect(view.locator("#rounds .update")).to_have_count(1)
         del served.live.serving.sections["learning"]

@@ -275,7 +275,7 @@ def test_draining_ends_when_patience_does(engine, byte_tokenizer):
         assert not live.thread.is_alive()
 
 
-def test_a_second_signal_ends_it_at_once(engine, byte_tokenizer):
+def test_a_second_signal_ends_it_at_once(engine, byte_tokenizer, caplog):
     with live_server(engine, byte_tokenizer) as live, httpx.Client(base_url=live.url, timeout=60) as http:
         engine.pause()
         with http.stream("POST", "/v1/completions", json=BODY | {"stream": True}):
@@ -285,6 +285,7 @@ def test_a_second_signal_ends_it_at_once(engine, byte_tokenizer):
             live.thread.join(60)
         assert not live.thread.is_alive()
         assert live.server.interrupted
+    assert "in lifespan" not in caplog.text  # the application was ended, not cut off
 
 
 def test_an_address_in_use_is_one_line(module_server):
