@@ -97,6 +97,8 @@ def error_interval(confidence: np.ndarray, right: np.ndarray, row: np.ndarray) -
     Whole rows, because drafts of one reply are right or wrong together. Drawing adds its own chance to that of the
     text, so the interval lies too high rather than too low.
     """
+    if not len(right):
+        return 0.0, 0.0
     rows, number = np.unique(row, return_inverse=True)
     flat = number * BINS + _bins(confidence)
     gaps = np.bincount(flat, weights=right - confidence, minlength=len(rows) * BINS).reshape(len(rows), BINS)
