@@ -6,8 +6,8 @@
 The model replies to prompts of held-out conversations (`--fit`). To every other one the temperatures of the drafts of
 a round are fitted (`dvi_jax/learn/calibration.py`); on the others, and on `--questions`, another kind of text, the
 expected calibration error is measured, draft by draft, each where those before it were right. It stands beside the
-error that chance alone would make of so many drafts and a 95% interval over replies. `--write` keeps the drafter with
-its temperatures, for `--drafter-from`.
+error that chance alone would make of so many drafts and a 95% interval over replies, and is told by kind of prompt,
+too. `--write` keeps the drafter with its temperatures, for `--drafter-from`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ from dvi_jax.trained_parts import with_drafter_from, write_drafter
 from experiments.measure import environment, settings_of, write_result
 from experiments.sweep import every_prompt
 
+Prompts = list[tuple[str, list[int]]]  # kind and ids of each
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reply, fit, measure, print a table."""
@@ -57,13 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Temperatures that the drafter has already play no part here: its logits are asked.
     model = from_checkpoint(checkpoint)
     tokenizer = model.need_tokenizer(f"{options.checkpoint} has no tokenizer")
-    held_out = list(every_prompt(str(options.fit), tokenizer, options.prompts, options.longest_prompt).values())
+    found = every_prompt(str(options.fit), tokenizer, options.prompts, options.longest_prompt)
+    held_out = [(name.rsplit("-", 1)[0], prompt) for name, prompt in found.items()]
     if len(held_out) < 2:
-        raise UserError(f"{options.fit} has one short prompt: give two, one to fit to and one to measure on")
+        raise UserError(f"one prompt of {options.fit} cannot be fitted to and measured on as well: take two")
     unseen = {"conversations": held_out[1::2], "questions": questions(options, tokenizer)}
     fitted = replies(model, held_out[::2], options)
     temperatures = fit_temperatures(model, fitted, options.draft_steps, options.batch)
-    readings = {name: read(model, replies(model, one, options), temperatures, options) for name, one in unseen.items()}
+    readings = {name: read(model, one, temperatures, options) for name, one in unseen.items()}
     show(readings)
     if options.out:
         result = {"environment": environment(), "settings": settings_of(options), "readings": readings}
@@ -95,18 +98,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def questions(options: argparse.Namespace, tokenizer: Tokenizer) -> list[list[int]]:
-    """First turns of at most so many tokens, spread over the file's categories."""
-    asked = [tokenizer.chat([Message("user", question.turns[0])]) for question in read_questions(options.questions)]
-    short = [prompt for prompt in asked if len(prompt) <= options.longest_prompt]
+def questions(options: argparse.Namespace, tokenizer: Tokenizer) -> Prompts:
+    """First turns of at most so many tokens, spread over the file's categories, which are their kinds."""
+    asked = [
+        (question.category, tokenizer.chat([Message("user", question.turns[0])]))
+        for question in read_questions(options.questions)
+    ]
+    short = [(kind, prompt) for kind, prompt in asked if len(prompt) <= options.longest_prompt]
     if not short:
         raise UserError(f"{options.questions} has no question of at most {options.longest_prompt} tokens")
     return short[:: -(-len(short) // options.prompts)]
 
 
-def replies(model: LoadedModel, prompts: list[list[int]], options: argparse.Namespace) -> Packed:
+def replies(model: LoadedModel, asked: Prompts, options: argparse.Namespace) -> Packed:
     """The model's greedy replies, a row each, whose tokens are marked."""
     settings = DecodeConfig(draft_steps=0, max_new_tokens=options.new_tokens)
+    prompts = [prompt for _, prompt in asked]
     tokens = np.zeros((len(prompts), options.longest_prompt + options.new_tokens), np.int32)
     mask = np.zeros(tokens.shape, bool)
     for begin in range(0, len(prompts), options.batch):
@@ -121,13 +128,18 @@ def replies(model: LoadedModel, prompts: list[list[int]], options: argparse.Name
 
 
 def read(
-    model: LoadedModel, text: Packed, temperatures: tuple[float, ...], options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """A row for each draft of a round over `text`, and one for all of them."""
+    model: LoadedModel, asked: Prompts, temperatures: tuple[float, ...], options: argparse.Namespace
+) -> dict[str, Any]:
+    """What is told of the replies to `asked`: of each draft of a round, of all, of all after a kind of prompt."""
     both = np.stack([np.ones(len(temperatures)), np.array(temperatures)], axis=1)
-    judged = judge(model, text, options.draft_steps, both, options.batch)
-    rows = [row_of(one, temperature) for one, temperature in zip(judged, temperatures, strict=True)]
-    return [*rows, row_of(Judged(*(np.concatenate(parts) for parts in zip(*judged, strict=True))))]
+    judged = judge(model, replies(model, asked, options), options.draft_steps, both, options.batch)
+    every = Judged(*(np.concatenate(parts) for parts in zip(*judged, strict=True)))
+    kinds = np.array([kind for kind, _ in asked])[every.row]
+    return {
+        "drafts": [row_of(one, temperature) for one, temperature in zip(judged, temperatures, strict=True)],
+        "all": row_of(every),
+        "kinds": {str(kind): row_of(Judged(*(x[kinds == kind] for x in every))) for kind in np.unique(kinds)},
+    }
 
 
 def row_of(judged: Judged, temperature: float | None = None) -> dict[str, Any]:
@@ -148,23 +160,28 @@ def row_of(judged: Judged, temperature: float | None = None) -> dict[str, Any]:
     }
 
 
-def show(readings: dict[str, list[dict[str, Any]]]) -> None:
-    """A line for each draft of a round, and one for all, of each text."""
+def show(readings: dict[str, Any]) -> None:
+    """A line for each draft of a round, one for all and one for each kind of prompt, of each text."""
     table = Table()
-    before = ("text", "draft", "temperature", "judged", "right", "confidence", "error")
+    before = ("text", "drafts", "temperature", "judged", "right", "confidence", "error")
     for column in (*before, "calibrated", "error", "by chance", "95%"):
         table.add_column(column, justify="right")
-    for name, rows in readings.items():
-        for number, row in enumerate(rows, 1):
-            table.add_row(name, *cells(number, row))
+    for name, reading in readings.items():
+        for drafts, row in rows_of(reading).items():
+            table.add_row(name, drafts, *cells(row))
     Console(width=140).print(table)
 
 
-def cells(number: int, row: dict[str, Any]) -> list[str]:
-    """A row as text; `number` is its draft's, from 1."""
+def rows_of(reading: dict[str, Any]) -> dict[str, Any]:
+    """Name -> row, in the order of a table."""
+    numbered = {str(number): row for number, row in enumerate(reading["drafts"], 1)}
+    return numbered | {"all": reading["all"]} | reading["kinds"]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as text."""
     temperature, (said, calibrated), (error, left) = row["temperature"], row["confidence"], row["error"]
     return [
-        "all" if temperature is None else str(number),
         "" if temperature is None else f"{temperature:.2f}",
         str(row["judged"]),
         *(f"{share:.3f}" for share in (row["right"], said, error, calibrated, left, row["chance"])),

@@ -16,7 +16,7 @@ from typing import Any
 
 from dvi_jax.errors import ArgumentParser, run_cli
 from dvi_jax.text_files import read_json
-from experiments.calibration import cells as calibration_cells
+from experiments.calibration import cells, rows_of
 from experiments.side_by_side import range_of
 
 FOLDER = Path(__file__).parent
@@ -119,11 +119,11 @@ def losses(path: Path, result: Any) -> Table:
 
 
 def calibration(path: Path, result: Any) -> Table:
-    """Error before and after by text and draft of a round."""
-    columns = ["text", "draft of a round", "temperature", "judged", "right", "confidence", "error"]
+    """Error before and after by text, draft of a round and kind of prompt."""
+    columns = ["text", "drafts", "temperature", "judged", "right", "confidence", "error"]
     rows = [[*columns, "calibrated: confidence", "error", "by chance alone", "95%"]]
-    for name, readings in result["readings"].items():
-        rows += [[name, *calibration_cells(number, row)] for number, row in enumerate(readings, 1)]
+    for name, reading in result["readings"].items():
+        rows += [[name, drafts, *cells(row)] for drafts, row in rows_of(reading).items()]
     return rows
 
 
@@ -198,7 +198,8 @@ SECTIONS = (
     Section(
         "How sure a drafter may be",
         "The kept drafter on text that nothing was fitted to: other conversations of the log, and Spec-Bench's"
-        " questions. Each draft where those before it were right. Error: expected calibration error in 15 bins.",
+        " questions. Drafts 1 to 3 of a round, each where those before it were right; all of them, and by kind of"
+        " prompt. Error: expected calibration error in 15 bins.",
         ("calibration_*.json",),
         command(
             f"python -m experiments.calibration --checkpoint runs/smollm2 --drafter-from {KEPT} \\",

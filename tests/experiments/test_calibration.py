@@ -17,6 +17,7 @@ from dvi_jax.trained_parts import read_trained_parts
 from experiments import calibration
 
 FITTED = ("one", "two", "three")
+KINDS = ("first", "first", "summary", "summary")  # of the conversations, one after the other
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,10 @@ def measure(byte_checkpoint, tmp_path_factory) -> Callable[..., dict[str, Any]]:
     def run(folder: Path, *read: str) -> dict[str, Any]:
         folder.mkdir()
         asked = [text for pair in zip_longest(FITTED[: len(read) or 1], read) for text in pair if text]
-        talks = [{"id": str(n), "messages": [{"role": "user", "content": text}]} for n, text in enumerate(asked)]
+        talks = [
+            {"id": f"{KINDS[n % 4]}-{n}", "messages": [{"role": "user", "content": text}]}
+            for n, text in enumerate(asked)
+        ]
         (folder / "log.jsonl").write_text("\n".join(map(json.dumps, talks)), encoding="utf-8")
         question = {"question_id": 1, "category": "writing", "turns": ["what is it?"]}
         (folder / "questions.jsonl").write_text(json.dumps(question), encoding="utf-8")
@@ -48,14 +52,16 @@ def test_what_is_read_moves_no_temperature(measure, tmp_path):
     second = measure(tmp_path / "second", "a b c", "seven?", "eight and nine")
     assert first["readings"]["questions"] == second["readings"]["questions"]
     assert first["readings"]["conversations"] != second["readings"]["conversations"]
-    (draft, _) = first["readings"]["questions"]
+    question, conversations = first["readings"]["questions"], first["readings"]["conversations"]
+    (draft,) = question["drafts"]
     assert 0 < draft["judged"] <= 12
-    assert draft["replies"] == 1
-    assert first["readings"]["conversations"][0]["replies"] == 3
+    assert question["kinds"] == {"writing": question["all"]}
+    assert (draft["replies"], conversations["all"]["replies"]) == (1, 3)
+    assert sum(row["judged"] for row in conversations["kinds"].values()) == conversations["all"]["judged"]
     kept = read_trained_parts(tmp_path / "first" / "calibrated")
     assert kept.manifest.calibration == (draft["temperature"],)
 
 
 def test_one_conversation_is_too_few(measure, tmp_path):
-    with pytest.raises(UserError, match="has one short prompt: give two"):
+    with pytest.raises(UserError, match=r"one prompt of .* cannot be fitted to and measured on as well"):
         measure(tmp_path / "few")
