@@ -16,6 +16,7 @@ from typing import Any
 
 from dvi_jax.errors import ArgumentParser, run_cli
 from dvi_jax.text_files import read_json
+from experiments.calibration import cells, rows_of
 from experiments.side_by_side import range_of
 
 FOLDER = Path(__file__).parent
@@ -118,21 +119,11 @@ def losses(path: Path, result: Any) -> Table:
 
 
 def calibration(path: Path, result: Any) -> Table:
-    """Error before and after by draft of a round."""
-    columns = ["draft of a round", "temperature", "judged", "right", "confidence", "error"]
-    rows = [[*columns, "calibrated: confidence", "error"]]
-    for number, row in enumerate([*result["drafts"], result["all"]], 1):
-        (before, after), (error, left) = row["confidence"], row["error"]
-        temperature = row["temperature"]
-        rows.append(
-            [
-                "all" if temperature is None else str(number),
-                "" if temperature is None else f"{temperature:.2f}",
-                str(row["judged"]),
-                *(f"{share:.3f}" for share in (row["right"], before, error, after)),
-                f"**{left:.3f}**",
-            ]
-        )
+    """Error before and after by text, draft of a round and kind of prompt."""
+    columns = ["text", "drafts", "temperature", "judged", "right", "confidence", "error"]
+    rows = [[*columns, "calibrated: confidence", "error", "by chance alone", "95%"]]
+    for name, reading in result["readings"].items():
+        rows += [[name, drafts, *cells(row)] for drafts, row in rows_of(reading).items()]
     return rows
 
 
@@ -206,12 +197,13 @@ SECTIONS = (
     ),
     Section(
         "How sure a drafter may be",
-        "The kept drafter on questions that nothing was fitted to; each draft where those before it were right. Error:"
-        " expected calibration error in 15 bins.",
+        "The kept drafter on text that nothing was fitted to: other conversations of the log, and Spec-Bench's"
+        " questions. Drafts 1 to 3 of a round, each where those before it were right; all of them, and by kind of"
+        " prompt. Error: expected calibration error in 15 bins.",
         ("calibration_*.json",),
         command(
             f"python -m experiments.calibration --checkpoint runs/smollm2 --drafter-from {KEPT} \\",
-            f"    --fit runs/heldout.jsonl {QUESTIONS} --out FILE.json",
+            f"    --fit runs/heldout.jsonl {QUESTIONS} --draft-steps 3 --batch 40 --out FILE.json",
         ),
         calibration,
     ),

@@ -26,6 +26,7 @@ from dvi_jax.model.speculative_llama import Definition, Params, join
 GRID = np.geomspace(0.3, 3.0, 17)  # [G]
 BINS = 15  # of the expected calibration error, of equal width
 LEAST = 1e-6  # probability that a logarithm is taken of
+RESAMPLED = 2000  # texts that an interval is taken over
 
 
 class Judged(NamedTuple):
@@ -33,6 +34,7 @@ class Judged(NamedTuple):
 
     confidence: np.ndarray  # float32 [M', G], its probability at each temperature
     right: np.ndarray  # bool [M'], it is the verifier's token
+    row: np.ndarray  # int [M'], of the text
 
 
 def fit_temperatures(model: LoadedModel, text: Packed, steps: int, batch: int) -> tuple[float, ...]:
@@ -67,7 +69,7 @@ def judge(model: LoadedModel, text: Packed, steps: int, temperatures: np.ndarray
     right, confidence = np.concatenate(rights), np.concatenate(confidences)
     reached, judged = np.concatenate(known), []
     for number in range(right.shape[2]):
-        judged.append(Judged(confidence[reached, number], right[reached, number]))
+        judged.append(Judged(confidence[reached, number], right[reached, number], np.nonzero(reached)[0]))
         # A round goes on to the next draft, one token later, where this one was right.
         going_on = reached & right[..., number]
         reached = np.concatenate(known) & np.pad(going_on[:, :-1], ((0, 0), (1, 0)))
@@ -76,9 +78,38 @@ def judge(model: LoadedModel, text: Packed, steps: int, temperatures: np.ndarray
 
 def expected_calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     """Mean |share that is right - mean confidence| over bins of confidence float [M'], weighted by what is in them."""
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, weights=right.astype(float) - confidence, minlength=BINS)
+    gaps = np.bincount(_bins(confidence), weights=right - confidence, minlength=BINS)
     return float(np.abs(gaps).sum() / max(len(right), 1))
+
+
+def error_by_chance(confidence: np.ndarray) -> float:
+    """The error to be expected of so many drafts that are right with just these probabilities, each by itself.
+
+    A bin's gap is then a sum of centred Bernoulli variables, nearly normal, whose mean size is sqrt(2 / pi) deviations.
+    """
+    variances = np.bincount(_bins(confidence), weights=confidence * (1 - confidence), minlength=BINS)
+    return float(np.sqrt(2 / np.pi * variances).sum() / max(len(confidence), 1))
+
+
+def error_interval(confidence: np.ndarray, right: np.ndarray, row: np.ndarray) -> tuple[float, float]:
+    """Where 95% of the errors of texts lie that are made of rows drawn from this one's, with replacement.
+
+    Whole rows, because drafts of one reply are right or wrong together. Drawing adds its own chance to that of the
+    text, so the interval lies too high rather than too low.
+    """
+    if not len(right):
+        return 0.0, 0.0
+    rows, number = np.unique(row, return_inverse=True)
+    flat = number * BINS + _bins(confidence)
+    gaps = np.bincount(flat, weights=right - confidence, minlength=len(rows) * BINS).reshape(len(rows), BINS)
+    draws = np.random.default_rng(0).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), RESAMPLED)
+    errors = np.abs(draws @ gaps).sum(axis=1) / (draws @ np.bincount(number))
+    low, high = np.quantile(errors, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _bins(confidence: np.ndarray) -> np.ndarray:
+    return np.minimum((confidence * BINS).astype(int), BINS - 1)
 
 
 def _lowest(judged: Judged) -> float:

@@ -13,7 +13,16 @@ from dvi_jax.checkpoint import Manifest
 from dvi_jax.config import DecodeConfig
 from dvi_jax.decode.batch import generate_batch
 from dvi_jax.errors import UserError
-from dvi_jax.learn.calibration import GRID, Judged, _lowest, expected_calibration_error, fit_temperatures, judge
+from dvi_jax.learn.calibration import (
+    GRID,
+    Judged,
+    _lowest,
+    error_by_chance,
+    error_interval,
+    expected_calibration_error,
+    fit_temperatures,
+    judge,
+)
 from dvi_jax.learn.packing import Packed
 from dvi_jax.loading import LoadedModel, build_model
 from dvi_jax.model.llama import random_base
@@ -47,6 +56,25 @@ def test_the_error_by_hand():
     assert expected_calibration_error(np.array([]), np.array([], bool)) == 0
 
 
+def test_what_chance_alone_makes():
+    """Against drafts that are drawn: right just as often as they say, and all of them independent."""
+    rng = np.random.default_rng(0)
+    confidence = rng.beta(2, 1, 900)
+    drawn = [expected_calibration_error(confidence, rng.random(900) < confidence) for _ in range(400)]
+    assert error_by_chance(confidence) == pytest.approx(np.mean(drawn), rel=0.03)
+
+
+def test_an_interval_takes_rows_as_they_come():
+    """Drafts that are right row by row say less than as many that are so each by itself."""
+    confidence, row = np.full(1600, 0.5), np.repeat(np.arange(40), 40)
+    alone = np.arange(1600) % 2 == 0
+    together = row % 2 == 0
+    assert error_interval(confidence, alone, row) == (0, 0)  # every row has its share
+    _, high = error_interval(confidence, together, row)
+    # 2.5% of the means of 40 fair coins are further than 2.24 standard errors from a half.
+    assert high == pytest.approx(2.24 * 0.5 / np.sqrt(40), rel=0.15)
+
+
 @pytest.mark.parametrize("true", [0.5, 0.8, 1.7])
 def test_the_temperature_is_found_again(true):
     """Two tokens, right as often as their logits say at a temperature that is on no grid."""
@@ -54,7 +82,7 @@ def test_the_temperature_is_found_again(true):
     logits = rng.uniform(0.0, 5.0, 40000)
     right = rng.random(40000) < 1 / (1 + np.exp(-logits / true))
     confidence = 1 / (1 + np.exp(-logits[:, None] / GRID))
-    assert _lowest(Judged(confidence, right)) == pytest.approx(true, rel=0.06)
+    assert _lowest(Judged(confidence, right, np.zeros(40000, int))) == pytest.approx(true, rel=0.06)
 
 
 def test_drafts_are_judged_where_decoding_judges_them(model, text):
@@ -72,6 +100,7 @@ def test_drafts_are_judged_where_decoding_judges_them(model, text):
     rows = [(b, t - 1) for b, t in np.argwhere(text.mask)]
     right = [int(found[b, t].argmax()) == int(text.tokens[b, t + 1]) for b, t in rows]
     assert judged.right.tolist() == right
+    assert judged.row.tolist() == [b for b, _ in rows]
     for column, temperature in enumerate((1.0, 2.0)):
         p = np.exp(found / temperature) / np.exp(found / temperature).sum(axis=-1, keepdims=True)
         np.testing.assert_allclose(judged.confidence[:, column], [p[b, t].max() for b, t in rows], rtol=1e-4)
