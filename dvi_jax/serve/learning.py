@@ -35,24 +35,29 @@ REPORTED = ("loss", "kl", "agreement", "grad_norm", "positions")  # metrics of a
 def keep(replay: Replay, ended: Ended, *, window: int, branches: int) -> tuple[Replay, jax.Array]:
     """Put a reply's newest `window` positions into the replay; and how many are valid, int32 scalar.
 
-    With so many drafts that were not taken. What is cut off is missing as context, so the first positions after it are
-    learned from a little less of it.
+    With so many drafts that were not taken.
     """
-    windows = ended.window(branches)
-    cut = jnp.maximum(windows.length[0] - window, 0)
+    replay = push(replay, newest_positions(ended.window(branches), window))
+    return replay, replay.windows.length[replay.cursor - 1]
+
+
+def newest_positions(windows: Windows, count: int) -> Windows:
+    """One window, of S positions, cut to its newest `count`.
+
+    What is cut off is missing as context, so the first positions after it are learned from a little less of it.
+    """
+    cut = jnp.maximum(windows.length[0] - count, 0)
 
     def newest_part(leaf: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(leaf, cut, window, axis=1) if leaf.ndim > 1 else leaf
+        return jax.lax.dynamic_slice_in_dim(leaf, cut, count, axis=1) if leaf.ndim > 1 else leaf
 
     aside = windows.branches
     windows = jax.tree.map(newest_part, windows.replace(branches=None))
-    windows = windows.replace(
+    return windows.replace(
         prompt_length=jnp.maximum(windows.prompt_length - cut, 0),
-        length=jnp.minimum(windows.length, window),
+        length=jnp.minimum(windows.length, count),
         branches=aside and aside.replace(position=aside.position - cut),
     )
-    replay = push(replay, windows)
-    return replay, replay.windows.length[replay.cursor - 1]
 
 
 def newest(replay: Replay, count: int) -> Windows:

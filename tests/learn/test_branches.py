@@ -18,7 +18,7 @@ from dvi_jax.learn.rollout import rollout, window_length
 from dvi_jax.loading import build_model
 from dvi_jax.model.llama import random_base
 from dvi_jax.model.speculative_llama import join, split
-from dvi_jax.serve.learning import keep
+from dvi_jax.serve.learning import newest_positions
 
 PROMPTS = [[5, 9, 2], [7, 7, 1, 30, 4]]
 ROOM = 24
@@ -153,7 +153,7 @@ def test_a_window_that_is_cut_keeps_the_place_of_its_branches(windows):
     """A server keeps the newest positions of a reply."""
     one = jax.tree.map(lambda x: x[:1], windows)
     cut = int(one.length[0]) - 16
-    replay, _ = keep(Replay.empty(2, 16, 32, branches=ROOM), one, 16)
+    replay = push(Replay.empty(2, 16, 32, branches=ROOM), newest_positions(one, 16))
     kept, before = jax.device_get((replay.windows, one))
     np.testing.assert_array_equal(kept.branches.position[0], before.branches.position[0] - cut)
     inside = (kept.branches.token[0] != NO_BRANCH) & (kept.branches.position[0] >= 0)
