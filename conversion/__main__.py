@@ -64,7 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     importer.add_argument("--quantise-head", action="store_true", help="keep the LM head in as few bits too")
     importer.add_argument(
-        "--exit-layer", type=int, metavar="K", help="layers below the split (default: its drafter's, or 2)"
+        "--exit-layer",
+        type=int,
+        metavar="K",
+        help="layers below the split (default: those of a drafter that comes along, else 2)",
     )
     what = "checkpoint -> Hugging Face directory, orbax export, or its drafter alone"
     exporter = commands.add_parser("export", help=what, description=what)

@@ -279,7 +279,7 @@ def save_tree(path: Path, tree: dict[str, Any]) -> None:
 
 
 def _forget_place(path: Path) -> None:
-    """Leave orbax's mark that all was written, whose being there says so, without the folder that it was written in."""
+    """Take the folder's path out of orbax's mark that all was written; that the file is there counts, not its text."""
     mark = path / "commit_success.txt"
     if mark.exists():  # releases differ
         mark.write_text("Checkpoint commit was successful", encoding="utf-8")

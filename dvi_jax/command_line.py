@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from jax.sharding import Mesh
 from rich.console import Console
@@ -236,8 +237,8 @@ def memory_limit(options: argparse.Namespace) -> int | None:
     """Bytes of --memory-limit; None where the device's own memory is the limit."""
     if options.memory_limit is None:
         return None
-    if not options.memory_limit > 0:
-        raise UserError(f"--memory-limit must be above 0 GiB, got {options.memory_limit}")
+    if not 0 < options.memory_limit < math.inf:
+        raise UserError(f"--memory-limit must be a number of GiB above 0, got {options.memory_limit}")
     return int(options.memory_limit * GIB)
 
 

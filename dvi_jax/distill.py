@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     for name in ("minutes", "passes"):
         if not 0 < getattr(options, name) < math.inf:  # not a number, too
-            raise UserError(f"--{name} must be above 0, got {getattr(options, name):g}")
+            raise UserError(f"--{name} must be a number above 0, got {getattr(options, name):g}")
     with one_of_several(options):
         return _distill(options)
 

@@ -8,6 +8,7 @@ import copy
 import errno
 import io
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -34,7 +35,7 @@ class _Help(argparse.HelpFormatter):
     def _format_action(self, action: argparse.Action) -> str:
         shown = copy.copy(action)
         if isinstance(shown.default, list | tuple):
-            shown.default = " ".join(map(str, shown.default))
+            shown.default = shlex.join(map(str, shown.default))
         is_none = shown.default is None or shown.default is False or shown.default in ("", argparse.SUPPRESS)
         if not is_none and (shown.option_strings or shown.nargs in (argparse.OPTIONAL, argparse.ZERO_OR_MORE)):
             default = "default: %(default)s"

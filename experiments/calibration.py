@@ -27,6 +27,7 @@ from dvi_jax.config import DecodeConfig
 from dvi_jax.data.conversations import Message
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.decode.batch import generate_batch
+from dvi_jax.directories import require_new
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
 from dvi_jax.evaluate.spec_bench import read_questions
 from dvi_jax.importing.cache import open_checkpoint
@@ -50,6 +51,8 @@ Prompts = list[tuple[str, list[int]]]  # kind and ids of each
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reply, fit, measure, print a table."""
     options = parse(arguments)
+    if options.write:
+        require_new(options.write)
     enable_compilation_cache()
     checkpoint = open_checkpoint(options.checkpoint)
     if options.drafter_from:
@@ -83,7 +86,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--drafter-from", metavar="DIR")
     parser.add_argument(
-        "--fit", required=True, type=Path, help="held-out conversations, whose last questions are replied to"
+        "--fit", required=True, type=Path, help="held-out prompts as experiments.prompts writes them (heldout.jsonl)"
     )
     parser.add_argument(
         "--questions", required=True, type=Path, help="Spec-Bench questions, whose first turns are replied to"
@@ -133,6 +136,8 @@ def read(
     """What is told of the replies to `asked`: of each draft of a round, of all, of all after a kind of prompt."""
     both = np.stack([np.ones(len(temperatures)), np.array(temperatures)], axis=1)
     judged = judge(model, replies(model, asked, options), options.draft_steps, both, options.batch)
+    if not all(len(one.right) for one in judged):
+        raise UserError("no place in the replies has every draft of a round: give more prompts or fewer --draft-steps")
     every = Judged(*(np.concatenate(parts) for parts in zip(*judged, strict=True)))
     kinds = np.array([kind for kind, _ in asked])[every.row]
     return {
@@ -185,7 +190,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         "" if temperature is None else f"{temperature:.2f}",
         str(row["judged"]),
         *(f"{share:.3f}" for share in (row["right"], said, error, calibrated, left, row["chance"])),
-        "{:.3f} to {:.3f}".format(*row["interval"]),
+        "{:.3f} to {:.3f}".format(*row["interval"]) if row["replies"] > 1 else "",  # of one reply there is none
     ]
 
 

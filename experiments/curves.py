@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m experiments.curves", description=__doc__)
     add_arguments(parser, prompts=32)
     parser.add_argument("--tokens", nargs="+", type=at_least_one, required=True, help="budgets, smallest first")
-    parser.add_argument("--drafters", nargs="+", metavar="NAME", help="some of them, by name; default: all")
+    parser.add_argument("--drafters", nargs="+", metavar="NAME", help="some of them, by name (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     enable_compilation_cache()

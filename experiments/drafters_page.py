@@ -197,7 +197,7 @@ SECTIONS = (
     ),
     Section(
         "How sure a drafter may be",
-        "The kept drafter on text that nothing was fitted to: other conversations of the log, and Spec-Bench's"
+        "The kept drafter on text that nothing was fitted to: other held-out prompts of the log, and Spec-Bench's"
         " questions. Drafts 1 to 3 of a round, each where those before it were right; all of them, and by kind of"
         " prompt. Error: expected calibration error in 15 bins.",
         ("calibration_*.json",),

@@ -152,7 +152,7 @@ def transformers_logits(case: Case) -> np.ndarray:
     import transformers
 
     if int(transformers.__version__.split(".")[0]) < 5:
-        raise UserError(f"their logits need transformers 5, this is {transformers.__version__}")
+        raise UserError(f"logits to compare with need transformers 5, this is {transformers.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         layout = "whole" if case.layout == "old names" else None  # of code that came with the weights
         directory = case.write(Path(folder) / "model", layout)

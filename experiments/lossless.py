@@ -34,7 +34,7 @@ from dvi_jax.decode.kernel_loading import load_kernels
 from dvi_jax.decode.plan import PLAIN, Plan, drafts_of, plan_for
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import STATE_SPECS, DecodeState, Knobs
-from dvi_jax.errors import ArgumentParser, run_cli
+from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.loading import LoadedModel, build_model, enable_compilation_cache
 from dvi_jax.mesh import check_batch, make_mesh, place_tree, shard_config, specs_for
 from dvi_jax.model.eight_bits import widened
@@ -73,6 +73,8 @@ def main() -> int:
     verifying = scripted(model if mesh is None else on_mesh(model, mesh))
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, model.config.vocab_size, (options.batch, options.prompt)).tolist()
+    if options.top_p < 1 and not options.temperature:
+        raise UserError("--top-p needs a --temperature above 0")
     drawn = SamplingConfig(options.temperature, top_p=options.top_p)
     plans = [plan_for(steps, drafts_blocks=False) for steps in options.draft_steps]
     plans += [Plan("tree", size) for size in options.trees]
@@ -132,13 +134,14 @@ def check(
     elsewhere = (
         {} if verifying.definition.mesh is None else {"as_one_device": same(go_on(model, began, without, 0), plain)}
     )
+    made = [row[len(prompt) : end] for row, prompt, end in zip(tokens, prompts, np.asarray(plain.length), strict=True)]
     return {
         "plan": str(plan),
         "equal": equal,
         **elsewhere,
         "accept_lengths": dict(sorted(lengths.items())),
         "positions": int(np.sum(plain.length)) - sum(map(len, prompts)),
-        "distinct_tokens": len(np.unique(tokens)),
+        "distinct_tokens": len(np.unique(np.concatenate(made))),
     }
 
 

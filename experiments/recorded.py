@@ -1,6 +1,6 @@
 """Settings of online learning compared on recorded traffic: decoded once, learned from again and again.
 
-    python -m experiments.recorded --config experiments/configs/domain_shift.yaml --out FILE.json \
+    python -m experiments.recorded --config experiments/configs/domain_shift.yaml --out FILE.json \\
         --variant optimizer.lora_lr=1e-4 optimizer.head_lr=1e-4 --variant optimizer.average=0.9 [--seeds N]
 
 Decoding is lossless, so which tokens a reply has does not depend on the drafter. The frozen drafter decodes the

@@ -10,6 +10,7 @@ and distils them in one go; this command is for prompts of one's own making, and
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=defaults.batch_tokens, help="positions of a batch")
     parser.add_argument("--new-tokens", type=int, default=defaults.new_tokens)
     parser.add_argument("--row-length", type=int, default=1024)
-    parser.add_argument("--max-seconds", type=float, default=1e9)
+    parser.add_argument("--max-seconds", type=float, default=math.inf, help="stop then; the same command goes on")
     parser.add_argument("--temperature", type=float, default=defaults.temperature, help="0: greedy replies")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of sampled replies")
     return parser.parse_args(arguments)

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = LearnSettings(share=options.learn_share, window=options.window, seed=options.seed)
         learner = Learner(model, settings, options.context)
         learning = serve(model, requests, options, learner, file)
-        different = sum(a != b for a, b in zip(frozen, learning, strict=False))
+        different = sum(a is None or a != b for a, b in zip(frozen, learning, strict=False))
         _write(file, {"kind": "equal", "requests": len(frozen), "different": different})
     return int(different > 0)
 
@@ -233,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--exit-layer", type=int, metavar="K", help="of an untrained drafter")
     parser.add_argument("--requests", type=at_least_one, default=300, metavar="N")
-    parser.add_argument("--frozen", type=at_least_one, metavar="N", help="that the engine gets which does not learn")
+    parser.add_argument("--frozen", type=at_least_one, metavar="N", help="requests without learning (default: all)")
     parser.add_argument("--clients", type=at_least_one, default=8, metavar="N", help="requests under way at any time")
     parser.add_argument("--max-new-tokens", type=at_least_one, default=32, metavar="N")
     parser.add_argument("--slots", type=at_least_one, default=4, metavar="N")

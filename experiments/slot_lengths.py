@@ -71,7 +71,7 @@ def waste(lengths: np.ndarray, context: int) -> list[dict[str, Any]]:
     equal slots.
     """
     if context < MOST_LENGTHS * STEP:
-        raise UserError(f"--contexts {context}: {MOST_LENGTHS} multiples of {STEP} need {MOST_LENGTHS * STEP}")
+        raise UserError(f"--contexts {context}: slots of {MOST_LENGTHS} lengths need at least {MOST_LENGTHS * STEP}")
     fitting = lengths[lengths.sum(axis=1) <= context]
     if not len(fitting):
         raise UserError(f"--contexts {context}: no request of the log fits")

@@ -3,9 +3,9 @@
 A program compiled without most optimisations is ready in half the time, computes the same formulas, and is as good for
 what a test says of files, updates, counts and distributions. Where bits of differently shaped programs are compared,
 it would prove less than it should, as vectors and fused loops are where such bits part: those modules are marked
-`optimized`. They take machine code from XLA's older emitters, which has vectors, fused multiplications and products of
-the same kernels, at two thirds of the cost. Modules whose programs are to be those of users in everything are marked
-`optimized(emitters=True)`.
+`optimized`. They take machine code from XLA's older emitters, where there are any: those have vectors, fused
+multiplications and products of the same kernels, at two thirds of the cost. Modules whose programs are to be those of
+users in everything are marked `optimized(emitters=True)`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ FLAG = "jax_disable_most_optimizations"
 # what is computed in which order.
 QUICKER = "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_extra_options=xla_cpu_disable_loop_unrolling"
 DEVICES = "--xla_force_host_platform_device_count=4"  # made up, for tests of meshes; others see the first alone
-# XLA's newer way from a fused loop to machine code goes through MLIR, which costs three times what the older does. That
-# of jax 0.11 has no other.
+# XLA's newer way from a fused loop to machine code goes through MLIR, which costs three times what the older does; with
+# jax 0.11 there is no older one.
 EMITTERS = "xla_cpu_use_fusion_emitters"
 _has_older = False  # whether there is an older way
 _emitters = True  # whether optimised programs come from the newer way

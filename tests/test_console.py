@@ -23,6 +23,7 @@ def run(monkeypatch, *arguments: str) -> int:
     return run_cli(console.main)
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # each command runs as `python -m` has it
 @pytest.mark.parametrize("name", console.COMMANDS)
 def test_every_command_explains_every_option(monkeypatch, capsys, name):
     """Each option, read off the usage, has a line of its own that says more than its name."""

@@ -145,8 +145,9 @@ def test_what_it_brings_is_measured(finished, monkeypatch):
     [
         ({"--data": "nowhere.json"}, "cannot read conversations from nowhere.json"),
         ({"--model": "nowhere"}, "no checkpoint at nowhere"),
-        ({"--minutes": "0"}, "--minutes must be above 0, got 0"),
-        ({"--minutes": "nan"}, "--minutes must be above 0, got nan"),
+        ({"--minutes": "0"}, "--minutes must be a number above 0, got 0"),
+        ({"--minutes": "nan"}, "--minutes must be a number above 0, got nan"),
+        ({"--minutes": "inf"}, "--minutes must be a number above 0, got inf"),
         ({"--out": "{byte_checkpoint}"}, "already exists and is no distillation"),
         ({"--dtype": "bfloat16"}, "holds float32 weights"),
     ],

@@ -102,7 +102,7 @@ def test_a_drafter_survives_export_and_import(trained, tmp_path):
         same = {"source": "", "source_sha256": ""}
         assert replace(second.manifest, **same) == replace(first.manifest, **same)
         load(second.path)
-    with pytest.raises(UserError, match=rf"--exit-layer 1: .* trained at exit layer {first.manifest.exit_layer}"):
+    with pytest.raises(UserError, match=r"--exit-layer 1: .* was trained (at exit layer 2|without)"):
         import_model(tmp_path / "hf", tmp_path / "other", exit_layer=1)
     assert (tmp_path / "hf" / "adapter").exists() == (first.manifest.drafter == "kangaroo")
 

@@ -41,7 +41,8 @@ def write_import(
     Weights are stored as `dtype` ("float32" or "bfloat16"), matrices as `quantisation` says if given; int4 by GPTQ with
     the conversations of the files `calibration`, which takes the whole model into memory. A drafter that lies in the
     source, as `export --to hf` puts it there, comes along unless another is given (`trained`). The exit layer is the
-    drafter's, or else 2. An exit layer outside 1 .. L-1 or a file that does not belong raises `UserError`.
+    drafter's, or else 2. An exit layer outside 1 .. L-1 (0 where the drafter was trained without one) or a file that
+    does not belong raises `UserError`.
     """
     require_new(out)
     if dtype not in DTYPES:
@@ -141,10 +142,11 @@ def _exit_layer(exit_layer: int | None, num_layers: int, trained: TrainedParts |
         settled = None  # an adapter does not say for which it was made
     if settled is not None:
         if exit_layer not in (None, settled):
-            raise UserError(f"--exit-layer {exit_layer}: the drafter was trained at exit layer {settled}")
-        return settled
+            trained_at = f"at exit layer {settled}" if settled else "without an exit layer"
+            raise UserError(f"--exit-layer {exit_layer}: the drafter was trained {trained_at}")
+        exit_layer = settled
     if exit_layer is None:
         return min(DEFAULT_EXIT_LAYER, num_layers - 1)
-    if not 1 <= exit_layer < num_layers:
+    if not (0 if settled == 0 else 1) <= exit_layer < num_layers:
         raise UserError(f"--exit-layer must be in 1..{num_layers - 1} for {num_layers} layers, got {exit_layer}")
     return exit_layer

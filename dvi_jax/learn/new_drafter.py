@@ -53,12 +53,14 @@ def matching_or_new_drafter(
 
 
 def with_new_drafter(checkpoint: Checkpoint, kind: str, options: dict[str, Any], exit_layer: int | None) -> Checkpoint:
-    """`checkpoint` whose manifest asks for an untrained drafter of `kind`; a block drafter needs no exit layer."""
+    """`checkpoint` whose manifest asks for an untrained drafter of `kind`; one of blocks usually has no exit layer."""
     manifest = checkpoint.manifest
     if issubclass(drafter_class(kind), BlockDrafter):
         exit_layer = exit_layer or 0
     elif exit_layer is None:
-        exit_layer = manifest.exit_layer or min(USUAL_EXIT_LAYER, checkpoint.config.num_layers - 1)
+        does_without = manifest.drafter == kind and not drafter_class(kind).needs_exit_layer
+        usual = 0 if does_without else min(USUAL_EXIT_LAYER, checkpoint.config.num_layers - 1)
+        exit_layer = manifest.exit_layer or usual
     inherited = manifest.drafter_config if manifest.drafter == kind else {}
     manifest = replace(
         manifest, drafter=kind, drafter_config=inherited | options, exit_layer=exit_layer, calibration=()

@@ -3,7 +3,7 @@
 From Hopper on XLA launches a kernel so that its programs may be brought to the multiprocessors while those of the
 kernel before still run; its first instruction waits until that kernel has ended and all that it wrote can be read
 (`griddepcontrol.wait`). Unasked that gains little, for the next kernel comes only once the last program has ended. A
-program that says so at its start (`griddepcontrol.launch_dependents`) hides the way there: a twentieth of a token where
+program that says so at its start (`griddepcontrol.launch_dependents`) hides the way there: a thirtieth of a token where
 kernels take microseconds. It changes no bit: nothing of the next kernel runs before the wait.
 
 Programs that came early lie where there was room, not evenly. So a kernel says so only where the next has few programs,

@@ -155,7 +155,8 @@ def _parser() -> argparse.ArgumentParser:
         "--plan",
         default=AUTO,
         metavar="PLAN",
-        help="how rounds draft: auto (by slots and acceptance), plain, chain:N, block:N, tree:ROWS[xLEVELS]",
+        help="how rounds draft: auto (by slots and acceptance), plain, chain:N, block:N, tree:ROWS[xLEVELS] or"
+        " early-exit:N",
     )
     parser.add_argument("--slots", type=at_least_one, default=8, metavar="N", help="replies that run at once")
     parser.add_argument(

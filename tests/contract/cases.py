@@ -92,9 +92,9 @@ class Case:
         return self == alike and self != Case()
 
     @property
-    def _verifying(self) -> tuple[str, int, str, str, str]:
+    def _verifying(self) -> tuple[str, str, int, str, str, str]:
         """What shape, types, plan and devices the verifier's pass has."""
-        return self.dtype, self.batch, self.settings_plan, self.mesh, self.kv
+        return self.dtype, self.exit, self.batch, self.settings_plan, self.mesh, self.kv
 
     @property
     def settings_plan(self) -> str:
@@ -131,7 +131,7 @@ def star() -> list[Case]:
 
 
 @cache
-def optimised() -> dict[tuple[str, int, str, str, str], Case]:
+def optimised() -> dict[tuple[str, str, int, str, str, str], Case]:
     """The first case of `star` for each shape, types, plan and mesh of the verifier's pass."""
     cases = [case for case in star() if not (case.sampling == "rejection" or case._drafts_otherwise)]
     return {case._verifying: case for case in reversed(cases)}

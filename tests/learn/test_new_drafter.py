@@ -70,4 +70,6 @@ def test_exit_layers(untrained):
         with pytest.raises(UserError, match=message):
             from_checkpoint(replace(untrained, manifest=manifest))
     assert asked(kept_or_new_drafter(untrained, "medusa", {}, 1)) == ("medusa", {}, 1)
-    assert asked(kept_or_new_drafter(untrained, "fused", {}, 0)) == ("fused", {}, 0)
+    without = kept_or_new_drafter(untrained, "fused", {}, 0)
+    assert asked(without) == ("fused", {}, 0)
+    assert asked(kept_or_new_drafter(without, None, {"taps": (1,)}, None)) == ("fused", {"taps": (1,)}, 0)

@@ -71,9 +71,8 @@ def test_the_example_client(served, monkeypatch, capsys):
     assert output.err == "19 tokens asked, 19 answered in 10 rounds\n"
     lines = iter(["one", "two", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    assert (
-        command(monkeypatch, client, "--url", served.live.url, "--max-tokens", "8") == 0
-    )  # the API's, or the server's
+    # The server's address does as well as the API's.
+    assert command(monkeypatch, client, "--url", served.live.url, "--max-tokens", "8") == 0
     ids = served.engine.handles[-1].request.prompt_ids
     assert served.engine.tokenizer.decode(ids) == "User: one\nAssistant: :tnatsis\nUser: two\nAssistant:"
 
