@@ -104,6 +104,10 @@ def test_a_drafter_survives_export_and_import(trained, tmp_path):
         load(second.path)
     with pytest.raises(UserError, match=r"--exit-layer 1: .* was trained (at exit layer 2|without)"):
         import_model(tmp_path / "hf", tmp_path / "other", exit_layer=1)
+    config = tmp_path / "hf" / "drafter" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"exit_layer": 50}))
+    with pytest.raises(UserError, match=r"must be in 1\.\."):
+        import_model(tmp_path / "hf", tmp_path / "other")
     assert (tmp_path / "hf" / "adapter").exists() == (first.manifest.drafter == "kangaroo")
 
 

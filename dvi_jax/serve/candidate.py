@@ -70,9 +70,10 @@ class Candidate:
         window = window_bytes(self._window, config.hidden_size, len(self._model.taps), settings.branches)
         capacity = max(settings.fresh_windows, min(settings.replay_capacity, settings.replay_bytes // window))
         moving = tree_bytes(self._model.params.drafter) + tree_bytes(self._model.params.lora_s)
-        # Weights of four drafters (good, tried, live, candidate), with two moments and perhaps an average each; those
-        # that an engine drafts with; and while an update runs gradients.
-        states = 4 * 4 + 2 if self._optimizer.average else 4 * 3 + 2
+        # Weights of five drafters (good, tried, live, the one before it, candidate) and of one that a snapshot copies,
+        # with two moments and perhaps an average each; those that an engine drafts with; and while an update runs
+        # gradients.
+        states = 6 * 4 + 2 if self._optimizer.average else 6 * 3 + 2
         check_room(capacity * window + states * moving, f"--learn: {capacity} windows and the optimiser's states")
         return capacity
 

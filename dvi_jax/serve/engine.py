@@ -172,9 +172,10 @@ class Engine:
         return replace(status, context=self.context, waiting=status.waiting + waiting, failure=failure)
 
     def swap(self, params: Params) -> None:
-        """Draft with these weights from the next stretch on; nothing is compiled, no reply changes. Thread-safe.
+        """Draft with a copy of these weights from the next stretch on; no reply changes. Thread-safe.
 
-        `params`: the model's, with another `drafter` or `lora_s`. `UserError` where they are another model's.
+        `params`: the model's, with another `drafter` or `lora_s`. `UserError` where they are another model's. The first
+        time takes the copy's memory, and compiles the copying unless an engine with a learner has warmed up.
         """
         own = self.model.params
         if [id(leaf) for leaf in jax.tree.leaves(params.lora_d)] != [id(leaf) for leaf in jax.tree.leaves(own.lora_d)]:
@@ -272,14 +273,14 @@ class Engine:
             params = learner.turn(self._scheduler.status, idle=idle, settle=self._scheduler.settle)
             if params is not None:
                 self.swap(params)
-                with self._changed:
-                    self._take_swapped()
+                self._take_swapped()
 
     def _take_swapped(self) -> None:
-        """What was swapped in is what the next stretch decodes with; under the lock."""
-        if self._swapped is not None:
-            self._programs.draft_with(self._swapped.drafter, self._swapped.lora_s)
-            self._swapped = None
+        """What was swapped in is what the next stretch decodes with."""
+        with self._changed:
+            swapped, self._swapped = self._swapped, None
+        if swapped is not None:  # not under the lock: giving the device programs may take long
+            self._programs.draft_with(swapped.drafter, swapped.lora_s)
 
     def _wait_for_work(self) -> bool:
         """Whether to go on; waits while there is nothing to do."""
@@ -299,8 +300,9 @@ class Engine:
                     self._changed.wait(LOOK)
                 else:
                     break
-            self._take_swapped()
-            return not self._closing
+            goes_on = not self._closing
+        self._take_swapped()
+        return goes_on
 
     def _next_replies(self, most: int) -> list[Reply]:
         """Those that go in side by side, now the scheduler's: who has waited longest, and prompts about as long.

@@ -40,7 +40,7 @@ CAUTION, CAUTIOUS_UPDATES = 0.3, 100  # factor of the rate after a drafter was t
 SLOW, FADE = 0.1, 300  # rate of a good drafter, as a share of a new one's; updates over which a new one's fades
 POOLED = 4  # updates between two swaps of a drafter that moves slowly
 # Between two swaps, at least: the host pays for each, and a quick device makes four updates in that time. But a young
-# drafter changes much with every update: what has so large a share of all of them behind it goes live at once.
+# drafter changes much with every update: while at least this share of all its updates is new, it goes live at once.
 SWAP_SECONDS, YOUNG = 0.25, 0.1
 UNPAID = 0.03  # most of the time for learning while plain decoding is quicker: no more than that is lost
 RETRY_SECONDS = 1.0  # until a snapshot is offered again that was not taken

@@ -81,9 +81,9 @@ def update(
 ) -> tuple[LearnerState, jax.Array]:
     """One fast update on the `fresh` newest windows and others of the replay -> the next state, and a report.
 
-    Neither state has windows (None). It is used up, all of it: what stays in its place leaves the memory as it was, and
-    with it what a GPU has recorded of other programs. The report: float32, metrics as in `REPORTED`, and how many
-    updates in a row up to this one were not finite.
+    Neither state has windows (`replay` is None). `state` is used up whole: the new one lies where it lay, so
+    that what a GPU has recorded of other programs stays valid. The report: float32, metrics as in `REPORTED`, and how
+    many updates in a row up to this one were not finite.
     """
     windows, state = newest(replay, fresh), state.replace(replay=replay)
     state, values = fast_update(

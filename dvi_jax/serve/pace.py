@@ -20,13 +20,13 @@ MEMORY = 0.8  # what the seconds of a round, as last seen, still count for after
 
 
 class DeviceTime:
-    """Seconds for which the device has kept the host, in all."""
+    """Seconds of the engine's thread, in all, that are not its own work: for the device and for learning."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.waited = 0.0  # for what it computes
         self.handed = 0.0  # giving it programs: while its queue is full, it takes the next as fast as it works
-        self.learned = 0.0  # turns of who learns, which are little but giving it programs too
+        self.learned = 0.0  # turns of the learner, mostly giving it programs
 
     @property
     def seconds(self) -> float:
@@ -49,9 +49,9 @@ class DeviceTime:
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Around a turn of who learns; what it waits for in between is counted as such.
+        """Around a turn of the learner. What is waited for or handed in between counts as that.
 
-        No stretch is made longer for it: it would be for the next one, and the updates would be as many.
+        No stretch is made longer for it: the next would have as many updates.
         """
         began, before = self._clock(), self.seconds
         yield

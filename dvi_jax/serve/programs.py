@@ -70,7 +70,7 @@ class Programs:
         self.slots = empty_slots(model.definition, self.params, shape)
 
     def draft_with(self, drafter: Tree, lora_s: Tree) -> None:
-        """Of `decode_params`, from the next step on; in this process alone.
+        """Draft with these weights, as in `decode_params`, from the next step on; in this process alone.
 
         They are written over those before, so that every program finds them where it did: a GPU that has recorded one
         with the addresses of its arrays would have to record it again.

@@ -8,7 +8,7 @@ tokens and prompts, and a slot whose reply has ended is free one stretch later.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -149,14 +149,16 @@ class Scheduler:
     def settle(self) -> EngineStatus:
         """Between turns: read the stretch under way, if there is one. -> the status then. The device rests after it."""
         if self._pending is not None:
-            began = time.monotonic()
+            before = self._device.waited + self._device.handed
             self._land_pending()
             self._pace.idle()
             self.status = replace(
                 self.status,
                 running=sum(reply is not None for reply in self._replies),
-                busy_seconds=self.status.busy_seconds + time.monotonic() - began,
+                # The rest of the time is the learner's, whose turn this is a part of.
+                busy_seconds=self.status.busy_seconds + self._device.waited + self._device.handed - before,
                 waited_seconds=self._device.waited,
+                handed_seconds=self._device.handed,
             )
         return self.status
 
@@ -180,11 +182,9 @@ class Scheduler:
         """The first tokens of replies that were laid into slots."""
         for placed, first in laid:
             found = self._device.read(first).tolist()
-            given = 0
-            for row, slot, reply in placed:
-                token, ends = found[row]
-                given += self._give(slot, reply, [token], done=bool(ends))
-            self.status = replace(self.status, new_tokens=self.status.new_tokens + given)
+            tokens = {slot: [found[row][0]] for row, slot, _ in placed}
+            ended = {slot: bool(found[row][1]) for row, slot, _ in placed}
+            self._give_all([(slot, reply) for _, slot, reply in placed], tokens, ended)
 
     def _drop_cancelled(self) -> None:
         """Replies that nobody wants make room."""
@@ -285,19 +285,32 @@ class Scheduler:
         self._device_before = device
         # Replies that have ended since it was started have left their slots.
         live = [(slot, reply) for slot, reply in stretch.replies if reply.finish_reason is None]
-        lengths, drafted = outcome.accept_lengths.tolist(), outcome.drafted.tolist()
-        given = 0
+        lengths, drafted, tokens = outcome.accept_lengths.tolist(), outcome.drafted.tolist(), {}
         for slot, reply in live:
             reply.count(lengths[slot], drafted[slot])
             start = outcome.start[slot]
-            ids = outcome.tokens[slot, reply.committed - start : outcome.length[slot] - start].tolist()
-            given += self._give(slot, reply, ids, done=bool(outcome.done[slot]))
+            tokens[slot] = outcome.tokens[slot, reply.committed - start : outcome.length[slot] - start].tolist()
         rows = [slot for slot, _ in live]
         fresh = [slot for slot in stretch.fresh if slot in rows]
         if plan.drafts:
             self._choice.add(plan, outcome.accept_lengths[fresh], outcome.drafted[fresh])
-        status = replace(self.status, new_tokens=self.status.new_tokens + given)
-        self.status = counted(status, outcome.accept_lengths[rows], outcome.drafted[rows], self._choice.width - 1)
+        most = self._choice.width - 1
+        self.status = counted(self.status, outcome.accept_lengths[rows], outcome.drafted[rows], most)
+        self._give_all(live, tokens, outcome.done)
+
+    def _give_all(
+        self, live: list[tuple[int, Reply]], tokens: dict[int, list[int]], done: Mapping[int, bool] | np.ndarray
+    ) -> None:
+        """Tokens by slot to the readers of these replies.
+
+        They are counted before anybody is told; of replies with stop strings once it is known how many there are.
+        """
+        certain = sum(len(tokens[slot]) for slot, reply in live if not reply.request.stop)
+        self.status = replace(self.status, new_tokens=self.status.new_tokens + certain)
+        for slot, reply in live:
+            given = self._give(slot, reply, tokens[slot], done=bool(done[slot]))
+            if reply.request.stop:
+                self.status = replace(self.status, new_tokens=self.status.new_tokens + given)
 
     def _give(self, slot: int, reply: Reply, ids: list[int], *, done: bool) -> int:
         """Tokens to their reader -> how many it gets; a reply that has ended leaves its slot."""

@@ -8,7 +8,9 @@ from dvi_jax.model import early_start
 from dvi_jax.model.decode_attention import cached_attention
 from dvi_jax.model.decode_products import gated_product, product
 from dvi_jax.model.residual import add_and_norm
+from dvi_jax.model.tree_attention import Tree, tree_attention
 from tests.lowering import gpu_text
+from tests.model.test_quantised import FORMS, WIDTH, matrix, on_device
 
 
 def array(*shape, dtype=jnp.bfloat16):
@@ -20,6 +22,17 @@ def attention(heads, size):
     cache = array(1, heads, 64, size)
     args = (array(1, 16, 3 * heads, size), table, table, cache, cache, array(1, 1, dtype=jnp.int32))
     return (lambda qkv, cos, sin, key, value, at: cached_attention(qkv, (cos, sin), key, value, at)), args
+
+
+def tree(heads, size):
+    _, (qkv, _, _, key, value, _) = attention(heads, size)
+    table = array(1, 2, 1, size // 2, dtype=jnp.float32)
+    places = (array(1, 2, dtype=jnp.int32), array(1, 2, 2, dtype=jnp.int32), array(1, dtype=jnp.int32))
+
+    def function(qkv, cos, sin, key, value, at, path, start):
+        return tree_attention(qkv, (cos, sin), key, value, at, Tree(path, start, room=2), None)
+
+    return function, (qkv, table, table, key, value, *places)
 
 
 def norm(width):
@@ -37,6 +50,8 @@ def cases():
         "gated product": (products(gated_product, 128), 0),  # before another product
         "narrow attention": (attention(2, 64), 1),
         "wide attention": (attention(32, 128), 0),
+        "narrow tree": (tree(2, 64), 1),
+        "wide tree": (tree(32, 128), 0),
         "narrow norm": (norm(2048), 1),
         "wide norm": (norm(4096), 0),
     }
@@ -51,7 +66,7 @@ def gpu(monkeypatch, request):
 
 
 def forget():
-    for kernel in (cached_attention, gated_product, product, add_and_norm):
+    for kernel in (cached_attention, tree_attention, gated_product, product, add_and_norm):
         kernel.clear_cache()
 
 
@@ -59,3 +74,11 @@ def test_only_hoppers_kernels_before_small_ones_say_so(gpu):
     for name, ((function, args), count) in cases().items():
         text = gpu_text(jax.jit(function), *args)
         assert text.count("griddepcontrol.launch_dependents") == (count if gpu >= (9, 0) else 0), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_products_of_fewer_bits_say_so_too(gpu, form):
+    x, weight = array(16, WIDTH), on_device(matrix(form, 64))
+    for kernel, count in ((product, 1), (gated_product, 0)):
+        text = gpu_text(jax.jit(lambda x, weight, kernel=kernel: kernel(x, weight)), x, weight)
+        assert text.count("griddepcontrol.launch_dependents") == (count if gpu >= (9, 0) else 0)

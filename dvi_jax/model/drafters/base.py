@@ -1,8 +1,8 @@
 """The interface of drafters: all that the decode loop, the learners and the checkpoints know of them.
 
 Every drafter is a `Drafter`, and of one of two kinds: a `StepDrafter` makes one draft a pass, each from the exit hidden
-state of the token before it; a `BlockDrafter` makes all drafts of a round in one pass. Which cannot do
-without an exit layer, `needs_exit_layer` says.
+state of the token before it; a `BlockDrafter` makes all drafts of a round in one pass.
+`needs_exit_layer` says which cannot do without an exit layer.
 
 Letters as in `layers.py`; W rows of a round, A tapped layers, Vd tokens that may be drafted.
 """
