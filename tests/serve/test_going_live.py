@@ -1,5 +1,6 @@
 """What of a learner's updates drafts, and when: averages, swaps, the digest that is shown."""
 
+import gc
 import itertools
 from dataclasses import replace
 
@@ -95,3 +96,29 @@ def test_the_digest_shown_is_the_live_drafters(make_learner, some_ended):
     assert learner.status.digest == f"{int(learning.checksum(learner._live.served)):08x}"
     state, progress = learner.finish()
     assert progress["digest"] == f"{int(learning.checksum(state.served)):08x}"
+
+
+def test_memory_is_counted_as_what_is_live(make_learner, some_ended, monkeypatch):
+    """While a young drafter goes live again and again during a trial, which keeps the most states."""
+    counted, live, update = [], [], candidate_module.update
+
+    def noted(*given, **named):
+        live.append(held())
+        return update(*given, **named)
+
+    def held():
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    monkeypatch.setattr(candidate_module, "check_room", lambda size, what: counted.append(size))
+    monkeypatch.setattr(candidate_module, "update", noted)
+    before = held()
+    learner = make_learner()
+    while learner.status.swaps < 4:
+        for ended in some_ended:
+            learner.take(ended, requests()[0])
+        until(learner.has_work)
+        turned(learner)
+    (most,) = counted
+    drafter = sum(leaf.nbytes for leaf in jax.tree.leaves(learner.params().drafter))
+    assert most - 12 * drafter < max(live) - before + 2 * drafter <= most  # an engine's own, and gradients
