@@ -63,6 +63,9 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--out", metavar="FILE.json")
     options = parser.parse_args()
+    if options.top_p < 1 and not options.temperature:
+        raise UserError("--top-p needs a --temperature above 0")
+    drawn = SamplingConfig(options.temperature, top_p=options.top_p)
     enable_compilation_cache()
     config = SHAPES[options.shape]
     config = replace(config, num_layers=options.layers or config.num_layers)
@@ -73,9 +76,6 @@ def main() -> int:
     verifying = scripted(model if mesh is None else on_mesh(model, mesh))
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, model.config.vocab_size, (options.batch, options.prompt)).tolist()
-    if options.top_p < 1 and not options.temperature:
-        raise UserError("--top-p needs a --temperature above 0")
-    drawn = SamplingConfig(options.temperature, top_p=options.top_p)
     plans = [plan_for(steps, drafts_blocks=False) for steps in options.draft_steps]
     plans += [Plan("tree", size) for size in options.trees]
     rows = [check(model, verifying, prompts, plan, drawn, options.new_tokens, rng) for plan in plans]

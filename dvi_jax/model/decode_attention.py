@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from dvi_jax.model.early_start import MOST_WIDTH, next_may_start
+from dvi_jax.model.early_start import product_may_start
 from dvi_jax.model.eight_bits import widened
 from dvi_jax.model.kept_kv import Rows, quantised
 from dvi_jax.model.products import has_gpu_kernels
@@ -267,9 +267,8 @@ def _kernel(
 
 
 def tile_queries(width: int, *, inline: bool) -> jax.Array:
-    """int32 [16], the queries of a tile, of heads `width` wide in all; `inline` as in `next_may_start`."""
-    queries = jnp.arange(TILE)
-    return next_may_start(queries, inline=inline) if width <= MOST_WIDTH else queries
+    """int32 [16], the queries of a tile, of heads `width` wide in all; `inline` as in `early_start.next_may_start`."""
+    return product_may_start(jnp.arange(TILE), width, inline=inline)
 
 
 def in_its_chunk(chunks: int, is_reached: jax.Array, work: Callable[[], None], otherwise: Callable[[], None]) -> None:

@@ -38,3 +38,8 @@ def next_may_start(numbers: jax.Array, *, inline: bool) -> jax.Array:
         result_shape_dtypes=[jax.ShapeDtypeStruct(numbers.shape, numbers.dtype)],
     )
     return same
+
+
+def product_may_start(numbers: jax.Array, width: int, *, inline: bool) -> jax.Array:
+    """`next_may_start` where a product of rows `width` wide comes next, unless that is too large to gain by it."""
+    return next_may_start(numbers, inline=inline) if width <= MOST_WIDTH else numbers

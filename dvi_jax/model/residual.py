@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from dvi_jax.model.early_start import MOST_WIDTH, next_may_start
+from dvi_jax.model.early_start import product_may_start
 from dvi_jax.model.peer_memory import Inbox
 from dvi_jax.model.products import total
 
@@ -89,15 +89,13 @@ def add_and_norm(
 def _kernel(x: Ref, *rest: Ref, eps: float, inline: bool) -> None:
     """One row; rounded where XLA's sum, addition and norm would round. `rest`: parts if any, weight, both outputs.
 
-    `inline` as in `next_may_start`.
+    `inline` as in `early_start.next_may_start`.
     """
     *parts, weight, summed, normed = rest
     row, (_, size), dtype = pl.program_id(0), x.shape, x.dtype
     lane = jnp.arange(pl.next_power_of_2(size))
     inside = lane < size
-    nothing = jnp.zeros(lane.shape, jnp.int32)
-    if size <= MOST_WIDTH:
-        nothing = next_may_start(nothing, inline=inline)
+    nothing = product_may_start(jnp.zeros(lane.shape, jnp.int32), size, inline=inline)
 
     def load(ref: Ref, *at: Any) -> jax.Array:
         mask = inside
