@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from hypothesis import settings
 
 from dvi_jax import train
 from dvi_jax.checkpoint import Manifest
@@ -38,6 +39,10 @@ jax.config.update("jax_use_shardy_partitioner", False)
 # What is imported by now stays; traces leave many objects and little garbage, which need not be looked for that often.
 gc.freeze()
 gc.set_threshold(20_000, 20, 20)
+# The suite says the same of the same code: hypothesis looks for new examples with `--hypothesis-profile=search` alone.
+settings.register_profile("search", settings.default)
+settings.register_profile("suite", settings.default, derandomize=True, database=None)
+settings.load_profile("suite")
 
 
 def tiny_model(
