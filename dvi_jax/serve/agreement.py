@@ -31,7 +31,7 @@ def check_plans(
 ) -> Slots:
     """Raise `UserError` where one of the plans has other bits than plain decoding in these slots, all free.
 
-    The slots come back free. What agreed is kept on disk. `pieces`: as of `run_stretch`.
+    The slots come back free. What agreed is kept on disk. `pieces`: as of `calls_of`.
     """
     shape = slots.decode.tokens.shape, slots.decode.committed.hidden.shape[1], slots.decode.signals is not None
     kept = {plan: agreed_path(model, shape, intake.rows, pieces, str(plan)) for plan in plans if plan.drafts}
@@ -65,11 +65,11 @@ def _run(
     rows = Terms.joined([terms] * intake.rows).packed()
     for begin in range(0, batch, intake.rows):
         places = np.arange(begin, begin + intake.rows, dtype=np.int32)  # those beyond the last are none
-        slots, _ = lay(definition, params, slots, filled, places, rows, sampled=False)
+        placed, alone = np.column_stack([places, rows]), min(intake.rows, batch - begin) == 1
+        slots, _ = lay(definition, params, slots, filled, placed, sampled=False, alone=alone)
     slots = slots._replace(decode=slots.decode.replace(tokens=told_apart(slots.decode, vocab_size)))
-    rounds = np.int32(MOST_ROUNDS)
-    for _ in range(calls_of(MOST_ROUNDS, pieces=pieces)):
-        slots, packed = run_stretch(definition, params, slots, rounds, plan, sampled=False, pieces=pieces)
+    for limit in calls_of(MOST_ROUNDS, pieces=pieces):
+        slots, packed = run_stretch(definition, params, slots, limit, plan, sampled=False)
     checksums = _checksums(slots, np.int32(len(prompt)), MOST_ROUNDS * width)
     found = Outcome.read(packed).length - len(prompt), to_host(checksums)
     return release(slots, np.ones(batch, bool)), *found

@@ -125,7 +125,7 @@ def choose(
 ) -> tuple[PlanChoice, Slots]:
     """A choice among `plans`, whose costs are read from disk, or measured in `slots`, all free, and kept there.
 
-    The slots come back free. `pieces`: as of `run_stretch`.
+    The slots come back free. `pieces`: as of `calls_of`.
     """
     if len(plans) == 1:
         return OnePlan(plans[0], width), slots
@@ -157,8 +157,8 @@ def round_seconds(
         for (plan, rounds), times in seconds.items():
             slots = jax.block_until_ready(_set_under_way(slots))
             began = time.perf_counter()
-            for _ in range(calls_of(rounds, pieces=pieces)):
-                slots, packed = run_stretch(*program, slots, np.int32(rounds), plan, sampled=False, pieces=pieces)
+            for limit in calls_of(rounds, pieces=pieces):
+                slots, packed = run_stretch(*program, slots, limit, plan, sampled=False)
             jax.block_until_ready(packed)
             times.append(time.perf_counter() - began)
     costs = {}

@@ -26,6 +26,7 @@ from dvi_jax.serve.slots import (
     empty_prompts,
     empty_slots,
     lay,
+    packed_chunk,
     release,
     run_stretch,
     take_chunk,
@@ -88,8 +89,9 @@ class Programs:
 
     @_step
     def take(self, tokens: np.ndarray, lengths: np.ndarray, position: int) -> None:
-        """A chunk of prompts of `lengths` int32 [P]: tokens int32 [P, C] from `position` on (`take_chunk`)."""
-        self._filled = take_chunk(self._definition, self.params, self._filled, tokens, lengths, np.int32(position))
+        """A chunk of prompts, as `packed_chunk` gets it."""
+        chunk = packed_chunk(tokens, lengths, position)
+        self._filled = take_chunk(self._definition, self.params, self._filled, chunk)
 
     @_step
     def keep(self, name: bytes) -> None:
@@ -107,7 +109,11 @@ class Programs:
     @_step
     def lay(self, places: np.ndarray, terms: np.ndarray, sampled: bool) -> jax.Array:
         """The prompts that are taken in into slots `places` int32 [P] -> int32 [P, 2] (`slots.lay`)."""
-        self.slots, first = lay(self._definition, self.params, self.slots, self._filled, places, terms, sampled=sampled)
+        placed, alone = np.column_stack([places, terms]), int((places < len(self.slots.eos_ids)).sum()) == 1
+        self.slots, first = lay(
+            self._definition, self.params, self.slots, self._filled, placed, sampled=sampled, alone=alone
+        )
+        first.copy_to_host_async()
         return first
 
     @_step
@@ -117,12 +123,10 @@ class Programs:
 
     @_step
     def stretch(self, rounds: int, plan: Plan, sampled: bool, pieces: bool) -> list[jax.Array]:
-        """Start so many rounds -> what `Outcome` reads, of each piece (`run_stretch`)."""
+        """Start so many rounds, in pieces or not -> what `Outcome` reads, of each call (`run_stretch`)."""
         packed = []
-        for _ in range(calls_of(rounds, pieces=pieces)):
-            self.slots, piece = run_stretch(
-                self._definition, self.params, self.slots, np.int32(rounds), plan, sampled=sampled, pieces=pieces
-            )
+        for limit in calls_of(rounds, pieces=pieces):
+            self.slots, piece = run_stretch(self._definition, self.params, self.slots, limit, plan, sampled=sampled)
             piece.copy_to_host_async()
             packed.append(piece)
         return packed

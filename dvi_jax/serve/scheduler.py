@@ -7,8 +7,9 @@ tokens and prompts, and a slot whose reply has ended is free one stretch later.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -102,9 +103,8 @@ class Scheduler:
             self._on_ended(self._programs.ended(0, 0, 0), Request((), 0))
             self._programs.draft_with(self._programs.params.drafter, self._programs.params.lora_s)  # as after a swap
         done = Terms.joined([Terms.of(1, 1, (), GREEDY, self._vocab_size)] * self._intake.rows)  # with first tokens
-        places = np.arange(self._intake.rows, dtype=np.int32)
-        for sampled in (False, True):
-            self._programs.lay(places, done.packed(), sampled)
+        for count, sampled in itertools.product({1, self._intake.rows}, (False, True)):
+            self._programs.lay(self._places(range(count)), done.packed(), sampled)
         self._programs.release(self._ended.copy())
         for plan in self._choice.plans:
             for sampled in (False, True):
@@ -228,7 +228,7 @@ class Scheduler:
     def _lay(self) -> _Laid:
         """Prompts that are complete into free slots, as many as there are."""
         free = [slot for slot, reply in enumerate(self._replies) if reply is None]
-        places = np.full(self._intake.rows, len(self._replies), np.int32)
+        places = self._places([])
         terms = [Terms.of(1, 1, (), GREEDY, self._vocab_size)] * self._intake.rows
         laid: list[tuple[int, int, Reply]] = []
         for slot, (row, reply) in zip(free, self._intake.hand_over(), strict=False):
@@ -248,6 +248,11 @@ class Scheduler:
             sampled = any(_is_sampled(reply.request.sampling) for _, _, reply in laid)
             first = self._programs.lay(places, Terms.joined(terms).packed(), sampled)
         return laid, first
+
+    def _places(self, slots: Sequence[int]) -> np.ndarray:
+        """Of the first prompts that are taken in, as `slots.lay` wants them: the others get numbers that are none."""
+        none = range(len(self._replies) + len(slots), len(self._replies) + self._intake.rows)
+        return np.array([*slots, *none], np.int32)
 
     def _start_stretch(self, *, somebody_waits: bool) -> Stretch | None:
         """Start rounds of what is in the slots; None where nothing can come of it.

@@ -211,40 +211,50 @@ def empty_prompts(definition: Definition, params: Params, *, rows: int, room: in
 
 
 @partial(jax.jit, static_argnames="definition", donate_argnames="filled")
-def take_chunk(
-    definition: Definition, params: Params, filled: Filled, tokens: jax.Array, length: jax.Array, position: jax.Array
-) -> Filled:
-    """The next chunk of prompts of `length` int32 [P] tokens: int32 [P, C], zeros behind a prompt's end.
+def take_chunk(definition: Definition, params: Params, filled: Filled, chunk: jax.Array) -> Filled:
+    """The next tokens of prompts, as `packed_chunk` has them.
 
-    `position`: tokens taken in before; at 0 other prompts begin. What the last ones left lies behind them, masked.
+    Where none were taken in before, other prompts begin. What the last ones left lies behind them, masked.
     """
 
-    def take(params: Params, filled: Filled, tokens: jax.Array, length: jax.Array, position: jax.Array) -> Filled:
+    def take(params: Params, filled: Filled, chunk: jax.Array) -> Filled:
+        length, position, tokens = chunk[:, 0], chunk[0, 1], chunk[:, 2:]
         frontier = jax.tree.map(lambda x: jnp.where(position > 0, x, jnp.zeros_like(x)), filled.frontier)
         filled = filled._replace(position=position, frontier=frontier)
         return fill_chunk(join(definition, params), filled, tokens, length, fresh=False)
 
-    run = definition.sharded(take, params, (PREFIX_SPECS, WHOLE, WHOLE, WHOLE), PREFIX_SPECS)
-    return run(params, filled, tokens, length, position)
+    run = definition.sharded(take, params, (PREFIX_SPECS, WHOLE), PREFIX_SPECS)
+    return run(params, filled, chunk)
 
 
-@partial(jax.jit, static_argnames=("definition", "sampled"), donate_argnames="slots")
+def packed_chunk(tokens: np.ndarray, lengths: np.ndarray, position: int) -> np.ndarray:
+    """All in one array int32 [P, 2 + C], which costs one copy to the device.
+
+    `tokens` int32 [P, C], zeros behind a prompt's end; `lengths` int32 [P] of the whole prompts; `position`: tokens of
+    each that were taken in before.
+    """
+    return np.column_stack([lengths, np.full_like(lengths, position), tokens])
+
+
+@partial(jax.jit, static_argnames=("definition", "sampled", "alone"), donate_argnames="slots")
 def lay(
     definition: Definition,
     params: Params,
     slots: Slots,
     filled: Filled,
-    places: jax.Array,
-    terms: jax.Array,
+    placed: jax.Array,
     *,
     sampled: bool,
+    alone: bool,
 ) -> tuple[Slots, jax.Array]:
-    """Prompts that are all taken in, with their first new tokens, into slots `places` int32 [P]; B is none.
+    """Prompts that are all taken in, with their first new tokens, into slots.
 
-    `terms`: as `Terms.packed`. `sampled`: as of `run_stretch`.
+    `placed` int32 [P, 9 + E]: the slot of each, B or above for none and no number twice, and its `Terms.packed`.
+    `sampled`: as of `run_stretch`. `alone`: one of them has a slot, and that one alone is copied.
 
     -> slots, and int32 [P, 2]: that token, and whether the reply ends with it.
     """
+    places, terms = placed[:, 0], placed[:, 1:]
     width = slots.decode.committed.hidden.shape[1]
     signals = slots.decode.signals
     branches = 0 if signals is None else signals.most_branches
@@ -260,9 +270,11 @@ def lay(
     def put(buffer: jax.Array, new: jax.Array) -> jax.Array:
         if not buffer.ndim:
             return buffer
-        if len(places) == 1:  # one slice update is cheaper than a scatter
-            return jax.lax.dynamic_update_slice_in_dim(buffer, new, places[0], axis=0)
-        return buffer.at[places].set(new, mode="drop")
+        if alone:  # a slice is cheaper than a scatter
+            row = jnp.argmin(places)
+            new = jax.lax.dynamic_slice_in_dim(new, row, 1)
+            return jax.lax.dynamic_update_slice_in_dim(buffer, new, places[row], axis=0)
+        return buffer.at[places].set(new, mode="drop", unique_indices=True)
 
     ends = rows.decode.done.astype(jnp.int32)
     return jax.tree.map(put, slots, rows), definition.on_all(jnp.stack([first_token, ends], axis=1))
@@ -277,35 +289,36 @@ def release(slots: Slots, ended: jax.Array | np.ndarray) -> Slots:
 _marked = jax.jit(jnp.logical_or, donate_argnums=0)
 
 
-@partial(jax.jit, static_argnames=("definition", "plan", "sampled", "pieces"), donate_argnames="slots")
+@partial(jax.jit, static_argnames=("definition", "plan", "sampled"), donate_argnames="slots")
 def run_stretch(
     definition: Definition,
     params: Params,
     slots: Slots,
-    rounds: jax.Array,
+    rounds: jax.Array | None,
     plan: Plan,
     *,
     sampled: bool,
-    pieces: bool = False,
 ) -> tuple[Slots, jax.Array]:
     """At most so many rounds, fewer if every sequence is done before; and an `Outcome`, packed.
 
     Not `sampled` is a program without noise or sorting, for times when every sequence is greedy, without a repetition
-    penalty. To such ones it gives the tokens that the other gives. In `pieces`: `PIECE_ROUNDS` whatever `rounds` says,
+    penalty. To such ones it gives the tokens that the other gives. `rounds` None: `PIECE_ROUNDS`, in
     a loop of known length, which a GPU is given at once; of another XLA reads the condition on the host.
     """
     began, sampling = slots.decode.length, slots.decode.sampling
-    knobs = Knobs.make(plan.drafts, 0.0, ())._replace(eos_ids=slots.eos_ids, until=rounds)
+    knobs = Knobs.make(plan.drafts, 0.0, ())._replace(eos_ids=slots.eos_ids)
     state = slots.decode.replace(rounds=jnp.int32(0), sampling=sampling if sampled else None)
-    run = _piece if pieces else decode_rounds
-    state = run(definition, params, state, knobs, plan)
+    if rounds is None:
+        state = _piece(definition, params, state, knobs, plan)
+    else:
+        state = decode_rounds(definition, params, state, knobs._replace(until=rounds), plan)
     packed = definition.on_all(_pack(state, began))
     return slots._replace(decode=state.replace(sampling=state.sampling if sampled else sampling)), packed
 
 
-def calls_of(rounds: int, *, pieces: bool) -> int:
-    """How often `run_stretch` is to be called for a stretch of so many rounds."""
-    return -(-rounds // PIECE_ROUNDS) if pieces else 1
+def calls_of(rounds: int, *, pieces: bool) -> list[np.int32 | None]:
+    """What `run_stretch` is to be given as `rounds`, one call after the other, for a stretch of so many."""
+    return [None] * -(-rounds // PIECE_ROUNDS) if pieces else [np.int32(rounds)]
 
 
 def _piece(definition: Definition, params: Params, state: DecodeState, knobs: Knobs, plan: Plan) -> DecodeState:
