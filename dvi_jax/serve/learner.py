@@ -36,7 +36,8 @@ from dvi_jax.serve.share import Share
 
 MOST_FAILING = 3  # non-finite updates in a row before the good drafter takes over
 TRIAL_UPDATES = 64  # after which windows decide on a trial that traffic has not decided
-CAUTION, CAUTIOUS_UPDATES = 0.3, 100  # factor of the rate after a drafter was taken back, and for how long
+# Factor of the rate after a drafter was taken back, and for how long: a new one as long as it has learned, at most.
+CAUTION, CAUTIOUS_UPDATES = 0.3, 100
 SLOW, FADE = 0.1, 300  # rate of a good drafter, as a share of a new one's; updates over which a new one's fades
 POOLED = 4  # updates between two swaps of a drafter that moves slowly
 # Between two swaps, at least: the host pays for each, and a quick device makes four updates in that time. But a young
@@ -340,7 +341,10 @@ class Learner:
         self._candidate.go_on_from(go_on_from(self._good, self._candidate.state))
         self._live, self._pooled, self._swapped_in = self._good, 0, None
         self._decided = self.status.updates
-        self._cautious_until = self.status.updates + CAUTIOUS_UPDATES
+        updates = self.status.updates
+        self._cautious_until = updates + (
+            CAUTIOUS_UPDATES if self._model.drafter_is_trained else min(CAUTIOUS_UPDATES, updates)
+        )
         self._shadow.take_back(*self._judged)
         self.status = replace(self.status, rollbacks=self.status.rollbacks + 1)
         self._log("rollback", {**values, "to": int(self._good.step), "rollbacks": self.status.rollbacks})

@@ -87,6 +87,17 @@ def test_a_harmful_drafter_is_taken_back(model, make_engine, make_learner, piece
     assert learner._rate(0) < learner._usual_rate(0)
 
 
+@pytest.mark.parametrize(("trained", "updates", "cautious"), [(True, 16, 100), (False, 16, 16), (False, 1000, 100)])
+def test_a_new_drafter_is_cautious_no_longer_than_it_has_learned(
+    model, new_model, make_learner, trained, updates, cautious
+):
+    learner = make_learner(model if trained else new_model)
+    learner.status = replace(learner.status, updates=updates)
+    learner._take_back({"reason": "a test's"})
+    later = range(updates, updates + 300)
+    assert [learner._rate(step) < learner._usual_rate(step) for step in later] == [n < cautious for n in range(300)]
+
+
 def test_windows_decide_what_traffic_does_not(model, make_learner, train_noise, some_ended, monkeypatch):
     """After many updates in which no draft was judged: a worse drafter is taken back, an equal one is good."""
     learner = make_learner(model)
