@@ -39,8 +39,10 @@ jax.config.update("jax_use_shardy_partitioner", False)
 # What is imported by now stays; traces leave many objects and little garbage, which need not be looked for that often.
 gc.freeze()
 gc.set_threshold(20_000, 20, 20)
-# The suite says the same of the same code: hypothesis looks for new examples with `--hypothesis-profile=search` alone.
-settings.register_profile("search", settings.default)
+# Hypothesis draws nearly the same examples every time (constants of what is imported are among them), so that what a
+# run says is of the code. `--hypothesis-profile=search` draws others, or those of a `--hypothesis-seed`. What a plugin
+# has loaded before, such as `experiments.no_shrinking`, stays.
+settings.register_profile("search", settings.default, derandomize=False)
 settings.register_profile("suite", settings.default, derandomize=True, database=None)
 settings.load_profile("suite")
 

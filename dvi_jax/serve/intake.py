@@ -74,7 +74,7 @@ class Intake:
         self._taken += 1
 
     def _take(self, tokens: np.ndarray, position: int) -> None:
-        self._programs.take(tokens, self._lengths.copy(), position)  # the device reads them when it comes to it
+        self._programs.take(tokens, self._lengths, position)
 
     def hand_over(self) -> Iterator[tuple[int, Reply]]:
         """The replies whose prompts are taken in, each by its row as it is asked for; the prompts stay there."""

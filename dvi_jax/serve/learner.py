@@ -340,8 +340,7 @@ class Learner:
         """The good drafter is live again, with its optimiser's state, and learns more slowly for a while."""
         self._candidate.go_on_from(go_on_from(self._good, self._candidate.state))
         self._live, self._pooled, self._swapped_in = self._good, 0, None
-        self._decided = self.status.updates
-        updates = self.status.updates
+        self._decided = updates = self.status.updates
         self._cautious_until = updates + (
             CAUTIOUS_UPDATES if self._model.drafter_is_trained else min(CAUTIOUS_UPDATES, updates)
         )

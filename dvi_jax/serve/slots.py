@@ -302,8 +302,8 @@ def run_stretch(
     """At most so many rounds, fewer if every sequence is done before; and an `Outcome`, packed.
 
     Not `sampled` is a program without noise or sorting, for times when every sequence is greedy, without a repetition
-    penalty. To such ones it gives the tokens that the other gives. `rounds` None: `PIECE_ROUNDS`, in
-    a loop of known length, which a GPU is given at once; of another XLA reads the condition on the host.
+    penalty. To such ones it gives the tokens that the other gives. `rounds` None: `PIECE_ROUNDS`, in a loop of known
+    length, which a GPU is given at once; of another XLA reads the condition on the host.
     """
     began, sampling = slots.decode.length, slots.decode.sampling
     knobs = Knobs.make(plan.drafts, 0.0, ())._replace(eos_ids=slots.eos_ids)
