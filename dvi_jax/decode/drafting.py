@@ -113,9 +113,7 @@ def _choose(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """From draft logits [B, Vd]: the token int32 [B], its probability, and `log_q` with its row filled."""
     if state.sampling is None:
-        token, confidence = vocabulary.best_and_share(logits, model.draft_shards)
-        if model.calibration:  # of the same token
-            confidence = vocabulary.best_and_share(model.calibrated(logits, index), model.draft_shards)[1]
+        token, confidence = vocabulary.best_and_share(model.calibrated(logits, index), model.draft_shards)
         return model.draft_token(token), confidence, None
     token, log_q = draw_draft(model.over_vocabulary(logits), state.sampling, state.length + index, draft.tokens)
     confidence = jnp.exp(jnp.take_along_axis(log_q, token[:, None], axis=-1)[:, 0])

@@ -16,19 +16,21 @@ from dvi_jax.decode.speculative import sharded_round
 from dvi_jax.decode.state import DecodeState, Knobs
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import shards
-from dvi_jax.model import exchange
+from dvi_jax.model import exchange, peaks
 from dvi_jax.model.products import has_gpu_kernels
 from dvi_jax.model.speculative_llama import Definition, Params
 
-_loaded: set[tuple[Definition, Plan, tuple[int, ...], int]] = set()  # per process, as kernels are
+# Per process, as kernels are. Greedy rounds run some that sampled ones do not.
+_loaded: set[tuple[Definition, Plan, tuple[int, ...], int, bool]] = set()
 
 
 def load_kernels(model: LoadedModel, state: DecodeState, knobs: Knobs, *plans: Plan) -> None:
     """Load what rounds of `plans` run, unless that was done; `state` stays as it is."""
-    if shards(model.definition.mesh) == 1 or not has_gpu_kernels(jax.numpy.dtype(model.manifest.dtype)):
+    has_kernels = has_gpu_kernels(jax.numpy.dtype(model.manifest.dtype)) or peaks.is_supported()
+    if shards(model.definition.mesh) == 1 or not has_kernels:
         return
     for plan in plans:
-        key = model.definition, plan, state.committed.hidden.shape, state.tokens.shape[1]
+        key = model.definition, plan, state.committed.hidden.shape, state.tokens.shape[1], state.sampling is None
         if key not in _loaded:
             jax.block_until_ready(round_alone(model.definition, model.decode_params, state, knobs, plan))
             _loaded.add(key)

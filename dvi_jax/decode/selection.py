@@ -2,6 +2,7 @@
 
 On a GPU `jax.lax.top_k` takes 20 to 140 microseconds for a row of logits, and no less than 10 for the few nodes of a
 tree; these take 2 to 4 microseconds an entry, or two small kernels. All give the same, the first among equals first.
+What a greedy drafter wants of its logits is `model/peaks.py`'s.
 Letters: N entries, K of them wanted.
 """
 

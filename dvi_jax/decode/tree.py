@@ -198,7 +198,8 @@ def _level(
 
     worth = jnp.where(frontier.goes_on[..., None], frontier.worth[..., None] + drawn.worth, -jnp.inf)
     tokens, worth, confidence = flat(drawn.tokens), flat(worth), flat(drawn.confidence)
-    places = ranks(worth)
+    place = flat(jnp.arange(children, dtype=jnp.int32))
+    places = place if nodes == 1 else ranks(worth)  # siblings come in that order
     chosen = at_places(places, beam)
     best, parent = along_rows(worth, chosen), chosen // children
     path = jnp.concatenate([along_rows(frontier.tokens, parent), along_rows(tokens, chosen)[..., None]], axis=-1)
@@ -206,7 +207,6 @@ def _level(
     pays = jnp.exp(best) >= bounds.least_reach[:, None]
     goes_on = (best > -jnp.inf) & is_sure & pays & (level + 1 < bounds.most[:, None])
     source = jnp.where(places < beam, sources + places, -1)
-    place = flat(jnp.arange(children, dtype=jnp.int32))
     found = _Seen(tokens, worth, flat(frontier.node[..., None]), place, source)
     return found, Frontier(first + chosen, parent, path, best, goes_on)
 

@@ -11,35 +11,36 @@ import jax.numpy as jnp
 
 from dvi_jax.decode.selection import top
 from dvi_jax.model import exchange
+from dvi_jax.model.peaks import is_supported, peaks
 
 
 def best(logits: jax.Array, shards: int) -> jax.Array:
     """The most probable token, int32 [...], by logits [..., V/n]."""
     if shards == 1:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    values, tokens = _best_of_each(logits)
+    values, tokens = _of_each(jnp.max(logits, axis=-1), _ids(jnp.argmax(logits, axis=-1), logits))
     return _of_winner(values, tokens)
 
 
 def best_and_share(logits: jax.Array, shards: int) -> tuple[jax.Array, jax.Array]:
-    """`best`, and its softmax probability float32 [...]."""
+    """`best`, and its softmax probability float32 [...]; of what is drafted, not for the verifier."""
+    values, tokens, sums = (x[..., 0] for x in _few_and_sums(logits, 1))
     if shards == 1:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        # The top token's probability; exp(max - logsumexp) would lose an ulp of the largest logit.
-        return token, 1.0 / jnp.sum(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), axis=-1)
-    sums = jnp.sum(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), axis=-1)
-    values, tokens, sums = _best_of_each(logits, sums)
+        return tokens, 1.0 / sums
+    values, tokens, sums = _of_each(values, _ids(tokens, logits), sums)
     return _of_winner(values, tokens), 1.0 / jnp.sum(sums * jnp.exp(values - jnp.max(values, axis=0)), axis=0)
 
 
 def best_few(logits: jax.Array, count: int, shards: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The `count` best tokens' logits and int32 ids, [..., K] each, the best first; logsumexp of all, [..., 1]."""
-    values, tokens = top(logits, count)
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    """The `count` best tokens' logits and int32 ids, [..., K] each, the best first; logsumexp of all, [..., 1].
+
+    Of what is drafted, not for the verifier.
+    """
+    values, tokens, sums = _few_and_sums(logits, count)
+    total = values[..., :1] + jnp.log(sums)
     if shards == 1:
         return values, tokens, total
-    tokens += exchange.first_id(logits.shape[-1])
-    packed = jnp.concatenate([_bits(values), tokens, _bits(total)], axis=-1)
+    packed = jnp.concatenate([_bits(values), _ids(tokens, logits), _bits(total)], axis=-1)
     each = jnp.moveaxis(exchange.from_each(packed), 0, -2)  # [..., n, 2K + 1]
     candidates = [x.reshape(*x.shape[:-2], -1) for x in (each[..., :count], each[..., count:-1])]
     values, index = top(_floats(candidates[0]), count)
@@ -47,10 +48,26 @@ def best_few(logits: jax.Array, count: int, shards: int) -> tuple[jax.Array, jax
     return values, jnp.take_along_axis(candidates[1], index, axis=-1), total
 
 
-def _best_of_each(logits: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
-    """Of each device the largest logit, its token, and `others` float32 [...]: [n, ...] each, in one message."""
-    index = jnp.argmax(logits, axis=-1).astype(jnp.int32) + exchange.first_id(logits.shape[-1])
-    packed = jnp.stack([index, *map(_bits, (jnp.max(logits, axis=-1), *others))], axis=-1)
+def _few_and_sums(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The best few of this device's, [..., K] each, and the sum of exp(logit - largest) over its part, [..., 1].
+
+    Not the logsumexp: exp(largest - logsumexp) would lose an ulp of the largest logit.
+    """
+    if is_supported():
+        values, tokens, sums = peaks(logits, count)
+        return values, tokens, sums[..., None]
+    values, tokens = top(logits, count)
+    return values, tokens, jnp.sum(jnp.exp(logits - values[..., :1]), axis=-1, keepdims=True)
+
+
+def _ids(index: jax.Array, logits: jax.Array) -> jax.Array:
+    """The token of each entry of this device's logits [..., V/n], int32."""
+    return index.astype(jnp.int32) + exchange.first_id(logits.shape[-1])
+
+
+def _of_each(values: jax.Array, tokens: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
+    """Of each device its largest logit, that token, and `others` float32: [...] -> [n, ...] each, in one message."""
+    packed = jnp.stack([tokens, *map(_bits, (values, *others))], axis=-1)
     tokens, values, *rest = jnp.moveaxis(exchange.from_each(packed), -1, 0)
     return _floats(values), tokens, *map(_floats, rest)
 

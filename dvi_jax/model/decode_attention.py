@@ -155,7 +155,7 @@ def combine(
     chunks, rows, heads, size = mixed.shape
     block = min(pl.next_power_of_2(chunks), CHUNKS_AT_ONCE)
     return pl.pallas_call(
-        partial(_combine_kernel, block=block),
+        partial(_combine_kernel, block=block, inline=not interpret),
         grid=(rows, heads),
         out_shape=jax.ShapeDtypeStruct((rows, heads, size), dtype),
         compiler_params=plt.CompilerParams(num_warps=1 if block * size <= 1024 else WARPS, num_stages=1),
@@ -164,11 +164,12 @@ def combine(
     )(mixed, top, total)
 
 
-def _combine_kernel(mixed: Ref, top: Ref, total: Ref, out: Ref, *, block: int) -> None:
-    """One head of one row, `block` chunks at a time."""
-    chunks, _, _, size = mixed.shape
+def _combine_kernel(mixed: Ref, top: Ref, total: Ref, out: Ref, *, block: int, inline: bool) -> None:
+    """One head of one row, `block` chunks at a time; `inline` as in `early_start.next_may_start`."""
+    chunks, _, heads, size = mixed.shape
     row, head = pl.program_id(0), pl.program_id(1)
-    column, steps = jnp.arange(size)[None, :], pl.cdiv(chunks, block)
+    column = product_may_start(jnp.arange(size), heads * size, inline=inline)[None, :]
+    steps = pl.cdiv(chunks, block)
 
     def of_step(step: jax.Array) -> tuple[jax.Array, jax.Array]:
         chunk = step * block + jnp.arange(block)
@@ -184,7 +185,7 @@ def _combine_kernel(mixed: Ref, top: Ref, total: Ref, out: Ref, *, block: int) -
         return sums[0] + jnp.sum(values * weight[:, None], axis=0), sums[1] + jnp.sum(scores * weight)
 
     found, weights = jax.lax.fori_loop(0, steps, add, (jnp.zeros(size, jnp.float32), jnp.float32(0)))
-    plt.store(out.at[row, head, jnp.arange(size)], (found / weights).astype(out.dtype))
+    plt.store(out.at[row, head, column[0]], (found / weights).astype(out.dtype))
 
 
 class HeadRows(NamedTuple):

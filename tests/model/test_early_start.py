@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from dvi_jax.model import early_start
-from dvi_jax.model.decode_attention import cached_attention
+from dvi_jax.model.decode_attention import cached_attention, combine
 from dvi_jax.model.decode_products import gated_product, product
+from dvi_jax.model.peaks import peaks
 from dvi_jax.model.residual import add_and_norm
 from dvi_jax.model.tree_attention import Tree, tree_attention
 from tests.lowering import gpu_text
@@ -35,6 +36,11 @@ def tree(heads, size):
     return function, (qkv, table, table, key, value, *places)
 
 
+def chunks(heads, size):
+    parts = array(3, 16, heads, size, dtype=jnp.float32), *[array(3, 16, heads, dtype=jnp.float32)] * 2
+    return (lambda *parts: combine(*parts, dtype=jnp.bfloat16)), parts
+
+
 def norm(width):
     return (lambda x, weight: add_and_norm(x, None, weight, 1e-5)), (array(16, width), array(width))
 
@@ -54,6 +60,9 @@ def cases():
         "wide tree": (tree(32, 128), 0),
         "narrow norm": (norm(2048), 1),
         "wide norm": (norm(4096), 0),
+        "narrow chunks": (chunks(2, 64), 1),
+        "wide chunks": (chunks(32, 128), 0),
+        "peaks": ((lambda logits: peaks(logits, 2), (array(1, 3000, dtype=jnp.float32),)), 2),  # both kernels
     }
 
 
@@ -66,7 +75,7 @@ def gpu(monkeypatch, request):
 
 
 def forget():
-    for kernel in (cached_attention, tree_attention, gated_product, product, add_and_norm):
+    for kernel in (cached_attention, tree_attention, gated_product, product, add_and_norm, peaks):
         kernel.clear_cache()
 
 
