@@ -131,14 +131,12 @@ def verify(
     llama, width = model.llama, draft.tokens.shape[1]
     positions = (state.length - 1)[:, None] + jnp.arange(width)
     tokens = jnp.maximum(draft.tokens, 0)  # rows without a draft hold NO_TOKEN
-    hidden, tapped_below, shallow = llama.shallow(tokens, state.shallow, positions)
-    final, tapped, deep = llama.deep(hidden, state.deep, positions)
-    logits = llama.round_logits(final)
+    rows = llama.verify(tokens, state.shallow, state.deep, positions)
     if state.sampling is None:
-        verified = vocabulary.best(logits, llama.shards)
+        verified = vocabulary.best(rows.logits, llama.shards)
     else:
         real = jnp.arange(width) <= draft.count[:, None]
         tokens = jnp.where(real, draft.tokens, NO_TOKEN)
-        verified = draw_verified(llama.all_logits(logits), state.sampling, state.length, tokens, draft.log_q)
-    state = state.replace(shallow=shallow, deep=deep)
-    return verified, hidden, Features.of(final, tapped_below + tapped), state
+        verified = draw_verified(llama.all_logits(rows.logits), state.sampling, state.length, tokens, draft.log_q)
+    state = state.replace(shallow=rows.shallow, deep=rows.deep)
+    return verified, rows.hidden, Features.of(rows.final, rows.tapped), state

@@ -87,19 +87,17 @@ def verify_tree(model: SpeculativeLlama, state: DecodeState, tree: TokenTree) ->
     where = Tree(tree.path, state.length - 1, room=tree.tokens.shape[1])
     positions = (state.length - 1)[:, None] + tree.depth
     tokens = jnp.maximum(tree.tokens, 0)  # rows without a draft hold NO_TOKEN
-    hidden, tapped_below, shallow = llama.shallow(tokens, branching(state.shallow, where), positions)
-    final, tapped, deep = llama.deep(hidden, branching(state.deep, where), positions)
-    logits = llama.round_logits(final)
+    rows = llama.verify(tokens, branching(state.shallow, where), branching(state.deep, where), positions)
     if state.sampling is None:
-        verified = vocabulary.best(logits, llama.shards)
+        verified = vocabulary.best(rows.logits, llama.shards)
     else:
-        logits, before = llama.all_logits(logits), tree.tokens_before()
+        logits, before = llama.all_logits(rows.logits), tree.tokens_before()
         if tree.log_q is None:
             verified = draw_coupled(logits, state.sampling, before, positions + 1)
         else:
             log_p = verifier_log_probs(logits, state.sampling, before)
             verified = reject(log_p, tree.log_q, tree.children(tree.most_children), state.sampling, positions + 1)
-    return Rows(verified, hidden, Features.of(final, tapped_below + tapped), (*shallow, *deep))
+    return Rows(verified, rows.hidden, Features.of(rows.final, rows.tapped), (*rows.shallow, *rows.deep))
 
 
 def right_path(tree: TokenTree, verified: jax.Array) -> jax.Array:

@@ -71,14 +71,19 @@ def gated_product(x: jax.Array, weight: Matrix, *, interpret: bool = False) -> j
     return _run(_gated_kernel, x, weight, blocks, x.dtype, interpret)[0]
 
 
-def round_linear(x: jax.Array, weight: Matrix, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """`products.linear` of a round's rows x [B, T, in], by the kernels where they take them: [B, T, out]."""
-    batch, rows, _ = x.shape
-    if not is_supported(batch * rows, x.dtype):
+def round_linear(
+    x: jax.Array, weight: Matrix, out_dtype: jnp.dtype | None = None, like: jax.Array | None = None
+) -> jax.Array:
+    """`products.linear` of a round's rows x [B, T, in], by the kernels where they take them: [B, T, out].
+
+    The rows of `like` [B, T, ...] may be given as `laid_flat` has laid them: [R, in].
+    """
+    of_round = x if like is None else like
+    if x.ndim == 3 and not is_supported(x.shape[0] * x.shape[1], x.dtype):
         return linear(x, weight, out_dtype)
-    parts = product(laid_flat(x), weight, parts=sum_parts(weight), out_dtype=out_dtype)
-    result = total(parts, out_dtype or x.dtype)
-    return result[: batch * rows].reshape(batch, rows, -1)
+    flat = laid_flat(x) if x.ndim == 3 else x
+    parts = product(flat, weight, parts=sum_parts(weight), out_dtype=out_dtype)
+    return by_sequence(total(parts, out_dtype or x.dtype), of_round)
 
 
 def laid_flat(x: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,17 @@ from dvi_jax.model.residual import Residual
 from dvi_jax.model.variables import Base
 
 Tapped = tuple[jax.Array, ...]  # hidden states [B, T, D] of the tapped layers that ran, lowest first
+
+
+class VerifyingPass(NamedTuple):
+    """What a round's rows come to."""
+
+    hidden: jax.Array  # [B, T, D], exit hidden states, not normed
+    final: jax.Array  # [B, T, D], normed
+    tapped: Tapped
+    logits: jax.Array  # float32 [B, T, V], of a device's own part of the vocabulary
+    shallow: tuple[Any, ...]  # the caches
+    deep: tuple[Any, ...]
 
 
 def base_shapes(config: LlamaConfig) -> dict[str, Any]:
@@ -137,9 +148,9 @@ class Llama(nnx.Module):
         see only the rows of this call.
         """
         with jax.named_scope("shallow"):
-            x = self.embed[...][tokens] if self.shards == 1 else exchange.looked_up(self.embed[...], tokens)
-            layers = range(self.exit_layer)
-            residual, tapped, caches = self._run(layers, x, caches, positions, adapted=adapted, fresh=fresh)
+            layers, fresh = range(self.exit_layer), fresh or caches is None
+            residual = self._stream(layers, self._embedded(tokens), fresh=fresh)
+            residual, tapped, caches = self._run(layers, residual, caches, positions, adapted=adapted, fresh=fresh)
             return decode_products.by_sequence(residual.total(), positions), tapped, caches
 
     def deep(
@@ -150,20 +161,47 @@ class Llama(nnx.Module):
         Returns the normed final hidden state [B, T, D], the tapped states of these layers, and the caches (none: ()).
         """
         with jax.named_scope("deep"):
-            layers = range(self.exit_layer, self.config.num_layers)
-            residual, tapped, caches = self._run(layers, hidden, caches, positions, adapted=False, fresh=fresh)
+            layers, fresh = range(self.exit_layer, self.config.num_layers), fresh or caches is None
+            residual = self._stream(layers, hidden, fresh=fresh)
+            residual, tapped, caches = self._run(layers, residual, caches, positions, adapted=False, fresh=fresh)
             normed = residual.normed(self.norm[...], self.config.rms_norm_eps)[1]
             return decode_products.by_sequence(normed, positions), tapped, caches
+
+    def verify(
+        self, tokens: jax.Array, shallow: Sequence[AnyCache], deep: Sequence[AnyCache], positions: jax.Array
+    ) -> VerifyingPass:
+        """A round's tokens [B, T] through both halves and the head; it has no derivative.
+
+        What `shallow`, `deep` and `round_logits` give one after the other, in every bit: on a GPU rows stay as the
+        kernels have them between these, which spares some that only lay them out.
+        """
+        layers, exit_layer = range(self.config.num_layers), self.exit_layer
+        with jax.named_scope("shallow"):
+            residual = self._stream(layers, self._embedded(tokens), fresh=False)
+            residual, below, shallow = self._run(
+                layers[:exit_layer], residual, shallow, positions, adapted=False, fresh=False
+            )
+            hidden = decode_products.by_sequence(residual.total(), positions)
+        with jax.named_scope("deep"):
+            residual, above, deep = self._run(
+                layers[exit_layer:], residual, deep, positions, adapted=False, fresh=False
+            )
+            normed = residual.normed(self.norm[...], self.config.rms_norm_eps)[1]
+            final = decode_products.by_sequence(normed, positions)
+        return VerifyingPass(hidden, final, below + above, self.round_logits(normed, positions), shallow, deep)
 
     def logits(self, normed: jax.Array) -> jax.Array:
         """LM head: normed hidden [..., D] -> float32 logits [..., V], of a device's own part of the vocabulary."""
         with jax.named_scope("head"):
             return linear(normed, self.head_weight(), jnp.float32)
 
-    def round_logits(self, normed: jax.Array) -> jax.Array:
-        """`logits` of a round's rows [B, T, D], which on a GPU do not depend on their number and have no derivative."""
+    def round_logits(self, normed: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """`logits` of a round's rows [B, T, D], which on a GPU do not depend on their number and have no derivative.
+
+        The rows at `positions` [B, T] may be given as kernels have them, [R, D].
+        """
         with jax.named_scope("head"):
-            return decode_products.round_linear(normed, self.head_weight(), jnp.float32)
+            return decode_products.round_linear(normed, self.head_weight(), jnp.float32, positions)
 
     def all_logits(self, logits: jax.Array) -> jax.Array:
         """Logits over the whole vocabulary, from those of this device's part of it."""
@@ -185,29 +223,35 @@ class Llama(nnx.Module):
             make(self.config, self.config.num_layers - below, batch, slots, self.dtype, self.kv),
         )
 
+    def _embedded(self, tokens: jax.Array) -> jax.Array:
+        """Tokens [B, T] -> [B, T, D]."""
+        return self.embed[...][tokens] if self.shards == 1 else exchange.looked_up(self.embed[...], tokens)
+
+    def _stream(self, layers: range, x: jax.Array, *, fresh: bool) -> Residual:
+        """Rows x [B, T, D] as the stream that these `layers` take one after the other; `fresh`: without caches."""
+        # A prefill has rows enough, and where there is no cache something may be differentiated.
+        rows, few = x.shape[0] * x.shape[1], x.shape[1] <= decode_attention.MOST_ROUND_ROWS
+        kernels = not fresh and few and attention.has_round_kernels(rows, self.config.head_dim, x.dtype)
+        inbox = None
+        if kernels and self.shards > 1 and layers:
+            parts = max(self.layers[index].exchanged_parts() for index in layers)  # matrices may differ in form
+            inbox = exchange.inbox_for(parts, rows, self.config.hidden_size)
+        return Residual(decode_products.laid_flat(x) if kernels else x, kernels=kernels, inbox=inbox)
+
     def _run(
         self,
         layers: range,
-        x: jax.Array,
+        residual: Residual,
         caches: Sequence[AnyCache] | None,
         positions: jax.Array,
         *,
         adapted: bool,
         fresh: bool,
     ) -> tuple[Residual, Tapped, tuple[Any, ...]]:
-        """Run `layers` on x [B, T, D]; the arguments are those of `shallow`."""
+        """Run `layers` on a stream; the other arguments are those of `shallow`, and without caches it is `fresh`."""
         config = self.config
         frequencies = attention.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         rope = attention.rope_tables(frequencies, positions)
-        fresh = fresh or caches is None
-        # A prefill has rows enough, and where there is no cache something may be differentiated.
-        few = x.shape[1] <= decode_attention.MOST_ROUND_ROWS
-        kernels = not fresh and few and attention.has_round_kernels(x.shape[0] * x.shape[1], config.head_dim, x.dtype)
-        inbox = None
-        if kernels and self.shards > 1 and layers:
-            parts = max(self.layers[index].exchanged_parts() for index in layers)  # matrices may differ in form
-            inbox = exchange.inbox_for(parts, positions.size, config.hidden_size)
-        residual = Residual(decode_products.laid_flat(x) if kernels else x, kernels=kernels, inbox=inbox)
         tapped: list[jax.Array] = []
         updated: list[AnyCache] = []
         for index, cache in zip(layers, caches or (None,) * len(layers), strict=True):

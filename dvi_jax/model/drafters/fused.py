@@ -131,7 +131,8 @@ class Fused(StepDrafter, DraftLayer):
     ) -> tuple[jax.Array, LayerCache]:
         """Rows [B, T, D] at consecutive `positions` [B, T] through the layer and its cache."""
         geometry = Geometry.of(self.architecture)
-        residual = layer.begin_round(round_linear(*self._fusion(hidden, context)), self.architecture.head_dim)
+        both, weight = self._fusion(hidden, context)
+        residual = layer.begin_round(both, self.architecture.head_dim, weight)
         rope, weights = geometry.rope(positions), self._weights(hidden)
         residual, cache = layer.run_round(residual, weights, geometry, rope, cache, positions)
         return layer.finish_round(residual, self.norm[...], geometry, positions), cache

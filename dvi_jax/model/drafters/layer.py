@@ -78,11 +78,20 @@ class Geometry(NamedTuple):
         return attention.rope_tables(self.frequencies, positions)
 
 
-def begin_round(x: jax.Array, head_dim: int) -> Residual:
-    """A round's rows [B, T, D] as the stream that `run_round` takes."""
+def begin_round(x: jax.Array, head_dim: int, weight: jax.Array | None = None) -> Residual:
+    """A round's rows x [B, T, D] as the stream that `run_round` takes; x [B, T, in] times a `weight` [D, in] if given.
+
+    The first norm then adds up the parts of that product on its way.
+    """
     few = x.shape[1] <= decode_attention.MOST_ROUND_ROWS
     kernels = few and attention.has_round_kernels(x.shape[0] * x.shape[1], head_dim, x.dtype)
-    return Residual(laid_flat(x) if kernels else x, kernels=kernels)
+    if not kernels:
+        return Residual(x if weight is None else linear(x, weight))
+    flat = laid_flat(x)
+    if weight is None:
+        return Residual(flat, kernels=True)
+    parts = product(flat, weight, parts=sum_parts(weight))
+    return Residual(jnp.zeros(parts.shape[1:], x.dtype), parts, kernels=True)
 
 
 def run_round(
