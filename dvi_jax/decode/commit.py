@@ -5,6 +5,7 @@ Letters: B batch, W rows of a round (of a tree: of its accepted path), D hidden.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -36,7 +37,8 @@ def accept(verified: jax.Array, drafts: jax.Array, count: jax.Array, eos_ids: ja
     row = jnp.arange(verified.shape[1])
     is_draft = row < count[:, None]
     correct = (verified == drafts) & is_draft
-    ends = jnp.any(verified[..., None] == jnp.expand_dims(eos_ids, -2), axis=-1)
+    # One after the other: of a reduction XLA would make a kernel by itself.
+    ends = reduce(jnp.logical_or, (verified == eos_ids[..., i, None] for i in range(eos_ids.shape[-1])))
     last = jnp.argmax(~correct | ends, axis=1)  # row `count` is never correct, so one is always found
     stopped = jnp.take_along_axis(ends, last[:, None], axis=1)[:, 0]
     return Verdict(last + 1, stopped, is_draft & (row <= last[:, None]), correct)

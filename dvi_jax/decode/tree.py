@@ -199,8 +199,9 @@ def _level(
     worth = jnp.where(frontier.goes_on[..., None], frontier.worth[..., None] + drawn.worth, -jnp.inf)
     tokens, worth, confidence = flat(drawn.tokens), flat(worth), flat(drawn.confidence)
     place = flat(jnp.arange(children, dtype=jnp.int32))
-    places = place if nodes == 1 else ranks(worth)  # siblings come in that order
-    chosen = at_places(places, beam)
+    in_order = nodes == 1  # as siblings come
+    places = place if in_order else ranks(worth)
+    chosen = place[:, :beam] if in_order else at_places(places, beam)
     best, parent = along_rows(worth, chosen), chosen // children
     path = jnp.concatenate([along_rows(frontier.tokens, parent), along_rows(tokens, chosen)[..., None]], axis=-1)
     is_sure = jnp.exp(along_rows(confidence, chosen)) >= knobs.threshold
