@@ -69,8 +69,8 @@ def _shapes(before: tuple[int, ...], count: int) -> list[jax.ShapeDtypeStruct]:
 def _block_kernel(logits: Ref, values: Ref, indices: Ref, sums: Ref, *, inline: bool) -> None:
     """One block of a row; `inline` as in `early_start.next_may_start`."""
     row, block, entries = pl.program_id(0), pl.program_id(1), logits.shape[1]
-    index = block * BLOCK + next_may_start(jnp.arange(BLOCK), inline=inline)
-    found = plt.load(logits.at[row, index], mask=index < entries, other=-jnp.inf)
+    index, impossible = block * BLOCK + jnp.arange(BLOCK), _impossible(BLOCK, inline=inline)
+    found = plt.load(logits.at[row, index], mask=index < entries, other=impossible)
     plt.store(sums.at[row, block], _sum(found, jnp.ones_like(found)))
     _store_largest(found, index, entries, (values, indices), (row, block))
 
@@ -80,14 +80,19 @@ def _row_kernel(
 ) -> None:
     """What the blocks of a row have found: `count` entries of each, and the sums beside the first of these."""
     row, (_, width), blocks = pl.program_id(0), found.shape, totals.shape[1]
-    lane = next_may_start(jnp.arange(pl.next_power_of_2(width)), inline=inline)
-    largest = plt.load(found.at[row, lane], mask=lane < width, other=-jnp.inf)
+    lane = jnp.arange(pl.next_power_of_2(width))
+    largest = plt.load(found.at[row, lane], mask=lane < width, other=_impossible(len(lane), inline=inline))
     place = plt.load(places.at[row, lane], mask=lane < width, other=entries)
     count = width // blocks
     is_first = (lane < width) & (lane % count == 0)
     weights = plt.load(totals.at[row, lane // count], mask=is_first, other=0.0)
     plt.store(sums.at[row], _sum(largest, weights))
     _store_largest(largest, place, entries, (values, indices), (row,))
+
+
+def _impossible(count: int, *, inline: bool) -> jax.Array:
+    """Logits of tokens that are none, float32 [count]; not their indices, whose order the compiler is to know."""
+    return next_may_start(jnp.zeros(count, jnp.int32), inline=inline).astype(jnp.float32) - jnp.inf
 
 
 def _sum(values: jax.Array, weights: jax.Array) -> jax.Array:
