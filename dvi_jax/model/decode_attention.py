@@ -168,12 +168,12 @@ def _combine_kernel(mixed: Ref, top: Ref, total: Ref, out: Ref, *, block: int, i
     """One head of one row, `block` chunks at a time; `inline` as in `early_start.next_may_start`."""
     chunks, _, heads, size = mixed.shape
     row, head = pl.program_id(0), pl.program_id(1)
-    column = product_may_start(jnp.arange(size), heads * size, inline=inline)[None, :]
-    steps = pl.cdiv(chunks, block)
+    column, steps = jnp.arange(size)[None, :], pl.cdiv(chunks, block)
+    masked = MASKED + product_may_start(jnp.zeros(block, jnp.int32), heads * size, inline=inline).astype(jnp.float32)
 
     def of_step(step: jax.Array) -> tuple[jax.Array, jax.Array]:
         chunk = step * block + jnp.arange(block)
-        return chunk, plt.load(top.at[chunk, row, head], mask=chunk < chunks, other=MASKED)
+        return chunk, plt.load(top.at[chunk, row, head], mask=chunk < chunks, other=masked)
 
     highest = jax.lax.fori_loop(0, steps, lambda step, best: jnp.maximum(best, jnp.max(of_step(step)[1])), MASKED)
 
@@ -185,7 +185,7 @@ def _combine_kernel(mixed: Ref, top: Ref, total: Ref, out: Ref, *, block: int, i
         return sums[0] + jnp.sum(values * weight[:, None], axis=0), sums[1] + jnp.sum(scores * weight)
 
     found, weights = jax.lax.fori_loop(0, steps, add, (jnp.zeros(size, jnp.float32), jnp.float32(0)))
-    plt.store(out.at[row, head, column[0]], (found / weights).astype(out.dtype))
+    plt.store(out.at[row, head, jnp.arange(size)], (found / weights).astype(out.dtype))
 
 
 class HeadRows(NamedTuple):
