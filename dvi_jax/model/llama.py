@@ -147,11 +147,8 @@ class Llama(nnx.Module):
         on the way to the verifier. Without caches, or when `fresh` (a prefill: nothing lies in the caches yet), rows
         see only the rows of this call.
         """
-        with jax.named_scope("shallow"):
-            layers, fresh = range(self.exit_layer), fresh or caches is None
-            residual = self._stream(layers, self._embedded(tokens), fresh=fresh)
-            residual, tapped, caches = self._run(layers, residual, caches, positions, adapted=adapted, fresh=fresh)
-            return decode_products.by_sequence(residual.total(), positions), tapped, caches
+        fresh, layers = fresh or caches is None, range(self.exit_layer)
+        return self._to_exit(layers, tokens, caches, positions, adapted=adapted, fresh=fresh)[1:]
 
     def deep(
         self, hidden: jax.Array, caches: Sequence[AnyCache] | None, positions: jax.Array, *, fresh: bool = False
@@ -160,12 +157,10 @@ class Llama(nnx.Module):
 
         Returns the normed final hidden state [B, T, D], the tapped states of these layers, and the caches (none: ()).
         """
-        with jax.named_scope("deep"):
-            layers, fresh = range(self.exit_layer, self.config.num_layers), fresh or caches is None
-            residual = self._stream(layers, hidden, fresh=fresh)
-            residual, tapped, caches = self._run(layers, residual, caches, positions, adapted=False, fresh=fresh)
-            normed = residual.normed(self.norm[...], self.config.rms_norm_eps)[1]
-            return decode_products.by_sequence(normed, positions), tapped, caches
+        fresh = fresh or caches is None
+        residual = self._stream(range(self.exit_layer, self.config.num_layers), hidden, fresh=fresh)
+        normed, tapped, caches = self._from_exit(residual, caches, positions, fresh=fresh)
+        return decode_products.by_sequence(normed, positions), tapped, caches
 
     def verify(
         self, tokens: jax.Array, shallow: Sequence[AnyCache], deep: Sequence[AnyCache], positions: jax.Array
@@ -175,19 +170,11 @@ class Llama(nnx.Module):
         What `shallow`, `deep` and `round_logits` give one after the other, in every bit: on a GPU rows stay as the
         kernels have them between these, which spares some that only lay them out.
         """
-        layers, exit_layer = range(self.config.num_layers), self.exit_layer
-        with jax.named_scope("shallow"):
-            residual = self._stream(layers, self._embedded(tokens), fresh=False)
-            residual, below, shallow = self._run(
-                layers[:exit_layer], residual, shallow, positions, adapted=False, fresh=False
-            )
-            hidden = decode_products.by_sequence(residual.total(), positions)
-        with jax.named_scope("deep"):
-            residual, above, deep = self._run(
-                layers[exit_layer:], residual, deep, positions, adapted=False, fresh=False
-            )
-            normed = residual.normed(self.norm[...], self.config.rms_norm_eps)[1]
-            final = decode_products.by_sequence(normed, positions)
+        residual, hidden, below, shallow = self._to_exit(
+            range(self.config.num_layers), tokens, shallow, positions, adapted=False, fresh=False
+        )
+        normed, above, deep = self._from_exit(residual, deep, positions, fresh=False)
+        final = decode_products.by_sequence(normed, positions)
         return VerifyingPass(hidden, final, below + above, self.round_logits(normed, positions), shallow, deep)
 
     def logits(self, normed: jax.Array) -> jax.Array:
@@ -223,9 +210,31 @@ class Llama(nnx.Module):
             make(self.config, self.config.num_layers - below, batch, slots, self.dtype, self.kv),
         )
 
-    def _embedded(self, tokens: jax.Array) -> jax.Array:
-        """Tokens [B, T] -> [B, T, D]."""
-        return self.embed[...][tokens] if self.shards == 1 else exchange.looked_up(self.embed[...], tokens)
+    def _to_exit(
+        self,
+        layers: range,
+        tokens: jax.Array,
+        caches: Sequence[AnyCache] | None,
+        positions: jax.Array,
+        *,
+        adapted: bool,
+        fresh: bool,
+    ) -> tuple[Residual, jax.Array, Tapped, tuple[Any, ...]]:
+        """The stream at the exit layer, on its way through `layers` in all, and what `shallow` returns."""
+        with jax.named_scope("shallow"):
+            x = self.embed[...][tokens] if self.shards == 1 else exchange.looked_up(self.embed[...], tokens)
+            below, stream = range(self.exit_layer), self._stream(layers, x, fresh=fresh)
+            residual, tapped, caches = self._run(below, stream, caches, positions, adapted=adapted, fresh=fresh)
+            return residual, decode_products.by_sequence(residual.total(), positions), tapped, caches
+
+    def _from_exit(
+        self, stream: Residual, caches: Sequence[AnyCache] | None, positions: jax.Array, *, fresh: bool
+    ) -> tuple[jax.Array, Tapped, tuple[Any, ...]]:
+        """A stream from the exit layer on: what `deep` returns, the final hidden state as the stream lies."""
+        with jax.named_scope("deep"):
+            above = range(self.exit_layer, self.config.num_layers)
+            residual, tapped, caches = self._run(above, stream, caches, positions, adapted=False, fresh=fresh)
+            return residual.normed(self.norm[...], self.config.rms_norm_eps)[1], tapped, caches
 
     def _stream(self, layers: range, x: jax.Array, *, fresh: bool) -> Residual:
         """Rows x [B, T, D] as the stream that these `layers` take one after the other; `fresh`: without caches."""
