@@ -21,7 +21,17 @@ from dvi_jax.decode.plan import PLAIN, Plan
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import to_host
 from dvi_jax.serve.intake import Intake
-from dvi_jax.serve.slots import MOST_ROUNDS, Outcome, Slots, Terms, calls_of, lay, release, run_stretch
+from dvi_jax.serve.slots import (
+    MOST_ROUNDS,
+    Outcome,
+    Slots,
+    Terms,
+    calls_of,
+    lay,
+    packed_places,
+    release,
+    run_stretch,
+)
 
 PROMPT_TOKENS = 16
 
@@ -65,7 +75,7 @@ def _run(
     rows = Terms.joined([terms] * intake.rows).packed()
     for begin in range(0, batch, intake.rows):
         places = np.arange(begin, begin + intake.rows, dtype=np.int32)  # those beyond the last are none
-        placed, alone = np.column_stack([places, rows]), min(intake.rows, batch - begin) == 1
+        placed, alone = packed_places(places, rows, batch)
         slots, _ = lay(definition, params, slots, filled, placed, sampled=False, alone=alone)
     slots = slots._replace(decode=slots.decode.replace(tokens=told_apart(slots.decode, vocab_size)))
     for limit in calls_of(MOST_ROUNDS, pieces=pieces):

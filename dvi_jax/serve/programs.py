@@ -27,6 +27,7 @@ from dvi_jax.serve.slots import (
     empty_slots,
     lay,
     packed_chunk,
+    packed_places,
     release,
     run_stretch,
     take_chunk,
@@ -109,7 +110,7 @@ class Programs:
     @_step
     def lay(self, places: np.ndarray, terms: np.ndarray, sampled: bool) -> jax.Array:
         """The prompts that are taken in into slots `places` int32 [P], none twice -> int32 [P, 2] (`slots.lay`)."""
-        placed, alone = np.column_stack([places, terms]), int((places < len(self.slots.eos_ids)).sum()) == 1
+        placed, alone = packed_places(places, terms, len(self.slots.eos_ids))
         self.slots, first = lay(
             self._definition, self.params, self.slots, self._filled, placed, sampled=sampled, alone=alone
         )

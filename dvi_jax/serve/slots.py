@@ -236,6 +236,11 @@ def packed_chunk(tokens: np.ndarray, lengths: np.ndarray, position: int) -> np.n
     return np.column_stack([lengths, np.full_like(lengths, position), tokens])
 
 
+def packed_places(places: np.ndarray, terms: np.ndarray, count: int) -> tuple[np.ndarray, bool]:
+    """`placed` and `alone` of `lay`, for prompts with `terms` into `places` int32 [P] of so many slots."""
+    return np.column_stack([places, terms]), int(np.sum(places < count)) == 1
+
+
 @partial(jax.jit, static_argnames=("definition", "sampled", "alone"), donate_argnames="slots")
 def lay(
     definition: Definition,
