@@ -11,12 +11,12 @@ and XLA's compiler for GPUs, whose packages it names where they are missing.
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -27,6 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
+from dvi_jax.config import LlamaConfig
 from dvi_jax.decode.memory import abstract_state
 from dvi_jax.decode.plan import Plan, check_plan
 from dvi_jax.decode.speculative import decode_rounds
@@ -34,11 +35,14 @@ from dvi_jax.decode.state import Knobs
 from dvi_jax.errors import ArgumentParser, UserError, run_cli
 from dvi_jax.model.products import compute_capability
 from dvi_jax.presets import SHAPES
-from dvi_jax.quantisation import BFLOAT16, WEIGHTS
-from experiments.fewer_bits import make, sizes
+from dvi_jax.quantisation import BFLOAT16, WEIGHTS, chosen_storage
+from experiments.fewer_bits import sizes
+from experiments.measure import abstract_model
+from experiments.trace_events import parsed
 
 KIND = "NVIDIA H100 80GB HBM3"
 CORES = 132
+GROUP = 64  # inputs that share a scale, of weights in four bits
 # What XLA is told of the device, as its `GpuTargetConfigProto`.
 TARGET = f"""
 gpu_device_info {{
@@ -53,7 +57,6 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 7 }} runtime_version {
 device_description_str: "{KIND}"
 """
 OURS = "__gpu$xla.gpu.triton"
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 # What is no work on the device.
 _NAMES = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional")
@@ -79,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--exit-layer", type=int, default=1)
     parser.add_argument("--weights", choices=WEIGHTS, default=BFLOAT16, help="what matrices are kept in")
     parser.add_argument("--prompt", type=int, default=128, help="tokens in the cache at the start")
+    parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--list", action="store_true", help="each kernel, in order")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # nothing runs, and nobody looks for the GPU's libraries
@@ -100,20 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compiled(shape: Any, plan: Plan, batch: int, options: Any) -> Any:
+def compiled(shape: LlamaConfig, plan: Plan, batch: int, options: argparse.Namespace) -> Any:
     """The decode loop of a plan, compiled for the GPU that is not there."""
-    how = SimpleNamespace(
-        shape=options.shape,
-        group=64,
-        quantise_head=False,
-        dtype=BFLOAT16,
-        exit_layer=options.exit_layer,
-        drafter=options.drafter,
-        prompt=options.prompt,
-        new_tokens=64,
-    )
-    with patch.dict(SHAPES, {options.shape: shape}):
-        model = make(options.weights, how, abstract=True)
+    _, how = chosen_storage(options.weights, None, group=GROUP, head=False)
+    model = abstract_model(shape, BFLOAT16, options.exit_layer, options.drafter, how)
     check_plan(plan, options.drafter, drafts_blocks=model.drafts_blocks, max_drafts=model.max_drafts)
     here = NamedSharding(Mesh(np.array(hopper().devices), ("x",), axis_types=(AxisType.Auto,)), PartitionSpec())
 
@@ -121,7 +115,7 @@ def compiled(shape: Any, plan: Plan, batch: int, options: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
 
     params = jax.eval_shape(lambda p: model.with_params(p).decode_params, model.params)
-    state = abstract_state(model, sizes(plan, batch, how))
+    state = abstract_state(model, sizes(plan, batch, options))
     knobs = jax.eval_shape(lambda: Knobs.make(0, 0.0, ()))
     with pretended_hopper():
         lowered = decode_rounds.lower(model.definition, there(params), there(state), there(knobs), plan)
@@ -165,14 +159,11 @@ def launched(hlo: str) -> list[Launched]:
     body = re.search(r" while\(.*body=%?([\w.-]+)", hlo)
     if body is None:
         raise UserError("the program has no loop")
-    found = []
-    for match in filter(None, map(_INSTRUCTION.match, computations[body[1]])):
-        name, shape, opcode, rest = match.groups()
-        if opcode in _NAMES:
-            continue
-        scope = re.search(r'op_name="([^"]*)"', rest)
-        found.append(Launched(name, _plain(shape), _scope(scope[1] if scope else ""), OURS in rest))
-    return found
+    return [
+        Launched(line.name, _plain(line.shape), _scope(line.op_name), OURS in line.rest)
+        for line in parsed(computations[body[1]])
+        if line.opcode not in _NAMES
+    ]
 
 
 def _plain(shape: str) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.profiler import ProfileData
 
@@ -148,16 +148,31 @@ def read_trace(folder: Path) -> Trace:
 
 def instructions(hlo: str) -> dict[str, Instruction]:
     """Every instruction of a compiled program's text, by its name as kernels carry it (`sanitized`)."""
-    matches = [match for match in map(_INSTRUCTION.match, hlo.splitlines()) if match]
-    shapes = {match[1]: _dimensions(match[2]) for match in matches}
+    lines = list(parsed(hlo.splitlines()))
+    shapes = {line.name: _dimensions(line.shape) for line in lines}
     found = {}
-    for match in matches:
-        name, _, opcode, rest = match.groups()
-        op_name = re.search(r'op_name="([^"]*)"', rest)
-        operands = re.findall(r"%([\w.-]+)", rest.split("metadata=")[0].split("calls=")[0])
+    for line in lines:
+        operands = re.findall(r"%([\w.-]+)", line.rest.split("metadata=")[0].split("calls=")[0])
         weight = max((shapes.get(operand, ()) for operand in operands), key=prod, default=())
-        found[sanitized(name)] = Instruction(opcode, op_name[1] if op_name else "", weight)
+        found[sanitized(line.name)] = Instruction(line.opcode, line.op_name, weight)
     return found
+
+
+class Line(NamedTuple):
+    """An instruction as a compiled program's text has it."""
+
+    name: str
+    shape: str  # of what it gives
+    opcode: str
+    rest: str  # operands and attributes
+    op_name: str  # as of `Instruction`
+
+
+def parsed(lines: Iterable[str]) -> Iterator[Line]:
+    """The instructions among the lines of a compiled program's text."""
+    for match in filter(None, map(_INSTRUCTION.match, lines)):
+        op_name = re.search(r'op_name="([^"]*)"', match[4])
+        yield Line(match[1], match[2], match[3], match[4], op_name[1] if op_name else "")
 
 
 def sanitized(name: str) -> str:
