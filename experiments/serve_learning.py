@@ -231,7 +231,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--drafter-options", default="{}", metavar="YAML", help="of an untrained drafter: '{taps: [2, 9]}'"
     )
-    parser.add_argument("--exit-layer", type=int, metavar="K", help="of an untrained drafter")
+    parser.add_argument(
+        "--exit-layer", type=int, metavar="K", help="of an untrained drafter (default: 0 where it needs none)"
+    )
     parser.add_argument("--requests", type=at_least_one, default=300, metavar="N")
     parser.add_argument("--frozen", type=at_least_one, metavar="N", help="requests without learning (default: all)")
     parser.add_argument("--clients", type=at_least_one, default=8, metavar="N", help="requests under way at any time")

@@ -7,9 +7,9 @@ from typing import Any
 
 from dvi_jax.checkpoint import Checkpoint
 from dvi_jax.errors import UserError
-from dvi_jax.model.drafters import BlockDrafter, drafter_class
+from dvi_jax.model.drafters import drafter_class
 
-USUAL_EXIT_LAYER = 2  # of a new step drafter in a checkpoint that names none
+USUAL_EXIT_LAYER = 2  # of a new drafter that takes one, in a checkpoint that names none
 
 
 def kept_or_new_drafter(
@@ -44,24 +44,31 @@ def matching_or_new_drafter(
     same_kind = manifest.drafter == kind and exit_layer in (None, manifest.exit_layer)
     if checkpoint.drafter is not None and same_kind and manifest.drafter_config == manifest.drafter_config | options:
         return checkpoint
-    new = replace(with_new_drafter(checkpoint, kind, options, exit_layer), draft_vocabulary=None)
     lora = {"rank_s": shallow_rank, "rank_d": 0} if shallow_rank else {}
     manifest = replace(
-        new.manifest, training_step=0, lora=lora, run_digest="", held_out_fraction=0.0, plan="", draft_steps=0
+        manifest, training_step=0, lora=lora, run_digest="", held_out_fraction=0.0, plan="", draft_steps=0
     )
-    return replace(new, manifest=manifest, drafter=None, lora=None)
+    untrained = replace(checkpoint, manifest=manifest, drafter=None, lora=None, draft_vocabulary=None)
+    return with_new_drafter(untrained, kind, options, exit_layer)
 
 
 def with_new_drafter(checkpoint: Checkpoint, kind: str, options: dict[str, Any], exit_layer: int | None) -> Checkpoint:
-    """`checkpoint` whose manifest asks for an untrained drafter of `kind`; one of blocks usually has no exit layer."""
+    """`checkpoint` whose manifest asks for an untrained drafter of `kind`.
+
+    `exit_layer` None: that of the manifest if it describes a drafter of this kind, else none. A drafter that needs one,
+    and one with a lora_S in the shallow layers, takes the manifest's whatever it describes, or else the usual one.
+    """
     manifest = checkpoint.manifest
-    if issubclass(drafter_class(kind), BlockDrafter):
-        exit_layer = exit_layer or 0
-    elif exit_layer is None:
-        does_without = manifest.drafter == kind and not drafter_class(kind).needs_exit_layer
-        usual = 0 if does_without else min(USUAL_EXIT_LAYER, checkpoint.config.num_layers - 1)
-        exit_layer = manifest.exit_layer or usual
-    inherited = manifest.drafter_config if manifest.drafter == kind else {}
+    same_kind = manifest.drafter == kind
+    takes_one = drafter_class(kind).needs_exit_layer or manifest.lora.get("rank_s")
+    if exit_layer is None:
+        if takes_one:
+            exit_layer = manifest.exit_layer or min(USUAL_EXIT_LAYER, checkpoint.config.num_layers - 1)
+        else:
+            # Every draft pays for the layers below an exit, and what they tell such a drafter is worth less. An import
+            # names a layer for an exit head, which is no wish of this drafter's.
+            exit_layer = manifest.exit_layer if same_kind else 0
+    inherited = manifest.drafter_config if same_kind else {}
     manifest = replace(
         manifest, drafter=kind, drafter_config=inherited | options, exit_layer=exit_layer, calibration=()
     )

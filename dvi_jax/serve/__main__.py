@@ -224,7 +224,12 @@ def _add_learning_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="between two snapshots",
     )
-    group.add_argument("--drafter", metavar="KIND", help=f"begin with an untrained one: {', '.join(sorted(DRAFTERS))}")
+    group.add_argument(
+        "--drafter",
+        metavar="KIND",
+        help=f"begin with an untrained one: {', '.join(sorted(DRAFTERS))}; of another kind than the checkpoint's, it"
+        " has an exit layer only if it needs one or --exit-layer names one",
+    )
 
 
 if __name__ == "__main__":

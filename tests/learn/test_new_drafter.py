@@ -55,8 +55,48 @@ def test_offline_another_drafter_takes_its_place(trained):
     new = matching_or_new_drafter(trained, "medusa", {"heads": 3}, None)
     assert asked(new) == ("medusa", {"heads": 3, "markov_rank": 0}, 0)
     assert new.drafter is None
-    # Back from a block drafter, which has no exit layer, to a step drafter, which usually has one.
-    assert asked(matching_or_new_drafter(trained, "fused", {}, None)) == ("fused", {}, 2)
+
+
+EXIT_HEAD, FUSED, MEDUSA = ("exit_head", 3), ("fused", 3), ("medusa", 3)  # described by a manifest, with its exit layer
+
+
+@pytest.mark.parametrize(
+    ("manifest", "asked_for", "expected"),
+    [
+        # What needs an exit layer takes the manifest's, whatever that describes, or else the usual one.
+        *((described, kind, 3) for kind in ("exit_head", "kangaroo") for described in (EXIT_HEAD, FUSED, MEDUSA)),
+        *(((described, 0), kind, 2) for kind in ("exit_head", "kangaroo") for described in ("fused", "medusa")),
+        # What does without has none, except where the manifest describes such a drafter with one.
+        *((described, "fused", 0) for described in (EXIT_HEAD, MEDUSA, ("kangaroo", 3), ("medusa", 0), ("fused", 0))),
+        *((described, kind, 0) for kind in ("medusa", "block") for described in (EXIT_HEAD, FUSED)),
+        (FUSED, "fused", 3),
+        (MEDUSA, "medusa", 3),
+    ],
+)
+def test_an_exit_layer_that_nobody_named(untrained, manifest, asked_for, expected):
+    described, exit_layer = manifest
+    manifest = replace(untrained.manifest, drafter=described, exit_layer=exit_layer, drafter_config={})
+    checkpoint = replace(untrained, manifest=manifest)
+    for choose in (kept_or_new_drafter, matching_or_new_drafter):
+        assert asked(choose(checkpoint, asked_for, {}, None)) == (asked_for, {}, expected)
+        assert asked(choose(checkpoint, asked_for, {}, 1)) == (asked_for, {}, 1)
+
+
+@pytest.mark.parametrize(("exit_layer", "expected"), [(0, 2), (3, 3)])
+@pytest.mark.parametrize("described", ["exit_head", "fused", "medusa"])
+def test_lora_s_in_the_shallow_layers_brings_an_exit_layer(untrained, described, exit_layer, expected):
+    """Whether the settings ask for it or the manifest does; layer 0, asked for beside it, is an error."""
+    manifest = replace(untrained.manifest, drafter=described, exit_layer=exit_layer, drafter_config={})
+    checkpoint = replace(untrained, manifest=manifest)
+    new = matching_or_new_drafter(checkpoint, "fused", {}, None, shallow_rank=4)
+    assert (*asked(new), new.manifest.lora) == ("fused", {}, expected, {"rank_s": 4, "rank_d": 0})
+    with_lora = replace(checkpoint, manifest=replace(manifest, lora={"rank_s": 4, "rank_d": 2}))
+    assert asked(kept_or_new_drafter(with_lora, "fused", {}, None)) == ("fused", {}, expected)
+    # A new drafter offline leaves behind the lora_S of the one before.
+    own = exit_layer if described == "fused" else 0
+    assert asked(matching_or_new_drafter(with_lora, "fused", {}, None)) == ("fused", {}, own)
+    with pytest.raises(UserError, match="a lora_S in the shallow layers takes an exit layer, and this drafter has"):
+        from_checkpoint(matching_or_new_drafter(checkpoint, "fused", {}, 0, shallow_rank=4))
 
 
 def test_exit_layers(untrained):
