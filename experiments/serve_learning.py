@@ -110,8 +110,8 @@ def serve(
                     index = next(indices, None)
                 if index is None:
                     return
-                ids = [token for piece in engine.submit(requests[index]).whole() for token in piece.ids]
-                digest = hashlib.sha256(np.array(ids, np.int32).tobytes()).digest()[:LONGEST]
+                whole = engine.submit(requests[index]).whole()
+                digest = hashlib.sha256(np.array(whole.ids, np.int32).tobytes()).digest()[:LONGEST]
                 with progress.lock:
                     progress.replies[index] = digest
                     progress.done += 1

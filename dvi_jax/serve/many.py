@@ -79,14 +79,14 @@ def decode_many(engine: Engine, requests: Iterable[Request]) -> Iterator[Decoded
 
 def _whole(reply: Reply) -> Decoded:
     """All of a reply, which is waited for."""
-    pieces = reply.whole()
-    ids = [token for piece in pieces for token in piece.ids]
+    whole = reply.whole()
+    ids = list(whole.ids)
     rounds = rounds_until(reply.accept_lengths, len(ids) - 1)  # the prefill gave the first token
     generation = Generation(
         output_ids=[*reply.request.prompt_ids, *ids],
         new_ids=ids,
         accept_lengths=reply.accept_lengths[:rounds],
         drafted=reply.drafted[:rounds],
-        finish_reason=pieces[-1].finish_reason or "",
+        finish_reason=whole.finish_reason or "",
     )
-    return Decoded(generation, "".join(piece.text for piece in pieces), reply.statistics)
+    return Decoded(generation, whole.text, reply.statistics)

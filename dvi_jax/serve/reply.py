@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ class Reply:
         self.accept_lengths: list[int] = []  # tokens committed in each round, also those behind a stop string
         self.drafted: list[int] = []  # tokens drafted in each
         self._text, self._wake = text, wake
-        self._pieces: deque[ReplyPiece] = deque()
+        self._pieces: list[ReplyPiece] = []
         self._failure: str | None = None
         self._changed = threading.Condition()
         self._wakes_at_end = False  # whether its reader wants to be told of nothing before
@@ -42,7 +42,7 @@ class Reply:
     # What the reader calls.
 
     def __iter__(self) -> Iterator[ReplyPiece]:
-        """Pieces as they come, up to the one with a finish reason. Leaving early cancels."""
+        """What has come since the last piece, again and again, up to the finish reason. Leaving early cancels."""
         try:
             while True:
                 with self._changed:
@@ -54,10 +54,10 @@ class Reply:
         finally:
             self.cancel()
 
-    def whole(self) -> list[ReplyPiece]:
-        """All pieces, once the last is there. The reader is woken once, which costs the engine less than each time."""
+    def whole(self) -> ReplyPiece:
+        """All of it, once it has ended. The reader is woken once, which costs the engine less than each time."""
         self._wakes_at_end = True
-        return list(self)
+        return _joined(list(self))
 
     async def stream(self) -> AsyncIterator[ReplyPiece]:
         """The same for an event loop: no thread waits."""
@@ -87,13 +87,17 @@ class Reply:
             self._wake()
 
     def _next(self) -> ReplyPiece | None:
-        """The oldest piece that was not taken yet; `UserError` after the last if the engine failed."""
+        """What was not taken yet; `UserError` after the last if the engine failed.
+
+        In one piece: a reader that is woken late makes text of it once.
+        """
         with self._changed:
             if not self._pieces:
                 if self._failure is not None:
                     raise UserError(self._failure)
                 return None
-            piece = self._pieces.popleft()
+            piece = _joined(self._pieces)
+            self._pieces = []
         if self._text is not None and not self.request.stop and piece.ids:
             return replace(piece, text=self._text.add(piece.ids, last=piece.finish_reason is not None)[1])
         return piece
@@ -160,3 +164,18 @@ class Reply:
         self._changed.notify_all()
         if self._notify is not None:
             self._notify()
+
+
+def _joined(pieces: Sequence[ReplyPiece]) -> ReplyPiece:
+    """One after the other, the last as it ends."""
+    if len(pieces) == 1:
+        return pieces[0]
+    has_logprobs = any(piece.logprobs is not None for piece in pieces)
+    return ReplyPiece(
+        ids=tuple(itertools.chain.from_iterable(piece.ids for piece in pieces)),
+        text="".join(piece.text for piece in pieces),
+        finish_reason=pieces[-1].finish_reason,
+        logprobs=tuple(itertools.chain.from_iterable(piece.logprobs or () for piece in pieces))
+        if has_logprobs
+        else None,
+    )
