@@ -8,7 +8,7 @@ not, so many different ones are looked at.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax
@@ -36,31 +36,34 @@ from dvi_jax.serve.slots import (
 PROMPT_TOKENS = 16
 
 
-def check_plans(
-    model: LoadedModel, plans: Sequence[Plan], slots: Slots, intake: Intake, *, pieces: bool = False
-) -> Slots:
+def check_plans(model: LoadedModel, pieces: Mapping[Plan, int], slots: Slots, intake: Intake) -> Slots:
     """Raise `UserError` where one of the plans has other bits than plain decoding in these slots, all free.
 
-    The slots come back free. What agreed is kept on disk. `pieces`: as of `calls_of`.
+    The slots come back free. What agreed is kept on disk. `pieces`: of each plan, as `run_stretch` has them; 0: none.
     """
     shape = slots.decode.tokens.shape, slots.decode.committed.hidden.shape[1], slots.decode.signals is not None
-    kept = {plan: agreed_path(model, shape, intake.rows, pieces, str(plan)) for plan in plans if plan.drafts}
+    plain = pieces.get(PLAIN, min(pieces.values()))
+    kept = {
+        plan: agreed_path(model, shape, intake.rows, piece, plain, str(plan))
+        for plan, piece in pieces.items()
+        if plan.drafts
+    }
     if jax.process_count() > 1:  # one might know and another not, and only together can they look
         kept = dict.fromkeys(kept)
     unknown = {plan: path for plan, path in kept.items() if path is None or not path.exists()}
     if not unknown:
         return slots
-    slots, *plain = _run(model, slots, intake, PLAIN, pieces=pieces)
+    slots, *plainly = _run(model, slots, intake, PLAIN, plain)
     for plan, path in unknown.items():
-        slots, *drafted = _run(model, slots, intake, plan, pieces=pieces)
-        if not _agree(drafted, plain):
+        slots, *drafted = _run(model, slots, intake, plan, pieces[plan])
+        if not _agree(drafted, plainly):
             raise refusal(plan)
         keep_agreed(path)
     return slots
 
 
 def _run(
-    model: LoadedModel, slots: Slots, intake: Intake, plan: Plan, *, pieces: bool
+    model: LoadedModel, slots: Slots, intake: Intake, plan: Plan, piece: int
 ) -> tuple[Slots, np.ndarray, np.ndarray]:
     """A stretch in which every slot goes on from the same prompt, and another token behind it.
 
@@ -78,8 +81,8 @@ def _run(
         placed, alone = packed_places(places, rows, batch)
         slots, _ = lay(definition, params, slots, filled, placed, sampled=False, alone=alone)
     slots = slots._replace(decode=slots.decode.replace(tokens=told_apart(slots.decode, vocab_size)))
-    for limit in calls_of(MOST_ROUNDS, pieces=pieces):
-        slots, packed = run_stretch(definition, params, slots, limit, plan, sampled=False)
+    for limit in calls_of(MOST_ROUNDS, piece):
+        slots, packed = run_stretch(definition, params, slots, limit, plan, sampled=False, piece=piece)
     checksums = _checksums(slots, np.int32(len(prompt)), MOST_ROUNDS * width)
     found = Outcome.read(packed).length - len(prompt), to_host(checksums)
     return release(slots, np.ones(batch, bool)), *found

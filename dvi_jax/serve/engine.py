@@ -373,13 +373,13 @@ def _scheduler(
     on_ended: OnEnded | None,
     most_logprobs: int,
 ) -> Scheduler:
-    """All slots free, and plans that were compared with plain decoding, and timed, in them."""
+    """All slots free, and plans that were timed, and compared with plain decoding, in them."""
     ahead = jax.default_backend() != "cpu" if ahead is None else ahead
     empty, intake = programs.slots, Intake(programs)
     knobs = Knobs.make(0, 0.0, ())._replace(eos_ids=empty.eos_ids)
     load_kernels(model, empty.decode.replace(sampling=None), knobs, *plans, PLAIN)
-    checked = check_plans(model, plans, empty, intake, pieces=ahead)
-    choice, programs.slots = choose(model, plans, width, checked, pieces=ahead)
+    choice, measured = choose(model, plans, width, empty, ahead=ahead)
+    programs.slots = check_plans(model, choice.pieces, measured, intake)
     return Scheduler(model, programs, intake, choice, ahead=ahead, on_ended=on_ended, most_logprobs=most_logprobs)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 SHORT_SECONDS = 0.025  # between the pieces of a reply, while somebody waits for them or for a slot
 HOST_ROOM = 1.5  # a stretch takes so many times what the host needs for one, where it is started ahead
-FEWEST = 4  # rounds: a stretch of fewer is mostly its own beginning, however long a round takes
+FEWEST = 4  # rounds of a stretch that is not in pieces: one of fewer is mostly its own beginning
 # For `sys.setswitchinterval`: how long an event loop may keep Python from the engine's thread. The 5 ms that it may
 # otherwise are a few rounds of a small model.
 SWITCH_SECONDS = 0.001
@@ -68,19 +68,19 @@ class Pace:
         self._round_seconds: float | None = None
         self._ended: float | None = None  # when the last stretch did, None if the device was idle since
 
-    def rounds(self, *, hurry: bool) -> int:
-        """Of the next stretch; all there may be unless in a `hurry`.
+    def rounds(self, *, hurry: bool, least: int = FEWEST) -> int:
+        """Of the next stretch, `least` or more; all there may be unless in a `hurry`.
 
         Ahead, as few as keep the device at work while the host reads the last stretch: starting one costs nothing.
         """
         if self._ahead and self._round_seconds is not None:
-            least = math.ceil(HOST_ROOM * self._host_seconds / self._round_seconds)
-            return min(max(least, FEWEST), self._most)
+            needed = math.ceil(HOST_ROOM * self._host_seconds / self._round_seconds)
+            return min(max(needed, least), self._most)
         if not hurry:
             return self._most
         if self._round_seconds is None:
-            return FEWEST
-        return min(max(round(SHORT_SECONDS / self._round_seconds), FEWEST), self._most)
+            return least
+        return min(max(round(SHORT_SECONDS / self._round_seconds), least), self._most)
 
     def landed(self, rounds: int, device: float = 0.0) -> None:
         """A stretch of so many rounds has ended; `device`: `DeviceTime.seconds` since the last did."""

@@ -39,6 +39,10 @@ TREES = (4, 8, 16)  # rows of trees to choose from
 MOST_AUTO_DRAFTS, CPU_DRAFTS = 5, 3  # of a round, to choose from; on a CPU every round verifies as many rows
 MEASURED_POSITION = 512  # where sequences are when a round is timed, if slots have so many positions
 REPEATS = 3
+MEASURED_PIECE = 4  # rounds of a piece when a round is timed
+PIECES = (1, 2, 4, 8)  # rounds that a piece may have: every number is a program of its own
+# Of the host's time for a piece, starting and reading it; measured beside an H100.
+HOST_SECONDS, HOST_SECONDS_A_SLOT = 0.003, 0.00008
 
 
 class PlanChoice(Protocol):
@@ -47,6 +51,7 @@ class PlanChoice(Protocol):
     width: int  # most tokens that a round commits; where bits depend on the number of rows, as many are verified
     plans: tuple[Plan, ...]  # all that may be chosen
     plan: Plan  # of the last stretch
+    pieces: Mapping[Plan, int]  # rounds of a piece of each (`slots.run_stretch`); 0: stretches are not in pieces
 
     def next_plan(self, *, fresh: bool) -> Plan:
         """Of the next stretch; `fresh`: it decodes sequences for which the drafter has seen every row."""
@@ -58,9 +63,10 @@ class PlanChoice(Protocol):
 class OnePlan:
     """Always the same."""
 
-    def __init__(self, plan: Plan, width: int):
+    def __init__(self, plan: Plan, width: int, piece: int = 0):
         self.plan, self.width = plan, width
         self.plans: tuple[Plan, ...] = (plan,)
+        self.pieces: Mapping[Plan, int] = {plan: piece}
 
     def next_plan(self, *, fresh: bool) -> Plan:
         """The plan."""
@@ -77,10 +83,11 @@ class BestPlan(Followed):
     row the drafter has seen.
     """
 
-    def __init__(self, costs: Mapping[Plan, float], width: int):
+    def __init__(self, costs: Mapping[Plan, float], width: int, pieces: Mapping[Plan, int] | None = None):
         """`costs`: seconds of a round of each plan, plain decoding among them."""
         super().__init__()
         self.costs, self.width, self.plans = dict(costs), width, tuple(costs)
+        self.pieces: Mapping[Plan, int] = pieces or dict.fromkeys(costs, 0)
         self.plan = max(self.plans, key=self._worth)
 
     def next_plan(self, *, fresh: bool) -> Plan:
@@ -121,30 +128,45 @@ def plans_of(model: LoadedModel, name: str, slots: int) -> tuple[tuple[Plan, ...
 
 
 def choose(
-    model: LoadedModel, plans: Sequence[Plan], width: int, slots: Slots, *, pieces: bool = False
+    model: LoadedModel, plans: Sequence[Plan], width: int, slots: Slots, *, ahead: bool = False
 ) -> tuple[PlanChoice, Slots]:
     """A choice among `plans`, whose costs are read from disk, or measured in `slots`, all free, and kept there.
 
-    The slots come back free. `pieces`: as of `calls_of`.
+    The slots come back free. `ahead`: stretches are in pieces, which a device can be given while it is at work.
     """
-    if len(plans) == 1:
+    if len(plans) == 1 and not ahead:
         return OnePlan(plans[0], width), slots
-    path = costs_path(model, *slots.decode.tokens.shape, width, "slots", pieces)
+    count, _ = slots.decode.tokens.shape
+    path = costs_path(model, *slots.decode.tokens.shape, width, "slots", ahead)
     is_alone = jax.process_count() == 1  # several measure together at each start, and the first one's count
     known = read_costs(path) if is_alone else {}
     if not all(str(plan) in known for plan in plans):
-        names = ", ".join(map(str, plans))
-        once = " once" if is_alone else ""
-        notice(f"--plan auto measures{once} what rounds of all {len(slots.decode.length)} slots cost here ({names})")
-        measured, slots = round_seconds(model, slots, plans, pieces=pieces)
+        if len(plans) > 1:
+            names = ", ".join(map(str, plans))
+            once = " once" if is_alone else ""
+            notice(f"--plan auto measures{once} what rounds of all {count} slots cost here ({names})")
+        measured, slots = round_seconds(model, slots, plans, piece=MEASURED_PIECE if ahead else 0)
         known |= {str(plan): seconds for plan, seconds in measured.items()}
         if is_alone:
             write_costs(path, known)
-    return BestPlan({plan: known[str(plan)] for plan in plans}, width), slots
+    costs = {plan: known[str(plan)] for plan in plans}
+    pieces = {plan: piece_rounds(seconds, count) if ahead else 0 for plan, seconds in costs.items()}
+    if len(plans) == 1:
+        return OnePlan(plans[0], width, pieces[plans[0]]), slots
+    return BestPlan(costs, width, pieces), slots
+
+
+def piece_rounds(seconds: float, slots: int) -> int:
+    """Rounds of a piece, of rounds that take so long: as few as take the device longer than a piece takes the host.
+
+    A slot whose reply has ended waits for the end of the piece under way and for the next one.
+    """
+    host = HOST_SECONDS + slots * HOST_SECONDS_A_SLOT
+    return next(rounds for rounds in PIECES if rounds * seconds >= host or rounds == PIECES[-1])
 
 
 def round_seconds(
-    model: LoadedModel, slots: Slots, plans: Sequence[Plan], *, pieces: bool = False
+    model: LoadedModel, slots: Slots, plans: Sequence[Plan], *, piece: int = 0
 ) -> tuple[dict[Plan, float], Slots]:
     """Seconds of a round of each plan in which every slot drafts all it may; the slots come back free.
 
@@ -157,8 +179,8 @@ def round_seconds(
         for (plan, rounds), times in seconds.items():
             slots = jax.block_until_ready(_set_under_way(slots))
             began = time.perf_counter()
-            for limit in calls_of(rounds, pieces=pieces):
-                slots, packed = run_stretch(*program, slots, limit, plan, sampled=False)
+            for limit in calls_of(rounds, piece):
+                slots, packed = run_stretch(*program, slots, limit, plan, sampled=False, piece=piece)
             jax.block_until_ready(packed)
             times.append(time.perf_counter() - began)
     costs = {}

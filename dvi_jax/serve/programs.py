@@ -123,14 +123,16 @@ class Programs:
         self.slots = release(self.slots, ended)
 
     @_step
-    def stretch(self, rounds: int, plan: Plan, sampled: bool, pieces: bool) -> list[jax.Array]:
-        """Start so many rounds, in pieces or not -> what `Outcome` reads, of each call (`run_stretch`)."""
-        packed = []
-        for limit in calls_of(rounds, pieces=pieces):
-            self.slots, piece = run_stretch(self._definition, self.params, self.slots, limit, plan, sampled=sampled)
-            piece.copy_to_host_async()
-            packed.append(piece)
-        return packed
+    def stretch(self, rounds: int, plan: Plan, sampled: bool, piece: int) -> list[jax.Array]:
+        """Start so many rounds, in pieces of `piece` (0: none) -> what `Outcome` reads of each call (`run_stretch`)."""
+        found = []
+        for limit in calls_of(rounds, piece):
+            self.slots, packed = run_stretch(
+                self._definition, self.params, self.slots, limit, plan, sampled=sampled, piece=piece
+            )
+            packed.copy_to_host_async()
+            found.append(packed)
+        return found
 
     @_step
     def logprobs(self, slot: int, start: int, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:

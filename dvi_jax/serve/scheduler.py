@@ -22,12 +22,12 @@ from dvi_jax.decode.plan import Plan
 from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.ended import OnEnded
 from dvi_jax.serve.intake import Intake
-from dvi_jax.serve.pace import DeviceTime, Pace
+from dvi_jax.serve.pace import FEWEST, DeviceTime, Pace
 from dvi_jax.serve.plans import PlanChoice
 from dvi_jax.serve.programs import Programs
 from dvi_jax.serve.reply import Reply
 from dvi_jax.serve.requests import EngineStatus, Request, TokenLogprob
-from dvi_jax.serve.slots import MOST_ROUNDS, PIECE_ROUNDS, Outcome, Terms, columns_of
+from dvi_jax.serve.slots import MOST_ROUNDS, Outcome, Terms, columns_of
 
 GREEDY = SamplingConfig(temperature=0.0)
 EARLY_TOKENS = 64  # of a reply: its beginning
@@ -108,7 +108,7 @@ class Scheduler:
         self._programs.release(self._ended.copy())
         for plan in self._choice.plans:
             for sampled in (False, True):
-                jax.block_until_ready(self._programs.stretch(1, plan, sampled, self._ahead))
+                jax.block_until_ready(self._programs.stretch(1, plan, sampled, self._choice.pieces[plan]))
 
     def turn(self, next_replies: Callable[[int], list[Reply]], waiting: int) -> None:
         """One turn; `next_replies` gives so many of those that wait at most, of about `waiting`."""
@@ -264,15 +264,16 @@ class Scheduler:
         if not any(map(self._may_go_on, running)):
             return None
         early = any(reply.statistics.new_tokens < EARLY_TOKENS for reply in running)
-        rounds = self._pace.rounds(hurry=early or somebody_waits or bool(self._intake.replies))
         plan = self._choice.next_plan(fresh=any(reply.is_fresh for reply in running))
+        piece = self._choice.pieces[plan]
+        rounds = self._pace.rounds(hurry=early or somebody_waits or bool(self._intake.replies), least=piece or FEWEST)
         sampled = any(_is_sampled(reply.request.sampling) for reply in running)
         for reply in running:
             reply.is_fresh &= plan.drafts > 0
         with self._device.handing():
-            packed = self._programs.stretch(rounds, plan, sampled, self._ahead)
+            packed = self._programs.stretch(rounds, plan, sampled, piece)
         fresh = [slot for slot, reply in held if reply.is_fresh]
-        return Stretch(packed, plan, held, fresh, len(packed) * PIECE_ROUNDS if self._ahead else rounds)
+        return Stretch(packed, plan, held, fresh, len(packed) * piece if piece else rounds)
 
     def _may_go_on(self, reply: Reply) -> bool:
         """Whether a reply can have tokens left behind the stretch under way: every round gives it one at least."""

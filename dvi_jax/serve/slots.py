@@ -29,7 +29,6 @@ from dvi_jax.mesh import ROWS, WHOLE, replicas
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
 
 MOST_ROUNDS = 16  # of a stretch
-PIECE_ROUNDS = 4  # of a piece of a stretch, where one is started before the last is read
 
 
 class Slots(NamedTuple):
@@ -294,7 +293,7 @@ def release(slots: Slots, ended: jax.Array | np.ndarray) -> Slots:
 _marked = jax.jit(jnp.logical_or, donate_argnums=0)
 
 
-@partial(jax.jit, static_argnames=("definition", "plan", "sampled"), donate_argnames="slots")
+@partial(jax.jit, static_argnames=("definition", "plan", "sampled", "piece"), donate_argnames="slots")
 def run_stretch(
     definition: Definition,
     params: Params,
@@ -303,35 +302,38 @@ def run_stretch(
     plan: Plan,
     *,
     sampled: bool,
+    piece: int = 0,
 ) -> tuple[Slots, jax.Array]:
     """At most so many rounds, fewer if every sequence is done before; and an `Outcome`, packed.
 
     Not `sampled` is a program without noise or sorting, for times when every sequence is greedy, without a repetition
-    penalty. To such ones it gives the tokens that the other gives. `rounds` None: `PIECE_ROUNDS`, in a loop of known
-    length, which a GPU is given at once; of another XLA reads the condition on the host.
+    penalty. To such ones it gives the tokens that the other gives. With a `piece`, `rounds` is None: so many, in a loop
+    of known length, which a GPU is given at once; of another XLA reads the condition on the host.
     """
     began, sampling = slots.decode.length, slots.decode.sampling
     knobs = Knobs.make(plan.drafts, 0.0, ())._replace(eos_ids=slots.eos_ids)
     state = slots.decode.replace(rounds=jnp.int32(0), sampling=sampling if sampled else None)
     if rounds is None:
-        state = _piece(definition, params, state, knobs, plan)
+        state = _piece(definition, params, state, knobs, plan, piece)
     else:
         state = decode_rounds(definition, params, state, knobs._replace(until=rounds), plan)
     packed = definition.on_all(_pack(state, began))
     return slots._replace(decode=state.replace(sampling=state.sampling if sampled else sampling)), packed
 
 
-def calls_of(rounds: int, *, pieces: bool) -> list[np.int32 | None]:
-    """What `run_stretch` is to be given as `rounds`, one call after the other, for a stretch of so many."""
-    return [None] * -(-rounds // PIECE_ROUNDS) if pieces else [np.int32(rounds)]
+def calls_of(rounds: int, piece: int) -> list[np.int32 | None]:
+    """What `run_stretch` is to be given as `rounds`, one call after the other, for a stretch of so many or more."""
+    return [None] * -(-rounds // piece) if piece else [np.int32(rounds)]
 
 
-def _piece(definition: Definition, params: Params, state: DecodeState, knobs: Knobs, plan: Plan) -> DecodeState:
-    """`PIECE_ROUNDS` rounds, of which those behind the end of a sequence do nothing to it."""
+def _piece(
+    definition: Definition, params: Params, state: DecodeState, knobs: Knobs, plan: Plan, rounds: int
+) -> DecodeState:
+    """So many rounds, of which those behind the end of a sequence do nothing to it."""
 
     def decode(params: Params, state: DecodeState, knobs: Knobs) -> DecodeState:
         model = join(definition, params)
-        return jax.lax.fori_loop(0, PIECE_ROUNDS, lambda _, s: speculative_round(model, s, knobs, plan), state)
+        return jax.lax.fori_loop(0, rounds, lambda _, s: speculative_round(model, s, knobs, plan), state)
 
     return definition.sharded(decode, params, (STATE_SPECS, knob_specs(knobs)), STATE_SPECS)(params, state, knobs)
 

@@ -1,6 +1,7 @@
 """An engine: a reply depends on its request alone, and none is lost, whatever else comes and goes."""
 
 import asyncio
+import itertools
 import threading
 import time
 from dataclasses import replace
@@ -75,16 +76,22 @@ def serve_in_company(engine, requests, pieces_of, meanwhile=lambda: None):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "count", "sampled", "ahead"),
-    [("float32", 40, True, True), pytest.param("bfloat16", 30, False, False, marks=pytest.mark.full)],
+    ("dtype", "count", "sampled", "piece"),
+    [
+        ("float32", 40, True, 4),
+        pytest.param("float32", 40, True, 1, marks=pytest.mark.full),
+        pytest.param("bfloat16", 30, False, 0, marks=pytest.mark.full),
+        pytest.param("bfloat16", 30, False, 8, marks=pytest.mark.full),
+    ],
 )
 def test_replies_do_not_depend_on_company(
-    make_model, make_engine, pieces_of, train_noise, dtype, count, sampled, ahead
+    make_model, make_engine, pieces_of, train_noise, monkeypatch, dtype, count, sampled, piece
 ):
     """Nor on the slot, on what is kept of other prompts, on what the drafter is by now, or on who else is sampled.
 
-    Nor on whether stretches are read before the next one starts.
+    Nor on whether stretches are read before the next one starts, and in what pieces.
     """
+    monkeypatch.setattr("dvi_jax.serve.plans.piece_rounds", lambda *_: piece)
     model, requests = make_model(dtype), random_requests(count, seed=1)
     if not sampled:
         requests = [replace(request, sampling=None) for request in requests]
@@ -92,7 +99,7 @@ def test_replies_do_not_depend_on_company(
     with make_engine(model) as engine:
         alone = serve_alone(engine, requests, pieces_of)
     swaps = iter(range(10**6))
-    with make_engine(model, prefix_bytes=10**6, ahead=ahead) as engine:
+    with make_engine(model, prefix_bytes=10**6, ahead=piece > 0) as engine:
         together = serve_in_company(
             engine, requests, pieces_of, meanwhile=lambda: engine.swap(drafters[next(swaps) % 3])
         )
@@ -102,6 +109,7 @@ def test_replies_do_not_depend_on_company(
     assert status.running == status.waiting == 0
     assert status.judged[0] > status.accepted[0] > 0
     assert 0 < status.rounds < status.slot_rounds
+    assert status.slot_rounds % (4 * max(piece, 1)) == 0
     assert 0 < status.waited_seconds < status.busy_seconds > status.intake_seconds > 0
     assert 0 < status.handed_seconds < status.busy_seconds
     for request, (ids, text, reason) in zip(requests, alone, strict=True):
@@ -144,23 +152,24 @@ def test_replies_are_what_the_model_says(model, make_engine):
         assert all(logprob.top[0][0] == np.argmax(row) for logprob, row in zip(given, log_p, strict=True))
 
 
-def test_a_stretch_ahead_changes_no_window(model, make_engine, pieces_of):
+def test_a_stretch_ahead_changes_no_window(model, make_engine, pieces_of, monkeypatch):
     """What is learned from a reply was there when it ended, whatever its slot did before that was noticed."""
     requests = [replace(request, sampling=None) for request in random_requests(12, seed=6)]
     found = {}
-    for ahead in (False, True):
+    for piece in (0, 1, 8):
         windows = {}
 
         def keep(window, request, windows=windows):
             windows[request] = jax.device_get((window.tokens, window.length, window.features, window.proposal))
 
-        with make_engine(model, ahead=ahead, on_window=keep) as engine:
+        monkeypatch.setattr("dvi_jax.serve.plans.piece_rounds", lambda *_, piece=piece: piece)
+        with make_engine(model, ahead=piece > 0, on_window=keep) as engine:
             replies = [pieces_of(handle) for handle in [engine.submit(request) for request in requests]]
         assert len(windows) == len(requests)
-        found[ahead] = replies, windows
-    assert found[False][0] == found[True][0]
-    for request in requests:
-        left, right = found[False][1][request], found[True][1][request]
+        found[piece] = replies, windows
+    assert found[0][0] == found[1][0] == found[8][0]
+    for request, piece in itertools.product(requests, (1, 8)):
+        left, right = found[0][1][request], found[piece][1][request]
         length = int(left[1][0])
         assert length == right[1][0] > len(request.prompt_ids)
         # Which drafts were judged depends on where rounds fell, which both have alike; behind the end nothing counts.

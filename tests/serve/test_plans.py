@@ -10,7 +10,7 @@ from dvi_jax.decode.plan import PLAIN, Plan
 from dvi_jax.errors import UserError
 from dvi_jax.presets import SHAPES
 from dvi_jax.serve import engine as engine_module
-from dvi_jax.serve.plans import BestPlan, OnePlan, choose, plans_of
+from dvi_jax.serve.plans import BestPlan, OnePlan, choose, piece_rounds, plans_of
 from dvi_jax.serve.requests import Request
 from dvi_jax.serve.slots import Shape, empty_slots
 
@@ -82,6 +82,7 @@ def test_changes_of_plan_change_no_reply(model, make_engine, pieces_of, monkeypa
     with make_engine(model) as engine:
         expected = [pieces_of(engine.submit(request)) for request in requests]
     choice = Alternating(PLAIN, 3)
+    choice.pieces = {PLAIN: 0, Plan("chain", 2): 0}
     monkeypatch.setattr(engine_module, "choose", lambda model, plans, width, slots, **_: (choice, slots))
     with make_engine(model) as engine:
         handles = [engine.submit(request) for request in requests]
@@ -90,18 +91,29 @@ def test_changes_of_plan_change_no_reply(model, make_engine, pieces_of, monkeypa
     assert any(handle.statistics.drafted < 2 * handle.statistics.rounds - 4 for handle in handles)
 
 
-def test_costs_are_measured_once(model, make_engine, pieces_of, monkeypatch, tmp_path):
-    """In slots that are free before and after, and kept on disk."""
+@pytest.mark.parametrize("ahead", [False, True])
+def test_costs_are_measured_once(model, monkeypatch, tmp_path, ahead):
+    """In slots that are free before and after, and kept on disk; what is started ahead has pieces by them."""
     monkeypatch.setenv("DVI_JAX_CACHE", str(tmp_path))
     plans = (PLAIN, Plan("chain", 2))
     empty = empty_slots(model.definition, model.decode_params, Shape(4, 128, 3, True))
-    choice, empty = choose(model, plans, 3, empty)
+    choice, empty = choose(model, plans, 3, empty, ahead=ahead)
     assert choice.costs.keys() == set(plans)
     assert all(seconds > 0 for seconds in choice.costs.values())
     assert np.all(empty.decode.done)
     monkeypatch.setattr("dvi_jax.serve.plans.round_seconds", pytest.fail)
-    again, _ = choose(model, plans, 3, empty)
+    again, empty = choose(model, plans, 3, empty, ahead=ahead)
     assert again.costs == choice.costs
+    assert choice.pieces == {plan: piece_rounds(choice.costs[plan], 4) if ahead else 0 for plan in plans}
+    alone, _ = choose(model, plans[1:], 3, empty, ahead=ahead)
+    assert alone.pieces == {plans[1]: choice.pieces[plans[1]]}
+
+
+@pytest.mark.parametrize(("milliseconds", "slots", "rounds"), [(0.6, 16, 8), (1.3, 8, 4), (2.0, 32, 4), (5.0, 8, 1)])
+def test_a_piece_takes_the_device_longer_than_the_host(milliseconds, slots, rounds):
+    """By what an H100 was seen to take: SmolLM2 plainly and by trees in 8 and 32 slots, 7B."""
+    assert piece_rounds(milliseconds / 1000, slots) == rounds
+    assert piece_rounds(1e-6, slots) == 8
 
 
 def test_plans_of_a_name(model, monkeypatch):
