@@ -20,6 +20,7 @@ from dvi_jax.decode.agreement import agreed_path, keep_agreed, refusal, told_apa
 from dvi_jax.decode.plan import PLAIN, Plan
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import to_host
+from dvi_jax.serve.compiling import compile_stretches
 from dvi_jax.serve.intake import Intake
 from dvi_jax.serve.slots import (
     MOST_ROUNDS,
@@ -53,6 +54,8 @@ def check_plans(model: LoadedModel, pieces: Mapping[Plan, int], slots: Slots, in
     unknown = {plan: path for plan, path in kept.items() if path is None or not path.exists()}
     if not unknown:
         return slots
+    compared = [(PLAIN, plain, False), *((plan, pieces[plan], False) for plan in unknown)]
+    compile_stretches(model.definition, model.decode_params, slots, compared)
     slots, *plainly = _run(model, slots, intake, PLAIN, plain)
     for plan, path in unknown.items():
         slots, *drafted = _run(model, slots, intake, plan, pieces[plan])

@@ -32,6 +32,7 @@ from dvi_jax.errors import notice
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import replicas
 from dvi_jax.model.product_blocks import MOST_ROWS
+from dvi_jax.serve.compiling import compile_stretches
 from dvi_jax.serve.slots import MOST_ROUNDS, Slots, calls_of, run_stretch
 
 AUTO = "auto"
@@ -174,6 +175,7 @@ def round_seconds(
     that a device that is warmer, or busier, by and by is so for all.
     """
     program, lengths = (model.definition, model.decode_params), (MOST_ROUNDS // 4, MOST_ROUNDS)
+    compile_stretches(*program, slots, [(plan, piece, False) for plan in plans])
     seconds: dict[tuple[Plan, int], list[float]] = {(plan, rounds): [] for plan in plans for rounds in lengths}
     for _ in range(REPEATS + 1):
         for (plan, rounds), times in seconds.items():

@@ -6,7 +6,7 @@ them run it (`together.py`). Letters as in `slots.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -18,6 +18,7 @@ from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.prefill import Filled
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Tree
+from dvi_jax.serve.compiling import compile_stretches
 from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.prefixes import Prefixes, cut_block, position_axes, put_block
 from dvi_jax.serve.slots import (
@@ -121,6 +122,10 @@ class Programs:
     def release(self, ended: np.ndarray) -> None:
         """The sequences marked in bool [B] go no further."""
         self.slots = release(self.slots, ended)
+
+    def compile(self, stretches: Iterable[tuple[Plan, int, bool]]) -> None:
+        """These side by side, before they are run: plan, piece, and whether any slot is sampled."""
+        compile_stretches(self._definition, self.params, self.slots, stretches)
 
     @_step
     def stretch(self, rounds: int, plan: Plan, sampled: bool, piece: int) -> list[jax.Array]:

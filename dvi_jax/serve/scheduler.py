@@ -106,9 +106,11 @@ class Scheduler:
         for count, sampled in itertools.product({1, self._intake.rows}, (False, True)):
             self._programs.lay(self._places(range(count)), done.packed(), sampled)
         self._programs.release(self._ended.copy())
-        for plan in self._choice.plans:
-            for sampled in (False, True):
-                jax.block_until_ready(self._programs.stretch(1, plan, sampled, self._choice.pieces[plan]))
+        plans, pieces = self._choice.plans, self._choice.pieces
+        stretches = [(plan, pieces[plan], sampled) for plan in plans for sampled in (False, True)]
+        self._programs.compile(stretches)
+        for plan, piece, sampled in stretches:
+            jax.block_until_ready(self._programs.stretch(1, plan, sampled, piece))
 
     def turn(self, next_replies: Callable[[int], list[Reply]], waiting: int) -> None:
         """One turn; `next_replies` gives so many of those that wait at most, of about `waiting`."""
