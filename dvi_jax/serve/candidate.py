@@ -49,7 +49,7 @@ class Candidate:
         self._model, self._settings = model, settings
         average = settings.average if model.drafter_is_trained else 0.0
         self._optimizer = replace(settings.optimizer, average=average)
-        self._window = min(settings.window, context)
+        self._window = min(settings.window, context, model.config.context_length)  # no slot of an engine has more
         fresh, kept = settings.fresh_windows, settings.replayed_windows
         self._positions = min(settings.positions, fresh * (self._window - 1))
         self._size = Batch(0, kept, self._positions)

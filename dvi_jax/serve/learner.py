@@ -80,7 +80,7 @@ class Learner:
         save: Callable[[LearnerState, dict[str, Any]], bool] = lambda state, progress: True,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Take the memory and compile. `context`: tokens of a request, of the engine.
+        """Take the memory and compile. `context`: tokens of a request, as an engine is given it.
 
         `report` gets records of updates, rollbacks and so on with the update's number; `save` what a restart needs,
         and says whether it took it; neither may take long. `UserError` for a model that cannot learn so, or that the

@@ -254,6 +254,16 @@ def test_a_long_reply_is_cut_to_its_newest_positions(make_learner, some_ended):
         assert short.ndim == 1 or np.array_equal(short[0], long[0, 19:83])
 
 
+def test_a_context_beyond_the_models_is_the_models(new_model, some_ended):
+    """As in an engine: a slot has 128 positions here, and a window cannot have more."""
+    model = replace(new_model, config=replace(new_model.config, max_position_embeddings=128))
+    learner = learner_module.Learner(model, replace(SETTINGS, window=256), 2048)
+    learner.take(some_ended[0], requests()[0])
+    kept = learning.newest(learner._candidate.replay, 1)
+    assert kept.tokens.shape == (1, 128)
+    assert kept.length.tolist() == [62]
+
+
 def test_a_model_whose_replies_learning_would_change(new_model, make_learner):
     with_lora_d = new_model.with_params(new_model.params._replace(lora_d={"layers": np.zeros(1)}))
     with pytest.raises(UserError, match=r"has a lora_D, whose learning would change replies"):
