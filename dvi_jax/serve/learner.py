@@ -58,7 +58,7 @@ class Learned:
     swaps: int = 0  # times that other weights became live, those taken back included
     rollbacks: int = 0
     learned_positions: int = 0  # that updates looked at
-    windows: int = 0  # replies that were learned from, or lie ready
+    windows: int = 0  # replies that were kept: learned from, or ready to be
     seconds: float = 0.0  # of learning
     update_seconds: float = 0.0  # an update, on a device that does nothing else
     agreement: float = 0.0  # share of its positions where the drafter's first choice was the verifier's
@@ -120,10 +120,12 @@ class Learner:
         return self.settings.branches
 
     def take(self, ended: Ended, request: Request) -> None:
-        """A reply that has ended; its window is kept on the device."""
+        """A reply that has ended; its window is kept on the device if the next update has a use for it."""
         if self.status.state != "learning":
             return
         try:
+            if not self._candidate.wants_more():
+                return
             self._candidate.take(ended)
         except jax.errors.JaxRuntimeError as error:
             self._stop(one_line(str(error)))
