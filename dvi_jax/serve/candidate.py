@@ -25,6 +25,13 @@ from dvi_jax.serve.learning import REPORTED, compare, copied, keep, update
 TIMED, SERIES = 2, 3  # updates one behind the other, and how often: the quickest tell how long one takes
 
 
+class _Arriving(NamedTuple):
+    """A window that was kept, until what the device made of it is known."""
+
+    length: jax.Array  # int32 scalar: its valid positions; 0 where it could not be used
+    expected: int  # what that should be
+
+
 class _Update(NamedTuple):
     """One that the device was given."""
 
@@ -49,7 +56,7 @@ class Candidate:
         self._model, self._settings = model, settings
         average = settings.average if model.drafter_is_trained else 0.0
         self._optimizer = replace(settings.optimizer, average=average)
-        self._window = min(settings.window, context)
+        self._window = min(settings.window, context, model.config.context_length)  # no slot of an engine has more
         fresh, kept = settings.fresh_windows, settings.replayed_windows
         self._positions = min(settings.positions, fresh * (self._window - 1))
         self._size = Batch(0, kept, self._positions)
@@ -59,9 +66,10 @@ class Candidate:
         key = jax.random.key(settings.seed)
         # Its arrays are its own, and the next update uses them up. Windows are beside it.
         self.state = copied(init_learner(model.params, self._optimizer, self._no_windows, key).replace(replay=None))
-        self._arrived: list[jax.Array] = []  # lengths of windows since the last update that were not counted yet
         self._update: _Update | None = None
-        self._new_positions = 0  # of windows since the last update, as far as they were counted
+        # Of windows since the last update was begun: how many, their positions, and those not counted in these yet.
+        self._new_windows, self._new_positions = 0, 0
+        self._arriving: list[_Arriving] = []
         self.seconds = self._warm_up(clock)  # of an update, on a device that does nothing else
 
     def _capacity(self) -> int:
@@ -79,19 +87,36 @@ class Candidate:
 
     # Windows.
 
+    def wants_more(self) -> bool:
+        """Whether the next update has a use for another window; the host pays a millisecond for each that is kept.
+
+        An update takes the `fresh_windows` newest. Once there are so many that no update has seen, with positions
+        enough to begin the next, another would only push one of them out that is older by less than the time between
+        two updates. What is drawn from the replay beside them was then seen before, but comes from longer ago, and
+        mostly for other positions: of long windows an update looks at a part.
+        """
+        if self._new_windows < self._settings.fresh_windows:
+            return True
+        if self.has_enough():
+            return False
+        # Replies that end together would all be kept if lengths on their way did not count. One that turns out to be
+        # empty counts no more once it is there, so that another takes its place.
+        return not self._is_enough(sum(window.expected for window in self._arriving))
+
     def take(self, ended: Ended) -> None:
         """The newest window of a reply, kept on the device."""
         self.replay, length = keep(self.replay, ended, window=self._window, branches=self._settings.branches)
-        self._arrived.append(length)
+        self._arriving.append(_Arriving(length, min(int(ended.place[2]), self._window)))
+        self._new_windows += 1
 
     def has_enough(self) -> bool:
         """Whether new positions lie there, a quarter as many as an update looks at; the others are seen again."""
-        while not self._is_enough() and self._arrived and is_ready(self._arrived[0]):
-            self._new_positions += int(self._arrived.pop(0))
+        while not self._is_enough() and self._arriving and is_ready(self._arriving[0].length):
+            self._new_positions += int(self._arriving.pop(0).length)
         return self._is_enough()
 
-    def _is_enough(self) -> bool:
-        return 4 * self._new_positions >= self._positions
+    def _is_enough(self, more: int = 0) -> bool:
+        return 4 * (self._new_positions + more) >= self._positions
 
     # Updates.
 
@@ -121,8 +146,8 @@ class Candidate:
         )
         report.copy_to_host_async()
         self._update = _Update(report, rate)
-        self._new_positions = 0
-        self._arrived.clear()  # the update sees them, counted or not
+        self._new_windows = self._new_positions = 0
+        self._arriving.clear()  # the update sees them, counted or not
 
     def look(self) -> Learnt:
         """What the update under way came to, once it has."""

@@ -41,7 +41,8 @@ CAUTION, CAUTIOUS_UPDATES = 0.3, 100
 SLOW, FADE = 0.1, 300  # rate of a good drafter, as a share of a new one's; updates over which a new one's fades
 POOLED = 4  # updates between two swaps of a drafter that moves slowly
 # Between two swaps, at least: the host pays for each, and a quick device makes four updates in that time. But a young
-# drafter changes much with every update: while at least this share of all its updates is new, it goes live at once.
+# drafter changes much with every update: while at least this share of all its updates is new, it goes live at once. Not
+# where decoding is plain: drafts are made now and then there, to try, and may be of weights that much older.
 SWAP_SECONDS, YOUNG = 0.25, 0.1
 UNPAID = 0.03  # most of the time for learning while plain decoding is quicker: no more than that is lost
 RETRY_SECONDS = 1.0  # until a snapshot is offered again that was not taken
@@ -58,7 +59,7 @@ class Learned:
     swaps: int = 0  # times that other weights became live, those taken back included
     rollbacks: int = 0
     learned_positions: int = 0  # that updates looked at
-    windows: int = 0  # replies that were learned from, or lie ready
+    windows: int = 0  # replies that were kept: learned from, or ready to be
     seconds: float = 0.0  # of learning
     update_seconds: float = 0.0  # an update, on a device that does nothing else
     agreement: float = 0.0  # share of its positions where the drafter's first choice was the verifier's
@@ -80,7 +81,7 @@ class Learner:
         save: Callable[[LearnerState, dict[str, Any]], bool] = lambda state, progress: True,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Take the memory and compile. `context`: tokens of a request, of the engine.
+        """Take the memory and compile. `context`: tokens of a request, as an engine is given it.
 
         `report` gets records of updates, rollbacks and so on with the update's number; `save` what a restart needs,
         and says whether it took it; neither may take long. `UserError` for a model that cannot learn so, or that the
@@ -102,7 +103,7 @@ class Learner:
         self._pooled, self._swapped_at = 0, clock() - SWAP_SECONDS  # updates since the last swap; its time
         self._good_step = 0  # update that made the good drafter
         self._decided = 0  # update after which the last trial was decided
-        self._judged, self._stretches = (0, 0), 0  # of the engine
+        self._judged, self._stretches, self._is_plain = (0, 0), 0, False  # of the engine
         self._swapped_in: int | None = None  # stretch in which a swap fell whose trial has not begun
         self._digest: jax.Array | None = None  # of the live drafter, on its way
         self._cautious_until = -1
@@ -120,10 +121,12 @@ class Learner:
         return self.settings.branches
 
     def take(self, ended: Ended, request: Request) -> None:
-        """A reply that has ended; its window is kept on the device."""
+        """A reply that has ended; its window is kept on the device if the next update has a use for it."""
         if self.status.state != "learning":
             return
         try:
+            if not self._candidate.wants_more():
+                return
             self._candidate.take(ended)
         except jax.errors.JaxRuntimeError as error:
             self._stop(one_line(str(error)))
@@ -159,7 +162,7 @@ class Learner:
         judged.
         """
         self._observe(status)
-        self._share.share = min(self.settings.share, UNPAID) if status.plan == str(PLAIN) else self.settings.share
+        self._share.share = min(self.settings.share, UNPAID) if self._is_plain else self.settings.share
         try:
             self._look()
             if self._is_due() and (self._share.allows() or idle):
@@ -172,6 +175,7 @@ class Learner:
 
     def _observe(self, status: EngineStatus) -> None:
         """What was judged since. The stretch in which a swap falls was drafted by what was live before."""
+        self._is_plain = status.plan == str(PLAIN)
         self._judged, self._stretches = (sum(status.judged), sum(status.accepted)), status.stretches
         if self._swapped_in is not None and self._stretches > self._swapped_in:
             self._swapped_in = None
@@ -302,7 +306,7 @@ class Learner:
         if self._candidate.is_updating or self._pooled < self._pool(self.status.updates):
             return False
         is_young = self._pooled >= YOUNG * self.status.updates
-        return now or is_young or self._clock() - self._swapped_at >= SWAP_SECONDS
+        return now or (is_young and not self._is_plain) or self._clock() - self._swapped_at >= SWAP_SECONDS
 
     def _swap(self) -> None:
         """The candidate goes live, on trial."""

@@ -67,6 +67,27 @@ def test_a_drafter_goes_live_a_few_times_a_second(make_learner, some_ended, monk
     assert learner.status.swaps == swaps + left
 
 
+def test_a_young_drafter_waits_where_nothing_is_drafted(make_learner, some_ended, monkeypatch):
+    """Of ten updates, 0.06 seconds apart, the first, the sixth and what is new when rounds draft again go live."""
+    now, live_after = [0.0], []
+    learner = make_learner(clock=lambda: now[0])
+    for ended in some_ended:
+        learner.take(ended, requests()[0])
+    monkeypatch.setattr(learner._candidate, "has_enough", lambda: learner.status.updates < 10)
+    while learner.status.updates < 10:
+        now[0] += 0.06
+        turned(learner, plan="plain")
+        until(lambda: learner._candidate.has_updated or learner.status.updates == 10)
+        if learner.status.swaps > len(live_after):
+            live_after.append(learner.status.updates)
+    turned(learner, plan="plain")
+    assert live_after == [1, 6]
+    assert learner.status.swaps == 2
+    turned(learner)
+    assert learner.status.swaps == 3
+    assert equal(learner._live.served, learner._candidate.point().served)
+
+
 def test_what_was_under_way_when_learning_stopped_goes_nowhere(make_learner, some_ended, monkeypatch):
     learner = make_learner()
     for ended in some_ended:

@@ -47,9 +47,9 @@ def equal(a, b):
     return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-def turned(learner, settle=None, **counts):
-    """A turn of an engine that drafts, idle."""
-    status = EngineStatus(4, running=0, waiting=0, context=96, plan="chain:2", **counts)
+def turned(learner, settle=None, plan="chain:2", **counts):
+    """A turn of an engine that decodes so, idle."""
+    status = EngineStatus(4, running=0, waiting=0, context=96, plan=plan, **counts)
     return learner.turn(status, idle=True, settle=settle)
 
 
