@@ -7,6 +7,7 @@ there, and only then may the weights be drafted with.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -33,9 +34,9 @@ class _Arriving(NamedTuple):
 
 
 class _Update(NamedTuple):
-    """One that the device was given."""
+    """One that the device is given."""
 
-    report: jax.Array  # as of `learning.update`
+    report: Future[jax.Array]  # as of `learning.update`, once the device has the program
     rate: float
 
 
@@ -49,7 +50,12 @@ class Learnt:
 
 
 class Candidate:
-    """A drafter's weights with an optimiser's state and a replay. For one thread."""
+    """A drafter's weights with an optimiser's state and a replay. For one thread.
+
+    To give the device an update takes the host milliseconds, a few hundred arrays and kernels. Another thread does it
+    beside the engine's; until it has, weights and windows are its own: `wants_more` is False, and the rest waits for
+    `look`.
+    """
 
     def __init__(self, model: LoadedModel, settings: LearnSettings, context: int, clock: Callable[[], float]):
         """Take the memory and compile. `UserError` where the memory does not hold what is needed."""
@@ -67,6 +73,7 @@ class Candidate:
         # Its arrays are its own, and the next update uses them up. Windows are beside it.
         self.state = copied(init_learner(model.params, self._optimizer, self._no_windows, key).replace(replay=None))
         self._update: _Update | None = None
+        self._giving = ThreadPoolExecutor(1, "updates")
         # Of windows since the last update was begun: how many, their positions, and those not counted in these yet.
         self._new_windows, self._new_positions = 0, 0
         self._arriving: list[_Arriving] = []
@@ -95,6 +102,8 @@ class Candidate:
         two updates. What is drawn from the replay beside them was then seen before, but comes from longer ago, and
         mostly for other positions: of long windows an update looks at a part.
         """
+        if self._update is not None and not self._update.report.done():
+            return False
         if self._new_windows < self._settings.fresh_windows:
             return True
         if self.has_enough():
@@ -128,10 +137,18 @@ class Candidate:
     @property
     def has_updated(self) -> bool:
         """Whether that one can be looked at without waiting."""
-        return self._update is not None and is_ready(self._update.report)
+        if self._update is None or not (report := self._update.report).done():
+            return False
+        return report.exception() is not None or is_ready(report.result())
 
     def begin_update(self, rate: float) -> None:
-        """Give the device one fast update, of `rate` as a share of the optimiser's rates."""
+        """Have the device given one fast update, of `rate` as a share of the optimiser's rates."""
+        self._update = _Update(self._giving.submit(self._give_update, rate), rate)
+        self._new_windows = self._new_positions = 0
+        self._arriving.clear()  # the update sees them, counted or not
+
+    def _give_update(self, rate: float) -> jax.Array:
+        """-> its report."""
         settings, model = self._settings, self._model
         self.state, report = update(
             model.definition,
@@ -145,15 +162,13 @@ class Candidate:
             size=self._size,
         )
         report.copy_to_host_async()
-        self._update = _Update(report, rate)
-        self._new_windows = self._new_positions = 0
-        self._arriving.clear()  # the update sees them, counted or not
+        return report
 
     def look(self) -> Learnt:
-        """What the update under way came to, once it has."""
+        """What the update under way came to, once it has; raises what giving it to the device has raised."""
         assert self._update is not None
         begun, self._update = self._update, None
-        *values, failing = np.asarray(begun.report).tolist()
+        *values, failing = np.asarray(begun.report.result()).tolist()
         return Learnt(dict(zip(REPORTED, values, strict=True)), int(failing), begun.rate)
 
     # Points that one may go back to.

@@ -2,10 +2,10 @@
 
     reply -> window -> replay -> fast update -> candidate -> swap -> trial on fresh traffic -> kept, or taken back
 
-All of it is begun in the engine's thread, between stretches, one piece a turn; for an update nobody waits
-(`candidate.py`). What a drafter is worth is seen in the drafts that the verifier judges (`shadow.py`); when those look
-worse, good and live drafter are compared on the very same windows, so that a change of traffic is not taken for a
-fault. Replies cannot change: weights of a drafter decide how fast tokens come, never which.
+All of it is begun in the engine's thread, between stretches, one piece a turn; for an update nobody waits, not even
+while the device is given it (`candidate.py`). What a drafter is worth is seen in the drafts that the verifier judges
+(`shadow.py`); when those look worse, good and live drafter are compared on the very same windows, so that a change of
+traffic is not taken for a fault. Replies cannot change: weights of a drafter decide how fast tokens come, never which.
 """
 
 from __future__ import annotations

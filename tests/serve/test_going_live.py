@@ -95,6 +95,7 @@ def test_what_was_under_way_when_learning_stopped_goes_nowhere(make_learner, som
     until(learner.has_work)
     turned(learner)
     assert learner._candidate.is_updating
+    until(learner._candidate.wants_more)  # the device has been given it
     monkeypatch.setattr(candidate_module, "keep", lambda *_, **__: int(Failed()))
     learner.take(some_ended[0], requests()[0])
     assert learner.status.state.startswith("stopped")

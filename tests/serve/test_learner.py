@@ -1,6 +1,7 @@
 """Learning while serving: replies stay as they are, the drafter gets better, and what makes it worse is taken back."""
 
 import itertools
+import threading
 from dataclasses import replace
 
 import jax
@@ -275,6 +276,32 @@ def test_windows_are_kept_that_the_next_update_can_use(make_learner, some_ended,
         turned(learner)  # looks at one update, and begins another
         assert learner._candidate.is_updating
         assert learner.status.updates == updates
+        until(lambda: learner._candidate.has_updated)
+
+
+def test_giving_the_device_an_update_keeps_nobody_waiting(make_learner, some_ended, monkeypatch):
+    """Another thread does it; until it has, the windows that it gives are left alone."""
+    learner, kept = make_learner(), counted_keeps(monkeypatch)
+    go_on, update = threading.Event(), candidate_module.update
+
+    def slow(*given, **named):
+        assert go_on.wait(30)
+        return update(*given, **named)
+
+    monkeypatch.setattr(candidate_module, "update", slow)
+    take_all(learner, some_ended, 62)
+    until(learner.has_work)
+    turned(learner)
+    assert learner._candidate.is_updating
+    for _ in range(3):
+        take_all(learner, some_ended, 62)
+        turned(learner)
+    assert (learner.status.updates, learner.has_work(), len(kept)) == (0, False, 2)
+    go_on.set()
+    until(lambda: learner._candidate.has_updated)
+    take_all(learner, some_ended, 62)
+    turned(learner)
+    assert (learner.status.updates, len(kept)) == (1, 4)
 
 
 def test_replies_too_short_for_an_update_are_all_kept(make_learner, some_ended, monkeypatch):
