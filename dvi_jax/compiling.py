@@ -16,19 +16,22 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class CompilingNotice:
-    """Tells once, the first time that a program is not on disk and takes longer than `PATIENCE`."""
+    """Tells once, the first time that a program is not on disk and takes longer than `PATIENCE`.
+
+    Programs may be compiled side by side; jax says of each in the thread that compiles it.
+    """
 
     def __init__(self) -> None:
-        self._timer: threading.Timer | None = None
-        self._told = False
+        self._here = threading.local()  # its `timer`: of the program that this thread compiles
+        self._told, self._telling = False, threading.Lock()
 
     def on_event(self, event: str, **_: Any) -> None:
         """What jax says before it looks a program up, and when it was there."""
         if event == _REQUESTED and not self._told:
             self._stop()
-            self._timer = threading.Timer(PATIENCE, self._tell)
-            self._timer.daemon = True
-            self._timer.start()
+            self._here.timer = threading.Timer(PATIENCE, self._tell)
+            self._here.timer.daemon = True
+            self._here.timer.start()
         elif event == _FOUND:
             self._stop()
 
@@ -38,12 +41,15 @@ class CompilingNotice:
             self._stop()
 
     def _stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        timer = getattr(self._here, "timer", None)
+        if timer is not None:
+            timer.cancel()
 
     def _tell(self) -> None:
-        self._told = True
-        notice("compiling, which takes some seconds to a minute the first time; the programs are kept")
+        with self._telling:
+            told, self._told = self._told, True
+        if not told:
+            notice("compiling, which takes some seconds to a minute the first time; the programs are kept")
 
 
 _notice = CompilingNotice()

@@ -203,7 +203,7 @@ class TrainConfig:
     out: str  # directory of the run
     drafter: str | None = None  # kind of a new drafter; None: the checkpoint's
     drafter_options: dict[str, Any] = field(default_factory=dict, hash=False)  # of a new drafter
-    exit_layer: int | None = None  # of a new drafter; None: the checkpoint's, 0 for another kind that needs none
+    exit_layer: int | None = None  # of a new drafter; None: the checkpoint's or 2 where it needs one, else 0
     kv: str = WHOLE_KV  # what the verifier's cache keeps keys and values in: dtype (the model's), int8 or float8
     seed: int = 0  # of new weights and of the choice of windows
     prompts: int = 2000  # decoded in all
@@ -296,7 +296,7 @@ class DistillConfig:
     data: tuple[str, ...]  # packed .npz files, or conversation files
     drafter: str = "fused"  # replaces an untrained drafter of the checkpoint, or one of another kind
     drafter_options: dict[str, Any] = field(default_factory=dict, hash=False)  # of a new drafter
-    exit_layer: int | None = None  # of a new drafter; None: the checkpoint's, 0 for another kind that needs none
+    exit_layer: int | None = None  # of a new drafter; None: the checkpoint's or 2 where it needs one, else 0
     draft_vocabulary: int = 0  # most frequent tokens of the data, the only ones a new drafter drafts; 0: all
     tokens: int = 30_000_000  # of text in all, repetitions included
     row_length: int = 512  # tokens of a row

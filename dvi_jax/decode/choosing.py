@@ -29,7 +29,7 @@ from dvi_jax.decode.kernel_loading import load_kernels
 from dvi_jax.decode.plan import PLAIN, Option, Plan, plan_for, rows_alike
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
-from dvi_jax.errors import notice
+from dvi_jax.errors import UserError, notice
 from dvi_jax.loading import LoadedModel
 
 STRETCH = 64  # rounds until the first choice; twice as many until the next, and so on
@@ -280,13 +280,18 @@ def _tell_what_was_measured(choices: Sequence[Option], costs: Mapping[Option, fl
     notice(f"measured in {seconds:.0f} s, seconds of a round: {', '.join(known + spared)}")
 
 
-def costs_path(model: LoadedModel, batch: int, *more: object) -> Path:
-    """Where the costs of rounds are kept."""
-    return kept_path("plan_costs", model, os.cpu_count(), batch, *more).with_suffix(".json")
+def costs_path(model: LoadedModel, batch: int, *more: object) -> Path | None:
+    """Where the costs of rounds are kept; None for a user without a home."""
+    try:
+        return kept_path("plan_costs", model, os.cpu_count(), batch, *more).with_suffix(".json")
+    except UserError:
+        return None
 
 
-def read_costs(path: Path) -> dict[str, float]:
+def read_costs(path: Path | None) -> dict[str, float]:
     """What is kept there; nothing where it cannot be read."""
+    if path is None:
+        return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {name: float(seconds) for name, seconds in found.items() if float(seconds) > 0}
@@ -294,8 +299,10 @@ def read_costs(path: Path) -> dict[str, float]:
         return {}
 
 
-def write_costs(path: Path, costs: Mapping[str, float]) -> None:
+def write_costs(path: Path | None, costs: Mapping[str, float]) -> None:
     """Keep the costs, if that is possible: they can be measured again."""
+    if path is None:
+        return
     partial = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

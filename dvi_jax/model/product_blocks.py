@@ -86,7 +86,7 @@ def blocks_for(shape: tuple[int, ...], parts: int, rows: int) -> Blocks:
         # A device's share of a large matrix: half the columns have half as much under way, unless it is more steps.
         return Blocks(NARROW, step, SHARE_STAGES, parts)
     if rows == MOST_BLOCK_ROWS and ENOUGH < programs <= 2 * ENOUGH:
-        # Two to a multiprocessor, so that all run at once: with a stage more there is room for one.
+        # More than an H100 has multiprocessors: with a stage less two fit on each, so that all run at once.
         return Blocks(columns, step, STAGES[step] - 1, parts)
     return Blocks(columns // 2 if programs < TOO_FEW else columns, step, STAGES[step], parts)
 

@@ -7,8 +7,9 @@ there, and only then may the weights be drafted with.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learning import REPORTED, compare, copied, keep, update
+from dvi_jax.serve.worker import Worker
 
 TIMED, SERIES = 2, 3  # updates one behind the other, and how often: the quickest tell how long one takes
 
@@ -50,11 +52,10 @@ class Learnt:
 
 
 class Candidate:
-    """A drafter's weights with an optimiser's state and a replay. For one thread.
+    """A drafter's weights with an optimiser's state and a replay. For one thread, the engine's.
 
-    To give the device an update takes the host milliseconds, a few hundred arrays and kernels. Another thread does it
-    beside the engine's; until it has, weights and windows are its own: `wants_more` is False, and the rest waits for
-    `look`.
+    To give the device an update takes the host milliseconds, a few hundred arrays and kernels, so a thread of its own
+    does it. Until it has, weights and windows are that one's: `wants_more` is False, and the rest waits for `look`.
     """
 
     def __init__(self, model: LoadedModel, settings: LearnSettings, context: int, clock: Callable[[], float]):
@@ -73,7 +74,7 @@ class Candidate:
         # Its arrays are its own, and the next update uses them up. Windows are beside it.
         self.state = copied(init_learner(model.params, self._optimizer, self._no_windows, key).replace(replay=None))
         self._update: _Update | None = None
-        self._giving = ThreadPoolExecutor(1, "updates")
+        self._giving = Worker("updates")
         # Of windows since the last update was begun: how many, their positions, and those not counted in these yet.
         self._new_windows, self._new_positions = 0, 0
         self._arriving: list[_Arriving] = []
@@ -143,7 +144,7 @@ class Candidate:
 
     def begin_update(self, rate: float) -> None:
         """Have the device given one fast update, of `rate` as a share of the optimiser's rates."""
-        self._update = _Update(self._giving.submit(self._give_update, rate), rate)
+        self._update = _Update(self._giving.submit(partial(self._give_update, rate)), rate)
         self._new_windows = self._new_positions = 0
         self._arriving.clear()  # the update sees them, counted or not
 

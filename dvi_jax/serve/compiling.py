@@ -12,7 +12,7 @@ from dvi_jax.decode.plan import Plan
 from dvi_jax.model.speculative_llama import Definition, Params
 from dvi_jax.serve.slots import Slots, calls_of, run_stretch
 
-AT_ONCE = 8  # compilations, where there are as many cores
+AT_ONCE = 4  # compilations, where there are as many cores
 
 
 def compile_stretches(
@@ -25,11 +25,19 @@ def compile_stretches(
     """
     if jax.process_count() > 1:
         return
-    with ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1)) as pool:
+    pool = ThreadPoolExecutor(min(AT_ONCE, _cores()))
+    try:
         under_way = []
         for plan, piece, sampled in wanted:
-            (limit, *_) = calls_of(1, piece)
+            (limit,) = calls_of(1, piece)
             lowered = run_stretch.lower(definition, params, slots, limit, plan, sampled=sampled, piece=piece)
             under_way.append(pool.submit(lowered.compile))
         for compilation in under_way:
             compilation.result()
+    finally:  # after Ctrl-C or an error the rest is not waited for
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _cores() -> int:
+    """That this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -25,12 +25,11 @@ from dvi_jax.decode.state import Knobs
 from dvi_jax.decode.stream import StreamedText, stop_ids
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
-from dvi_jax.mesh import check_batch, shards
-from dvi_jax.model.decode_attention import MOST_ROUND_ROWS
+from dvi_jax.mesh import check_batch
 from dvi_jax.model.speculative_llama import Params
 from dvi_jax.serve.agreement import check_plans
 from dvi_jax.serve.ended import Ended, OnEnded, OnWindow, with_windows
-from dvi_jax.serve.intake import Intake
+from dvi_jax.serve.intake import Intake, chunk_tokens
 from dvi_jax.serve.memory import check_engine_memory, engine_memory
 from dvi_jax.serve.plans import choose, plans_of
 from dvi_jax.serve.programs import Programs
@@ -40,7 +39,6 @@ from dvi_jax.serve.scheduler import Scheduler
 from dvi_jax.serve.slots import Shape
 from dvi_jax.serve.together import Follower, Leader, join_together, require_alike
 
-CHUNK, CPU_CHUNK = 512, 128  # tokens of a prompt that go through at once
 POSITIONS = 64  # of a cache are a multiple of this
 LOOK = 0.5  # seconds between two looks at whether an idle engine's learner has work
 
@@ -109,14 +107,13 @@ class Engine:
         this device has other bits than plain decoding (`agreement.py`).
         """
         _check(model, {"slots": slots, "context": context, "max_waiting": max_waiting, "together": together})
-        if jax.process_count() > 1 and (on_window is not None or learner is not None):
-            raise UserError("what learns from an engine's replies takes one process")
+        _check_learning(model, on_window, learner)
         self.model, self.slots, self.max_waiting, self.logprobs = model, slots, max_waiting, logprobs
         self.context = min(context, model.config.context_length)
         self._learner, on_ended = learner, with_windows(on_window) if learner is None else learner.take
         record, (plans, least) = on_ended is not None or logprobs > 0, plans_of(model, plan, slots)
         width, prefix_bytes = max(width, least), prefix_bytes if together == 1 else 0
-        chunk = _chunk(model, chunk, self.context)
+        chunk = chunk_tokens(model, chunk, self.context)
         room = _rounded_up(max(_rounded_up(self.context, chunk), self.context + width), POSITIONS)
         branches = 0 if learner is None else learner.branches
         shape = Shape(slots, room, width, record, min(branches, max(map(most_branches, plans))))
@@ -363,6 +360,14 @@ def _check(model: LoadedModel, sizes: dict[str, int]) -> None:
     check_batch(model.definition.mesh, sizes["slots"], "slots")
 
 
+def _check_learning(model: LoadedModel, on_window: OnWindow | None, learner: Learns | None) -> None:
+    """The same for what is to learn from replies."""
+    if jax.process_count() > 1 and (on_window is not None or learner is not None):
+        raise UserError("what learns from an engine's replies takes one process")
+    if learner is not None and model.definition.mesh is not None:  # its updates come from another thread
+        raise UserError("a learner takes one device: several would get rounds and updates in different orders")
+
+
 def _scheduler(
     model: LoadedModel,
     programs: Programs,
@@ -381,13 +386,6 @@ def _scheduler(
     choice, measured = choose(model, plans, width, empty, ahead=ahead)
     programs.slots = check_plans(model, choice.pieces, measured, intake)
     return Scheduler(model, programs, intake, choice, ahead=ahead, on_ended=on_ended, most_logprobs=most_logprobs)
-
-
-def _chunk(model: LoadedModel, chunk: int | None, context: int) -> int:
-    """Tokens of a prompt that go through at once, if they are not said."""
-    chunk = min(chunk or (CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK), context)
-    # On several devices a chunk runs no kernel of a round, which would have to be loaded first.
-    return max(chunk, 2 * MOST_ROUND_ROWS) if shards(model.definition.mesh) > 1 else chunk
 
 
 def _rounded_up(size: int, step: int) -> int:

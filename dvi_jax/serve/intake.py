@@ -8,11 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
 
 from dvi_jax.decode.prefill import Filled
+from dvi_jax.loading import LoadedModel
+from dvi_jax.mesh import shards
+from dvi_jax.model.decode_attention import MOST_ROUND_ROWS
 from dvi_jax.serve.programs import Programs
 from dvi_jax.serve.reply import Reply
+
+CHUNK, CPU_CHUNK = 512, 128  # tokens of a prompt that go through at once
+
+
+def chunk_tokens(model: LoadedModel, asked: int | None, context: int) -> int:
+    """Of a prompt that go through at once: as `asked`, or as suits the device; `context`: of an engine."""
+    chunk = min(asked or (CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK), context)
+    # On several devices a chunk runs no kernel of a round, which would have to be loaded first.
+    return max(chunk, 2 * MOST_ROUND_ROWS) if shards(model.definition.mesh) > 1 else chunk
 
 
 class Intake:

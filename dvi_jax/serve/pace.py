@@ -26,7 +26,7 @@ class DeviceTime:
         self._clock = clock
         self.waited = 0.0  # for what it computes
         self.handed = 0.0  # giving it programs: while its queue is full, it takes the next as fast as it works
-        self.learned = 0.0  # turns of the learner, mostly giving it programs
+        self.learned = 0.0  # turns of the learner
 
     @property
     def seconds(self) -> float:

@@ -32,6 +32,7 @@ from dvi_jax.errors import notice
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import replicas
 from dvi_jax.model.product_blocks import MOST_ROWS
+from dvi_jax.processes import told
 from dvi_jax.serve.compiling import compile_stretches
 from dvi_jax.serve.slots import MOST_ROUNDS, Slots, calls_of, run_stretch
 
@@ -147,7 +148,7 @@ def choose(
             once = " once" if is_alone else ""
             notice(f"--plan auto measures{once} what rounds of all {count} slots cost here ({names})")
         measured, slots = round_seconds(model, slots, plans, piece=MEASURED_PIECE if ahead else 0)
-        known |= {str(plan): seconds for plan, seconds in measured.items()}
+        known = told(lambda: known | {str(plan): seconds for plan, seconds in measured.items()})
         if is_alone:
             write_costs(path, known)
     costs = {plan: known[str(plan)] for plan in plans}

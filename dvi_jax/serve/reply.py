@@ -96,8 +96,8 @@ class Reply:
                 if self._failure is not None:
                     raise UserError(self._failure)
                 return None
-            piece = _joined(self._pieces)
-            self._pieces = []
+            pieces, self._pieces = self._pieces, []
+        piece = _joined(pieces)
         if self._text is not None and not self.request.stop and piece.ids:
             return replace(piece, text=self._text.add(piece.ids, last=piece.finish_reason is not None)[1])
         return piece

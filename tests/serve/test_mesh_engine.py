@@ -39,8 +39,9 @@ def model(tmp_path_factory):
     return from_checkpoint(checkpoint, mesh=make_mesh(MeshConfig(2, 2)))
 
 
-def test_replies_are_generations(model):
-    with Engine(model, slots=2, context=64, plan="chain:2") as engine:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_replies_are_generations(model, ahead):
+    with Engine(model, slots=2, context=64, plan="chain:2", ahead=ahead) as engine:
         found = [generation for generation, *_ in decode_many(engine, ASKED)]
     for request, generation in zip(ASKED, found, strict=True):
         settings = DecodeConfig(draft_steps=2, plan="chain:2", max_new_tokens=request.max_new_tokens)
@@ -54,3 +55,8 @@ def test_replies_are_generations(model):
 def test_slots_that_do_not_divide_are_refused(model):
     with pytest.raises(UserError, match="mesh data=2: slots of 3 does not divide among 2 devices"):
         Engine(model, slots=3, context=64, plan="plain")
+
+
+def test_who_learns_takes_one_device(model):
+    with pytest.raises(UserError, match="a learner takes one device"):
+        Engine(model, slots=2, context=64, plan="plain", learner=object())

@@ -109,6 +109,29 @@ def test_costs_are_measured_once(model, monkeypatch, tmp_path, ahead):
     assert alone.pieces == {plans[1]: choice.pieces[plans[1]]}
 
 
+def test_pieces_are_those_of_the_first_process(model, monkeypatch):
+    """All run them together: what each has measured for itself may lie on either side of a boundary."""
+    costs = {PLAIN: 0.0001, Plan("chain", 2): 0.1}
+    empty = empty_slots(model.definition, model.decode_params, Shape(4, 128, 3, True))
+    monkeypatch.setattr("dvi_jax.serve.plans.read_costs", lambda path: {})
+    monkeypatch.setattr(
+        "dvi_jax.serve.plans.round_seconds", lambda model, slots, plans, piece: (dict.fromkeys(plans, 0.001), slots)
+    )
+    monkeypatch.setattr("dvi_jax.serve.plans.told", lambda make: {str(plan): costs[plan] for plan in costs})
+    choice, _ = choose(model, tuple(costs), 3, empty, ahead=True)
+    assert choice.costs == costs
+    assert choice.pieces == {PLAIN: 8, Plan("chain", 2): 1}
+
+
+def test_a_user_without_a_home_may_serve(model, make_engine, pieces_of, monkeypatch):
+    """What was measured is kept nowhere, and measured again."""
+    monkeypatch.delenv("DVI_JAX_CACHE")
+    monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    for plan in ("chain:2", "auto"):
+        with make_engine(model, plan=plan, ahead=True) as engine:
+            assert len(pieces_of(engine.submit(Request((5, 9), 4, eos_ids=())))[0]) == 4
+
+
 @pytest.mark.parametrize(("milliseconds", "slots", "rounds"), [(0.6, 16, 8), (1.3, 8, 4), (2.0, 32, 4), (5.0, 8, 1)])
 def test_a_piece_takes_the_device_longer_than_the_host(milliseconds, slots, rounds):
     """By what an H100 was seen to take: SmolLM2 plainly and by trees in 8 and 32 slots, 7B."""
