@@ -31,7 +31,7 @@ from dvi_jax.learn.packing import load_packed
 from dvi_jax.learn.stopping import Stopped
 from dvi_jax.loading import load
 from dvi_jax.processes import one_of_several
-from dvi_jax.serve.engine import CPU_CHUNK
+from dvi_jax.serve.intake import CPU_CHUNK
 from experiments.tiny import write_tiny_model
 
 DEADLINE = 240  # seconds, after which a test fails rather than waits
