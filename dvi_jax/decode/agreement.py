@@ -75,10 +75,7 @@ def refusal(plan: Plan) -> UserError:
 
 def agreed_path(model: LoadedModel, *shape: object) -> Path | None:
     """Where it is kept that programs of such a shape agree; None for a user without a home."""
-    try:
-        return kept_path("agreement", model, *shape)
-    except UserError:
-        return None
+    return kept_path("agreement", model, *shape)
 
 
 def keep_agreed(path: Path | None) -> None:

@@ -29,7 +29,7 @@ from dvi_jax.decode.kernel_loading import load_kernels
 from dvi_jax.decode.plan import PLAIN, Option, Plan, plan_for, rows_alike
 from dvi_jax.decode.speculative import decode_rounds
 from dvi_jax.decode.state import DecodeState, Knobs
-from dvi_jax.errors import UserError, notice
+from dvi_jax.errors import notice
 from dvi_jax.loading import LoadedModel
 
 STRETCH = 64  # rounds until the first choice; twice as many until the next, and so on
@@ -282,10 +282,8 @@ def _tell_what_was_measured(choices: Sequence[Option], costs: Mapping[Option, fl
 
 def costs_path(model: LoadedModel, batch: int, *more: object) -> Path | None:
     """Where the costs of rounds are kept; None for a user without a home."""
-    try:
-        return kept_path("plan_costs", model, os.cpu_count(), batch, *more).with_suffix(".json")
-    except UserError:
-        return None
+    path = kept_path("plan_costs", model, os.cpu_count(), batch, *more)
+    return path and path.with_suffix(".json")
 
 
 def read_costs(path: Path | None) -> dict[str, float]:

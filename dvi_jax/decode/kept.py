@@ -9,13 +9,14 @@ from pathlib import Path
 import jax
 
 from dvi_jax.directories import cache_folder
+from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
 
 
-def kept_path(folder: str, model: LoadedModel, *more: object) -> Path:
+def kept_path(folder: str, model: LoadedModel, *more: object) -> Path | None:
     """A place in `folder` of the cache, named by all that programs depend on: device, compiler, code, model, `more`.
 
-    Raises `UserError` for a user without a home.
+    None for a user without a home, who finds it out at each start.
     """
     manifest, mesh = model.manifest, model.definition.mesh
     facts = [
@@ -23,7 +24,10 @@ def kept_path(folder: str, model: LoadedModel, *more: object) -> Path:
         *(repr(model.config), manifest.dtype, repr(manifest.quantisation), manifest.exit_layer),
         *(model.kv, manifest.drafter, sorted(manifest.drafter_config.items()), str(manifest.lora), *more),
     ]
-    return cache_folder() / folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    try:
+        return cache_folder() / folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    except UserError:
+        return None
 
 
 @cache

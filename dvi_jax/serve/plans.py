@@ -138,8 +138,8 @@ def choose(
     """
     if len(plans) == 1 and not ahead:
         return OnePlan(plans[0], width), slots
-    count, _ = slots.decode.tokens.shape
-    path = costs_path(model, *slots.decode.tokens.shape, width, "slots", ahead)
+    (count, room), piece = slots.decode.tokens.shape, MEASURED_PIECE if ahead else 0
+    path = costs_path(model, count, room, width, "slots", piece)
     is_alone = jax.process_count() == 1  # several measure together at each start, and the first one's count
     known = read_costs(path) if is_alone else {}
     if not all(str(plan) in known for plan in plans):
@@ -147,7 +147,7 @@ def choose(
             names = ", ".join(map(str, plans))
             once = " once" if is_alone else ""
             notice(f"--plan auto measures{once} what rounds of all {count} slots cost here ({names})")
-        measured, slots = round_seconds(model, slots, plans, piece=MEASURED_PIECE if ahead else 0)
+        measured, slots = round_seconds(model, slots, plans, piece=piece)
         known = told(lambda: known | {str(plan): seconds for plan, seconds in measured.items()})
         if is_alone:
             write_costs(path, known)
