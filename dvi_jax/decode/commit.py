@@ -6,7 +6,7 @@ Letters: B batch, W rows of a round (of a tree: of its accepted path), D hidden.
 from __future__ import annotations
 
 from functools import reduce
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from dvi_jax.decode.branches import NO_BRANCH, Branches
 from dvi_jax.decode.state import NO_TOKEN, DecodeState, Signals
 from dvi_jax.model.drafters import Committed
 from dvi_jax.model.features import Features
+
+Tree = TypeVar("Tree")
 
 
 class Verdict(NamedTuple):
@@ -89,19 +91,25 @@ def record(
 
     `branches` [B, W, K]: of those behind row i, which predict the position after the one that row i predicts.
     """
+    if proposals.shape[1] == 1 and branches is None:  # no draft, and beyond what is committed nothing was ever judged
+        return signals.replace(features=_write_each(signals.features, features, state.length))
     judged = verdict.judged & ~state.done[:, None]
     reward = jnp.where(judged, verdict.correct, -1).astype(jnp.int8)
     step = jnp.broadcast_to(jnp.arange(reward.shape[1], dtype=jnp.int8), reward.shape)
     new = Signals(jnp.where(judged, proposals, NO_TOKEN), reward, step, features)
     kept, signals = signals.branches, signals.replace(branches=None)
-    signals = jax.tree.map(lambda buffer, rows: _write(buffer, rows, state.length), signals, new)
+    signals = _write_each(signals, new, state.length)
     if kept is None or branches is None:
         return signals
     tokens = jnp.where(state.done[:, None, None], NO_BRANCH, branches.tokens)
     branches = branches.replace(tokens=tokens)
     # The next round writes from the first position on that this one said nothing certain of.
-    kept = jax.tree.map(lambda buffer, rows: _write(buffer, rows, state.length + 1), kept, branches)
-    return signals.replace(branches=kept)
+    return signals.replace(branches=_write_each(kept, branches, state.length + 1))
+
+
+def _write_each(buffers: Tree, rows: Tree, start: jax.Array) -> Tree:
+    """`_write` of every array of a tree."""
+    return jax.tree.map(lambda buffer, new: _write(buffer, new, start), buffers, rows)
 
 
 def _write(buffer: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:

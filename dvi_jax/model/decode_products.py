@@ -48,17 +48,25 @@ def is_supported(rows: int, dtype: jnp.dtype) -> bool:
     return has_gpu_kernels(dtype) and rows <= MOST_ROWS
 
 
-@partial(jax.jit, static_argnames=("parts", "out_dtype", "interpret"))  # traced and lowered once for all layers
+# Traced and lowered once for all layers.
+@partial(jax.jit, static_argnames=("parts", "out_dtype", "wanted", "interpret"))
 def product(
-    x: jax.Array, weight: Matrix, *, parts: int = 1, out_dtype: jnp.dtype | None = None, interpret: bool = False
+    x: jax.Array,
+    weight: Matrix,
+    *,
+    parts: int = 1,
+    out_dtype: jnp.dtype | None = None,
+    wanted: int | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """x [R, in] times weight [out, in] -> [P, R, out]: float32 sums, in `out_dtype` or x's where P is 1.
 
-    R as `padded_rows` has it. `interpret` runs the kernel on any device, for tests. It has no derivative.
+    R as `padded_rows` has it; of the results, the first `wanted` rows. `interpret` runs the kernel on any device, for
+    tests. It has no derivative.
     """
     dtype = jnp.float32 if parts > 1 else jnp.dtype(out_dtype or x.dtype)
     blocks = fitted(blocks_for(weight.shape, parts, len(x)), weight, len(x))
-    return _run(_kernel, x, weight, blocks, dtype, interpret)
+    return _run(_kernel, x, weight, blocks, dtype, wanted or len(x), interpret)
 
 
 @partial(jax.jit, static_argnames=("interpret",))
@@ -68,7 +76,7 @@ def gated_product(x: jax.Array, weight: Matrix, *, interpret: bool = False) -> j
     Both products are rounded to x's dtype, as is silu's result; R, `interpret` and derivative as for `product`.
     """
     blocks = fitted(gated_blocks_for((weight.shape[0] // 2, weight.shape[1]), len(x)), weight, len(x))
-    return _run(_gated_kernel, x, weight, blocks, x.dtype, interpret)[0]
+    return _run(_gated_kernel, x, weight, blocks, x.dtype, len(x), interpret)[0]
 
 
 def round_linear(
@@ -81,8 +89,8 @@ def round_linear(
     of_round = x if like is None else like
     if x.ndim == 3 and not is_supported(x.shape[0] * x.shape[1], x.dtype):
         return linear(x, weight, out_dtype)
-    flat = laid_flat(x) if x.ndim == 3 else x
-    parts = product(flat, weight, parts=sum_parts(weight), out_dtype=out_dtype)
+    flat, wanted = laid_flat(x) if x.ndim == 3 else x, of_round.shape[0] * of_round.shape[1]
+    parts = product(flat, weight, parts=sum_parts(weight), out_dtype=out_dtype, wanted=wanted)
     return by_sequence(total(parts, out_dtype or x.dtype), of_round)
 
 
@@ -100,15 +108,17 @@ def by_sequence(x: jax.Array, like: jax.Array) -> jax.Array:
     return x[: batch * rows].reshape(batch, rows, x.shape[1])
 
 
-def _run(kernel: Any, x: jax.Array, weight: Matrix, blocks: Blocks, dtype: jnp.dtype, interpret: bool) -> jax.Array:
-    """`kernel` over blocks of rows, columns and parts. [P, R, columns of all blocks that the result has]."""
+def _run(
+    kernel: Any, x: jax.Array, weight: Matrix, blocks: Blocks, dtype: jnp.dtype, wanted: int, interpret: bool
+) -> jax.Array:
+    """`kernel` over blocks of rows, columns and parts. [P, `wanted` rows, columns that the result has]."""
     rows, out = len(x), weight.shape[0] // (2 if kernel is _gated_kernel else 1)
     block_rows = min(rows, MOST_BLOCK_ROWS)
     return pl.pallas_call(
         partial(kernel, blocks=blocks, block_rows=block_rows, inline=not interpret),
         # Blocks of rows first: programs that read the same weights run together.
         grid=(rows // block_rows, pl.cdiv(out, blocks.columns), blocks.parts),
-        out_shape=jax.ShapeDtypeStruct((blocks.parts, rows, out), dtype),
+        out_shape=jax.ShapeDtypeStruct((blocks.parts, wanted, out), dtype),
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name="product" if kernel is _kernel else "gated_product",
@@ -128,7 +138,8 @@ def _kernel(x: Ref, *refs: Ref, blocks: Blocks, block_rows: int, inline: bool) -
     *weight, out = refs
     place = Place.here(out, blocks, block_rows)
     (sums,) = _sums(x, weight, (0,), place, blocks, inline=inline)
-    plt.store(out.at[place.part, place.rows, place.columns.T], sums.astype(out.dtype), mask=place.inside.T)
+    mask = place.inside.T if x.shape[0] == out.shape[1] else place.inside.T & (place.rows < out.shape[1])
+    plt.store(out.at[place.part, place.rows, place.columns.T], sums.astype(out.dtype), mask=mask)
 
 
 def _gated_kernel(x: Ref, *refs: Ref, blocks: Blocks, block_rows: int, inline: bool) -> None:

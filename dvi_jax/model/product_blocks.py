@@ -21,12 +21,15 @@ MOST_ROWS = 256  # beyond which a round is bound by arithmetic, where XLA is fas
 STEP = 64  # terms of one step of a sum, at least
 STAGES = {STEP: 5, 2 * STEP: 4}  # steps of each length whose loads are under way at once, usually
 SHARE_STAGES = 6  # the same for narrow blocks of a device's share of a matrix
+DEEP_STAGES = 7  # the same where a program of few rows and results has many steps, or reads little in each
+SHORT_STEPS, MANY_STEPS = 6, 32  # steps of a program, up to and from which that is so
+SHORT = 2048  # terms of a gated product's sums, up to which the first steps' loads are what counts
 MOST_PARTS = 4
 WIDE, NARROW = 64, 32  # results of a row in one program
 WIDE_FROM = 4096  # results of a row, from which on blocks are wide
 ENOUGH = 128  # programs that keep a large GPU's memory busy
 ENOUGH_PACKED = 384  # the same where they read half as much and convert it
-TOO_FEW = 80  # programs, below which narrower blocks are faster
+TOO_FEW, TOO_FEW_NARROW = 80, 64  # programs, below which narrower blocks are faster; the same of few rows and results
 
 Ref = Any  # a pointer into an array; indexing gives another, `plt.load` and `plt.store` use it
 
@@ -88,15 +91,29 @@ def blocks_for(shape: tuple[int, ...], parts: int, rows: int) -> Blocks:
     if rows == MOST_BLOCK_ROWS and ENOUGH < programs <= 2 * ENOUGH:
         # More than an H100 has multiprocessors: with a stage less two fit on each, so that all run at once.
         return Blocks(columns, step, STAGES[step] - 1, parts)
+    if columns == NARROW and rows <= 2 * ROW_TILE:
+        return _few_and_narrow(programs, length, step, parts)
     return Blocks(columns // 2 if programs < TOO_FEW else columns, step, STAGES[step], parts)
+
+
+def _few_and_narrow(programs: int, length: int, step: int, parts: int) -> Blocks:
+    """Blocks of a tile or two of rows and few results, of so many programs with so many terms each."""
+    columns, stages = NARROW if programs >= TOO_FEW_NARROW else NARROW // 2, STAGES[step]
+    if length <= SHORT_STEPS * STEP:  # all that a program reads is under way at once
+        step, stages = STEP, min(pl.cdiv(length, STEP) + 1, SHORT_STEPS)
+    elif step == 2 * STEP and TOO_FEW <= programs <= ENOUGH:  # twice as many programs, which have more under way
+        columns, stages = columns // 2, DEEP_STAGES
+    elif step == STEP and length >= MANY_STEPS * STEP:
+        stages = DEEP_STAGES
+    return Blocks(columns, step, stages, parts, warps=2)
 
 
 def gated_blocks_for(shape: tuple[int, ...], rows: int) -> Blocks:
     """Blocks of a `gated_product` with weights of `shape` (F, in) for gate and up each, measured likewise."""
     if rows >= MOST_BLOCK_ROWS:  # twice the sums: longer steps would leave a multiprocessor one program
         return Blocks(WIDE if shape[0] >= WIDE_FROM else NARROW, STEP, 4, 1, warps=8)
-    blocks = blocks_for(shape, 1, rows)
-    return blocks._replace(columns=NARROW, stages=STAGES[blocks.step])
+    step = STEP if shape[1] <= SHORT else blocks_for(shape, 1, rows).step
+    return Blocks(NARROW, step, STAGES[step], 1)
 
 
 def fitted(blocks: Blocks, weight: Matrix, rows: int) -> Blocks:

@@ -44,7 +44,9 @@ POOLED = 4  # updates between two swaps of a drafter that moves slowly
 # drafter changes much with every update: while at least this share of all its updates is new, it goes live at once. Not
 # where decoding is plain: drafts are made now and then there, to try, and may be of weights that much older.
 SWAP_SECONDS, YOUNG = 0.25, 0.1
-UNPAID = 0.03  # most of the time for learning while plain decoding is quicker: no more than that is lost
+# Most of the time for learning while plain decoding is the quickest: no more than that is lost. And what it may take
+# besides of what drafting should bring, which is less of a reply's time than of its rounds'.
+UNPAID, PAID = 0.015, 0.5
 RETRY_SECONDS = 1.0  # until a snapshot is offered again that was not taken
 LOG_SECONDS = 1.0  # at least, between two updates that are logged: they may be many
 
@@ -103,7 +105,7 @@ class Learner:
         self._pooled, self._swapped_at = 0, clock() - SWAP_SECONDS  # updates since the last swap; its time
         self._good_step = 0  # update that made the good drafter
         self._decided = 0  # update after which the last trial was decided
-        self._judged, self._stretches, self._is_plain = (0, 0), 0, False  # of the engine
+        self._judged, self._stretches, self._is_plain, self._gain = (0, 0), 0, False, None  # of the engine
         self._swapped_in: int | None = None  # stretch in which a swap fell whose trial has not begun
         self._digest: jax.Array | None = None  # of the live drafter, on its way
         self._cautious_until = -1
@@ -162,7 +164,7 @@ class Learner:
         judged.
         """
         self._observe(status)
-        self._share.share = min(self.settings.share, UNPAID) if self._is_plain else self.settings.share
+        self._share.share = self.settings.share if self._gain is None else min(self.settings.share, UNPAID + PAID * self._gain)
         try:
             self._look()
             if self._is_due() and (self._share.allows() or idle):
@@ -175,7 +177,7 @@ class Learner:
 
     def _observe(self, status: EngineStatus) -> None:
         """What was judged since. The stretch in which a swap falls was drafted by what was live before."""
-        self._is_plain = status.plan == str(PLAIN)
+        self._is_plain, self._gain = status.plan == str(PLAIN), status.gain
         self._judged, self._stretches = (sum(status.judged), sum(status.accepted)), status.stretches
         if self._swapped_in is not None and self._stretches > self._swapped_in:
             self._swapped_in = None

@@ -53,6 +53,7 @@ class PlanChoice(Protocol):
     width: int  # most tokens that a round commits; where bits depend on the number of rows, as many are verified
     plans: tuple[Plan, ...]  # all that may be chosen
     plan: Plan  # of the last stretch
+    gain: float | None  # as of `EngineStatus`
     pieces: Mapping[Plan, int]  # rounds of a piece of each (`slots.run_stretch`); 0: stretches are not in pieces
 
     def next_plan(self, *, fresh: bool) -> Plan:
@@ -66,7 +67,7 @@ class OnePlan:
     """Always the same."""
 
     def __init__(self, plan: Plan, width: int, piece: int = 0):
-        self.plan, self.width = plan, width
+        self.plan, self.width, self.gain = plan, width, None if plan.drafts else 0.0
         self.plans: tuple[Plan, ...] = (plan,)
         self.pieces: Mapping[Plan, int] = {plan: piece}
 
@@ -90,11 +91,12 @@ class BestPlan(Followed):
         super().__init__()
         self.costs, self.width, self.plans = dict(costs), width, tuple(costs)
         self.pieces: Mapping[Plan, int] = pieces or dict.fromkeys(costs, 0)
-        self.plan = max(self.plans, key=self._worth)
+        self.plan, self.gain = max(self.plans, key=self._worth), 0.0
 
     def next_plan(self, *, fresh: bool) -> Plan:
         """The best, or one that is worth another try."""
         worth = {plan: self._worth(plan) for plan in self.plans}
+        self.gain = max(worth.values()) / worth[PLAIN] - 1
         self.plan = self.choose(worth, [plan for plan in self.plans if plan.drafts], may_try=fresh)
         return self.plan
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import resource
 import socket
@@ -101,6 +102,8 @@ def run(app: Starlette, listener: socket.socket) -> int:
         wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     sys.setswitchinterval(SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()  # looking through what compiling has left keeps all replies waiting, for a few tenths of a second
     server = DrainingServer(app)
     try:
         server.run(sockets=[listener])

@@ -74,7 +74,7 @@ class Scheduler:
         self._pending: Stretch | None = None  # started and not read
         self._device, self._device_before = DeviceTime(), 0.0  # and what it came to when a stretch was last read
         self._slot_seconds = 1.0  # of a request, lately
-        self.status = EngineStatus(count, running=0, waiting=0, context=0, plan=str(choice.plan))
+        self.status = EngineStatus(count, running=0, waiting=0, context=0, plan=str(choice.plan), gain=choice.gain)
 
     @property
     def chunk(self) -> int:
@@ -135,6 +135,7 @@ class Scheduler:
             running=sum(reply is not None for reply in self._replies),  # without those whose first token was all
             waiting=len(self._intake.replies),
             plan=str(self._choice.plan),
+            gain=self._choice.gain,
             busy_seconds=self.status.busy_seconds + time.monotonic() - began,
             waited_seconds=self._device.waited,
             handed_seconds=self._device.handed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-MOST_SAVED = 0.05  # seconds of learning that are saved up while there is nothing to learn
+MOST_SAVED = 0.02  # seconds of learning that are saved up while there is nothing to learn
 
 
 class Share:

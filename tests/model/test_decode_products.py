@@ -31,6 +31,15 @@ def test_parts_of_a_product(rows, out, width, parts):
     np.testing.assert_array_equal((np.asarray(found) != changed).any(axis=(0, 2)), np.arange(rows) == 3)
 
 
+@pytest.mark.parametrize(("rows", "wanted"), [(16, 1), (16, 16), (128, 70)])
+def test_rows_that_nobody_wants(rows, wanted):
+    """Those that fill up a tile are not written; it changes no bit of the others."""
+    x, weight = arrays(rows, 40, 576)
+    every = product(x, weight, parts=3, interpret=True)
+    some = product(x, weight, parts=3, wanted=wanted, interpret=True)
+    np.testing.assert_array_equal(some, every[:, :wanted])
+
+
 def test_a_product_is_rounded_once():
     x, weight = arrays(16, 64, 192)
     wide = product(x, weight, out_dtype=jnp.float32, interpret=True)

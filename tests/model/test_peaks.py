@@ -53,7 +53,7 @@ def test_what_is_no_number_gives_tokens_all_the_same(where):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_what_a_drafter_asks_for(monkeypatch, shards):
+def test_what_rounds_ask_for(monkeypatch, shards):
     """By the kernels, of one device or of two that have half of the vocabulary each, as by XLA on one.
 
     Tokens to the last, probabilities to a rounding.
@@ -64,14 +64,15 @@ def test_what_a_drafter_asks_for(monkeypatch, shards):
     monkeypatch.setattr(vocabulary, "peaks", partial(kernels.peaks, interpret=True))
     found = asked(rows, shards)
     for index, (one, other) in enumerate(zip(found, by_xla, strict=True)):
-        np.testing.assert_allclose(one, other, rtol=0 if index in (0, 2, 3) else 1e-5)
+        np.testing.assert_allclose(one, other, rtol=0 if index in (0, 2, 3, 5) else 1e-5)
 
 
 def asked(rows, shards):
-    """The best token and its probability; logits and tokens of the best four, and the logsumexp."""
+    """The best token and its probability; logits and tokens of the best four, and the logsumexp; a verifier's token."""
 
     def ask(rows):
-        return *vocabulary.best_and_share(rows, shards), *vocabulary.best_few(rows, 4, shards)
+        of_drafter = *vocabulary.best_and_share(rows, shards), *vocabulary.best_few(rows, 4, shards)
+        return *of_drafter, vocabulary.best(rows, shards)
 
     if shards == 1:
         return ask(rows)

@@ -196,15 +196,17 @@ def test_what_was_drafted_before_a_swap_is_not_on_its_trial(model, make_learner,
     assert turn(3, 300, 120) == (0.5, 0.1)
 
 
-@pytest.mark.parametrize(("plan", "least", "most"), [("plain", 0.025, 0.04), ("chain:2", 0.095, 0.11)])
-def test_plain_decoding_that_pays_is_left_its_time(model, make_learner, monkeypatch, plan, least, most):
+@pytest.mark.parametrize(
+    ("gain", "least", "most"), [(0.0, 0.013, 0.02), (0.1, 0.06, 0.07), (1.0, 0.095, 0.105), (None, 0.095, 0.105)]
+)
+def test_learning_takes_a_part_of_what_it_brings(model, make_learner, monkeypatch, gain, least, most):
     """Of ten seconds; with what is saved up at the beginning."""
     now, begun = [0.0], []
     learner = make_learner(model, settings=replace(SETTINGS, share=0.1), clock=lambda: now[0])
     monkeypatch.setattr(learner._candidate, "has_enough", lambda: True)
     monkeypatch.setattr(learner._candidate, "begin_update", begun.append)
     learner._candidate.seconds = 0.01
-    status = EngineStatus(4, running=4, waiting=0, context=96, plan=plan)
+    status = EngineStatus(4, running=4, waiting=0, context=96, plan="chain:2", gain=gain)
     while now[0] < 10:
         now[0] += 0.005
         learner.turn(status, idle=False)

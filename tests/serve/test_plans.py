@@ -42,6 +42,7 @@ def test_the_plan_of_most_tokens_a_second(rate):
     speed = sum(tokens[plan] for plan in chosen) / sum(COSTS[plan] for plan in chosen)
     assert speed > 0.985 * tokens[best] / COSTS[best]
     assert max(COSTS, key=chosen.count) == best
+    assert choice.gain == pytest.approx(tokens[best] / COSTS[best] - 1, abs=0.05)
 
 
 def test_drafts_in_vain_cost_a_hundredth():
