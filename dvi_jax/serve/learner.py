@@ -105,7 +105,8 @@ class Learner:
         self._pooled, self._swapped_at = 0, clock() - SWAP_SECONDS  # updates since the last swap; its time
         self._good_step = 0  # update that made the good drafter
         self._decided = 0  # update after which the last trial was decided
-        self._judged, self._stretches, self._is_plain, self._gain = (0, 0), 0, False, None  # of the engine
+        self._judged, self._stretches, self._is_plain = (0, 0), 0, False  # of the engine
+        self._gain: float | None = None  # of the engine, too
         self._swapped_in: int | None = None  # stretch in which a swap fell whose trial has not begun
         self._digest: jax.Array | None = None  # of the live drafter, on its way
         self._cautious_until = -1
@@ -164,7 +165,8 @@ class Learner:
         judged.
         """
         self._observe(status)
-        self._share.share = self.settings.share if self._gain is None else min(self.settings.share, UNPAID + PAID * self._gain)
+        most = self.settings.share if self._gain is None else UNPAID + PAID * self._gain
+        self._share.share = min(self.settings.share, most)
         try:
             self._look()
             if self._is_due() and (self._share.allows() or idle):

@@ -91,7 +91,8 @@ class BestPlan(Followed):
         super().__init__()
         self.costs, self.width, self.plans = dict(costs), width, tuple(costs)
         self.pieces: Mapping[Plan, int] = pieces or dict.fromkeys(costs, 0)
-        self.plan, self.gain = max(self.plans, key=self._worth), 0.0
+        self.plan = max(self.plans, key=self._worth)
+        self.gain: float | None = 0.0
 
     def next_plan(self, *, fresh: bool) -> Plan:
         """The best, or one that is worth another try."""
