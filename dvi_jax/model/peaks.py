@@ -1,8 +1,9 @@
 """The best few of each row of logits and a sum over all of it: two GPU kernels written in Pallas for Triton.
 
 XLA takes two kernels for every entry and two for every sum, one after the other, and a drafter asks for up to eight
-entries behind every node. Here one kernel looks at blocks of a row, and another at what the blocks have found. What
-they give decides what is drafted, and nothing else.
+entries behind every node; the largest alone takes it longer than both kernels here, of which one looks at blocks of a
+row, and another at what the blocks have found. Entries and their places are exact, so that the verifier's token may be
+one of them. Sums decide what is drafted, and nothing else.
 
 Letters: V entries of a row, K of them wanted.
 """
