@@ -109,7 +109,7 @@ def cached_attention(
         interpret=interpret,
         name="cached_attention",
     )(*cache, qkv, cos, sin, positions, *([] if bias is None else [bias]))
-    return results(written, structure, rows, key.dtype, interpret=interpret)
+    return results(written, structure, rows, key.dtype, positions, interpret=interpret)
 
 
 def chunk_count(slots: int) -> int:
@@ -136,21 +136,28 @@ def of_head(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
 
 
 def results(
-    written: Sequence[jax.Array], structure: Any, rows: int, dtype: jnp.dtype, *, interpret: bool
+    written: Sequence[jax.Array], structure: Any, rows: int, dtype: jnp.dtype, positions: jax.Array, *, interpret: bool
 ) -> tuple[jax.Array, Rows, Rows]:
     """From a kernel's outputs: the attention [R, N*H], and keys and values, of that structure, which come first."""
     key, value = jax.tree.unflatten(structure, written[: structure.num_leaves])
     found = written[structure.num_leaves :]
-    mixed = found[0] if len(found) == 1 else combine(*found, dtype=dtype, interpret=interpret)
+    mixed = found[0] if len(found) == 1 else combine(*found, positions, dtype=dtype, interpret=interpret)
     return mixed.reshape(rows, -1), key, value
 
 
 def combine(
-    mixed: jax.Array, top: jax.Array, total: jax.Array, *, dtype: jnp.dtype, interpret: bool = False
+    mixed: jax.Array,
+    top: jax.Array,
+    total: jax.Array,
+    positions: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    interpret: bool = False,
 ) -> jax.Array:
     """Chunks [C, R, N, H] with the maxima and sums of their scores [C, R, N] -> [R, N, H] in `dtype`.
 
-    A kernel, since how XLA orders a sum may depend on how many rows there are.
+    Of those that the rows at `positions` int32 [B, T] reach: the others hold anything, as do rows beyond B * T. A
+    kernel, since how XLA orders a sum may depend on how many rows there are.
     """
     chunks, rows, heads, size = mixed.shape
     block = min(pl.next_power_of_2(chunks), CHUNKS_AT_ONCE)
@@ -161,25 +168,27 @@ def combine(
         compiler_params=plt.CompilerParams(num_warps=1 if block * size <= 1024 else WARPS, num_stages=1),
         interpret=interpret,
         name="combine",
-    )(mixed, top, total)
+    )(mixed, top, total, positions.reshape(-1))
 
 
-def _combine_kernel(mixed: Ref, top: Ref, total: Ref, out: Ref, *, block: int, inline: bool) -> None:
+def _combine_kernel(mixed: Ref, top: Ref, total: Ref, positions: Ref, out: Ref, *, block: int, inline: bool) -> None:
     """One head of one row, `block` chunks at a time; `inline` as in `early_start.next_may_start`."""
     chunks, _, heads, size = mixed.shape
     row, head = pl.program_id(0), pl.program_id(1)
-    column, steps = jnp.arange(size)[None, :], pl.cdiv(chunks, block)
+    position = plt.load(positions.at[jnp.minimum(row, positions.shape[0] - 1)])
+    reached = jnp.minimum(position // CHUNK_SLOTS + 1, chunks)
+    column, steps = jnp.arange(size)[None, :], pl.cdiv(reached, block)
     masked = MASKED + product_may_start(jnp.zeros(block, jnp.int32), heads * size, inline=inline).astype(jnp.float32)
 
     def of_step(step: jax.Array) -> tuple[jax.Array, jax.Array]:
         chunk = step * block + jnp.arange(block)
-        return chunk, plt.load(top.at[chunk, row, head], mask=chunk < chunks, other=masked)
+        return chunk, plt.load(top.at[chunk, row, head], mask=chunk < reached, other=masked)
 
     highest = jax.lax.fori_loop(0, steps, lambda step, best: jnp.maximum(best, jnp.max(of_step(step)[1])), MASKED)
 
     def add(step: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         chunk, tops = of_step(step)
-        weight, there = jnp.exp(tops - highest), chunk < chunks
+        weight, there = jnp.exp(tops - highest), chunk < reached
         values = plt.load(mixed.at[chunk[:, None], row, head, column], mask=there[:, None], other=0.0)
         scores = plt.load(total.at[chunk, row, head], mask=there, other=0.0)
         return sums[0] + jnp.sum(values * weight[:, None], axis=0), sums[1] + jnp.sum(scores * weight)
@@ -264,7 +273,7 @@ def _kernel(
         steps = (0, pl.cdiv(end - begin, STEP_SLOTS))
         finish(attend(nothing_yet(size), query, cached_slots(key, value, dtype), position, begin, steps))
 
-    in_its_chunk(chunks, end > begin, work, lambda: finish(nothing_yet(size)))
+    in_its_chunk(chunks, end > begin, work)
 
 
 def tile_queries(width: int, *, inline: bool) -> jax.Array:
@@ -272,13 +281,16 @@ def tile_queries(width: int, *, inline: bool) -> jax.Array:
     return product_may_start(jnp.arange(TILE), width, inline=inline)
 
 
-def in_its_chunk(chunks: int, is_reached: jax.Array, work: Callable[[], None], otherwise: Callable[[], None]) -> None:
-    """A program's `work` where its chunk has a slot that one of its rows sees, which the first of all chunks has."""
+def in_its_chunk(chunks: int, is_reached: jax.Array, work: Callable[[], None]) -> None:
+    """A program's `work` where its chunk has a slot that one of its rows sees, which the first of all chunks has.
+
+    Of the others nothing is written: `combine` does not look there. So what a row costs follows its own length, not the
+    cache's.
+    """
     if chunks == 1:
         work()
-        return
-    pl.when(is_reached)(work)
-    pl.when(jnp.logical_not(is_reached))(otherwise)
+    else:
+        pl.when(is_reached)(work)
 
 
 class Slots(NamedTuple):

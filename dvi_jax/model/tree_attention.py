@@ -95,7 +95,7 @@ def tree_attention(
         interpret=interpret,
         name="tree_attention",
     )(*earlier, *cache, qkv, cos, sin, positions, tree.path, tree.start, *biases)
-    return chain.results(written, structure, rows, key.dtype, interpret=interpret)
+    return chain.results(written, structure, rows, key.dtype, positions, interpret=interpret)
 
 
 def _of_sequence(*shape: int) -> pl.BlockSpec:
@@ -160,7 +160,7 @@ def _kernel(
         behind = _slots_of_path(committed, nodes, path, row, root, dtype)
         finish(chain.attend(carry, query, behind, position, begin, (split, last_step)))
 
-    chain.in_its_chunk(chunks, end > begin, work, lambda: finish(chain.nothing_yet(size)))
+    chain.in_its_chunk(chunks, end > begin, work)
 
 
 def _slots_of_path(

@@ -160,15 +160,22 @@ def test_what_the_kernel_takes(monkeypatch, rows, head_dim, dtype, supported):
 
 @pytest.mark.parametrize("chunks", [3, 40])
 def test_chunks_are_put_together(chunks):
-    """As one softmax over all of them; a chunk that a row does not see counts for nothing."""
+    """As one softmax over all of them; a chunk that a row does not reach may hold anything."""
     rng = np.random.default_rng(chunks)
     mixed, total = rng.normal(size=(chunks, 4, 2, 32)), rng.uniform(1, 5, size=(chunks, 4, 2))
     top = rng.normal(size=(chunks, 4, 2)) * 4
-    top[1:, 0], total[1:, 0], mixed[1:, 0] = decode_attention.MASKED, 0, 0  # row 0 ends in the first chunk
-    weight = np.exp(top - top.max(axis=0))
-    expected = (mixed * weight[..., None]).sum(axis=0) / (total * weight).sum(axis=0)[..., None]
+    reached = np.array([1, chunks, 2, chunks])
+    positions = reached * decode_attention.CHUNK_SLOTS - [1, 1, 512, 200]
+    expected = np.empty((4, 2, 32))
+    for row, count in enumerate(reached):
+        weight = np.exp(top[:count, row] - top[:count, row].max(axis=0))
+        sums = (mixed[:count, row] * weight[..., None]).sum(axis=0)
+        expected[row] = sums / (total[:count, row] * weight).sum(axis=0)[:, None]
+        for array in (mixed, top, total):
+            array[count:, row] = np.nan
     given = (jnp.asarray(x, jnp.float32) for x in (mixed, top, total))
-    found = decode_attention.combine(*given, dtype=jnp.float32, interpret=True)
+    at = jnp.asarray(positions, jnp.int32).reshape(2, 2)
+    found = decode_attention.combine(*given, at, dtype=jnp.float32, interpret=True)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -37,7 +37,8 @@ def tree(heads, size):
 
 
 def chunks(heads, size):
-    parts = array(3, 16, heads, size, dtype=jnp.float32), *[array(3, 16, heads, dtype=jnp.float32)] * 2
+    sums = array(3, 16, heads, size, dtype=jnp.float32), *[array(3, 16, heads, dtype=jnp.float32)] * 2
+    parts = *sums, array(1, 4, dtype=jnp.int32)
     return (lambda *parts: combine(*parts, dtype=jnp.bfloat16)), parts
 
 
