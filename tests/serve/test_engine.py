@@ -208,10 +208,10 @@ def expected_token(logits, before, sampling):
     return kept[np.argmax((logits + np.asarray(jax.random.gumbel(key, logits.shape)))[kept])]
 
 
-@pytest.mark.parametrize("together", [1, 3])
-def test_nothing_grows(model, make_engine, pieces_of, together):
+@pytest.mark.parametrize(("together", "chunk"), [(1, 16), (1, 64), (3, 16)])
+def test_nothing_grows(model, make_engine, pieces_of, together, chunk):
     """Over 200 requests neither arrays on the device nor programs: all were compiled before the first."""
-    with make_engine(model, prefix_bytes=50_000, warm_up=True, together=together) as engine:
+    with make_engine(model, prefix_bytes=50_000, warm_up=True, together=together, chunk=chunk) as engine:
 
         def serve(seed):
             for found in serve_in_company(engine, random_requests(100, seed), pieces_of):
