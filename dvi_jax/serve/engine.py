@@ -383,8 +383,8 @@ def _scheduler(
     empty, intake = programs.slots, Intake(programs, short_tokens(model, programs.rows, programs.chunk))
     knobs = Knobs.make(0, 0.0, ())._replace(eos_ids=empty.eos_ids)
     load_kernels(model, empty.decode.replace(sampling=None), knobs, *plans, PLAIN)
-    choice, measured = choose(model, plans, width, empty, ahead=ahead)
-    programs.slots = check_plans(model, choice.pieces, measured, intake)
+    choice, programs.slots = choose(model, plans, width, empty, ahead=ahead)
+    check_plans(model, choice.pieces, programs, intake)
     return Scheduler(model, programs, intake, choice, ahead=ahead, on_ended=on_ended, most_logprobs=most_logprobs)
 
 

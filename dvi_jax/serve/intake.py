@@ -7,12 +7,12 @@ length all, go through side by side.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
-from dvi_jax.decode.prefill import Filled
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import shards
 from dvi_jax.model.decode_attention import MOST_ROUND_ROWS
@@ -45,12 +45,16 @@ def short_tokens(model: LoadedModel, rows: int, chunk: int) -> int:
 
 
 class Intake:
-    """Takes in the prompts of so many replies after the other."""
+    """Takes in the prompts of so many replies after the other.
+
+    The last chunk of one that goes in alone is held until there is a slot: it goes in with the prompt's laying.
+    """
 
     def __init__(self, programs: Programs, short: int = 0):
         """`short`: of `short_tokens`."""
         self._programs, self.rows, self.chunk, self._short = programs, programs.rows, programs.chunk, short
         self._size = self.chunk  # tokens of the next chunk
+        self._held = np.zeros((1, self.chunk), np.int32), 0  # the last chunk of a prompt, and its position
         self._replies: list[Reply | None] = [None] * self.rows  # whose prompt a row holds
         self._lengths = np.ones(self.rows, np.int32)  # tokens of each row's prompt
         self._names: list[bytes] = []
@@ -63,36 +67,43 @@ class Intake:
 
     @property
     def is_ready(self) -> bool:
-        """Whether all that is here is taken in; not, if nothing is."""
+        """Whether all that is here is taken in, or held; not, if nothing is here."""
         return bool(self.replies) and self._taken * self.chunk >= int(self._lengths.max())
 
-    def warm_up(self) -> None:
-        """Compile every program, by taking in chunks of nothing."""
-        if self._short:
-            self._take(np.zeros((self.rows, self._short), np.int32), 0)
-        self.fill([0])
+    @property
+    def holds_chunk(self) -> bool:
+        """Whether a prompt waits for its slot with a chunk that the device has yet to be given."""
+        return self.rows == 1 and self.is_ready
+
+    def warm_up(self, places: Sequence[np.ndarray], terms: np.ndarray) -> None:
+        """Compile every program, by taking in prompts of nothing and laying them into these slots on these terms."""
+        self._programs.take(np.zeros((self.rows, self.chunk), np.int32), np.ones(self.rows, np.int32), 0)
         if self._programs.prefixes.budget:
             self._programs.try_laying_back()
+        longest = [self._short, self.chunk] if self._short else [self.chunk]
+        if self.rows == 1:
+            self._programs.compile_last_chunks(longest)
+        for length in longest:
+            self.fill([0] * length)
+            for where, sampled in itertools.product(places, (False, True)):
+                self.lay(where, terms, sampled=sampled)
 
-    def fill(self, prompt: Sequence[int]) -> Filled:
+    def fill(self, prompt: Sequence[int]) -> None:
         """Every row with the same prompt, of a chunk at most, that belongs to no reply."""
-        tokens = np.zeros((self.rows, self.chunk), np.int32)
+        self._expect([len(prompt)] * self.rows)
+        tokens = np.zeros((self.rows, self._size), np.int32)
         tokens[:, : len(prompt)] = prompt
-        self._lengths[:] = len(prompt)
         self._take(tokens, 0)
-        return self._programs.filled
 
     def begin(self, replies: Sequence[Reply]) -> None:
         """The next prompts, as many as there are rows at most, with what is kept of their beginning."""
         self._replies = [*replies, *[None] * (self.rows - len(replies))]
         self._taken, self._names = 0, []
-        self._lengths[:] = 1
-        self._lengths[: len(replies)] = [len(reply.request.prompt_ids) for reply in replies]
-        self._size = self._short if self._lengths.max() <= self._short else self.chunk  # all of a short prompt
+        self._expect([len(reply.request.prompt_ids) for reply in replies])
         if self._programs.prefixes.budget:
             (reply,) = replies
             self._names = self._programs.prefixes.names(reply.request.prompt_ids)
-            self._taken = self._programs.lay_back(*self._names)
+            self._taken = self._programs.lay_back(*self._names) if self._names else 0
             reply.statistics.cached_tokens = self._taken * self.chunk
 
     def step(self) -> None:
@@ -103,12 +114,27 @@ class Intake:
                 piece = reply.request.prompt_ids[begin : begin + self._size]
                 row[: len(piece)] = piece
         self._take(tokens, begin)
-        if self._taken < len(self._names):
+        if self._taken < len(self._names):  # never a prompt's last
             self._programs.keep(self._names[self._taken])
         self._taken += 1
 
+    def lay(self, places: np.ndarray, terms: np.ndarray, *, sampled: bool) -> jax.Array:
+        """The prompts that are here, and ready, into slots: as `Programs.lay`."""
+        if self.rows > 1:
+            return self._programs.lay(places, terms, sampled)
+        return self._programs.take_last(*self._held, places, terms, sampled)
+
+    def _expect(self, lengths: Sequence[int]) -> None:
+        """Prompts of so many tokens come next."""
+        self._lengths[:] = 1
+        self._lengths[: len(lengths)] = lengths
+        self._size = self._short if self._lengths.max() <= self._short else self.chunk  # all of a short prompt
+
     def _take(self, tokens: np.ndarray, position: int) -> None:
-        self._programs.take(tokens, self._lengths, position)
+        if self.rows == 1 and position + tokens.shape[1] >= self._lengths[0]:
+            self._held = tokens, position
+        else:
+            self._programs.take(tokens, self._lengths, position)
 
     def hand_over(self) -> Iterator[tuple[int, Reply]]:
         """The replies whose prompts are taken in, each by its row as it is asked for; the prompts stay there."""
