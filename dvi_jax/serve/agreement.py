@@ -22,26 +22,18 @@ from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import to_host
 from dvi_jax.serve.compiling import compile_stretches
 from dvi_jax.serve.intake import Intake
-from dvi_jax.serve.slots import (
-    MOST_ROUNDS,
-    Outcome,
-    Slots,
-    Terms,
-    calls_of,
-    lay,
-    packed_places,
-    release,
-    run_stretch,
-)
+from dvi_jax.serve.programs import Programs
+from dvi_jax.serve.slots import MOST_ROUNDS, Outcome, Slots, Terms, calls_of, release, run_stretch
 
 PROMPT_TOKENS = 16
 
 
-def check_plans(model: LoadedModel, pieces: Mapping[Plan, int], slots: Slots, intake: Intake) -> Slots:
-    """Raise `UserError` where one of the plans has other bits than plain decoding in these slots, all free.
+def check_plans(model: LoadedModel, pieces: Mapping[Plan, int], programs: Programs, intake: Intake) -> None:
+    """Raise `UserError` where one of the plans has other bits than plain decoding in the slots, all free.
 
-    The slots come back free. What agreed is kept on disk. `pieces`: of each plan, as `run_stretch` has them; 0: none.
+    They are free afterwards. What agreed is kept on disk. `pieces`: of each plan, as `run_stretch` has them; 0: none.
     """
+    slots = programs.slots
     shape = slots.decode.tokens.shape, slots.decode.committed.hidden.shape[1], slots.decode.signals is not None
     plain = pieces.get(PLAIN, min(pieces.values()))
     kept = {
@@ -53,42 +45,42 @@ def check_plans(model: LoadedModel, pieces: Mapping[Plan, int], slots: Slots, in
         kept = dict.fromkeys(kept)
     unknown = {plan: path for plan, path in kept.items() if path is None or not path.exists()}
     if not unknown:
-        return slots
+        return
     compared = [(PLAIN, plain, False), *((plan, pieces[plan], False) for plan in unknown)]
     compile_stretches(model.definition, model.decode_params, slots, compared)
-    slots, *plainly = _run(model, slots, intake, PLAIN, plain)
+    plainly = _run(model, programs, intake, PLAIN, plain)
     for plan, path in unknown.items():
-        slots, *drafted = _run(model, slots, intake, plan, pieces[plan])
+        drafted = _run(model, programs, intake, plan, pieces[plan])
         if not _agree(drafted, plainly):
             raise refusal(plan)
         keep_agreed(path)
-    return slots
 
 
 def _run(
-    model: LoadedModel, slots: Slots, intake: Intake, plan: Plan, piece: int
-) -> tuple[Slots, np.ndarray, np.ndarray]:
+    model: LoadedModel, programs: Programs, intake: Intake, plan: Plan, piece: int
+) -> tuple[np.ndarray, np.ndarray]:
     """A stretch in which every slot goes on from the same prompt, and another token behind it.
 
-    -> slots, free again; positions committed int32 [B]; checksums uint32 [B, positions] from the first new one on.
+    -> positions committed int32 [B]; checksums uint32 [B, positions] from the first new one on.
     """
     definition, params, vocab_size = model.definition, model.decode_params, model.config.vocab_size
-    batch, room = slots.decode.tokens.shape
+    batch, room = programs.slots.decode.tokens.shape
     prompt = [token % vocab_size for token in range(3, 3 + min(PROMPT_TOKENS, intake.chunk))]
-    filled, greedy = intake.fill(prompt), SamplingConfig(temperature=0.0)
-    width = slots.decode.committed.hidden.shape[1]
+    width, greedy = programs.slots.decode.committed.hidden.shape[1], SamplingConfig(temperature=0.0)
     terms = Terms.of(len(prompt), room - width - len(prompt), (), greedy, vocab_size)
     rows = Terms.joined([terms] * intake.rows).packed()
+    intake.fill(prompt)
     for begin in range(0, batch, intake.rows):
         places = np.arange(begin, begin + intake.rows, dtype=np.int32)  # those beyond the last are none
-        placed, alone = packed_places(places, rows, batch)
-        slots, _ = lay(definition, params, slots, filled, placed, sampled=False, alone=alone)
+        intake.lay(places, rows, sampled=False)
+    slots = programs.slots
     slots = slots._replace(decode=slots.decode.replace(tokens=told_apart(slots.decode, vocab_size)))
     for limit in calls_of(MOST_ROUNDS, piece):
         slots, packed = run_stretch(definition, params, slots, limit, plan, sampled=False, piece=piece)
     checksums = _checksums(slots, np.int32(len(prompt)), MOST_ROUNDS * width)
     found = Outcome.read(packed).length - len(prompt), to_host(checksums)
-    return release(slots, np.ones(batch, bool)), *found
+    programs.slots = release(slots, np.ones(batch, bool))
+    return found
 
 
 def _agree(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> bool:

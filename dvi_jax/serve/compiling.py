@@ -1,4 +1,4 @@
-"""An engine's programs of rounds, compiled side by side: XLA takes seconds for each, mostly of a single core."""
+"""An engine's programs of the whole model, compiled side by side: XLA takes seconds for each, mostly of one core."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import numpy as np
 
 from dvi_jax.decode.plan import Plan
+from dvi_jax.decode.prefill import Filled
 from dvi_jax.model.speculative_llama import Definition, Params
-from dvi_jax.serve.slots import Slots, calls_of, run_stretch
+from dvi_jax.serve.prompts import packed_last, take_last
+from dvi_jax.serve.slots import TERM_COLUMNS, Slots, calls_of, run_stretch
 
 AT_ONCE = 4  # compilations, where there are as many cores
 
@@ -18,20 +21,42 @@ AT_ONCE = 4  # compilations, where there are as many cores
 def compile_stretches(
     definition: Definition, params: Params, slots: Slots, wanted: Iterable[tuple[Plan, int, bool]]
 ) -> None:
-    """Rounds by each plan, in pieces of so many rounds (0: none), sampled or not: `run_stretch` compiles nothing then.
+    """Rounds by each plan, in pieces of so many (0: none), sampled or not: `run_stretch` compiles nothing then."""
+    _compile(
+        run_stretch.lower(definition, params, slots, calls_of(1, piece)[0], plan, sampled=sampled, piece=piece)
+        for plan, piece, sampled in wanted
+    )
 
-    It finds what was compiled for the same arrays. Several processes compile as they run, one program after the other:
-    they must do it together.
+
+def compile_last_chunks(
+    definition: Definition, params: Params, slots: Slots, filled: Filled, sizes: Iterable[int]
+) -> None:
+    """Last chunks of so many tokens, sampled or not: `take_last` compiles nothing then."""
+    place, terms = np.zeros(1, np.int32), np.zeros((1, TERM_COLUMNS), np.int32)
+    _compile(
+        take_last.lower(
+            definition,
+            params,
+            slots,
+            filled,
+            packed_last(np.zeros((1, size), np.int32), 0, place, terms),
+            sampled=sampled,
+        )
+        for size in sizes
+        for sampled in (False, True)
+    )
+
+
+def _compile(programs: Iterable[jax.stages.Lowered]) -> None:
+    """All of these; who calls one with the same arrays finds it compiled.
+
+    Several processes compile as they run, one program after the other: they must do it together.
     """
     if jax.process_count() > 1:
         return
     pool = ThreadPoolExecutor(min(AT_ONCE, _cores()))
     try:
-        under_way = []
-        for plan, piece, sampled in wanted:
-            (limit,) = calls_of(1, piece)
-            lowered = run_stretch.lower(definition, params, slots, limit, plan, sampled=sampled, piece=piece)
-            under_way.append(pool.submit(lowered.compile))
+        under_way = [pool.submit(lowered.compile) for lowered in programs]
         for compilation in under_way:
             compilation.result()
     finally:  # after Ctrl-C or an error the rest is not waited for

@@ -12,7 +12,8 @@ from dvi_jax.decode.prefill import PREFIX_SPECS
 from dvi_jax.errors import UserError
 from dvi_jax.loading import LoadedModel
 from dvi_jax.mesh import bytes_of, replicas, shards
-from dvi_jax.serve.slots import SLOT_SPECS, Shape, abstract_slots, empty_prompts
+from dvi_jax.serve.prompts import empty_prompts
+from dvi_jax.serve.slots import SLOT_SPECS, Shape, abstract_slots
 
 
 @dataclass(frozen=True)

@@ -18,22 +18,19 @@ from dvi_jax.decode.plan import Plan
 from dvi_jax.decode.prefill import Filled
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Tree
-from dvi_jax.serve.compiling import compile_stretches
+from dvi_jax.serve.compiling import compile_last_chunks, compile_stretches
 from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.prefixes import Prefixes, cut_block, position_axes, put_block
-from dvi_jax.serve.slots import (
-    Shape,
-    calls_of,
+from dvi_jax.serve.prompts import (
     empty_prompts,
-    empty_slots,
     lay,
     packed_chunk,
+    packed_last,
     packed_places,
-    release,
-    run_stretch,
     take_chunk,
-    token_logprobs,
+    take_last,
 )
+from dvi_jax.serve.slots import Shape, calls_of, empty_slots, release, run_stretch, token_logprobs
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -110,10 +107,22 @@ class Programs:
 
     @_step
     def lay(self, places: np.ndarray, terms: np.ndarray, sampled: bool) -> jax.Array:
-        """The prompts that are taken in into slots `places` int32 [P], none twice -> int32 [P, 2] (`slots.lay`)."""
+        """The prompts that are taken in into slots `places` int32 [P], none twice -> int32 [P, 2] (`prompts.lay`)."""
         placed, alone = packed_places(places, terms, len(self.slots.eos_ids))
         self.slots, first = lay(
             self._definition, self.params, self.slots, self._filled, placed, sampled=sampled, alone=alone
+        )
+        first.copy_to_host_async()
+        return first
+
+    @_step
+    def take_last(
+        self, tokens: np.ndarray, position: int, places: np.ndarray, terms: np.ndarray, sampled: bool
+    ) -> jax.Array:
+        """The last chunk of the one prompt that is taken in, and that into its slot -> int32 [1, 2], as of `lay`."""
+        last = packed_last(tokens, position, places, terms)
+        self.slots, self._filled, first = take_last(
+            self._definition, self.params, self.slots, self._filled, last, sampled=sampled
         )
         first.copy_to_host_async()
         return first
@@ -126,6 +135,10 @@ class Programs:
     def compile(self, stretches: Iterable[tuple[Plan, int, bool]]) -> None:
         """These side by side, before they are run: plan, piece, and whether any slot is sampled."""
         compile_stretches(self._definition, self.params, self.slots, stretches)
+
+    def compile_last_chunks(self, sizes: Iterable[int]) -> None:
+        """What `take_last` runs, for chunks of so many tokens, likewise."""
+        compile_last_chunks(self._definition, self.params, self.slots, self._filled, sizes)
 
     @_step
     def stretch(self, rounds: int, plan: Plan, sampled: bool, piece: int) -> list[jax.Array]:

@@ -7,7 +7,6 @@ tokens and prompts, and a slot whose reply has ended is free one stretch later.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -98,13 +97,12 @@ class Scheduler:
 
     def warm_up(self) -> None:
         """Compile every program, by running it with nothing in the slots."""
-        self._intake.warm_up()
         if self._on_ended is not None:  # without a token, so that nothing can be learned from it
             self._on_ended(self._programs.ended(0, 0, 0), Request((), 0))
             self._programs.draft_with(self._programs.params.drafter, self._programs.params.lora_s)  # as after a swap
-        done = Terms.joined([Terms.of(1, 1, (), GREEDY, self._vocab_size)] * self._intake.rows)  # with first tokens
-        for count, sampled in itertools.product({1, self._intake.rows}, (False, True)):
-            self._programs.lay(self._places(range(count)), done.packed(), sampled)
+        rows = self._intake.rows
+        done = Terms.joined([Terms.of(1, 1, (), GREEDY, self._vocab_size)] * rows)  # with first tokens
+        self._intake.warm_up([self._places(range(count)) for count in {1, rows}], done.packed())
         self._programs.release(self._ended.copy())
         plans, pieces = self._choice.plans, self._choice.pieces
         stretches = [(plan, pieces[plan], sampled) for plan in plans for sampled in (False, True)]
@@ -206,11 +204,12 @@ class Scheduler:
         """Chunks of prompts, and those that are complete into free slots. -> what was laid.
 
         While others run, as many chunks as it takes to fill the free slots with short prompts, and at least one: a long
-        prompt that comes alone does not keep them waiting, and many that come together find their slots.
+        prompt that comes alone does not keep them waiting, and many that come together find their slots. A chunk that
+        is held for a slot counts when the device is given it.
         """
         laid: list[_Laid] = []
         rows, under_way = self._intake.rows, waiting + len(self._intake.replies)
-        chunks, most = 0, max(1, -(-min(self._replies.count(None), under_way) // rows))
+        chunks, most = int(self._intake.holds_chunk), max(1, -(-min(self._replies.count(None), under_way) // rows))
         runs = any(reply is not None for reply in self._replies)
         while True:
             if self._intake.is_ready:
@@ -249,7 +248,7 @@ class Scheduler:
             )
         with self._device.handing():
             sampled = any(_is_sampled(reply.request.sampling) for _, _, reply in laid)
-            first = self._programs.lay(places, Terms.joined(terms).packed(), sampled)
+            first = self._intake.lay(places, Terms.joined(terms).packed(), sampled=sampled)
         return laid, first
 
     def _places(self, slots: Sequence[int]) -> np.ndarray:

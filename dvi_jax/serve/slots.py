@@ -1,11 +1,11 @@
 """The device's side of an engine: sequences in a fixed number of slots, and the programs that change them.
 
-Prompts are taken in (`take_chunk`, so many together, chunks of one length), laid into slots (`lay`), and decoded with
-whatever is in the other slots (`run_stretch`). Every program has one shape whatever the requests are, and no row of a
+Prompts are taken in and laid into slots (`prompts.py`), and decoded with whatever is in the other slots
+(`run_stretch`). Every program has one shape whatever the requests are, and no row of a
 pass depends on the rows beside it: a reply depends on its request and on the engine's shape, and on nothing else.
 
-Letters: B slots, P prompts that are taken in together, S positions in the caches, C tokens of a chunk, W most tokens
-that a round commits, E room for end-of-sequence ids, V vocabulary.
+Letters, also of `prompts.py`: B slots, P prompts that are taken in together, S positions in the caches, C tokens of a
+chunk, W most tokens that a round commits, E room for end-of-sequence ids, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ import numpy as np
 from dvi_jax.config import SamplingConfig
 from dvi_jax.decode.batch import MOST_EOS_IDS
 from dvi_jax.decode.plan import Plan
-from dvi_jax.decode.prefill import PREFIX_SPECS, Filled, begin, choose_first, fill_chunk
+from dvi_jax.decode.prefill import Filled, begin, choose_first
 from dvi_jax.decode.sampling import Sampling
 from dvi_jax.decode.speculative import decode_rounds, speculative_round
-from dvi_jax.decode.state import COPIED_SPECS, NO_TOKEN, STATE_SPECS, DecodeState, Knobs, knob_specs
+from dvi_jax.decode.state import NO_TOKEN, STATE_SPECS, DecodeState, Knobs, knob_specs
 from dvi_jax.mesh import ROWS, WHOLE, replicas
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
 
 MOST_ROUNDS = 16  # of a stretch
+TERM_COLUMNS = 8 + MOST_EOS_IDS  # of `Terms.packed`
 
 
 class Slots(NamedTuple):
@@ -78,7 +79,7 @@ class Terms(NamedTuple):
         return cls(*map(np.concatenate, zip(*rows, strict=True)))
 
     def packed(self) -> np.ndarray:
-        """All in one array int32 [P, 8 + E], which costs one copy to the device."""
+        """All in one array int32 [P, TERM_COLUMNS], which costs one copy to the device."""
         return np.column_stack([field.view(np.int32) for field in self])
 
     @classmethod
@@ -196,92 +197,7 @@ def _begun(definition: Definition, shape: Shape, params: Params) -> Slots:
     one = Terms.of(1, 1, (), SamplingConfig(), model.llama.config.vocab_size)
     terms = jax.tree.map(lambda field: jnp.broadcast_to(field, (count, *field.shape[1:])), one)
     filled = Filled.empty(model, count, shape.room, keep=shape.record)
-    return _begin(model, filled, terms, shape.width, shape.branches, sampled=True)[0]
-
-
-@partial(jax.jit, static_argnames=("definition", "rows", "room", "record"))
-def empty_prompts(definition: Definition, params: Params, *, rows: int, room: int, record: bool) -> Filled:
-    """Where so many prompts together are taken in."""
-
-    def make(params: Params) -> Filled:
-        return Filled.empty(join(definition, params), rows, room, keep=record)
-
-    return definition.sharded(make, params, (), PREFIX_SPECS)(params)
-
-
-@partial(jax.jit, static_argnames="definition", donate_argnames="filled")
-def take_chunk(definition: Definition, params: Params, filled: Filled, chunk: jax.Array) -> Filled:
-    """The next tokens of prompts, as `packed_chunk` has them.
-
-    Where none were taken in before, other prompts begin. What the last ones left lies behind them, masked.
-    """
-
-    def take(params: Params, filled: Filled, chunk: jax.Array) -> Filled:
-        length, position, tokens = chunk[:, 0], chunk[0, 1], chunk[:, 2:]
-        frontier = jax.tree.map(lambda x: jnp.where(position > 0, x, jnp.zeros_like(x)), filled.frontier)
-        filled = filled._replace(position=position, frontier=frontier)
-        return fill_chunk(join(definition, params), filled, tokens, length, fresh=False)
-
-    run = definition.sharded(take, params, (PREFIX_SPECS, WHOLE), PREFIX_SPECS)
-    return run(params, filled, chunk)
-
-
-def packed_chunk(tokens: np.ndarray, lengths: np.ndarray, position: int) -> np.ndarray:
-    """All in one array int32 [P, 2 + C], which costs one copy to the device.
-
-    `tokens` int32 [P, C], zeros behind a prompt's end; `lengths` int32 [P] of the whole prompts; `position`: tokens of
-    each that were taken in before.
-    """
-    return np.column_stack([lengths, np.full_like(lengths, position), tokens])
-
-
-def packed_places(places: np.ndarray, terms: np.ndarray, count: int) -> tuple[np.ndarray, bool]:
-    """`placed` and `alone` of `lay`, for prompts with `terms` into `places` int32 [P] of so many slots."""
-    return np.column_stack([places, terms]), int(np.sum(places < count)) == 1
-
-
-@partial(jax.jit, static_argnames=("definition", "sampled", "alone"), donate_argnames="slots")
-def lay(
-    definition: Definition,
-    params: Params,
-    slots: Slots,
-    filled: Filled,
-    placed: jax.Array,
-    *,
-    sampled: bool,
-    alone: bool,
-) -> tuple[Slots, jax.Array]:
-    """Prompts that are all taken in, with their first new tokens, into slots.
-
-    `placed` int32 [P, 9 + E]: the slot of each, B or above for none and no number twice, and its `Terms.packed`.
-    `sampled`: as of `run_stretch`. `alone`: one of them has a slot, and that one alone is copied.
-
-    -> slots, and int32 [P, 2]: that token, and whether the reply ends with it.
-    """
-    places, terms = placed[:, 0], placed[:, 1:]
-    width = slots.decode.committed.hidden.shape[1]
-    signals = slots.decode.signals
-    branches = 0 if signals is None else signals.most_branches
-
-    def begin_rows(params: Params, filled: Filled, terms: jax.Array) -> tuple[Slots, jax.Array]:
-        model = join(definition, params)
-        return _begin(model, filled, Terms.unpacked(terms), width, branches, sampled=sampled)
-
-    copied = Slots(COPIED_SPECS, WHOLE)  # type: ignore[arg-type]
-    run = definition.sharded(begin_rows, params, (PREFIX_SPECS, WHOLE), (copied, WHOLE))
-    rows, first_token = run(params, filled, terms)
-
-    def put(buffer: jax.Array, new: jax.Array) -> jax.Array:
-        if not buffer.ndim:
-            return buffer
-        if alone:  # a slice is cheaper than a scatter
-            row = jnp.argmin(places)
-            new = jax.lax.dynamic_slice_in_dim(new, row, 1)
-            return jax.lax.dynamic_update_slice_in_dim(buffer, new, places[row], axis=0)
-        return buffer.at[places].set(new, mode="drop", unique_indices=True)
-
-    ends = rows.decode.done.astype(jnp.int32)
-    return jax.tree.map(put, slots, rows), definition.on_all(jnp.stack([first_token, ends], axis=1))
+    return begin_slots(model, filled, terms, shape.width, shape.branches, sampled=True)[0]
 
 
 def release(slots: Slots, ended: jax.Array | np.ndarray) -> Slots:
@@ -379,7 +295,7 @@ def columns_of(state: DecodeState) -> int:
     return min(MOST_ROUNDS * state.committed.hidden.shape[1], state.tokens.shape[1])
 
 
-def _begin(
+def begin_slots(
     model: SpeculativeLlama, filled: Filled, terms: Terms, width: int, branches: int, *, sampled: bool
 ) -> tuple[Slots, jax.Array]:
     """Sequences before their first round, and their first tokens int32 [P]."""

@@ -13,10 +13,14 @@ import pytest
 from dvi_jax.config import SamplingConfig
 from dvi_jax.errors import UserError
 from dvi_jax.model.speculative_llama import join
-from dvi_jax.serve import prefixes, programs, slots
+from dvi_jax.serve import prefixes, programs, prompts, slots
 from dvi_jax.serve.requests import QueueFullError, Request
 
-PROGRAMS = (*(slots.take_chunk, slots.lay, slots.run_stretch, slots._marked), prefixes.cut_block, prefixes.put_block)
+PROGRAMS = (
+    *(prompts.take_chunk, prompts.take_last, prompts.lay),
+    *(prefixes.cut_block, prefixes.put_block),
+    *(slots.run_stretch, slots._marked),
+)
 
 
 def random_requests(count, seed):
@@ -208,10 +212,10 @@ def expected_token(logits, before, sampling):
     return kept[np.argmax((logits + np.asarray(jax.random.gumbel(key, logits.shape)))[kept])]
 
 
-@pytest.mark.parametrize("together", [1, 3])
-def test_nothing_grows(model, make_engine, pieces_of, together):
+@pytest.mark.parametrize(("together", "chunk"), [(1, 16), (1, 64), (3, 16)])
+def test_nothing_grows(model, make_engine, pieces_of, together, chunk):
     """Over 200 requests neither arrays on the device nor programs: all were compiled before the first."""
-    with make_engine(model, prefix_bytes=50_000, warm_up=True, together=together) as engine:
+    with make_engine(model, prefix_bytes=50_000, warm_up=True, together=together, chunk=chunk) as engine:
 
         def serve(seed):
             for found in serve_in_company(engine, random_requests(100, seed), pieces_of):
@@ -231,7 +235,7 @@ def test_nothing_grows(model, make_engine, pieces_of, together):
 
 @pytest.mark.parametrize(
     ("module", "name", "which"),
-    [(programs, "run_stretch", 2), (programs, "lay", 3), (slots.Terms, "of", 6)],
+    [(programs, "run_stretch", 2), (programs, "take_last", 3), (slots.Terms, "of", 6)],
     ids=["a stretch", "a prompt into its slot", "what that takes"],
 )
 def test_a_failure_reaches_every_reader(model, make_engine, monkeypatch, module, name, which):
@@ -288,7 +292,7 @@ def test_a_long_prompt_that_nobody_wants_is_taken_in_no_further(model, make_engi
         taken.append(1)
         if len(taken) == 2:
             handles[0].cancel()
-        return slots.take_chunk(*arguments)
+        return prompts.take_chunk(*arguments)
 
     with make_engine(model) as engine:
         monkeypatch.setattr(programs, "take_chunk", take_chunk)

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dvi_jax.config import SamplingConfig
 from dvi_jax.serve.intake import Intake
 from dvi_jax.serve.prefixes import Block, Prefixes
 from dvi_jax.serve.programs import Programs
 from dvi_jax.serve.requests import Request
-from dvi_jax.serve.slots import Shape
+from dvi_jax.serve.slots import Shape, Terms
 
 
 def test_hits_and_misses_have_equal_bits(model, make_engine, pieces_of):
@@ -47,11 +48,13 @@ def test_what_is_kept_in_8_bits_is_laid_back_to_the_bit(model):
     programs = Programs(model, Shape(1, 64, 1, record=False), rows=1, chunk=16, prefix_bytes=10**6)
     intake = Intake(programs)
     prompt, found = tuple(range(2, 42)), []
+    terms = Terms.of(len(prompt), 1, (), SamplingConfig(temperature=0.0), model.config.vocab_size).packed()
     for _ in range(2):
         reply = SimpleNamespace(request=Request(prompt, 1), statistics=SimpleNamespace(cached_tokens=0))
         intake.begin([reply])
         while not intake.is_ready:
             intake.step()
+        intake.lay(np.zeros(1, np.int32), terms, sampled=False)
         filled = programs.filled
         found.append(jax.device_get((filled.shallow, filled.deep, filled.features)))
     assert reply.statistics.cached_tokens == 32

@@ -1,0 +1,127 @@
+"""The device's side of prompts on their way in: programs that take them in by chunks and lay them into slots.
+
+One that goes in alone ends by a single program (`take_last`): most have but one chunk, and starting a program costs the
+host about what the device needs for a chunk. Several that go in side by side are taken in, and each is laid when a
+slot is free (`lay`). Letters as in `slots.py`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dvi_jax.decode.prefill import PREFIX_SPECS, Filled, fill_chunk
+from dvi_jax.decode.state import COPIED_SPECS
+from dvi_jax.mesh import WHOLE
+from dvi_jax.model.speculative_llama import Definition, Params, join
+from dvi_jax.serve.slots import TERM_COLUMNS, Slots, Terms, begin_slots
+
+
+@partial(jax.jit, static_argnames=("definition", "rows", "room", "record"))
+def empty_prompts(definition: Definition, params: Params, *, rows: int, room: int, record: bool) -> Filled:
+    """Where so many prompts together are taken in."""
+
+    def make(params: Params) -> Filled:
+        return Filled.empty(join(definition, params), rows, room, keep=record)
+
+    return definition.sharded(make, params, (), PREFIX_SPECS)(params)
+
+
+@partial(jax.jit, static_argnames="definition", donate_argnames="filled")
+def take_chunk(definition: Definition, params: Params, filled: Filled, chunk: jax.Array) -> Filled:
+    """The next tokens of prompts, as `packed_chunk` has them.
+
+    Where none were taken in before, other prompts begin. What the last ones left lies behind them, masked.
+    """
+
+    def take(params: Params, filled: Filled, chunk: jax.Array) -> Filled:
+        length, position, tokens = chunk[:, 0], chunk[0, 1], chunk[:, 2:]
+        frontier = jax.tree.map(lambda x: jnp.where(position > 0, x, jnp.zeros_like(x)), filled.frontier)
+        filled = filled._replace(position=position, frontier=frontier)
+        return fill_chunk(join(definition, params), filled, tokens, length, fresh=False)
+
+    run = definition.sharded(take, params, (PREFIX_SPECS, WHOLE), PREFIX_SPECS)
+    return run(params, filled, chunk)
+
+
+def packed_chunk(tokens: np.ndarray, lengths: np.ndarray, position: int) -> np.ndarray:
+    """All in one array int32 [P, 2 + C], which costs one copy to the device.
+
+    `tokens` int32 [P, C], zeros behind a prompt's end; `lengths` int32 [P] of the whole prompts; `position`: tokens of
+    each that were taken in before.
+    """
+    return np.column_stack([lengths, np.full_like(lengths, position), tokens])
+
+
+def packed_places(places: np.ndarray, terms: np.ndarray, count: int) -> tuple[np.ndarray, bool]:
+    """`placed` and `alone` of `lay`, for prompts with `terms` into `places` int32 [P] of so many slots."""
+    return np.column_stack([places, terms]), int(np.sum(places < count)) == 1
+
+
+@partial(jax.jit, static_argnames=("definition", "sampled", "alone"), donate_argnames="slots")
+def lay(
+    definition: Definition,
+    params: Params,
+    slots: Slots,
+    filled: Filled,
+    placed: jax.Array,
+    *,
+    sampled: bool,
+    alone: bool,
+) -> tuple[Slots, jax.Array]:
+    """Prompts that are all taken in, with their first new tokens, into slots.
+
+    `placed` int32 [P, 1 + TERM_COLUMNS]: the slot of each, B or above for none and no number twice, and its
+    `Terms.packed`. `sampled`: as of `run_stretch`. `alone`: one of them has a slot, and that one alone is copied.
+
+    -> slots, and int32 [P, 2]: that token, and whether the reply ends with it.
+    """
+    places, terms = placed[:, 0], placed[:, 1:]
+    width = slots.decode.committed.hidden.shape[1]
+    signals = slots.decode.signals
+    branches = 0 if signals is None else signals.most_branches
+
+    def begin_rows(params: Params, filled: Filled, terms: jax.Array) -> tuple[Slots, jax.Array]:
+        model = join(definition, params)
+        return begin_slots(model, filled, Terms.unpacked(terms), width, branches, sampled=sampled)
+
+    copied = Slots(COPIED_SPECS, WHOLE)  # type: ignore[arg-type]
+    run = definition.sharded(begin_rows, params, (PREFIX_SPECS, WHOLE), (copied, WHOLE))
+    rows, first_token = run(params, filled, terms)
+
+    def put(buffer: jax.Array, new: jax.Array) -> jax.Array:
+        if not buffer.ndim:
+            return buffer
+        if alone:  # a slice is cheaper than a scatter
+            row = jnp.argmin(places)
+            new = jax.lax.dynamic_slice_in_dim(new, row, 1)
+            return jax.lax.dynamic_update_slice_in_dim(buffer, new, places[row], axis=0)
+        return buffer.at[places].set(new, mode="drop", unique_indices=True)
+
+    ends = rows.decode.done.astype(jnp.int32)
+    return jax.tree.map(put, slots, rows), definition.on_all(jnp.stack([first_token, ends], axis=1))
+
+
+@partial(jax.jit, static_argnames=("definition", "sampled"), donate_argnames=("slots", "filled"))
+def take_last(
+    definition: Definition, params: Params, slots: Slots, filled: Filled, last: jax.Array, *, sampled: bool
+) -> tuple[Slots, Filled, jax.Array]:
+    """The last chunk of a prompt that goes in alone, and all of the prompt into its slot: P is 1.
+
+    `last`: as `packed_last` has it. `sampled`: as of `run_stretch`.
+
+    -> slots; the prompt, taken in; and int32 [1, 2] as of `lay`.
+    """
+    placed, chunk = jnp.split(last, [1 + TERM_COLUMNS], axis=1)
+    filled = take_chunk(definition, params, filled, chunk)
+    slots, first = lay(definition, params, slots, filled, placed, sampled=sampled, alone=True)
+    return slots, filled, first
+
+
+def packed_last(tokens: np.ndarray, position: int, places: np.ndarray, terms: np.ndarray) -> np.ndarray:
+    """All in one array int32 [1, 1 + TERM_COLUMNS + 2 + C]: `placed` of `lay`, and what `packed_chunk` gives."""
+    lengths = terms[:, 0]
+    return np.column_stack([places, terms, packed_chunk(tokens, lengths, position)])
