@@ -141,7 +141,10 @@ def results(
     """From a kernel's outputs: the attention [R, N*H], and keys and values, of that structure, which come first."""
     key, value = jax.tree.unflatten(structure, written[: structure.num_leaves])
     found = written[structure.num_leaves :]
-    mixed = found[0] if len(found) == 1 else combine(*found, positions, dtype=dtype, interpret=interpret)
+    if len(found) == 1:
+        (mixed,) = found
+    else:
+        mixed = combine(found[0], found[1], found[2], positions, dtype=dtype, interpret=interpret)
     return mixed.reshape(rows, -1), key, value
 
 
