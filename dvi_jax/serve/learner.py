@@ -46,7 +46,7 @@ POOLED = 4  # updates between two swaps of a drafter that moves slowly
 SWAP_SECONDS, YOUNG = 0.25, 0.1
 # Most of the time for learning while plain decoding is the quickest: no more than that is lost. And what it may take
 # besides of what drafting should bring, which is less of a reply's time than of its rounds'.
-UNPAID, PAID = 0.015, 0.5
+UNPAID, PAID = 0.015, 0.75
 RETRY_SECONDS = 1.0  # until a snapshot is offered again that was not taken
 LOG_SECONDS = 1.0  # at least, between two updates that are logged: they may be many
 
