@@ -31,20 +31,10 @@ def compile_stretches(
 def compile_last_chunks(
     definition: Definition, params: Params, slots: Slots, filled: Filled, sizes: Iterable[int]
 ) -> None:
-    """Last chunks of so many tokens, sampled or not: `take_last` compiles nothing then."""
+    """Last chunks of so many tokens: `take_last` compiles nothing then."""
     place, terms = np.zeros(1, np.int32), np.zeros((1, TERM_COLUMNS), np.int32)
-    _compile(
-        take_last.lower(
-            definition,
-            params,
-            slots,
-            filled,
-            packed_last(np.zeros((1, size), np.int32), 0, place, terms),
-            sampled=sampled,
-        )
-        for size in sizes
-        for sampled in (False, True)
-    )
+    packed = (packed_last(np.zeros((1, size), np.int32), 0, place, terms) for size in sizes)
+    _compile(take_last.lower(definition, params, slots, filled, last) for last in packed)
 
 
 def _compile(programs: Iterable[jax.stages.Lowered]) -> None:

@@ -22,6 +22,7 @@ from dvi_jax.serve.compiling import compile_last_chunks, compile_stretches
 from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.prefixes import Prefixes, cut_block, position_axes, put_block
 from dvi_jax.serve.prompts import (
+    draw_first,
     empty_prompts,
     lay,
     packed_chunk,
@@ -121,9 +122,10 @@ class Programs:
     ) -> jax.Array:
         """The last chunk of the one prompt that is taken in, and that into its slot -> int32 [1, 2], as of `lay`."""
         last = packed_last(tokens, position, places, terms)
-        self.slots, self._filled, first = take_last(
-            self._definition, self.params, self.slots, self._filled, last, sampled=sampled
-        )
+        self.slots, self._filled, first = take_last(self._definition, self.params, self.slots, self._filled, last)
+        if sampled:
+            placed, _ = packed_places(places, terms, len(self.slots.eos_ids))
+            self.slots, first = draw_first(self._definition, self.params, self.slots, self._filled, placed)
         first.copy_to_host_async()
         return first
 

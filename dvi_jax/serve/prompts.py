@@ -1,13 +1,15 @@
 """The device's side of prompts on their way in: programs that take them in by chunks and lay them into slots.
 
 One that goes in alone ends by a single program (`take_last`): most have but one chunk, and starting a program costs the
-host about what the device needs for a chunk. Several that go in side by side are taken in, and each is laid when a
-slot is free (`lay`). Letters as in `slots.py`.
+host about what the device needs for a chunk. If its first token is to be drawn, a small one does it afterwards
+(`draw_first`). Several that go in side by side are taken in, and each is laid when a slot is free (`lay`). Letters as
+in `slots.py`.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,28 +99,74 @@ def lay(
             return buffer
         if alone:  # a slice is cheaper than a scatter
             row = jnp.argmin(places)
-            new = jax.lax.dynamic_slice_in_dim(new, row, 1)
-            return jax.lax.dynamic_update_slice_in_dim(buffer, new, places[row], axis=0)
+            return _put_row(buffer, jax.lax.dynamic_slice_in_dim(new, row, 1), places[row])
         return buffer.at[places].set(new, mode="drop", unique_indices=True)
 
-    ends = rows.decode.done.astype(jnp.int32)
-    return jax.tree.map(put, slots, rows), definition.on_all(jnp.stack([first_token, ends], axis=1))
+    return jax.tree.map(put, slots, rows), definition.on_all(_told(first_token, rows))
 
 
-@partial(jax.jit, static_argnames=("definition", "sampled"), donate_argnames=("slots", "filled"))
+def _put_row(buffer: jax.Array, row: jax.Array, place: jax.Array) -> jax.Array:
+    """buffer [B, ...] with row [1, ...] at `place`."""
+    return jax.lax.dynamic_update_slice_in_dim(buffer, row, place, axis=0)
+
+
+def _told(first_token: jax.Array, rows: Slots) -> jax.Array:
+    """int32 [P, 2] as of `lay`."""
+    return jnp.stack([first_token, rows.decode.done.astype(jnp.int32)], axis=1)
+
+
+@partial(jax.jit, static_argnames="definition", donate_argnames=("slots", "filled"))
 def take_last(
-    definition: Definition, params: Params, slots: Slots, filled: Filled, last: jax.Array, *, sampled: bool
+    definition: Definition, params: Params, slots: Slots, filled: Filled, last: jax.Array
 ) -> tuple[Slots, Filled, jax.Array]:
     """The last chunk of a prompt that goes in alone, and all of the prompt into its slot: P is 1.
 
-    `last`: as `packed_last` has it. `sampled`: as of `run_stretch`.
+    `last`: as `packed_last` has it. The first token is the best one.
 
     -> slots; the prompt, taken in; and int32 [1, 2] as of `lay`.
     """
     placed, chunk = jnp.split(last, [1 + TERM_COLUMNS], axis=1)
     filled = take_chunk(definition, params, filled, chunk)
-    slots, first = lay(definition, params, slots, filled, placed, sampled=sampled, alone=True)
+    slots, first = lay(definition, params, slots, filled, placed, sampled=False, alone=True)
     return slots, filled, first
+
+
+def draw_first(
+    definition: Definition, params: Params, slots: Slots, filled: Filled, placed: np.ndarray
+) -> tuple[Slots, jax.Array]:
+    """Another first token for the prompt that was laid last, drawn on its terms; `placed` and what it gives as `lay`.
+
+    A program of its own, since one for drawn tokens beside each that takes a last chunk would double what XLA compiles.
+    """
+    # No more than the program needs: the host pays for every array that one is given.
+    few, state = filled._replace(shallow=(), deep=(), trunk=(), drafter=(), kept=None), slots.decode
+    width = state.committed.hidden.shape[1]
+    changed, first = _drawn(definition, params, (state.tokens, state.done, state.sampling), few, placed, width=width)
+    tokens, done, sampling = changed
+    return slots._replace(decode=state.replace(tokens=tokens, done=done, sampling=sampling)), first
+
+
+@partial(jax.jit, static_argnames=("definition", "width"), donate_argnames="changed")
+def _drawn(
+    definition: Definition,
+    params: Params,
+    changed: tuple[jax.Array, jax.Array, Any],
+    filled: Filled,
+    placed: jax.Array,
+    *,
+    width: int,
+) -> tuple[tuple[jax.Array, jax.Array, Any], jax.Array]:
+    """All slots' tokens, and what else a first token changes, with that of the prompt; and int32 [1, 2] as of `lay`."""
+
+    def begin_row(params: Params, filled: Filled, terms: jax.Array) -> tuple[Slots, jax.Array]:
+        return begin_slots(join(definition, params), filled, Terms.unpacked(terms), width, 0, sampled=True)
+
+    copied = Slots(COPIED_SPECS, WHOLE)  # type: ignore[arg-type]
+    run = definition.sharded(begin_row, params, (PREFIX_SPECS, WHOLE), (copied, WHOLE))
+    row, first_token = run(params, filled, placed[:, 1:])
+    new = row.decode.tokens, row.decode.done, row.decode.sampling
+    put = partial(_put_row, place=placed[0, 0])
+    return jax.tree.map(put, changed, new), definition.on_all(_told(first_token, row))
 
 
 def packed_last(tokens: np.ndarray, position: int, places: np.ndarray, terms: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from dvi_jax.serve import prefixes, programs, prompts, slots
 from dvi_jax.serve.requests import QueueFullError, Request
 
 PROGRAMS = (
-    *(prompts.take_chunk, prompts.take_last, prompts.lay),
+    *(prompts.take_chunk, prompts.take_last, prompts._drawn, prompts.lay),
     *(prefixes.cut_block, prefixes.put_block),
     *(slots.run_stretch, slots._marked),
 )
