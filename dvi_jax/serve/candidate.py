@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dvi_jax.config import ObjectiveConfig
 from dvi_jax.decode.memory import check_room, tree_bytes
 from dvi_jax.learn.fast_update import Batch, LearnerState, Trainable, init_learner
 from dvi_jax.learn.replay import Replay, window_bytes
 from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.learn_settings import LearnSettings
-from dvi_jax.serve.learning import REPORTED, compare, copied, keep, update
+from dvi_jax.serve.learning import REPORTED, compare, copied, drafts_told_apart, keep, update
 from dvi_jax.serve.worker import Worker
 
 TIMED, SERIES = 2, 3  # updates one behind the other, and how often: the quickest tell how long one takes
@@ -75,10 +76,14 @@ class Candidate:
         self.state = copied(init_learner(model.params, self._optimizer, self._no_windows, key).replace(replay=None))
         self._update: _Update | None = None
         self._giving = Worker("updates")
+        # What is learned while drafts do not pay: the first of a round, which will do so before the others.
+        self._of_first = settings.objective
+        if not settings.branches and drafts_told_apart(model, settings.objective.unroll_steps) > 1:
+            self._of_first = replace(settings.objective, unroll_steps=1)
         # Of windows since the last update was begun: how many, their positions, and those not counted in these yet.
         self._new_windows, self._new_positions = 0, 0
         self._arriving: list[_Arriving] = []
-        self.seconds = self._warm_up(clock)  # of an update, on a device that does nothing else
+        self.seconds, self.seconds_of_first = self._warm_up(clock)  # of an update, on a device that does nothing else
 
     def _capacity(self) -> int:
         """Windows that fit; `UserError` where the least that makes sense does not."""
@@ -142,13 +147,17 @@ class Candidate:
             return False
         return report.exception() is not None or is_ready(report.result())
 
-    def begin_update(self, rate: float) -> None:
-        """Have the device given one fast update, of `rate` as a share of the optimiser's rates."""
-        self._update = _Update(self._giving.submit(partial(self._give_update, rate)), rate)
+    def begin_update(self, rate: float, *, first_drafts: bool = False) -> None:
+        """Have the device given one fast update, of `rate` as a share of the optimiser's rates.
+
+        `first_drafts`: it learns a round's first drafts alone, which takes less time.
+        """
+        objective = self._of_first if first_drafts else self._settings.objective
+        self._update = _Update(self._giving.submit(partial(self._give_update, rate, objective)), rate)
         self._new_windows = self._new_positions = 0
         self._arriving.clear()  # the update sees them, counted or not
 
-    def _give_update(self, rate: float) -> jax.Array:
+    def _give_update(self, rate: float, objective: ObjectiveConfig) -> jax.Array:
         """-> its report."""
         settings, model = self._settings, self._model
         self.state, report = update(
@@ -158,7 +167,7 @@ class Candidate:
             self.replay,
             np.float32(rate),
             fresh=settings.fresh_windows,
-            objective=settings.objective,
+            objective=objective,
             optimizer=self._optimizer,
             size=self._size,
         )
@@ -199,21 +208,31 @@ class Candidate:
         first, second, error = np.asarray(found).tolist()
         return first, second, error
 
-    def _warm_up(self, clock: Callable[[], float]) -> float:
-        """Compile every program, on no windows, so that no reply waits for one. -> seconds of an update."""
-        begun, seconds = self.point(), []
-        self.begin_update(1.0)
-        self.look()
-        for _ in range(SERIES):
-            began = clock()
-            for _ in range(TIMED):  # as behind rounds
-                self.begin_update(1.0)
-            self.look()
-            seconds.append((clock() - began) / TIMED)
+    def _warm_up(self, clock: Callable[[], float]) -> tuple[float, float]:
+        """Compile every program, on no windows, so that no reply waits for one.
+
+        -> seconds of an update, and of one of first drafts.
+        """
+        begun = self.point()
+        seconds = self._timed(clock, first_drafts=False)
+        of_first = seconds if self._of_first == self._settings.objective else self._timed(clock, first_drafts=True)
         self.go_on_from(begun)
         self.agreements(begun.served, begun.served)
         jax.tree.map(jnp.copy, begun)  # as a snapshot will
-        return min(seconds)  # a hiccup of the host would slow learning down for good
+        return seconds, of_first
+
+    def _timed(self, clock: Callable[[], float], *, first_drafts: bool) -> float:
+        """Seconds of an update; a hiccup of the host would slow learning down for good."""
+        self.begin_update(1.0, first_drafts=first_drafts)
+        self.look()
+        seconds = []
+        for _ in range(SERIES):
+            began = clock()
+            for _ in range(TIMED):  # as behind rounds
+                self.begin_update(1.0, first_drafts=first_drafts)
+            self.look()
+            seconds.append((clock() - began) / TIMED)
+        return min(seconds)
 
 
 def is_ready(tree: Any) -> bool:

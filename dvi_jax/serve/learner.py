@@ -249,8 +249,9 @@ class Learner:
             else:
                 self._saved_at = self._clock() - self.settings.save_seconds + RETRY_SECONDS
         else:
-            self._candidate.begin_update(self._rate(self.status.updates))
-            return self._candidate.seconds
+            first_drafts, rate = self._gain == 0, self._rate(self.status.updates)
+            self._candidate.begin_update(rate, first_drafts=first_drafts)
+            return self._candidate.seconds_of_first if first_drafts else self._candidate.seconds
         return self._clock() - began
 
     def _verdict_is_due(self) -> bool:

@@ -23,6 +23,8 @@ from dvi_jax.learn.fast_update import (
 )
 from dvi_jax.learn.objectives import masked_mean
 from dvi_jax.learn.replay import Replay, Windows, push
+from dvi_jax.loading import LoadedModel
+from dvi_jax.model.features import Features
 from dvi_jax.model.speculative_llama import Definition, Params, join
 from dvi_jax.serve.ended import Ended
 
@@ -58,6 +60,22 @@ def newest_positions(windows: Windows, count: int) -> Windows:
         length=jnp.minimum(windows.length, count),
         branches=aside and aside.replace(position=aside.position - cut),
     )
+
+
+def drafts_told_apart(model: LoadedModel, steps: int) -> int:
+    """How many drafts of a round, of so many, are learned each by itself; 1 where all are made alike, or as a block.
+
+    Nothing is computed.
+    """
+    if model.drafts_blocks:
+        return 1
+
+    def unrolled(params: Params) -> list[jax.Array]:
+        whole = join(model.definition, params)
+        rows = Features.zeros((1, 2, model.config.hidden_size), len(model.taps), whole.llama.dtype)
+        return whole.drafter.unroll(rows.final, rows, jnp.arange(2)[None], steps)
+
+    return len(jax.eval_shape(unrolled, model.params))
 
 
 def newest(replay: Replay, count: int) -> Windows:

@@ -21,9 +21,9 @@ SHAPE = {"slots": 4, "context": 96, "chunk": 16, "plan": "chain:2", "prefix_byte
 
 @pytest.fixture(scope="session")
 def make_model(tokenizer_json):
-    """make_model(dtype): random, one token a byte; a weak deep layer, so that drafts are right now and then."""
+    """make_model(...): random, one token a byte; a weak deep layer, so that drafts are right now and then."""
 
-    def make(dtype="float32"):
+    def make(dtype="float32", drafter="kangaroo"):
         config = replace(TINY, vocab_size=258, num_layers=2, eos_token_ids=(1,))
         base = random_base(config, jax.random.key(0), jnp.dtype(dtype), std=0.3)
         layer = base["layers"]["1"]
@@ -33,7 +33,7 @@ def make_model(tokenizer_json):
             source_sha256="",
             dtype=dtype,
             exit_layer=1,
-            drafter="kangaroo",
+            drafter=drafter,
             drafter_config={},
         )
         parts = split(build_model(config, manifest, base))

@@ -116,7 +116,12 @@ def test_an_engine_keeps_windows_as_updates_need_them(model, make_engine, make_l
     """Of sixty replies two for each update; the share allows one, and idleness another."""
     learner, kept, begun = make_learner(settings=replace(SETTINGS, share=1e-6)), counted_keeps(monkeypatch), []
     begin = learner._candidate.begin_update
-    monkeypatch.setattr(learner._candidate, "begin_update", lambda rate: begun.append(rate) or begin(rate))
+
+    def counted(*given, **named):
+        begun.append(given)
+        begin(*given, **named)
+
+    monkeypatch.setattr(learner._candidate, "begin_update", counted)
     with make_engine(model, learner=learner) as engine:
         serve(engine, 10 * requests(), pieces_of)
         until(lambda: learner.status.updates >= 2)

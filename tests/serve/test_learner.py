@@ -204,20 +204,42 @@ def test_learning_takes_a_part_of_what_it_brings(model, make_learner, monkeypatc
     now, begun = [0.0], []
     learner = make_learner(model, settings=replace(SETTINGS, share=0.1), clock=lambda: now[0])
     monkeypatch.setattr(learner._candidate, "has_enough", lambda: True)
-    monkeypatch.setattr(learner._candidate, "begin_update", begun.append)
-    learner._candidate.seconds = 0.01
+    monkeypatch.setattr(learner._candidate, "begin_update", lambda rate, **options: begun.append(options))
+    learner._candidate.seconds = learner._candidate.seconds_of_first = 0.01
     status = EngineStatus(4, running=4, waiting=0, context=96, plan="chain:2", gain=gain)
     while now[0] < 10:
         now[0] += 0.005
         learner.turn(status, idle=False)
     assert least < learner.status.seconds / 10 < most
     assert learner.status.seconds == pytest.approx(0.01 * len(begun))
+    assert all(options["first_drafts"] == (gain == 0) for options in begun)
 
 
-def test_a_hiccup_while_updates_are_timed_costs_no_learning(new_model):
-    """Two updates in 4, 0.2 and 6 seconds: one takes 0.1."""
-    times = iter([0.0, 4.0, 10.0, 10.2, 20.0, 26.0])
-    assert candidate_module.Candidate(new_model, SETTINGS, 96, lambda: next(times)).seconds == pytest.approx(0.1)
+def test_a_hiccup_while_updates_are_timed_costs_no_learning(make_model):
+    """Two updates in 4, 0.2 and 6 seconds: one takes 0.1. Of first drafts in 3, 5 and 0.08, where they are others."""
+    times = iter([0.0, 4.0, 10.0, 10.2, 20.0, 26.0, 30.0, 33.0, 40.0, 45.0, 50.0, 50.08])
+    candidate = candidate_module.Candidate(make_model(drafter="fused"), SETTINGS, 96, lambda: next(times))
+    assert (candidate.seconds, candidate.seconds_of_first) == (pytest.approx(0.1), pytest.approx(0.04))
+
+
+def test_updates_of_first_drafts_learn_these(make_model, make_learner, some_ended):
+    """On the same windows, from the same drafter, they come to the loss of a learner that knows no other drafts."""
+    model, found = make_model(drafter="fused"), {}
+    for steps, first_drafts in ((3, True), (3, False), (1, False)):
+        objective = replace(SETTINGS.objective, unroll_steps=steps)
+        candidate = make_learner(model, settings=replace(SETTINGS, objective=objective))._candidate
+        for ended in some_ended[:4]:
+            candidate.take(ended)
+        candidate.begin_update(1.0, first_drafts=first_drafts)
+        found[steps, first_drafts] = candidate.look().values["loss"]
+    assert found[3, True] == pytest.approx(found[1, False], rel=1e-6)
+    assert found[3, True] != pytest.approx(found[3, False], rel=1e-3)
+
+
+def test_a_drafter_that_makes_all_drafts_alike_has_updates_of_one_kind(new_model, make_learner):
+    """A second program would be compiled in vain."""
+    candidate = make_learner(new_model)._candidate
+    assert candidate.seconds_of_first == candidate.seconds
 
 
 def test_who_opts_out_is_not_learned_from(model, make_engine, make_learner, pieces_of):
