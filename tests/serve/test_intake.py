@@ -59,6 +59,25 @@ def test_short_prompts_go_in_by_short_chunks(model, make_engine, pieces_of):
         assert ids == own.new_ids
 
 
+def test_a_drawn_first_token_is_all_that_counts(model, make_engine, pieces_of):
+    """The best one was laid before it: whether the reply ends is not for that one to say."""
+    with make_engine(model, chunk=CHUNK) as engine:
+
+        def reply(**changes):
+            ids, *_ = pieces_of(engine.submit(replace(asked()[0], **changes)))
+            return list(ids)
+
+        (best, *_), drawn = reply(), SamplingConfig(temperature=2.0, seed=1)
+        whole = reply(sampling=drawn)
+        assert whole[0] != best
+        until_best = whole[: whole.index(best)] if best in whole else whole
+        for _ in range(engine.status().slots):  # in every slot
+            assert reply(sampling=drawn, eos_ids=(best,))[: len(until_best)] == until_best
+            assert reply(sampling=drawn, eos_ids=(whole[0],)) == whole[:1]
+            assert reply(sampling=drawn, max_new_tokens=1) == whole[:1]
+            assert reply(sampling=drawn) == whole
+
+
 def test_which_chunk_a_prompt_has_does_not_depend_on_others(model, make_engine, pieces_of):
     """So prompts that go in side by side have chunks of one length."""
     with make_engine(model, chunk=CHUNK, together=3) as engine:
