@@ -92,7 +92,8 @@ def record(
     `branches` [B, W, K]: of those behind row i, which predict the position after the one that row i predicts.
     """
     if proposals.shape[1] == 1 and branches is None:  # no draft, and beyond what is committed nothing was ever judged
-        return signals.replace(features=_write_each(signals.features, features, state.length))
+        step = _write(signals.step, jnp.zeros_like(signals.step[:, :1]), state.length)
+        return signals.replace(features=_write_each(signals.features, features, state.length), step=step)
     judged = verdict.judged & ~state.done[:, None]
     reward = jnp.where(judged, verdict.correct, -1).astype(jnp.int8)
     step = jnp.broadcast_to(jnp.arange(reward.shape[1], dtype=jnp.int8), reward.shape)

@@ -47,6 +47,7 @@ SWAP_SECONDS, YOUNG = 0.25, 0.1
 # Most of the time for learning while plain decoding is the quickest: no more than that is lost. And what it may take
 # besides of what drafting should bring, which is less of a reply's time than of its rounds'.
 UNPAID, PAID = 0.015, 0.75
+FIRST_DRAFTS = 500  # updates of a new drafter that may learn a round's first draft alone, at most
 RETRY_SECONDS = 1.0  # until a snapshot is offered again that was not taken
 LOG_SECONDS = 1.0  # at least, between two updates that are logged: they may be many
 
@@ -63,7 +64,7 @@ class Learned:
     learned_positions: int = 0  # that updates looked at
     windows: int = 0  # replies that were kept: learned from, or ready to be
     seconds: float = 0.0  # of learning
-    update_seconds: float = 0.0  # an update, on a device that does nothing else
+    update_seconds: float = 0.0  # an update of all drafts, on a device that does nothing else
     agreement: float = 0.0  # share of its positions where the drafter's first choice was the verifier's
     digest: str = ""  # checksum of the live drafter's weights, 8 hexadecimal digits
     live_since: float = 0.0  # unix seconds
@@ -170,7 +171,7 @@ class Learner:
         try:
             self._look()
             if self._is_due() and (self._share.allows() or idle):
-                seconds = self._work(settle)
+                seconds = self._work(settle, idle=idle)
                 self._share.spend(seconds, free=idle)
                 self.status = replace(self.status, seconds=self.status.seconds + seconds)
         except (jax.errors.JaxRuntimeError, UserError) as error:
@@ -230,7 +231,7 @@ class Learner:
 
     # The work.
 
-    def _work(self, settle: Callable[[], EngineStatus] | None) -> float:
+    def _work(self, settle: Callable[[], EngineStatus] | None, *, idle: bool) -> float:
         """The most urgent piece -> seconds that it takes the device, or keeps the engine waiting."""
         began = self._clock()
         if self._verdict_is_due():
@@ -249,8 +250,11 @@ class Learner:
             else:
                 self._saved_at = self._clock() - self.settings.save_seconds + RETRY_SECONDS
         else:
-            first_drafts, rate = self._gain == 0, self._rate(self.status.updates)
-            self._candidate.begin_update(rate, first_drafts=first_drafts)
+            updates = self.status.updates
+            # A new drafter's first draft pays before the others do, and costs less to learn. Idle time is no matter.
+            is_new = not self._model.drafter_is_trained and updates < FIRST_DRAFTS
+            first_drafts = is_new and self._gain == 0 and not idle
+            self._candidate.begin_update(self._rate(updates), first_drafts=first_drafts)
             return self._candidate.seconds_of_first if first_drafts else self._candidate.seconds
         return self._clock() - began
 
@@ -333,7 +337,8 @@ class Learner:
     def _decide(self, *, suspected: bool) -> None:
         """Good and live drafter on the same newest windows: the better one goes on.
 
-        Traffic that became worse (`suspected`) and windows must agree; without that, chance alone takes nothing back.
+        By all drafts of a round, whichever were learned. Traffic that became worse (`suspected`) and windows must
+        agree; without that, chance alone takes nothing back.
         """
         good, live, error = self._candidate.agreements(self._good.served, self._live.served)
         rates = dict(zip(("accept_rate_before", "accept_rate"), self._shadow.rates, strict=True))

@@ -92,7 +92,7 @@ class BestPlan(Followed):
         self.costs, self.width, self.plans = dict(costs), width, tuple(costs)
         self.pieces: Mapping[Plan, int] = pieces or dict.fromkeys(costs, 0)
         self.plan = max(self.plans, key=self._worth)
-        self.gain: float | None = 0.0
+        self.gain: float | None = self._worth(self.plan) / self._worth(PLAIN) - 1
 
     def next_plan(self, *, fresh: bool) -> Plan:
         """The best, or one that is worth another try."""

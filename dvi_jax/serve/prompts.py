@@ -121,7 +121,7 @@ def take_last(
 ) -> tuple[Slots, Filled, jax.Array]:
     """The last chunk of a prompt that goes in alone, and all of the prompt into its slot: P is 1.
 
-    `last`: as `packed_last` has it. The first token is the best one.
+    `last`: as `packed_last` has it, with the number of a slot. The first token is the best one.
 
     -> slots; the prompt, taken in; and int32 [1, 2] as of `lay`.
     """

@@ -91,7 +91,7 @@ class EngineStatus:
     waiting: int  # requests without a slot
     context: int  # tokens, prompt included, that a slot holds
     plan: str  # how rounds draft now
-    gain: float | None = None  # tokens a second that drafting should bring, as a share of plain ones; None: asked for
+    gain: float | None = None  # tokens a second that drafts should bring, as a share of plain ones; None: not chosen
     stretches: int = 0  # rounds run without looking at the host, so many times
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of those, taken from shared prefixes

@@ -252,7 +252,7 @@ class Scheduler:
         return laid, first
 
     def _places(self, slots: Sequence[int]) -> np.ndarray:
-        """Of the first prompts that are taken in, as `slots.lay` wants them: the others get numbers that are none."""
+        """Of the first prompts that are taken in, as `prompts.lay` wants them: the others get numbers that are none."""
         none = range(len(self._replies) + len(slots), len(self._replies) + self._intake.rows)
         return np.array([*slots, *none], np.int32)
 

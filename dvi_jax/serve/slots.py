@@ -1,8 +1,8 @@
 """The device's side of an engine: sequences in a fixed number of slots, and the programs that change them.
 
 Prompts are taken in and laid into slots (`prompts.py`), and decoded with whatever is in the other slots
-(`run_stretch`). Every program has one shape whatever the requests are, and no row of a
-pass depends on the rows beside it: a reply depends on its request and on the engine's shape, and on nothing else.
+(`run_stretch`). Every program has one shape whatever the requests are, and no row of a pass depends on the rows beside
+it: a reply depends on its request and on the engine's shape, and on nothing else.
 
 Letters, also of `prompts.py`: B slots, P prompts that are taken in together, S positions in the caches, C tokens of a
 chunk, W most tokens that a round commits, E room for end-of-sequence ids, V vocabulary.

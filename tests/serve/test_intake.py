@@ -3,12 +3,14 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from dvi_jax.config import DecodeConfig, SamplingConfig
-from dvi_jax.serve import intake
+from dvi_jax.serve import intake, prompts
 from dvi_jax.serve.requests import Request
+from dvi_jax.serve.slots import Shape, Terms, empty_slots
 from dvi_jax.texts import decode_texts
 
 CHUNK, SHORT = 64, 16
@@ -76,6 +78,44 @@ def test_a_drawn_first_token_is_all_that_counts(model, make_engine, pieces_of):
             assert reply(sampling=drawn, eos_ids=(whole[0],)) == whole[:1]
             assert reply(sampling=drawn, max_new_tokens=1) == whole[:1]
             assert reply(sampling=drawn) == whole
+
+
+@pytest.mark.parametrize("length", [SHORT - 1, CHUNK])
+def test_a_last_chunk_and_a_drawn_token_are_what_chunk_and_laying_are(model, length):
+    """In every bit of all slots; though the best token, which the first of the programs lays, ends the reply."""
+    program, shape = (model.definition, model.decode_params), Shape(3, 128, 3, record=True)
+    prompt, place = np.arange(5, 5 + length, dtype=np.int32), np.array([1], np.int32)
+    tokens = np.zeros((1, CHUNK), np.int32)
+    tokens[0, :length] = prompt
+
+    def fresh():
+        return empty_slots(*program, shape), prompts.empty_prompts(*program, rows=1, room=128, record=True)
+
+    def terms(eos_ids):
+        drawn = SamplingConfig(temperature=2.0, repetition_penalty=1.3, seed=4)
+        return Terms.of(length, 9, eos_ids, drawn, model.config.vocab_size).packed()
+
+    def by_two(eos_ids, sampled):
+        slots, filled = fresh()
+        filled = prompts.take_chunk(*program, filled, prompts.packed_chunk(tokens, np.array([length], np.int32), 0))
+        placed, alone = prompts.packed_places(place, terms(eos_ids), 3)
+        return prompts.lay(*program, slots, filled, placed, sampled=sampled, alone=alone)
+
+    best, drawn = (int(by_two((), sampled)[1][0, 0]) for sampled in (False, True))
+    assert best != drawn
+    for eos_ids in ((), (best,), (drawn,)):
+        slots, filled = fresh()
+        last = prompts.packed_last(tokens, 0, place, terms(eos_ids))
+        slots, filled, _ = prompts.take_last(*program, slots, filled, last)
+        placed, _ = prompts.packed_places(place, terms(eos_ids), 3)
+        found = prompts.draw_first(*program, slots, filled, placed)
+        for one, other in zip(*map(jax.tree.leaves, (found, by_two(eos_ids, True))), strict=True):
+            np.testing.assert_array_equal(numbers(one), numbers(other))
+
+
+def numbers(x):
+    """Of a key those that it is made of."""
+    return np.asarray(jax.random.key_data(x) if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
 
 
 def test_which_chunk_a_prompt_has_does_not_depend_on_others(model, make_engine, pieces_of):

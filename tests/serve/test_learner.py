@@ -196,23 +196,47 @@ def test_what_was_drafted_before_a_swap_is_not_on_its_trial(model, make_learner,
     assert turn(3, 300, 120) == (0.5, 0.1)
 
 
+def watched_updates(learner, monkeypatch):
+    """A learner that always has enough to learn from, but whose updates only note what they would be of."""
+    begun = []
+    monkeypatch.setattr(learner._candidate, "has_enough", lambda: True)
+    monkeypatch.setattr(learner._candidate, "begin_update", lambda rate, first_drafts: begun.append(first_drafts))
+    learner._candidate.seconds, learner._candidate.seconds_of_first = 0.01, 0.004
+    return begun
+
+
 @pytest.mark.parametrize(
     ("gain", "least", "most"), [(0.0, 0.013, 0.02), (0.04, 0.043, 0.05), (1.0, 0.095, 0.105), (None, 0.095, 0.105)]
 )
-def test_learning_takes_a_part_of_what_it_brings(model, make_learner, monkeypatch, gain, least, most):
+def test_learning_takes_a_part_of_what_it_brings(new_model, make_learner, monkeypatch, gain, least, most):
     """Of ten seconds; with what is saved up at the beginning."""
-    now, begun = [0.0], []
-    learner = make_learner(model, settings=replace(SETTINGS, share=0.1), clock=lambda: now[0])
-    monkeypatch.setattr(learner._candidate, "has_enough", lambda: True)
-    monkeypatch.setattr(learner._candidate, "begin_update", lambda rate, **options: begun.append(options))
-    learner._candidate.seconds = learner._candidate.seconds_of_first = 0.01
+    now = [0.0]
+    learner = make_learner(new_model, settings=replace(SETTINGS, share=0.1), clock=lambda: now[0])
+    begun = watched_updates(learner, monkeypatch)
     status = EngineStatus(4, running=4, waiting=0, context=96, plan="chain:2", gain=gain)
     while now[0] < 10:
         now[0] += 0.005
         learner.turn(status, idle=False)
     assert least < learner.status.seconds / 10 < most
-    assert learner.status.seconds == pytest.approx(0.01 * len(begun))
-    assert all(options["first_drafts"] == (gain == 0) for options in begun)
+    assert learner.status.seconds == pytest.approx((0.004 if gain == 0 else 0.01) * len(begun))
+    assert begun == [gain == 0] * len(begun)
+
+
+def test_who_learns_first_drafts_alone(model, new_model, make_learner, monkeypatch):
+    """A new drafter, while others wait for the device, not for ever; a trained one would unlearn its other drafts."""
+    status = EngineStatus(4, running=4, waiting=0, context=96, plan="plain", gain=0.0)
+    for tried, updates, idle, expected in (
+        (new_model, 0, False, True),
+        (new_model, learner_module.FIRST_DRAFTS - 1, False, True),
+        (new_model, learner_module.FIRST_DRAFTS, False, False),
+        (new_model, 0, True, False),
+        (model, 0, False, False),
+    ):
+        learner = make_learner(tried)
+        begun = watched_updates(learner, monkeypatch)
+        learner.status = replace(learner.status, updates=updates)
+        learner.turn(status, idle=idle)
+        assert begun == [expected]
 
 
 def test_a_hiccup_while_updates_are_timed_costs_no_learning(make_model):
