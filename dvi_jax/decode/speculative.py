@@ -133,7 +133,7 @@ def verify(
     tokens = jnp.maximum(draft.tokens, 0)  # rows without a draft hold NO_TOKEN
     rows = llama.verify(tokens, state.shallow, state.deep, positions)
     if state.sampling is None:
-        verified = vocabulary.best(rows.logits, llama.shards)
+        verified = vocabulary.best_of_round(rows.logits, llama.shards)
     else:
         real = jnp.arange(width) <= draft.count[:, None]
         tokens = jnp.where(real, draft.tokens, NO_TOKEN)

@@ -89,7 +89,7 @@ def verify_tree(model: SpeculativeLlama, state: DecodeState, tree: TokenTree) ->
     tokens = jnp.maximum(tree.tokens, 0)  # rows without a draft hold NO_TOKEN
     rows = llama.verify(tokens, branching(state.shallow, where), branching(state.deep, where), positions)
     if state.sampling is None:
-        verified = vocabulary.best(rows.logits, llama.shards)
+        verified = vocabulary.best_of_round(rows.logits, llama.shards)
     else:
         logits, before = llama.all_logits(rows.logits), tree.tokens_before()
         if tree.log_q is None:

@@ -15,11 +15,16 @@ from dvi_jax.model.peaks import is_supported, peaks
 
 
 def best(logits: jax.Array, shards: int) -> jax.Array:
-    """The most probable token, int32 [...], by logits float32 [..., V/n]."""
-    if shards == 1:  # of several devices prefills ask, too, and would have to load kernels while devices wait
-        return peaks(logits, 1)[1][..., 0] if is_supported() else jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    """The most probable token, int32 [...], by logits [..., V/n]."""
+    if shards == 1:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     values, tokens = _of_each(jnp.max(logits, axis=-1), _ids(jnp.argmax(logits, axis=-1), logits))
     return _of_winner(values, tokens)
+
+
+def best_of_round(logits: jax.Array, shards: int) -> jax.Array:
+    """`best` of a round's rows, float32: by kernels of our own, which a prefill on several devices could not load."""
+    return peaks(logits, 1)[1][..., 0] if shards == 1 and is_supported() else best(logits, shards)
 
 
 def best_and_share(logits: jax.Array, shards: int) -> tuple[jax.Array, jax.Array]:

@@ -72,7 +72,7 @@ def asked(rows, shards):
 
     def ask(rows):
         of_drafter = *vocabulary.best_and_share(rows, shards), *vocabulary.best_few(rows, 4, shards)
-        return *of_drafter, vocabulary.best(rows, shards)
+        return *of_drafter, vocabulary.best_of_round(rows, shards)
 
     if shards == 1:
         return ask(rows)
