@@ -48,7 +48,8 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
-    passes = [_pass(text, trees=options.trees) for text in options.passes]
+    most = MOST_TREE_ROWS if options.trees else MOST_DRAFTS + 1
+    passes = [parse_pass(text, most) for text in options.passes]
     enable_compilation_cache()
     config = SHAPES[options.shape]
     config = replace(config, num_layers=options.layers or config.num_layers)
@@ -120,8 +121,8 @@ def _sequences(state: DecodeState, numbers: range, vocab_size: int) -> DecodeSta
     )
 
 
-def _pass(text: str, *, trees: bool) -> tuple[int, int]:
-    most = MOST_TREE_ROWS if trees else MOST_DRAFTS + 1
+def parse_pass(text: str, most: int) -> tuple[int, int]:
+    """WxB: rows of each sequence, at most so many, and sequences; `UserError` for anything else."""
     width, _, batch = text.partition("x")
     if not (width.isdecimal() and batch.isdecimal() and 1 <= int(width) <= most and int(batch) >= 1):
         raise UserError(f"--passes {text}: it must be rows by sequences, such as 6x1, at most {most} rows")

@@ -26,9 +26,10 @@ from rich.table import Table
 from dvi_jax.decode.commit import accept, commit
 from dvi_jax.decode.drafting import Draft, pending_token
 from dvi_jax.decode.memory import Sizes, abstract_state
+from dvi_jax.decode.plan import MOST_TREE_ROWS
 from dvi_jax.decode.speculative import verify
 from dvi_jax.decode.state import NO_TOKEN, DecodeState, Knobs
-from dvi_jax.errors import ArgumentParser, UserError, run_cli
+from dvi_jax.errors import ArgumentParser, run_cli
 from dvi_jax.loading import LoadedModel, enable_compilation_cache
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
 from dvi_jax.presets import SHAPES
@@ -43,6 +44,7 @@ from experiments.measure import (
     time_decode,
     write_result,
 )
+from experiments.row_classes import parse_pass
 
 EXIT_LAYER = 1  # of the drafter that the model must have, and which drafts nothing here
 
@@ -53,13 +55,10 @@ class Pass(NamedTuple):
     width: int  # W
     batch: int  # B
 
-    @classmethod
-    def parse(cls, text: str) -> Pass:
-        """From WxB; `UserError` for anything else."""
-        width, times, batch = text.partition("x")
-        if not (times and width.isdecimal() and batch.isdecimal() and int(width) and int(batch)):
-            raise UserError(f"--passes {text}: not WxB, rows by sequences, as in 8x8")
-        return cls(int(width), int(batch))
+    def sizes(self, options: Any) -> Sizes:
+        """Of the states that are decoded: caches for what is there and what comes, and the rows of the last round."""
+        slots = -(-(options.prompt + options.new_tokens + self.width + 1) // 64) * 64
+        return Sizes(self.batch, slots, self.width, prompt=16)
 
 
 def main() -> int:
@@ -73,7 +72,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
-    passes = [Pass.parse(text) for text in options.passes]
+    passes = [Pass(*parse_pass(text, MOST_TREE_ROWS)) for text in options.passes]
     enable_compilation_cache()
     programs = compile_all(passes, options)
     model = random_model(SHAPES[options.shape], options.dtype, EXIT_LAYER)
@@ -104,21 +103,16 @@ def compile_all(passes: list[Pass], options: Any) -> list[jax.stages.Compiled]:
     with ThreadPoolExecutor() as pool:
         lowered = []
         for of in passes:
-            state = abstract_state(model, Sizes(of.batch, slots_of(of, options), of.width, prompt=16))
+            state = abstract_state(model, of.sizes(options))
             program = jax.jit(partial(rounds, model.definition), donate_argnums=1)
             lowered.append(pool.submit(program.lower(params, state, knobs).compile))
         return [program.result() for program in lowered]
 
 
-def slots_of(of: Pass, options: Any) -> int:
-    """Positions of the caches: what is decoded, and the rows of the last round."""
-    return int(-(-(options.prompt + options.new_tokens + of.width + 1) // 64) * 64)
-
-
 def began(model: LoadedModel, of: Pass, options: Any) -> DecodeState:
     """Sequences in the middle, with room for what is decoded."""
-    slots = slots_of(of, options)
-    return filled_state(model, of.batch, slots, of.width, options.prompt, new_tokens=options.new_tokens)
+    size = of.sizes(options)
+    return filled_state(model, of.batch, size.slots, size.width, options.prompt, new_tokens=options.new_tokens)
 
 
 def rounds(definition: Definition, params: Params, state: DecodeState, knobs: Knobs) -> DecodeState:

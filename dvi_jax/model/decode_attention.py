@@ -140,11 +140,10 @@ def results(
 ) -> tuple[jax.Array, Rows, Rows]:
     """From a kernel's outputs: the attention [R, N*H], and keys and values, of that structure, which come first."""
     key, value = jax.tree.unflatten(structure, written[: structure.num_leaves])
-    found = written[structure.num_leaves :]
-    if len(found) == 1:
-        (mixed,) = found
-    else:
-        mixed = combine(found[0], found[1], found[2], positions, dtype=dtype, interpret=interpret)
+    mixed, *of_chunks = written[structure.num_leaves :]
+    if of_chunks:
+        top, total = of_chunks
+        mixed = combine(mixed, top, total, positions, dtype=dtype, interpret=interpret)
     return mixed.reshape(rows, -1), key, value
 
 

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvi_jax.decode.plan import Plan
-from dvi_jax.decode.prefill import Filled
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Tree
 from dvi_jax.serve.compiling import compile_last_chunks, compile_stretches
@@ -81,11 +80,6 @@ class Programs:
             self.params, self._owns_drafter = self.params._replace(drafter=own[0], lora_s=own[1]), True
         drafter, lora_s = _written_over((self.params.drafter, self.params.lora_s), (drafter, lora_s))
         self.params = self.params._replace(drafter=drafter, lora_s=lora_s)
-
-    @property
-    def filled(self) -> Filled:
-        """The prompts that are being taken in."""
-        return self._filled
 
     @_step
     def take(self, tokens: np.ndarray, lengths: np.ndarray, position: int) -> None:

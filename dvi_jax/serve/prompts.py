@@ -86,13 +86,7 @@ def lay(
     signals = slots.decode.signals
     branches = 0 if signals is None else signals.most_branches
 
-    def begin_rows(params: Params, filled: Filled, terms: jax.Array) -> tuple[Slots, jax.Array]:
-        model = join(definition, params)
-        return begin_slots(model, filled, Terms.unpacked(terms), width, branches, sampled=sampled)
-
-    copied = Slots(COPIED_SPECS, WHOLE)  # type: ignore[arg-type]
-    run = definition.sharded(begin_rows, params, (PREFIX_SPECS, WHOLE), (copied, WHOLE))
-    rows, first_token = run(params, filled, terms)
+    rows, first_token = _begun(definition, params, filled, terms, width, branches, sampled=sampled)
 
     def put(buffer: jax.Array, new: jax.Array) -> jax.Array:
         if not buffer.ndim:
@@ -103,6 +97,27 @@ def lay(
         return buffer.at[places].set(new, mode="drop", unique_indices=True)
 
     return jax.tree.map(put, slots, rows), definition.on_all(_told(first_token, rows))
+
+
+def _begun(
+    definition: Definition,
+    params: Params,
+    filled: Filled,
+    terms: jax.Array,
+    width: int,
+    branches: int,
+    *,
+    sampled: bool,
+) -> tuple[Slots, jax.Array]:
+    """What `begin_slots` makes of prompts on terms int32 [P, TERM_COLUMNS], on all devices."""
+
+    def begin_rows(params: Params, filled: Filled, terms: jax.Array) -> tuple[Slots, jax.Array]:
+        model = join(definition, params)
+        return begin_slots(model, filled, Terms.unpacked(terms), width, branches, sampled=sampled)
+
+    copied = Slots(COPIED_SPECS, WHOLE)  # type: ignore[arg-type]
+    run = definition.sharded(begin_rows, params, (PREFIX_SPECS, WHOLE), (copied, WHOLE))
+    return run(params, filled, terms)
 
 
 def _put_row(buffer: jax.Array, row: jax.Array, place: jax.Array) -> jax.Array:
@@ -157,13 +172,7 @@ def _drawn(
     width: int,
 ) -> tuple[tuple[jax.Array, jax.Array, Any], jax.Array]:
     """All slots' tokens, and what else a first token changes, with that of the prompt; and int32 [1, 2] as of `lay`."""
-
-    def begin_row(params: Params, filled: Filled, terms: jax.Array) -> tuple[Slots, jax.Array]:
-        return begin_slots(join(definition, params), filled, Terms.unpacked(terms), width, 0, sampled=True)
-
-    copied = Slots(COPIED_SPECS, WHOLE)  # type: ignore[arg-type]
-    run = definition.sharded(begin_row, params, (PREFIX_SPECS, WHOLE), (copied, WHOLE))
-    row, first_token = run(params, filled, placed[:, 1:])
+    row, first_token = _begun(definition, params, filled, placed[:, 1:], width, 0, sampled=True)
     new = row.decode.tokens, row.decode.done, row.decode.sampling
     put = partial(_put_row, place=placed[0, 0])
     return jax.tree.map(put, changed, new), definition.on_all(_told(first_token, row))

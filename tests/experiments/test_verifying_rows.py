@@ -45,7 +45,8 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert "2x3" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["8", "0x1", "1x0", "ax2", "2x"])
-def test_what_is_no_pass(text):
-    with pytest.raises(UserError, match=f"--passes {text}: not WxB"):
-        Pass.parse(text)
+@pytest.mark.parametrize("text", ["8", "0x1", "1x0", "ax2", "2x", "65x1"])
+def test_what_is_no_pass(monkeypatch, text):
+    monkeypatch.setattr("sys.argv", ["verifying_rows", "--passes", text])
+    with pytest.raises(UserError, match=f"--passes {text}: it must be rows by sequences, such as 6x1, at most 64 rows"):
+        verifying_rows.main()

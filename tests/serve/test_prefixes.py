@@ -55,7 +55,7 @@ def test_what_is_kept_in_8_bits_is_laid_back_to_the_bit(model):
         while not intake.is_ready:
             intake.step()
         intake.lay(np.zeros(1, np.int32), terms, sampled=False)
-        filled = programs.filled
+        filled = programs._filled
         found.append(jax.device_get((filled.shallow, filled.deep, filled.features)))
     assert reply.statistics.cached_tokens == 32
     assert found[0][0][0].key.values.dtype == np.int8
