@@ -24,6 +24,7 @@ from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learning import REPORTED, compare, copied, drafts_told_apart, keep, update
+from dvi_jax.serve.places import Places, told
 from dvi_jax.serve.worker import Worker
 
 TIMED, SERIES = 2, 3  # updates one behind the other, and how often: the quickest tell how long one takes
@@ -32,7 +33,7 @@ TIMED, SERIES = 2, 3  # updates one behind the other, and how often: the quickes
 class _Arriving(NamedTuple):
     """A window that was kept, until what the device made of it is known."""
 
-    length: jax.Array  # int32 scalar: its valid positions; 0 where it could not be used
+    length: jax.Array  # int32 [1]: its valid positions; 0 where it could not be used
     expected: int  # what that should be
 
 
@@ -74,6 +75,9 @@ class Candidate:
         key = jax.random.key(settings.seed)
         # Its arrays are its own, and the next update uses them up. Windows are beside it.
         self.state = copied(init_learner(model.params, self._optimizer, self._no_windows, key).replace(replay=None))
+        # What programs tell, where it stays.
+        self._places, self._length = Places(stay=True), jnp.zeros(1, jnp.int32)
+        self._report = jnp.zeros(len(REPORTED) + 1, jnp.float32)
         self._update: _Update | None = None
         self._giving = Worker("updates")
         # What is learned while drafts do not pay: the first of a round, which will do so before the others.
@@ -120,14 +124,18 @@ class Candidate:
 
     def take(self, ended: Ended) -> None:
         """The newest window of a reply, kept on the device."""
-        self.replay, length = keep(self.replay, ended, window=self._window, branches=self._settings.branches)
-        self._arriving.append(_Arriving(length, min(int(ended.place[2]), self._window)))
+        place = np.asarray(ended.place)
+        expected, ended = min(int(place[2]), self._window), ended._replace(place=self._places.put(place))
+        self.replay, self._length = keep(
+            self.replay, self._length, ended, window=self._window, branches=self._settings.branches
+        )
+        self._arriving.append(_Arriving(told(self._length), expected))
         self._new_windows += 1
 
     def has_enough(self) -> bool:
         """Whether new positions lie there, a quarter as many as an update looks at; the others are seen again."""
         while not self._is_enough() and self._arriving and is_ready(self._arriving[0].length):
-            self._new_positions += int(self._arriving.pop(0).length)
+            self._new_positions += int(self._arriving.pop(0).length[0])
         return self._is_enough()
 
     def _is_enough(self, more: int = 0) -> bool:
@@ -160,19 +168,19 @@ class Candidate:
     def _give_update(self, rate: float, objective: ObjectiveConfig) -> jax.Array:
         """-> its report."""
         settings, model = self._settings, self._model
-        self.state, report = update(
+        self.state, self._report = update(
             model.definition,
             model.params,
             self.state,
+            self._report,
             self.replay,
-            np.float32(rate),
+            self._places.put(np.array(rate, np.float32)),
             fresh=settings.fresh_windows,
             objective=objective,
             optimizer=self._optimizer,
             size=self._size,
         )
-        report.copy_to_host_async()
-        return report
+        return told(self._report)
 
     def look(self) -> Learnt:
         """What the update under way came to, once it has; raises what giving it to the device has raised."""

@@ -27,20 +27,21 @@ from dvi_jax.loading import LoadedModel
 from dvi_jax.model.features import Features
 from dvi_jax.model.speculative_llama import Definition, Params, join
 from dvi_jax.serve.ended import Ended
+from dvi_jax.serve.places import written_into
 
 Tree = TypeVar("Tree")
 
 REPORTED = ("loss", "kl", "agreement", "grad_norm", "positions")  # metrics of an update that the host looks at
 
 
-@partial(jax.jit, static_argnames=("window", "branches"), donate_argnames="replay")
-def keep(replay: Replay, ended: Ended, *, window: int, branches: int) -> tuple[Replay, jax.Array]:
-    """Put a reply's newest `window` positions into the replay; and how many are valid, int32 scalar.
+@partial(jax.jit, static_argnames=("window", "branches"), donate_argnames=("replay", "length"))
+def keep(replay: Replay, length: jax.Array, ended: Ended, *, window: int, branches: int) -> tuple[Replay, jax.Array]:
+    """Put a reply's newest `window` positions into the replay; and how many are valid, where `length` lay: int32 [1].
 
     With so many drafts that were not taken.
     """
     replay = push(replay, newest_positions(ended.window(branches), window))
-    return replay, replay.windows.length[replay.cursor - 1]
+    return replay, written_into(length, replay.windows.length[replay.cursor - 1][None])
 
 
 def newest_positions(windows: Windows, count: int) -> Windows:
@@ -84,11 +85,16 @@ def newest(replay: Replay, count: int) -> Windows:
     return jax.tree.map(lambda ring: ring[rows], replay.windows)
 
 
-@partial(jax.jit, static_argnames=("definition", "fresh", "objective", "optimizer", "size"), donate_argnames="state")
+@partial(
+    jax.jit,
+    static_argnames=("definition", "fresh", "objective", "optimizer", "size"),
+    donate_argnames=("state", "report"),
+)
 def update(
     definition: Definition,
     params: Params,
     state: LearnerState,
+    report: jax.Array,
     replay: Replay,
     rate: jax.Array,
     *,
@@ -100,8 +106,8 @@ def update(
     """One fast update on the `fresh` newest windows and others of the replay -> the next state, and a report.
 
     Neither state has windows (`replay` is None). `state` is used up whole: the new one lies where it lay, so
-    that what a GPU has recorded of other programs stays valid. The report: float32, metrics as in `REPORTED`, and how
-    many updates in a row up to this one were not finite.
+    that what a GPU has recorded of other programs stays valid. The report, where `report` lay: float32 [1 + metrics],
+    those of `REPORTED`, and how many updates in a row up to this one were not finite.
     """
     windows, state = newest(replay, fresh), state.replace(replay=replay)
     state, values = fast_update(
@@ -115,8 +121,9 @@ def update(
         size=size,
         rate=rate,
     )
-    report = [*(values[name] for name in REPORTED), state.optimizer.notfinite_count]
-    return state.replace(replay=None), jnp.stack([number.astype(jnp.float32) for number in report])
+    found = [*(values[name] for name in REPORTED), state.optimizer.notfinite_count]
+    new = jnp.stack([number.astype(jnp.float32) for number in found])
+    return state.replace(replay=None), written_into(report, new)
 
 
 @partial(jax.jit, static_argnames=("definition", "fresh", "objective", "count"))

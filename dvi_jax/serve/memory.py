@@ -49,12 +49,14 @@ def engine_memory(model: LoadedModel, shape: Shape, prefix_bytes: int, together:
     """
     mesh = model.definition.mesh
     params = jax.eval_shape(lambda params: model.with_params(params).decode_params, model.params)
+    slots = abstract_slots(model.definition, params, shape)
+    all_slots, first = bytes_of(mesh, slots, SLOT_SPECS), slots.first.size * slots.first.dtype.itemsize
     prompts = partial(empty_prompts, model.definition, rows=together, room=shape.room, record=shape.record)
     return EngineMemory(
         shape=shape,
         weights=bytes_of(mesh, model.params) + cast_bytes(model),
-        slot=bytes_of(mesh, abstract_slots(model.definition, params, shape), SLOT_SPECS) // shape.slots,
-        intake=bytes_of(mesh, jax.eval_shape(prompts, params), PREFIX_SPECS),
+        slot=(all_slots - first) // shape.slots,
+        intake=bytes_of(mesh, jax.eval_shape(prompts, params), PREFIX_SPECS) + first,
         prefixes=prefix_bytes,
         workspace=2 * 4 * shape.slots * shape.width * model.config.vocab_size // (replicas(mesh) * shards(mesh)),
         held=held_bytes(model),

@@ -186,8 +186,8 @@ def round_seconds(
             slots = jax.block_until_ready(_set_under_way(slots))
             began = time.perf_counter()
             for limit in calls_of(rounds, piece):
-                slots, packed = run_stretch(*program, slots, limit, plan, sampled=False, piece=piece)
-            jax.block_until_ready(packed)
+                slots = run_stretch(*program, slots, limit, plan, sampled=False, piece=piece)
+            jax.block_until_ready(slots.told)
             times.append(time.perf_counter() - began)
     costs = {}
     for plan in plans:

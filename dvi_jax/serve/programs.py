@@ -7,7 +7,7 @@ them run it (`together.py`). Letters as in `slots.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
@@ -19,6 +19,7 @@ from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Tree
 from dvi_jax.serve.compiling import compile_last_chunks, compile_stretches
 from dvi_jax.serve.ended import Ended
+from dvi_jax.serve.places import Places, told, written_over
 from dvi_jax.serve.prefixes import Prefixes, cut_block, position_axes, put_block
 from dvi_jax.serve.prompts import (
     draw_first,
@@ -65,6 +66,7 @@ class Programs:
         self.params, self._owns_drafter = model.decode_params, False  # what the next step computes with
         self._definition = model.definition
         self._filled = empty_prompts(model.definition, self.params, rows=rows, room=shape.room, record=shape.record)
+        self._places = Places(stay=model.definition.mesh is None)
         self.prefixes = Prefixes(chunk, prefix_bytes)
         self._axes = position_axes(model.definition, self.params, record=shape.record)
         self.slots = empty_slots(model.definition, self.params, shape)
@@ -78,13 +80,13 @@ class Programs:
         if not self._owns_drafter:  # the model's arrays stay as they are
             own = jax.tree.map(jnp.zeros_like, (self.params.drafter, self.params.lora_s))
             self.params, self._owns_drafter = self.params._replace(drafter=own[0], lora_s=own[1]), True
-        drafter, lora_s = _written_over((self.params.drafter, self.params.lora_s), (drafter, lora_s))
+        drafter, lora_s = written_over((self.params.drafter, self.params.lora_s), (drafter, lora_s))
         self.params = self.params._replace(drafter=drafter, lora_s=lora_s)
 
     @_step
     def take(self, tokens: np.ndarray, lengths: np.ndarray, position: int) -> None:
         """A chunk of prompts, as `packed_chunk` gets it."""
-        chunk = packed_chunk(tokens, lengths, position)
+        chunk = self._places.put(packed_chunk(tokens, lengths, position))
         self._filled = take_chunk(self._definition, self.params, self._filled, chunk)
 
     @_step
@@ -115,11 +117,12 @@ class Programs:
         self, tokens: np.ndarray, position: int, places: np.ndarray, terms: np.ndarray, sampled: bool
     ) -> jax.Array:
         """The last chunk of the one prompt that is taken in, and that into its slot -> int32 [1, 2], as of `lay`."""
-        last = packed_last(tokens, position, places, terms)
-        self.slots, self._filled, first = take_last(self._definition, self.params, self.slots, self._filled, last)
-        if sampled:
-            placed, _ = packed_places(places, terms, len(self.slots.eos_ids))
-            self.slots, first = draw_first(self._definition, self.params, self.slots, self._filled, placed)
+        last = self._places.put(packed_last(tokens, position, places, terms))
+        self.slots, self._filled = take_last(self._definition, self.params, self.slots, self._filled, last)
+        if not sampled:
+            return told(self.slots.first)
+        placed, _ = packed_places(places, terms, len(self.slots.eos_ids))
+        self.slots, first = draw_first(self._definition, self.params, self.slots, self._filled, placed)
         first.copy_to_host_async()
         return first
 
@@ -141,11 +144,10 @@ class Programs:
         """Start so many rounds, in pieces of `piece` (0: none) -> what `Outcome` reads of each call (`run_stretch`)."""
         found = []
         for limit in calls_of(rounds, piece):
-            self.slots, packed = run_stretch(
+            self.slots = run_stretch(
                 self._definition, self.params, self.slots, limit, plan, sampled=sampled, piece=piece
             )
-            packed.copy_to_host_async()
-            found.append(packed)
+            found.append(told(self.slots.told))
         return found
 
     @_step
@@ -163,9 +165,3 @@ class Programs:
         """Compile what keeps beginnings and lays them back, with the chunk that was taken in last."""
         block = cut_block(self._filled, self._axes, self.chunk)
         self._filled = put_block(self._filled, block, self._axes, np.int32(0))
-
-
-@partial(jax.jit, donate_argnums=0, keep_unused=True)
-def _written_over(old: tuple[Tree, Tree], new: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
-    """`new`, in the arrays of `old`."""
-    return jax.tree.map(jnp.copy, new)

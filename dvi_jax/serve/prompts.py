@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvi_jax.decode.prefill import PREFIX_SPECS, Filled, fill_chunk
-from dvi_jax.decode.state import COPIED_SPECS
+from dvi_jax.decode.state import COPIED_SPECS, DecodeState
 from dvi_jax.mesh import WHOLE
 from dvi_jax.model.speculative_llama import Definition, Params, join
+from dvi_jax.serve.places import written_into
 from dvi_jax.serve.slots import TERM_COLUMNS, Slots, Terms, begin_slots
 
 
@@ -86,7 +87,7 @@ def lay(
     signals = slots.decode.signals
     branches = 0 if signals is None else signals.most_branches
 
-    rows, first_token = _begun(definition, params, filled, terms, width, branches, sampled=sampled)
+    (state, eos_ids), first_token = _begun(definition, params, filled, terms, width, branches, sampled=sampled)
 
     def put(buffer: jax.Array, new: jax.Array) -> jax.Array:
         if not buffer.ndim:
@@ -96,7 +97,8 @@ def lay(
             return _put_row(buffer, jax.lax.dynamic_slice_in_dim(new, row, 1), places[row])
         return buffer.at[places].set(new, mode="drop", unique_indices=True)
 
-    return jax.tree.map(put, slots, rows), definition.on_all(_told(first_token, rows))
+    decode, ids = jax.tree.map(put, (slots.decode, slots.eos_ids), (state, eos_ids))
+    return slots._replace(decode=decode, eos_ids=ids), definition.on_all(_told(first_token, state))
 
 
 def _begun(
@@ -108,15 +110,14 @@ def _begun(
     branches: int,
     *,
     sampled: bool,
-) -> tuple[Slots, jax.Array]:
+) -> tuple[tuple[DecodeState, jax.Array], jax.Array]:
     """What `begin_slots` makes of prompts on terms int32 [P, TERM_COLUMNS], on all devices."""
 
-    def begin_rows(params: Params, filled: Filled, terms: jax.Array) -> tuple[Slots, jax.Array]:
+    def begin_rows(params: Params, filled: Filled, terms: jax.Array) -> tuple[tuple[DecodeState, jax.Array], jax.Array]:
         model = join(definition, params)
         return begin_slots(model, filled, Terms.unpacked(terms), width, branches, sampled=sampled)
 
-    copied = Slots(COPIED_SPECS, WHOLE)  # type: ignore[arg-type]
-    run = definition.sharded(begin_rows, params, (PREFIX_SPECS, WHOLE), (copied, WHOLE))
+    run = definition.sharded(begin_rows, params, (PREFIX_SPECS, WHOLE), ((COPIED_SPECS, WHOLE), WHOLE))
     return run(params, filled, terms)
 
 
@@ -125,25 +126,25 @@ def _put_row(buffer: jax.Array, row: jax.Array, place: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(buffer, row, place, axis=0)
 
 
-def _told(first_token: jax.Array, rows: Slots) -> jax.Array:
+def _told(first_token: jax.Array, rows: DecodeState) -> jax.Array:
     """int32 [P, 2] as of `lay`."""
-    return jnp.stack([first_token, rows.decode.done.astype(jnp.int32)], axis=1)
+    return jnp.stack([first_token, rows.done.astype(jnp.int32)], axis=1)
 
 
 @partial(jax.jit, static_argnames="definition", donate_argnames=("slots", "filled"))
 def take_last(
     definition: Definition, params: Params, slots: Slots, filled: Filled, last: jax.Array
-) -> tuple[Slots, Filled, jax.Array]:
+) -> tuple[Slots, Filled]:
     """The last chunk of a prompt that goes in alone, and all of the prompt into its slot: P is 1.
 
-    `last`: as `packed_last` has it, with the number of a slot. The first token is the best one.
+    `last`: as `packed_last` has it, with the number of a slot. The first token, in `Slots.first`, is the best one.
 
-    -> slots; the prompt, taken in; and int32 [1, 2] as of `lay`.
+    -> slots, and the prompt, taken in.
     """
     placed, chunk = jnp.split(last, [1 + TERM_COLUMNS], axis=1)
     filled = take_chunk(definition, params, filled, chunk)
     slots, first = lay(definition, params, slots, filled, placed, sampled=False, alone=True)
-    return slots, filled, first
+    return slots._replace(first=written_into(slots.first, first)), filled
 
 
 def draw_first(
@@ -172,8 +173,8 @@ def _drawn(
     width: int,
 ) -> tuple[tuple[jax.Array, jax.Array, Any], jax.Array]:
     """All slots' tokens, and what else a first token changes, with that of the prompt; and int32 [1, 2] as of `lay`."""
-    row, first_token = _begun(definition, params, filled, placed[:, 1:], width, 0, sampled=True)
-    new = row.decode.tokens, row.decode.done, row.decode.sampling
+    (row, _), first_token = _begun(definition, params, filled, placed[:, 1:], width, 0, sampled=True)
+    new = row.tokens, row.done, row.sampling
     put = partial(_put_row, place=placed[0, 0])
     return jax.tree.map(put, changed, new), definition.on_all(_told(first_token, row))
 

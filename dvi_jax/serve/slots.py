@@ -27,6 +27,7 @@ from dvi_jax.decode.speculative import decode_rounds, speculative_round
 from dvi_jax.decode.state import NO_TOKEN, STATE_SPECS, DecodeState, Knobs, knob_specs
 from dvi_jax.mesh import ROWS, WHOLE, replicas
 from dvi_jax.model.speculative_llama import Definition, Params, SpeculativeLlama, join
+from dvi_jax.serve.places import written_into
 
 MOST_ROUNDS = 16  # of a stretch
 TERM_COLUMNS = 8 + MOST_EOS_IDS  # of `Terms.packed`
@@ -37,9 +38,13 @@ class Slots(NamedTuple):
 
     decode: DecodeState  # sampling is always there, so that slots may change between greedy and sampled requests
     eos_ids: jax.Array  # int32 [B, E], NO_TOKEN where unused
+    # What programs tell the host lies where it lay before. A GPU that has recorded a program with the addresses of its
+    # arrays records all of its kernels again if one has moved, which takes the host longer than to start them.
+    told: jax.Array  # int32 [B, columns], the `Outcome` of the last stretch, packed
+    first: jax.Array  # int32 [1, 2], of the last prompt that `take_last` laid: its first token, and whether it was all
 
 
-SLOT_SPECS = Slots(STATE_SPECS, ROWS)  # type: ignore[arg-type]  # where they lie on a mesh
+SLOT_SPECS = Slots(STATE_SPECS, ROWS, WHOLE, WHOLE)  # type: ignore[arg-type]  # where they lie on a mesh
 
 
 class Terms(NamedTuple):
@@ -131,7 +136,7 @@ class Outcome(NamedTuple):
 
     @classmethod
     def read(cls, packed: jax.Array | np.ndarray) -> Outcome:
-        """From what `run_stretch` gives, once the device has it."""
+        """From `Slots.told`, once the device has it."""
         found = np.asarray(packed)
         rounds, counts = int(found[0, 0]), found[:, 4 : 4 + 2 * MOST_ROUNDS]
         return cls(
@@ -197,7 +202,9 @@ def _begun(definition: Definition, shape: Shape, params: Params) -> Slots:
     one = Terms.of(1, 1, (), SamplingConfig(), model.llama.config.vocab_size)
     terms = jax.tree.map(lambda field: jnp.broadcast_to(field, (count, *field.shape[1:])), one)
     filled = Filled.empty(model, count, shape.room, keep=shape.record)
-    return begin_slots(model, filled, terms, shape.width, shape.branches, sampled=True)[0]
+    (state, eos_ids), first_token = begin_slots(model, filled, terms, shape.width, shape.branches, sampled=True)
+    told = jnp.zeros((shape.slots, _pack(state, state.length).shape[1]), jnp.int32)
+    return Slots(state, eos_ids, told, jnp.zeros((1, 2), first_token.dtype))
 
 
 def release(slots: Slots, ended: jax.Array | np.ndarray) -> Slots:
@@ -219,8 +226,8 @@ def run_stretch(
     *,
     sampled: bool,
     piece: int = 0,
-) -> tuple[Slots, jax.Array]:
-    """At most so many rounds, fewer if every sequence is done before; and an `Outcome`, packed.
+) -> Slots:
+    """At most so many rounds, fewer if every sequence is done before, and what became of them in `Slots.told`.
 
     Not `sampled` is a program without noise or sorting, for times when every sequence is greedy, without a repetition
     penalty. To such ones it gives the tokens that the other gives. With a `piece`, `rounds` is None: so many, in a loop
@@ -233,8 +240,8 @@ def run_stretch(
         state = _piece(definition, params, state, knobs, plan, piece)
     else:
         state = decode_rounds(definition, params, state, knobs._replace(until=rounds), plan)
-    packed = definition.on_all(_pack(state, began))
-    return slots._replace(decode=state.replace(sampling=state.sampling if sampled else sampling)), packed
+    told = written_into(slots.told, definition.on_all(_pack(state, began)))
+    return slots._replace(decode=state.replace(sampling=state.sampling if sampled else sampling), told=told)
 
 
 def calls_of(rounds: int, piece: int) -> list[np.int32 | None]:
@@ -297,14 +304,14 @@ def columns_of(state: DecodeState) -> int:
 
 def begin_slots(
     model: SpeculativeLlama, filled: Filled, terms: Terms, width: int, branches: int, *, sampled: bool
-) -> tuple[Slots, jax.Array]:
-    """Sequences before their first round, and their first tokens int32 [P]."""
+) -> tuple[tuple[DecodeState, jax.Array], jax.Array]:
+    """Sequences before their first round and their `eos_ids`, as in `Slots`, and their first tokens int32 [P]."""
     sampling = terms.sampling(filled.tokens, model.llama.config.vocab_size)
     first_token = choose_first(model, filled, sampling if sampled else None, jnp.asarray(terms.length))
     length, limit = jnp.asarray(terms.length), jnp.asarray(terms.limit)
     state = begin(filled, first_token, length, limit, jnp.asarray(terms.eos_ids), width, sampling, branches)
     counts = jnp.zeros((len(length), MOST_ROUNDS), jnp.int32)  # of one stretch alone
-    return Slots(state.replace(accept_lengths=counts, drafted=counts), jnp.asarray(terms.eos_ids)), first_token
+    return (state.replace(accept_lengths=counts, drafted=counts), jnp.asarray(terms.eos_ids)), first_token
 
 
 def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:

@@ -50,16 +50,16 @@ def test_a_single_bit_is_enough(model, make_engine, tmp_path, monkeypatch, where
     run_stretch = agreement.run_stretch
 
     def other(definition, params, slots, rounds, plan, **options):
-        slots, packed = run_stretch(definition, params, slots, rounds, plan, **options)
+        slots = run_stretch(definition, params, slots, rounds, plan, **options)
         if plan != PLAIN:
-            return slots, packed
+            return slots
         state = slots.decode
         if where == "token":
-            return slots._replace(decode=state.replace(tokens=state.tokens.at[2, 16].add(1))), packed
+            return slots._replace(decode=state.replace(tokens=state.tokens.at[2, 16].add(1)))
         value = state.deep[-1].value
         bits = jax.lax.bitcast_convert_type(value, jnp.uint32).at[2, 1, 16, 3].add(1)
         layer = state.deep[-1]._replace(value=jax.lax.bitcast_convert_type(bits, value.dtype))
-        return slots._replace(decode=state.replace(deep=(*state.deep[:-1], layer))), packed
+        return slots._replace(decode=state.replace(deep=(*state.deep[:-1], layer)))
 
     monkeypatch.setattr(agreement, "run_stretch", other)
     with pytest.raises(UserError, match=r"plan chain:2: with jax .* do not have the bits of plain decoding"):

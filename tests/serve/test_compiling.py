@@ -22,10 +22,8 @@ def test_what_was_compiled_is_not_compiled_again(model):
     try:
         for plan, piece, sampled in wanted:
             (limit,) = calls_of(1, piece)
-            slots, packed = run_stretch(
-                model.definition, model.decode_params, slots, limit, plan, sampled=sampled, piece=piece
-            )
-            assert np.asarray(packed).shape[0] == 3
+            slots = run_stretch(model.definition, model.decode_params, slots, limit, plan, sampled=sampled, piece=piece)
+            assert np.asarray(slots.told).shape[0] == 3
         assert COMPILED not in compiled
         (limit,) = calls_of(1, 3)
         run_stretch(model.definition, model.decode_params, slots, limit, Plan("chain", 2), sampled=True, piece=3)

@@ -106,7 +106,9 @@ def test_a_last_chunk_and_a_drawn_token_are_what_chunk_and_laying_are(model, len
     for eos_ids in ((), (best,), (drawn,)):
         slots, filled = fresh()
         last = prompts.packed_last(tokens, 0, place, terms(eos_ids))
-        slots, filled, _ = prompts.take_last(*program, slots, filled, last)
+        slots, filled = prompts.take_last(*program, slots, filled, last)
+        assert int(slots.first[0, 0]) == best
+        slots = slots._replace(first=fresh()[0].first)
         placed, _ = prompts.packed_places(place, terms(eos_ids), 3)
         found = prompts.draw_first(*program, slots, filled, placed)
         for one, other in zip(*map(jax.tree.leaves, (found, by_two(eos_ids, True))), strict=True):
