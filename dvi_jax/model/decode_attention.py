@@ -3,7 +3,7 @@
 An einsum takes five kernels for what is microseconds of work, and reads every slot of the cache. This one reads the
 slots that are filled; it also adds up the parts of the rows' product with the q/k/v weight, turns queries and keys
 (RoPE), and writes the new rows into the cache. A long cache is cut into chunks that are worked on side by side and put
-together at the end (Flash-Decoding, split-KV form of FlashAttention, arXiv 2307.08691).
+together at the end (`attention_chunks.py`).
 
 Bit-exact losslessness: a row's result depends on its own query and on slots 0 .. position alone. Chunks are fixed
 ranges of slots, a masked slot or chunk adds an exact zero, rows never meet in a sum, and a new row is read back from
@@ -24,22 +24,27 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from dvi_jax.model.attention_chunks import (
+    CHUNK_SLOTS,
+    MASKED,
+    chunk_count,
+    combine,
+    in_its_chunk,
+    output_shapes,
+    write,
+)
 from dvi_jax.model.early_start import product_may_start
 from dvi_jax.model.eight_bits import widened
 from dvi_jax.model.kept_kv import Rows, quantised
 from dvi_jax.model.products import has_gpu_kernels
 
-CHUNK_SLOTS = 512  # slots of a chunk
-UNCUT_SLOTS = 1024  # caches up to here are one chunk: a short context is not worth a second kernel
 STEP_SLOTS = 64  # slots of one step inside a chunk
 WARPS = 4
 STAGES = 3  # steps whose loads are under way at once
-CHUNKS_AT_ONCE = 32  # that are put together by one step
 TILE = 16  # queries that one program works on: rows of the smallest matrix product in Triton
 MOST_ROUND_ROWS = 64  # T: more rows than any round has belong to a prefill
 Ref = Any  # a pointer into an array; indexing gives another, `plt.load` and `plt.store` use it
 Rope = tuple[jax.Array, jax.Array]
-MASKED = -1e30  # finite: the maximum of a chunk that a row cannot see must not give inf - inf
 
 
 def is_supported(rows: int, head_dim: int, dtype: jnp.dtype) -> bool:
@@ -109,20 +114,7 @@ def cached_attention(
         interpret=interpret,
         name="cached_attention",
     )(*cache, qkv, cos, sin, positions, *([] if bias is None else [bias]))
-    return results(written, structure, rows, key.dtype, positions, interpret=interpret)
-
-
-def chunk_count(slots: int) -> int:
-    """C: how many chunks a cache of so many slots is cut into."""
-    return 1 if slots <= UNCUT_SLOTS else pl.cdiv(slots, CHUNK_SLOTS)
-
-
-def output_shapes(chunks: int, shape: tuple[int, int, int], dtype: jnp.dtype) -> list[jax.ShapeDtypeStruct]:
-    """The rows' attention, `shape` (R, N, H); of several chunks each one's part, highest scores and sums of weights."""
-    if chunks == 1:
-        return [jax.ShapeDtypeStruct(shape, dtype)]
-    parts = ((chunks, *shape), (chunks, *shape[:2]), (chunks, *shape[:2]))
-    return [jax.ShapeDtypeStruct(part, jnp.float32) for part in parts]
+    return results(written, structure, rows, positions, interpret=interpret)
 
 
 def entire(shape: tuple[int, ...]) -> pl.BlockSpec:
@@ -136,67 +128,15 @@ def of_head(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
 
 
 def results(
-    written: Sequence[jax.Array], structure: Any, rows: int, dtype: jnp.dtype, positions: jax.Array, *, interpret: bool
+    written: Sequence[jax.Array], structure: Any, rows: int, positions: jax.Array, *, interpret: bool
 ) -> tuple[jax.Array, Rows, Rows]:
     """From a kernel's outputs: the attention [R, N*H], and keys and values, of that structure, which come first."""
     key, value = jax.tree.unflatten(structure, written[: structure.num_leaves])
-    mixed, *of_chunks = written[structure.num_leaves :]
-    if of_chunks:
-        top, total = of_chunks
-        mixed = combine(mixed, top, total, positions, dtype=dtype, interpret=interpret)
-    return mixed.reshape(rows, -1), key, value
-
-
-def combine(
-    mixed: jax.Array,
-    top: jax.Array,
-    total: jax.Array,
-    positions: jax.Array,
-    *,
-    dtype: jnp.dtype,
-    interpret: bool = False,
-) -> jax.Array:
-    """Chunks [C, R, N, H] with the maxima and sums of their scores [C, R, N] -> [R, N, H] in `dtype`.
-
-    Of those that the rows at `positions` int32 [B, T] reach: the others hold anything, as do rows beyond B * T. A
-    kernel, since how XLA orders a sum may depend on how many rows there are.
-    """
-    chunks, rows, heads, size = mixed.shape
-    block = min(pl.next_power_of_2(chunks), CHUNKS_AT_ONCE)
-    return pl.pallas_call(
-        partial(_combine_kernel, block=block, inline=not interpret),
-        grid=(rows, heads),
-        out_shape=jax.ShapeDtypeStruct((rows, heads, size), dtype),
-        compiler_params=plt.CompilerParams(num_warps=1 if block * size <= 1024 else WARPS, num_stages=1),
-        interpret=interpret,
-        name="combine",
-    )(mixed, top, total, positions.reshape(-1))
-
-
-def _combine_kernel(mixed: Ref, top: Ref, total: Ref, positions: Ref, out: Ref, *, block: int, inline: bool) -> None:
-    """One head of one row, `block` chunks at a time; `inline` as in `early_start.next_may_start`."""
-    chunks, _, heads, size = mixed.shape
-    row, head = pl.program_id(0), pl.program_id(1)
-    position = plt.load(positions.at[jnp.minimum(row, positions.shape[0] - 1)])
-    reached = jnp.minimum(position // CHUNK_SLOTS + 1, chunks)
-    column, steps = jnp.arange(size)[None, :], pl.cdiv(reached, block)
-    masked = MASKED + product_may_start(jnp.zeros(block, jnp.int32), heads * size, inline=inline).astype(jnp.float32)
-
-    def of_step(step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        chunk = step * block + jnp.arange(block)
-        return chunk, plt.load(top.at[chunk, row, head], mask=chunk < reached, other=masked)
-
-    highest = jax.lax.fori_loop(0, steps, lambda step, best: jnp.maximum(best, jnp.max(of_step(step)[1])), MASKED)
-
-    def add(step: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        chunk, tops = of_step(step)
-        weight, there = jnp.exp(tops - highest), chunk < reached
-        values = plt.load(mixed.at[chunk[:, None], row, head, column], mask=there[:, None], other=0.0)
-        scores = plt.load(total.at[chunk, row, head], mask=there, other=0.0)
-        return sums[0] + jnp.sum(values * weight[:, None], axis=0), sums[1] + jnp.sum(scores * weight)
-
-    found, weights = jax.lax.fori_loop(0, steps, add, (jnp.zeros(size, jnp.float32), jnp.float32(0)))
-    plt.store(out.at[row, head, jnp.arange(size)], (found / weights).astype(out.dtype))
+    whole, *parts = written[structure.num_leaves :]
+    if parts:
+        mixed, top, total = parts
+        whole = combine(mixed, top, total, positions, whole, interpret=interpret)
+    return whole.reshape(rows, -1), key, value
 
 
 class HeadRows(NamedTuple):
@@ -259,7 +199,7 @@ def _kernel(
     limit = slots if chunks == 1 else jnp.minimum(begin + CHUNK_SLOTS, slots)
     position = plt.load(positions.at[token])
     end = jnp.minimum(limit, jnp.max(position) + 1)
-    finish = partial(write, outputs, row=first_row + token, head=head, chunk=chunk)
+    finish = partial(write, outputs, row=first_row + token, head=head, chunk=chunk, position=position)
 
     def work() -> None:
         query = turn((token[:, None], head[:, None]))
@@ -281,18 +221,6 @@ def _kernel(
 def tile_queries(width: int, *, inline: bool) -> jax.Array:
     """int32 [16], the queries of a tile, of heads `width` wide in all; `inline` as in `early_start.next_may_start`."""
     return product_may_start(jnp.arange(TILE), width, inline=inline)
-
-
-def in_its_chunk(chunks: int, is_reached: jax.Array, work: Callable[[], None]) -> None:
-    """A program's `work` where its chunk has a slot that one of its rows sees, which the first of all chunks has.
-
-    Of the others nothing is written: `combine` does not look there. So what a row costs follows its own length, not the
-    cache's.
-    """
-    if chunks == 1:
-        work()
-    else:
-        pl.when(is_reached)(work)
 
 
 class Slots(NamedTuple):
@@ -355,19 +283,6 @@ def attend(
         return mixed, new_top, total * shrink + jnp.sum(weights, axis=1)
 
     return jax.lax.fori_loop(*steps, step, carry)
-
-
-def write(outputs: Sequence[Ref], carry: Carry, row: jax.Array, head: jax.Array, chunk: jax.Array) -> None:
-    """What 16 queries, of `row` and `head` [16] each, have found: the attention itself if there is but one chunk."""
-    mixed, top, weight = carry
-    column = jnp.arange(mixed.shape[1])[None, :]
-    if len(outputs) == 1:
-        at = (row[:, None], head[:, None], column)
-        plt.store(outputs[0].at[at], (mixed / weight[:, None]).astype(outputs[0].dtype))
-        return
-    plt.store(outputs[0].at[(chunk, row[:, None], head[:, None], column)], mixed)
-    plt.store(outputs[1].at[chunk, row, head], top)
-    plt.store(outputs[2].at[chunk, row, head], weight)
 
 
 def summed(qkv: Ref, bias: Ref | None, at: tuple[Any, ...], dtype: jnp.dtype) -> jax.Array:

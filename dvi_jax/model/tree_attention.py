@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from dvi_jax.model import decode_attention as chain
+from dvi_jax.model.attention_chunks import CHUNK_SLOTS, chunk_count, in_its_chunk, output_shapes, write
 from dvi_jax.model.decode_attention import STEP_SLOTS, TILE, HeadRows, Ref, Rope, Slots
 from dvi_jax.model.kept_kv import Rows
 
@@ -58,12 +59,12 @@ def tree_attention(
     batch, tokens = positions.shape
     kv_heads, slots = key.shape[1:3]
     queries = heads - 2 * kv_heads
-    chunks, tiles = chain.chunk_count(slots), pl.cdiv(queries // kv_heads, TILE)
+    chunks, tiles = chunk_count(slots), pl.cdiv(queries // kv_heads, TILE)
     cos, sin = (table[:, :, 0] for table in rope)
     cache, structure = jax.tree.flatten((key, value))
     earlier, biases = jax.tree.leaves(nodes), [] if bias is None else [bias]
     noted = [jax.ShapeDtypeStruct((batch, kv_heads, tree.room, array.shape[3]), array.dtype) for array in cache]
-    outputs = chain.output_shapes(chunks, (rows, queries, size), key.dtype)
+    outputs = output_shapes(chunks, (rows, queries, size), key.dtype)
     kernel = partial(
         _kernel,
         earlier=len(earlier),
@@ -95,7 +96,7 @@ def tree_attention(
         interpret=interpret,
         name="tree_attention",
     )(*earlier, *cache, qkv, cos, sin, positions, tree.path, tree.start, *biases)
-    return chain.results(written, structure, rows, key.dtype, positions, interpret=interpret)
+    return chain.results(written, structure, rows, positions, interpret=interpret)
 
 
 def _of_sequence(*shape: int) -> pl.BlockSpec:
@@ -135,11 +136,11 @@ def _kernel(
     head = kv_head * group + jnp.where(member < group, member, 0)
     token = jnp.full((TILE,), row)
     turn = partial(chain.turned, qkv, bias, (cos, sin), first_row=first_row, dtype=dtype)
-    slots, begin = key.values.shape[0], chunk * chain.CHUNK_SLOTS
-    limit = slots if chunks == 1 else jnp.minimum(begin + chain.CHUNK_SLOTS, slots)
+    slots, begin = key.values.shape[0], chunk * CHUNK_SLOTS
+    limit = slots if chunks == 1 else jnp.minimum(begin + CHUNK_SLOTS, slots)
     position, root = plt.load(positions.at[token]), plt.load(start.at[sequence])
     end = jnp.minimum(limit, jnp.max(position) + 1)
-    finish = partial(chain.write, outputs, row=first_row + token, head=head, chunk=chunk)
+    finish = partial(write, outputs, row=first_row + token, head=head, chunk=chunk, position=position)
 
     def work() -> None:
         query = turn((token[:, None], head[:, None]))
@@ -160,7 +161,7 @@ def _kernel(
         behind = _slots_of_path(committed, nodes, path, row, root, dtype)
         finish(chain.attend(carry, query, behind, position, begin, (split, last_step)))
 
-    chain.in_its_chunk(chunks, end > begin, work)
+    in_its_chunk(chunks, end > begin, work)
 
 
 def _slots_of_path(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dvi_jax.model import attention, decode_attention
-from dvi_jax.model.decode_attention import CHUNK_SLOTS, UNCUT_SLOTS, cached_attention
+from dvi_jax.model.attention_chunks import CHUNK_SLOTS, UNCUT_SLOTS, combine
+from dvi_jax.model.decode_attention import cached_attention
 from dvi_jax.model.prefill_attention import prefill_attention
 
 TOKENS = 4
@@ -160,22 +161,27 @@ def test_what_the_kernel_takes(monkeypatch, rows, head_dim, dtype, supported):
 
 @pytest.mark.parametrize("chunks", [3, 40])
 def test_chunks_are_put_together(chunks):
-    """As one softmax over all of them; a chunk that a row does not reach may hold anything."""
+    """As one softmax over all of them; a chunk that a row does not reach may hold anything, as may the first of one.
+
+    What such a row has found is there already.
+    """
     rng = np.random.default_rng(chunks)
     mixed, total = rng.normal(size=(chunks, 4, 2, 32)), rng.uniform(1, 5, size=(chunks, 4, 2))
     top = rng.normal(size=(chunks, 4, 2)) * 4
     reached = np.array([1, chunks, 2, chunks])
-    positions = reached * decode_attention.CHUNK_SLOTS - [1, 1, 512, 200]
+    positions = reached * CHUNK_SLOTS - [1, 1, 512, 200]
     expected = np.empty((4, 2, 32))
     for row, count in enumerate(reached):
         weight = np.exp(top[:count, row] - top[:count, row].max(axis=0))
         sums = (mixed[:count, row] * weight[..., None]).sum(axis=0)
         expected[row] = sums / (total[:count, row] * weight).sum(axis=0)[:, None]
         for array in (mixed, top, total):
-            array[count:, row] = np.nan
-    given = (jnp.asarray(x, jnp.float32) for x in (mixed, top, total))
+            array[count if count > 1 else 0 :, row] = np.nan
+    whole = np.full((4, 2, 32), np.nan)
+    whole[reached == 1] = expected[reached == 1]
+    mixed, top, total, whole = (jnp.asarray(x, jnp.float32) for x in (mixed, top, total, whole))
     at = jnp.asarray(positions, jnp.int32).reshape(2, 2)
-    found = decode_attention.combine(*given, at, dtype=jnp.float32, interpret=True)
+    found = combine(mixed, top, total, at, whole, interpret=True)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 

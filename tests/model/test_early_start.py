@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from dvi_jax.model import early_start
-from dvi_jax.model.decode_attention import cached_attention, combine
+from dvi_jax.model.attention_chunks import combine
+from dvi_jax.model.decode_attention import cached_attention
 from dvi_jax.model.decode_products import gated_product, product
 from dvi_jax.model.peaks import peaks
 from dvi_jax.model.residual import add_and_norm
@@ -38,8 +39,7 @@ def tree(heads, size):
 
 def chunks(heads, size):
     sums = array(3, 16, heads, size, dtype=jnp.float32), *[array(3, 16, heads, dtype=jnp.float32)] * 2
-    parts = *sums, array(1, 4, dtype=jnp.int32)
-    return (lambda *parts: combine(*parts, dtype=jnp.bfloat16)), parts
+    return (lambda *parts: combine(*parts)), (*sums, array(1, 4, dtype=jnp.int32), array(16, heads, size))
 
 
 def norm(width):

@@ -14,7 +14,8 @@ import pytest
 from dvi_jax.errors import UserError
 from dvi_jax.model import attention
 from dvi_jax.model.attention import LayerCache
-from dvi_jax.model.decode_attention import CHUNK_SLOTS, UNCUT_SLOTS, cached_attention
+from dvi_jax.model.attention_chunks import CHUNK_SLOTS, UNCUT_SLOTS
+from dvi_jax.model.decode_attention import cached_attention
 from dvi_jax.model.kept_kv import KINDS, Kept, keep, quantised
 from dvi_jax.model.prefill_attention import prefill_attention
 from dvi_jax.model.tree_attention import Tree, keep_path, tree_attention

@@ -10,7 +10,8 @@ import pytest
 from dvi_jax.model import attention
 from dvi_jax.model import tree_attention as tree_attention_module
 from dvi_jax.model.attention import LayerCache
-from dvi_jax.model.decode_attention import CHUNK_SLOTS, UNCUT_SLOTS, cached_attention
+from dvi_jax.model.attention_chunks import CHUNK_SLOTS, UNCUT_SLOTS
+from dvi_jax.model.decode_attention import cached_attention
 from dvi_jax.model.tree_attention import Tree, keep_path, tree_attention
 from dvi_jax.model.tree_cache import TreeCache
 
