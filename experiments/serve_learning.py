@@ -151,6 +151,7 @@ def _line(name: str, before: Look, now: Look, learner: Learner | None) -> dict[s
         "requests": now.done,
         "seconds": now.seconds,
         "plan": now.status.plan,
+        "gain": now.status.gain,
         "tokens_per_second": more("new_tokens") / (now.seconds - before.seconds),
         "tokens_per_round": ratio(more("new_tokens"), more("rounds")),
         "accept_rate": ratio(more("accepted"), more("judged")),

@@ -41,8 +41,8 @@ TREES = (4, 8, 16)  # rows of trees to choose from
 MOST_AUTO_DRAFTS, CPU_DRAFTS = 5, 3  # of a round, to choose from; on a CPU every round verifies as many rows
 MEASURED_POSITION = 512  # where sequences are when a round is timed, if slots have so many positions
 REPEATS = 3
-MEASURED_PIECE = 4  # rounds of a piece when a round is timed
 PIECES = (1, 2, 4, 8)  # rounds that a piece may have: every number is a program of its own
+MEASURED_PIECE = PIECES[-1]  # rounds of a piece when a round is timed: small models need not compile another
 # Of the host's time for a piece, starting and reading it; measured beside an H100.
 HOST_SECONDS, HOST_SECONDS_A_SLOT = 0.003, 0.00008
 
@@ -59,8 +59,8 @@ class PlanChoice(Protocol):
     def next_plan(self, *, fresh: bool) -> Plan:
         """Of the next stretch; `fresh`: it decodes sequences for which the drafter has seen every row."""
 
-    def add(self, plan: Plan, accept_lengths: np.ndarray, drafted: np.ndarray) -> None:
-        """What came of a stretch by `plan`, for such sequences: committed and drafted in each round [B, rounds]."""
+    def add(self, plan: Plan, accept_lengths: np.ndarray, drafted: np.ndarray, fresh: np.ndarray) -> None:
+        """What came of a stretch by `plan`: committed and drafted in each round [B, rounds], and who was fresh [B]."""
 
 
 class OnePlan:
@@ -75,20 +75,22 @@ class OnePlan:
         """The plan."""
         return self.plan
 
-    def add(self, plan: Plan, accept_lengths: np.ndarray, drafted: np.ndarray) -> None:
+    def add(self, plan: Plan, accept_lengths: np.ndarray, drafted: np.ndarray, fresh: np.ndarray) -> None:
         """Changes nothing."""
 
 
 class BestPlan(Followed):
     """The plan that is worth most: the tokens that its rounds can be expected to give, over what a round costs.
 
-    Where that is plain decoding, drafting is tried again now and then (`Followed.choose`), with sequences whose every
-    row the drafter has seen.
+    Where that is plain decoding, drafting is tried again now and then (`Followed.choose`). Then few sequences are such
+    that the drafter has seen every row of them, and those are at their beginning, where drafts are right less often.
+    The others say what is accepted at least. So both are followed, and what is better of the two is expected.
     """
 
     def __init__(self, costs: Mapping[Plan, float], width: int, pieces: Mapping[Plan, int] | None = None):
         """`costs`: seconds of a round of each plan, plain decoding among them."""
         super().__init__()
+        self._of_all = Followed()  # sequences, those included of which the drafter has missed rows
         self.costs, self.width, self.plans = dict(costs), width, tuple(costs)
         self.pieces: Mapping[Plan, int] = pieces or dict.fromkeys(costs, 0)
         self.plan = max(self.plans, key=self._worth)
@@ -101,13 +103,15 @@ class BestPlan(Followed):
         self.plan = self.choose(worth, [plan for plan in self.plans if plan.drafts], may_try=fresh)
         return self.plan
 
-    def add(self, plan: Plan, accept_lengths: np.ndarray, drafted: np.ndarray) -> None:
+    def add(self, plan: Plan, accept_lengths: np.ndarray, drafted: np.ndarray, fresh: np.ndarray) -> None:
         """Follow how often drafts are right."""
         real = accept_lengths > 0
-        self.follow(plan, map(np.compress, real, accept_lengths), map(np.compress, real, drafted))
+        for followed, rows in ((self, fresh), (self._of_all, np.ones_like(fresh))):
+            lengths, drafts = (map(np.compress, real[rows], counts[rows]) for counts in (accept_lengths, drafted))
+            followed.follow(plan, lengths, drafts)
 
     def _worth(self, plan: Plan) -> float:
-        return self.tokens(plan) / self.costs[plan]
+        return max(self.tokens(plan), self._of_all.tokens(plan)) / self.costs[plan]
 
 
 def plans_of(model: LoadedModel, name: str, slots: int) -> tuple[tuple[Plan, ...], int]:
@@ -150,7 +154,11 @@ def choose(
             names = ", ".join(map(str, plans))
             once = " once" if is_alone else ""
             notice(f"--plan auto measures{once} what rounds of all {count} slots cost here ({names})")
+        began = time.perf_counter()
         measured, slots = round_seconds(model, slots, plans, piece=piece)
+        if len(plans) > 1:
+            took = ", ".join(f"{plan} {seconds:.3g}" for plan, seconds in measured.items())
+            notice(f"measured in {time.perf_counter() - began:.0f} s, seconds of a round: {took}")
         known = told(lambda: known | {str(plan): seconds for plan, seconds in measured.items()})
         if is_alone:
             write_costs(path, known)
@@ -178,7 +186,7 @@ def round_seconds(
     From stretches of two lengths: the difference is free of what starting a program takes. The plans take turns, so
     that a device that is warmer, or busier, by and by is so for all.
     """
-    program, lengths = (model.definition, model.decode_params), (MOST_ROUNDS // 4, MOST_ROUNDS)
+    program, lengths = (model.definition, model.decode_params), (piece or MOST_ROUNDS // 4, MOST_ROUNDS)
     compile_stretches(*program, slots, [(plan, piece, False) for plan in plans])
     seconds: dict[tuple[Plan, int], list[float]] = {(plan, rounds): [] for plan in plans for rounds in lengths}
     for _ in range(REPEATS + 1):

@@ -299,9 +299,9 @@ class Scheduler:
             start = outcome.start[slot]
             tokens[slot] = outcome.tokens[slot, reply.committed - start : outcome.length[slot] - start].tolist()
         rows = [slot for slot, _ in live]
-        fresh = [slot for slot in stretch.fresh if slot in rows]
         if plan.drafts:
-            self._choice.add(plan, outcome.accept_lengths[fresh], outcome.drafted[fresh])
+            fresh = np.isin(rows, stretch.fresh)
+            self._choice.add(plan, outcome.accept_lengths[rows], outcome.drafted[rows], fresh)
         most = self._choice.width - 1
         self.status = counted(self.status, outcome.accept_lengths[rows], outcome.drafted[rows], most)
         self._give_all(live, tokens, outcome.done)

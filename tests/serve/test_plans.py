@@ -26,7 +26,7 @@ def run_stretches(choice, rate, stretches, rng, slots=4, rounds=4):
         right = rng.random((slots, rounds, plan.drafts)) < (rate(plan) if callable(rate) else rate)
         accepted = np.cumprod(right, axis=2).sum(axis=2) + 1
         if plan.drafts:
-            choice.add(plan, accepted, np.full((slots, rounds), plan.drafts))
+            choice.add(plan, accepted, np.full((slots, rounds), plan.drafts), np.ones(slots, bool))
     return chosen
 
 
@@ -55,6 +55,21 @@ def test_drafts_in_vain_cost_a_hundredth():
     assert {choice.next_plan(fresh=False) for _ in range(1000)} == {PLAIN}
     run_stretches(choice, 0.95, 1500, rng)
     assert choice.plan == Plan("chain", 5)
+
+
+@pytest.mark.parametrize(("of_fresh", "of_others", "drafts"), [(0.05, 0.5, 1), (0.5, 0.0, 1), (0.05, 0.1, 0)])
+def test_what_is_tried_is_worth_what_the_better_sequences_say(of_fresh, of_others, drafts):
+    """One of four has just begun, where drafts are right less often; of the others the drafter has missed rows."""
+    choice, rng = BestPlan(COSTS, width=6), np.random.default_rng(0)
+    fresh, chosen = np.arange(4) == 0, []
+    for _ in range(600):
+        plan = choice.next_plan(fresh=True)
+        chosen.append(plan)
+        right = rng.random((4, 4, plan.drafts)) < np.where(fresh, of_fresh, of_others)[:, None, None]
+        accepted = np.cumprod(right, axis=2).sum(axis=2) + 1
+        if plan.drafts:
+            choice.add(plan, accepted, np.full((4, 4), plan.drafts), fresh)
+    assert max(COSTS, key=chosen[-300:].count).drafts == drafts
 
 
 def test_a_drafter_that_becomes_better_is_drafted_with_more():
