@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dvi_jax.decode.state import DecodeState
@@ -21,17 +22,18 @@ class Ended(NamedTuple):
     """Of use until the next step uses up the slots."""
 
     state: DecodeState  # of all slots, what is read here alone: the host pays for every array of a program
-    place: np.ndarray | jax.Array  # int32 [3]: the slot, tokens of the prompt, and of the whole sequence
+    place: np.ndarray | jax.Array  # int32 [3]: the slot, tokens of the prompt, and of the whole sequence; -1 for all
 
     @classmethod
-    def of(cls, slots: Slots, slot: int, prompt_length: int, length: int) -> Ended:
-        """The first `length` tokens in a slot."""
+    def of(cls, slots: Slots, slot: int, prompt_length: int, length: int | None) -> Ended:
+        """The first `length` tokens in a slot; None: all that there are when the device comes to it."""
         state = slots.decode.replace(shallow=(), deep=(), trunk=(), drafter=(), sampling=None)
-        return cls(state, np.array([slot, prompt_length, length], np.int32))
+        return cls(state, np.array([slot, prompt_length, -1 if length is None else length], np.int32))
 
     def window(self, branches: int = 0) -> Windows:
         """One window of S positions, with so many drafts that were not taken, of a slot that keeps any; under jit."""
         (slot, prompt_length, length), state = self.place, self.state
+        length = jnp.where(length < 0, state.length[slot], length)
 
         def of(tree: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(tree, slot, 1)

@@ -156,8 +156,8 @@ class Programs:
         place = np.int32(slot), np.int32(start)
         return token_logprobs(self._definition, self.params, self.slots, *place, most=most)
 
-    def ended(self, slot: int, prompt: int, length: int) -> Ended:
-        """Of a slot, for who learns, which is in this process alone."""
+    def ended(self, slot: int, prompt: int, length: int | None) -> Ended:
+        """Of a slot, as `Ended.of`, for who learns, which is in this process alone."""
         return Ended.of(self.slots, slot, prompt, length)
 
     @_step

@@ -19,6 +19,7 @@ import numpy as np
 from dvi_jax.config import SamplingConfig
 from dvi_jax.decode.plan import Plan
 from dvi_jax.loading import LoadedModel
+from dvi_jax.serve.counting import counted
 from dvi_jax.serve.ended import OnEnded
 from dvi_jax.serve.intake import Intake
 from dvi_jax.serve.pace import FEWEST, DeviceTime, Pace
@@ -69,6 +70,7 @@ class Scheduler:
         count = len(programs.slots.eos_ids)
         self._replies: list[Reply | None] = [None] * count
         self._ended = np.zeros(count, bool)  # slots whose sequence must go no further, though the device would
+        self._leaving: list[Reply] = []  # that end with the stretch under way, whose slots are others' behind it
         self._ahead, self._pace = ahead, Pace(MOST_ROUNDS, ahead=ahead)
         self._pending: Stretch | None = None  # started and not read
         self._device, self._device_before = DeviceTime(), 0.0  # and what it came to when a stretch was last read
@@ -93,6 +95,7 @@ class Scheduler:
     def replies(self) -> Iterator[Reply]:
         """All under way."""
         yield from (reply for reply in self._replies if reply is not None)
+        yield from self._leaving
         yield from self._intake.replies
 
     def warm_up(self) -> None:
@@ -114,6 +117,8 @@ class Scheduler:
         """One turn; `next_replies` gives so many of those that wait at most, of about `waiting`."""
         began = time.monotonic()
         self._drop_cancelled()
+        if waiting or self._intake.replies:
+            self._let_go()
         laid = self._take_in(next_replies, waiting)
         taken_in = time.monotonic() - began
         if self._ahead:
@@ -168,6 +173,7 @@ class Scheduler:
         stretch, self._pending = self._pending, None
         if stretch is not None:
             self._land(stretch)
+        self._leaving.clear()  # they have ended with it
 
     def _drop_pending(self) -> None:
         """A stretch that was started for replies that have ended: nobody's, though the device computes it."""
@@ -200,6 +206,21 @@ class Scheduler:
             self._programs.release(self._ended.copy())
             self._ended[:] = False
 
+    def _let_go(self) -> None:
+        """Slots whose replies will have ended when the stretch under way has: who comes next is laid behind it.
+
+        Not where something is to be read of a slot that is known only then.
+        """
+        ending = self._pending.replies if self._pending is not None else []
+        for slot, reply in ending:
+            if self._replies[slot] is not reply or self._may_go_on(reply):
+                continue
+            learns = self._on_ended is not None and reply.request.learn
+            if reply.request.logprobs is None and not (learns and reply.request.stop):
+                self._hand_on(slot, reply)
+                self._leaving.append(reply)
+                self._free(slot)
+
     def _take_in(self, next_replies: Callable[[int], list[Reply]], waiting: int) -> list[_Laid]:
         """Chunks of prompts, and those that are complete into free slots. -> what was laid.
 
@@ -210,7 +231,7 @@ class Scheduler:
         laid: list[_Laid] = []
         rows, under_way = self._intake.rows, waiting + len(self._intake.replies)
         chunks, most = int(self._intake.holds_chunk), max(1, -(-min(self._replies.count(None), under_way) // rows))
-        runs = any(reply is not None for reply in self._replies)
+        runs = any(reply is not None for reply in self._replies) or bool(self._leaving)
         while True:
             if self._intake.is_ready:
                 if None not in self._replies:
@@ -324,7 +345,7 @@ class Scheduler:
         """Tokens to their reader -> how many it gets; a reply that has ended leaves its slot."""
         before = reply.statistics.new_tokens
         reply.take(ids, done=done, logprobs=self._logprobs(slot, reply, ids))
-        if reply.finish_reason is not None:
+        if reply.finish_reason is not None and self._replies[slot] is reply:
             self._hand_on(slot, reply)
             self._free(slot)
             self._ended[slot] = reply.finish_reason == "stop"
@@ -342,11 +363,11 @@ class Scheduler:
         return tuple(map(TokenLogprob, ids, own, pairs))
 
     def _hand_on(self, slot: int, reply: Reply) -> None:
-        """What can be learned from a reply that has ended, while its slot still holds it."""
+        """What can be learned from a reply that has ended, or will have, while its slot still holds it."""
         if self._on_ended is None or not reply.request.learn:
             return
         prompt = len(reply.request.prompt_ids)
-        length = prompt + reply.statistics.new_tokens
+        length = None if reply.finish_reason is None else prompt + reply.statistics.new_tokens
         with self._device.handing():
             self._on_ended(self._programs.ended(slot, prompt, length), reply.request)
 
@@ -355,27 +376,6 @@ class Scheduler:
         reply, self._replies[slot] = self._replies[slot], None
         assert reply is not None
         self._slot_seconds += 0.1 * (time.monotonic() - reply.statistics.started - self._slot_seconds)
-
-
-def counted(status: EngineStatus, accept_lengths: np.ndarray, drafted: np.ndarray, most: int) -> EngineStatus:
-    """`status` after one more stretch: rounds [slots, rounds] that drafted at most `most` tokens each."""
-    place, real = np.arange(most), accept_lengths > 0
-    judged = real[..., None] & (place < drafted[..., None]) & (place < accept_lengths[..., None])
-    accepted = judged & (place < accept_lengths[..., None] - 1)
-
-    def added(counts: tuple[int, ...], new: np.ndarray) -> tuple[int, ...]:
-        sums = new.sum(axis=(0, 1)).tolist()
-        return tuple(old + more for old, more in zip(counts or [0] * most, sums, strict=True))
-
-    return replace(
-        status,
-        stretches=status.stretches + 1,
-        rounds=status.rounds + int(real.sum()),
-        slot_rounds=status.slot_rounds + status.slots * real.shape[1],
-        judged=added(status.judged, judged),
-        accepted=added(status.accepted, accepted),
-        last_stretch=time.monotonic(),
-    )
 
 
 def _is_sampled(sampling: SamplingConfig | None) -> bool:
