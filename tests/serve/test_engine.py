@@ -14,7 +14,9 @@ from dvi_jax.config import SamplingConfig
 from dvi_jax.errors import UserError
 from dvi_jax.model.speculative_llama import join
 from dvi_jax.serve import prefixes, programs, prompts, slots
+from dvi_jax.serve.pace import Pace
 from dvi_jax.serve.requests import QueueFullError, Request
+from dvi_jax.serve.scheduler import Scheduler
 
 PROGRAMS = (
     *(prompts.take_chunk, prompts.take_last, prompts._drawn, prompts.lay),
@@ -180,6 +182,31 @@ def test_a_stretch_ahead_changes_no_window(model, make_engine, pieces_of, monkey
         for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
             if one.ndim > 1:
                 assert np.array_equal(one[:, :length], other[:, :length])
+
+
+@pytest.mark.parametrize("changes", [{}, {"logprobs": 1}, {"stop": ("never",)}])
+def test_who_must_end_makes_room_at_once(model, make_engine, pieces_of, monkeypatch, changes):
+    """Of replies whose number of tokens is known the slots are others' one stretch earlier, if nothing is to be read.
+
+    Log-probabilities are; and, where replies are learned from, how long one with stop strings is.
+    """
+    monkeypatch.setattr("dvi_jax.serve.plans.piece_rounds", lambda *_: 4)
+    monkeypatch.setattr(Pace, "rounds", lambda self, *, hurry, least: least)
+    lengths = [1 + 4 * (1 + index % 4) for index in range(48)]  # pieces of four rounds, and the prompt's own token
+    requests = [Request((5, 6, 7 + index), length, eos_ids=(), **changes) for index, length in enumerate(lengths)]
+    found = []
+    for let_go in (lambda self: None, Scheduler._let_go):
+        monkeypatch.setattr(Scheduler, "_let_go", let_go)
+        with make_engine(model, plan="plain", ahead=True, logprobs=1) as engine:
+            replies = [pieces_of(handle) for handle in [engine.submit(request) for request in requests]]
+            assert engine.drain(10)
+            found.append((replies, engine.status()))
+    (late, before), (early, after) = found
+    assert early == late
+    assert after.rounds == before.rounds == sum(lengths) - 48
+    # Most replies end while others go on: their slots wait for a piece then.
+    spared = before.slot_rounds - after.slot_rounds
+    assert spared > 0.7 * 4 * 48 if not changes else abs(spared) <= 4 * 4
 
 
 def forward(model, tokens):
