@@ -24,7 +24,7 @@ from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learning import REPORTED, compare, copied, drafts_told_apart, keep, update
-from dvi_jax.serve.places import Places, told
+from dvi_jax.serve.places import Places, on_its_way
 from dvi_jax.serve.worker import Worker
 
 TIMED, SERIES = 2, 3  # updates one behind the other, and how often: the quickest tell how long one takes
@@ -130,13 +130,13 @@ class Candidate:
         self.replay, self._length = keep(
             self.replay, self._length, ended, window=self._window, branches=self._settings.branches
         )
-        self._arriving.append(_Arriving(told(self._length), expected))
+        self._arriving.append(_Arriving(on_its_way(self._length), expected))
         self._new_windows += 1
 
     def has_enough(self) -> bool:
         """Whether new positions lie there, a quarter as many as an update looks at; the others are seen again."""
         while not self._is_enough() and self._arriving and is_ready(self._arriving[0].length):
-            self._new_positions += int(self._arriving.pop(0).length[0])
+            self._new_positions += int(np.asarray(self._arriving.pop(0).length).item())  # indexing would be a program
         return self._is_enough()
 
     def _is_enough(self, more: int = 0) -> bool:
@@ -181,7 +181,7 @@ class Candidate:
             optimizer=self._optimizer,
             size=self._size,
         )
-        return told(self._report)
+        return on_its_way(self._report)
 
     def look(self) -> Learnt:
         """What the update under way came to, once it has; raises what giving it to the device has raised."""

@@ -116,9 +116,9 @@ class Engine:
         chunk = chunk_tokens(model, chunk, self.context)
         room = _rounded_up(max(_rounded_up(self.context, chunk), self.context + width), POSITIONS)
         branches = 0 if learner is None else learner.branches
-        shape = Shape(slots, room, width, record, min(branches, max(map(most_branches, plans))))
-        require_alike(model, shape._asdict() | {"chunk": chunk, "together": together, "plan": plan})
-        self.memory = engine_memory(model, shape, prefix_bytes, together)
+        shape = Shape(slots, room, width, record, min(branches, max(map(most_branches, plans))), together)
+        require_alike(model, shape._asdict() | {"chunk": chunk, "plan": plan})
+        self.memory = engine_memory(model, shape, prefix_bytes)
         check_engine_memory(self.memory)
         self._programs = Programs(model, shape, rows=together, chunk=chunk, prefix_bytes=prefix_bytes)
         self._scheduler = _scheduler(

@@ -18,8 +18,8 @@ class LearnSettings:
 
     share: float = 0.1  # most of the device's time for learning while requests are there
     window: int = 256  # positions of a reply that are learned from, its newest
-    fresh_windows: int = 4  # newest windows in an update
-    replayed_windows: int = 4  # earlier windows in an update
+    fresh_windows: int = 2  # newest windows in an update
+    replayed_windows: int = 6  # earlier windows in an update
     positions: int = 512  # that pay for logits in an update; a quarter as many new ones are waited for
     branches: int = 0  # of a window: drafts that were verified and not taken, which are learned from too; 0: none
     replay_bytes: int = 1 << 30  # of the device's memory, for windows

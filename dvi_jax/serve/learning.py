@@ -109,7 +109,7 @@ def update(
     that what a GPU has recorded of other programs stays valid. The report, where `report` lay: float32 [1 + metrics],
     those of `REPORTED`, and how many updates in a row up to this one were not finite.
     """
-    windows, state = newest(replay, fresh), state.replace(replay=replay)
+    windows, before, state = newest(replay, fresh), state, state.replace(replay=replay)
     state, values = fast_update(
         definition,
         params,
@@ -123,7 +123,12 @@ def update(
     )
     found = [*(values[name] for name in REPORTED), state.optimizer.notfinite_count]
     new = jnp.stack([number.astype(jnp.float32) for number in found])
-    return state.replace(replay=None), written_into(report, new)
+    return jax.tree.map(_in_its_place, before, state.replace(replay=None)), written_into(report, new)
+
+
+def _in_its_place(old: jax.Array, new: jax.Array) -> jax.Array:
+    """`new`, a number also where `old` was not read; a key, which always is, as it comes."""
+    return new if new.ndim or jnp.issubdtype(new.dtype, jax.dtypes.prng_key) else written_into(old, new)
 
 
 @partial(jax.jit, static_argnames=("definition", "fresh", "objective", "count"))

@@ -18,7 +18,7 @@ from dvi_jax.serve.slots import SLOT_SPECS, Shape, abstract_slots
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Bytes of an engine on each device, by what they are for. Exact but for the workspace."""
+    """Bytes of an engine on each device, by what they are for. Exact but for the workspace, and what the host gives."""
 
     shape: Shape
     weights: int  # with the copies that decoding casts to its dtype
@@ -42,8 +42,8 @@ class EngineMemory:
         )
 
 
-def engine_memory(model: LoadedModel, shape: Shape, prefix_bytes: int, together: int = 1) -> EngineMemory:
-    """The memory of an engine that takes in so many prompts together.
+def engine_memory(model: LoadedModel, shape: Shape, prefix_bytes: int) -> EngineMemory:
+    """The memory of an engine of this shape.
 
     The model's arrays may be `jax.ShapeDtypeStruct`s.
     """
@@ -51,7 +51,7 @@ def engine_memory(model: LoadedModel, shape: Shape, prefix_bytes: int, together:
     params = jax.eval_shape(lambda params: model.with_params(params).decode_params, model.params)
     slots = abstract_slots(model.definition, params, shape)
     all_slots, first = bytes_of(mesh, slots, SLOT_SPECS), slots.first.size * slots.first.dtype.itemsize
-    prompts = partial(empty_prompts, model.definition, rows=together, room=shape.room, record=shape.record)
+    prompts = partial(empty_prompts, model.definition, rows=shape.together, room=shape.room, record=shape.record)
     return EngineMemory(
         shape=shape,
         weights=bytes_of(mesh, model.params) + cast_bytes(model),

@@ -24,7 +24,10 @@ def written_over(old: Tree, new: Tree) -> Tree:
 
 
 def written_into(place: jax.Array, values: jax.Array) -> jax.Array:
-    """`values`, where `place` lay, if a program uses that up."""
+    """`values`, where `place` lay, if a program uses that up.
+
+    Without it a program that reads nothing of an array is not given that, and what takes its place lies elsewhere.
+    """
     return jax.lax.dynamic_update_slice(place, values, (0,) * place.ndim)
 
 
@@ -33,8 +36,8 @@ def _taken_out(array: jax.Array) -> jax.Array:
     return jnp.copy(array)
 
 
-def told(array: jax.Array) -> jax.Array:
-    """The same in an array of its own, on its way to the host."""
+def on_its_way(array: jax.Array) -> jax.Array:
+    """The same in an array of its own, which the host is sent."""
     copy = _taken_out(array)
     copy.copy_to_host_async()
     return copy

@@ -183,8 +183,8 @@ def round_seconds(
 ) -> tuple[dict[Plan, float], Slots]:
     """Seconds of a round of each plan in which every slot drafts all it may; the slots come back free.
 
-    From stretches of two lengths: the difference is free of what starting a program takes. The plans take turns, so
-    that a device that is warmer, or busier, by and by is so for all.
+    From stretches of two lengths: the difference is free of what starting one takes, but for a further piece's start,
+    which the device hides. The plans take turns, so that a device that is warmer, or busier, by and by is so for all.
     """
     program, lengths = (model.definition, model.decode_params), (piece or MOST_ROUNDS // 4, MOST_ROUNDS)
     compile_stretches(*program, slots, [(plan, piece, False) for plan in plans])

@@ -19,7 +19,7 @@ from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Tree
 from dvi_jax.serve.compiling import compile_last_chunks, compile_stretches
 from dvi_jax.serve.ended import Ended
-from dvi_jax.serve.places import Places, told, written_over
+from dvi_jax.serve.places import Places, on_its_way, written_over
 from dvi_jax.serve.prefixes import Prefixes, cut_block, position_axes, put_block
 from dvi_jax.serve.prompts import (
     draw_first,
@@ -104,23 +104,24 @@ class Programs:
 
     @_step
     def lay(self, places: np.ndarray, terms: np.ndarray, sampled: bool) -> jax.Array:
-        """The prompts that are taken in into slots `places` int32 [P], none twice -> int32 [P, 2] (`prompts.lay`)."""
+        """The prompts that are taken in into slots `places` int32 [P], none twice -> `Slots.first`."""
         placed, alone = packed_places(places, terms, len(self.slots.eos_ids))
-        self.slots, first = lay(
-            self._definition, self.params, self.slots, self._filled, placed, sampled=sampled, alone=alone
+        self.slots = lay(
+            *(self._definition, self.params, self.slots, self._filled, self._places.put(placed)),
+            sampled=sampled,
+            alone=alone,
         )
-        first.copy_to_host_async()
-        return first
+        return on_its_way(self.slots.first)
 
     @_step
     def take_last(
         self, tokens: np.ndarray, position: int, places: np.ndarray, terms: np.ndarray, sampled: bool
     ) -> jax.Array:
-        """The last chunk of the one prompt that is taken in, and that into its slot -> int32 [1, 2], as of `lay`."""
+        """The last chunk of the one prompt that is taken in, and that into its slot -> `Slots.first`."""
         last = self._places.put(packed_last(tokens, position, places, terms))
         self.slots, self._filled = take_last(self._definition, self.params, self.slots, self._filled, last)
         if not sampled:
-            return told(self.slots.first)
+            return on_its_way(self.slots.first)
         placed, _ = packed_places(places, terms, len(self.slots.eos_ids))
         self.slots, first = draw_first(self._definition, self.params, self.slots, self._filled, placed)
         first.copy_to_host_async()
@@ -147,7 +148,7 @@ class Programs:
             self.slots = run_stretch(
                 self._definition, self.params, self.slots, limit, plan, sampled=sampled, piece=piece
             )
-            found.append(told(self.slots.told))
+            found.append(on_its_way(self.slots.told))
         return found
 
     @_step

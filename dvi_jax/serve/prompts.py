@@ -43,8 +43,11 @@ def take_chunk(definition: Definition, params: Params, filled: Filled, chunk: ja
     def take(params: Params, filled: Filled, chunk: jax.Array) -> Filled:
         length, position, tokens = chunk[:, 0], chunk[0, 1], chunk[:, 2:]
         frontier = jax.tree.map(lambda x: jnp.where(position > 0, x, jnp.zeros_like(x)), filled.frontier)
-        filled = filled._replace(position=position, frontier=frontier)
-        return fill_chunk(join(definition, params), filled, tokens, length, fresh=False)
+        before, filled = filled, filled._replace(position=position, frontier=frontier)
+        filled = fill_chunk(join(definition, params), filled, tokens, length, fresh=False)
+        new, old = ((each.position, each.frontier, each.hidden, each.features) for each in (filled, before))
+        position, frontier, hidden, features = jax.tree.map(written_into, old, new)
+        return filled._replace(position=position, frontier=frontier, hidden=hidden, features=features)
 
     run = definition.sharded(take, params, (PREFIX_SPECS, WHOLE), PREFIX_SPECS)
     return run(params, filled, chunk)
@@ -74,13 +77,11 @@ def lay(
     *,
     sampled: bool,
     alone: bool,
-) -> tuple[Slots, jax.Array]:
+) -> Slots:
     """Prompts that are all taken in, with their first new tokens, into slots.
 
     `placed` int32 [P, 1 + TERM_COLUMNS]: the slot of each, B or above for none and no number twice, and its
     `Terms.packed`. `sampled`: as of `run_stretch`. `alone`: one of them has a slot, and that one alone is copied.
-
-    -> slots, and int32 [P, 2]: that token, and whether the reply ends with it.
     """
     places, terms = placed[:, 0], placed[:, 1:]
     width = slots.decode.committed.hidden.shape[1]
@@ -98,7 +99,8 @@ def lay(
         return buffer.at[places].set(new, mode="drop", unique_indices=True)
 
     decode, ids = jax.tree.map(put, (slots.decode, slots.eos_ids), (state, eos_ids))
-    return slots._replace(decode=decode, eos_ids=ids), definition.on_all(_told(first_token, state))
+    first = written_into(slots.first, definition.on_all(_told(first_token, state)))
+    return slots._replace(decode=decode, eos_ids=ids, first=first)
 
 
 def _begun(
@@ -127,7 +129,7 @@ def _put_row(buffer: jax.Array, row: jax.Array, place: jax.Array) -> jax.Array:
 
 
 def _told(first_token: jax.Array, rows: DecodeState) -> jax.Array:
-    """int32 [P, 2] as of `lay`."""
+    """int32 [P, 2] as in `Slots.first`."""
     return jnp.stack([first_token, rows.done.astype(jnp.int32)], axis=1)
 
 
@@ -143,14 +145,15 @@ def take_last(
     """
     placed, chunk = jnp.split(last, [1 + TERM_COLUMNS], axis=1)
     filled = take_chunk(definition, params, filled, chunk)
-    slots, first = lay(definition, params, slots, filled, placed, sampled=False, alone=True)
-    return slots._replace(first=written_into(slots.first, first)), filled
+    return lay(definition, params, slots, filled, placed, sampled=False, alone=True), filled
 
 
 def draw_first(
     definition: Definition, params: Params, slots: Slots, filled: Filled, placed: np.ndarray
 ) -> tuple[Slots, jax.Array]:
-    """Another first token for the prompt that was laid last, drawn on its terms; `placed` and what it gives as `lay`.
+    """Another first token for the prompt that was laid last, drawn on its terms.
+
+    -> slots, and int32 [1, 2] as in `Slots.first`, which keeps the other one. `placed`: as of `lay`.
 
     A program of its own, since one for drawn tokens beside each that takes a last chunk would double what XLA compiles.
     """
@@ -172,7 +175,7 @@ def _drawn(
     *,
     width: int,
 ) -> tuple[tuple[jax.Array, jax.Array, Any], jax.Array]:
-    """All slots' tokens, and what else a first token changes, with that of the prompt; and int32 [1, 2] as of `lay`."""
+    """All slots' tokens, and what else a first token changes, with that of the prompt; and it as in `Slots.first`."""
     (row, _), first_token = _begun(definition, params, filled, placed[:, 1:], width, 0, sampled=True)
     new = row.tokens, row.done, row.sampling
     put = partial(_put_row, place=placed[0, 0])

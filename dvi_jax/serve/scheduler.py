@@ -2,7 +2,8 @@
 
 A turn takes in a chunk or so of prompts, lays finished ones into free slots, runs a stretch of rounds and reads what it
 did. Where a stretch is started ahead, it is the one before it that is read: the device has work while the host handles
-tokens and prompts, and a slot whose reply has ended is free one stretch later.
+tokens and prompts, and a slot whose reply has ended is free one stretch later. Unless it must end with the stretch
+under way: then whoever comes next is laid behind that.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ class Slots(NamedTuple):
     eos_ids: jax.Array  # int32 [B, E], NO_TOKEN where unused
     # What programs tell the host lies where it lay before. A GPU that has recorded a program with the addresses of its
     # arrays records all of its kernels again if one has moved, which takes the host longer than to start them.
-    told: jax.Array  # int32 [B, columns], the `Outcome` of the last stretch, packed
-    first: jax.Array  # int32 [1, 2], of the last prompt that `take_last` laid: its first token, and whether it was all
+    told: jax.Array  # int32 [B, columns], the `Outcome` of the last `run_stretch`, packed
+    first: jax.Array  # int32 [P, 2], of the prompts that were laid last: the first token, and whether it was all
 
 
 SLOT_SPECS = Slots(STATE_SPECS, ROWS, WHOLE, WHOLE)  # type: ignore[arg-type]  # where they lie on a mesh
@@ -174,6 +174,7 @@ class Shape(NamedTuple):
     width: int  # W
     record: bool  # whether slots keep learning signals
     branches: int = 0  # drafts not taken of a position that slots keep beside them, at most
+    together: int = 1  # P
 
 
 def abstract_slots(definition: Definition, params: Params, shape: Shape) -> Slots:
@@ -204,7 +205,7 @@ def _begun(definition: Definition, shape: Shape, params: Params) -> Slots:
     filled = Filled.empty(model, count, shape.room, keep=shape.record)
     (state, eos_ids), first_token = begin_slots(model, filled, terms, shape.width, shape.branches, sampled=True)
     told = jnp.zeros((shape.slots, _pack(state, state.length).shape[1]), jnp.int32)
-    return Slots(state, eos_ids, told, jnp.zeros((1, 2), first_token.dtype))
+    return Slots(state, eos_ids, told, jnp.zeros((shape.together, 2), first_token.dtype))
 
 
 def release(slots: Slots, ended: jax.Array | np.ndarray) -> Slots:
@@ -235,7 +236,8 @@ def run_stretch(
     """
     began, sampling = slots.decode.length, slots.decode.sampling
     knobs = Knobs.make(plan.drafts, 0.0, ())._replace(eos_ids=slots.eos_ids)
-    state = slots.decode.replace(rounds=jnp.int32(0), sampling=sampling if sampled else None)
+    none_yet = written_into(slots.decode.rounds, jnp.int32(0))
+    state = slots.decode.replace(rounds=none_yet, sampling=sampling if sampled else None)
     if rounds is None:
         state = _piece(definition, params, state, knobs, plan, piece)
     else:

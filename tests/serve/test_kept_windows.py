@@ -17,7 +17,7 @@ from tests.serve.traffic import SETTINGS, requests, serve, turned
 
 def counted_keeps(monkeypatch, length_of=lambda length: length):
     """A list that grows by the length of each window that is kept, as the host is told; `length_of` may change it."""
-    lengths, keep, told = [], candidate_module.keep, candidate_module.told
+    lengths, keep, told = [], candidate_module.keep, candidate_module.on_its_way
 
     def noted(*given, **named):
         lengths.append(None)
@@ -30,7 +30,7 @@ def counted_keeps(monkeypatch, length_of=lambda length: length):
         return lengths[-1]
 
     monkeypatch.setattr(candidate_module, "keep", noted)
-    monkeypatch.setattr(candidate_module, "told", heard)
+    monkeypatch.setattr(candidate_module, "on_its_way", heard)
     return lengths
 
 
@@ -97,9 +97,9 @@ class OnItsWay:
     def is_ready(self):
         return self.there
 
-    def __getitem__(self, index):
+    def __array__(self, *_, **__):
         assert self.there
-        return (self.value,)[index]
+        return np.array([self.value])
 
 
 def test_replies_that_end_together_are_not_all_kept(make_learner, some_ended, monkeypatch):

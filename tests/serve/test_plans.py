@@ -1,5 +1,6 @@
 """How an engine drafts: by what is accepted and what rounds cost, and without a change to any reply."""
 
+import threading
 from dataclasses import replace
 
 import jax
@@ -70,6 +71,47 @@ def test_what_is_tried_is_worth_what_the_better_sequences_say(of_fresh, of_other
         if plan.drafts:
             choice.add(plan, accepted, np.full((4, 4), plan.drafts), fresh)
     assert max(COSTS, key=chosen[-300:].count).drafts == drafts
+
+
+def test_rounds_of_a_sequence_that_is_done_count_for_nothing():
+    """The first of two ended after a round; its zeros are not drafts that were wrong."""
+    choice, plan, drafted = BestPlan(COSTS, width=6), Plan("chain", 1), np.ones((2, 3), int)
+    for _ in range(200):
+        choice.add(plan, np.array([[2, 0, 0], [2, 2, 2]]), drafted, np.ones(2, bool))
+    assert choice.acceptance.rates()[0] > 0.99
+    choice.add(plan, np.array([[1, 0, 0], [2, 2, 2]]), drafted, np.array([True, False]))
+    assert choice.acceptance.rates()[0] < choice._of_all.acceptance.rates()[0]
+
+
+def test_who_was_decoded_plainly_is_fresh_no_more(model, make_engine, pieces_of, monkeypatch):
+    """One reply goes on while another comes: of the first the drafter has missed rows since rounds drafted nothing."""
+    begun, asked, seen = threading.Event(), threading.Event(), []
+
+    class Told(OnePlan):
+        def next_plan(self, *, fresh):
+            if len(seen) == 2:
+                begun.set()
+                assert asked.wait(10)
+            self.plan = PLAIN if len(seen) == 1 else Plan("chain", 2)
+            seen.append(fresh)
+            return self.plan
+
+        def add(self, plan, accept_lengths, drafted, fresh):
+            found.append((accept_lengths.shape[0], fresh.tolist()))
+
+    found, choice = [], Told(PLAIN, 3)
+    choice.pieces = {PLAIN: 0, Plan("chain", 2): 0}
+    monkeypatch.setattr(engine_module, "choose", lambda model, plans, width, slots, **_: (choice, slots))
+    with make_engine(model) as engine:
+        long = engine.submit(Request((5, 9, 7), 80, eos_ids=()))
+        assert begun.wait(10)
+        short = engine.submit(Request((8, 9, 7), 9, eos_ids=()))
+        asked.set()
+        pieces_of(short)
+        pieces_of(long)
+    assert found[0] == (1, [True])
+    assert (1, [False]) in found
+    assert any(sorted(fresh) == [False, True] for _, fresh in found)
 
 
 def test_a_drafter_that_becomes_better_is_drafted_with_more():

@@ -1,0 +1,89 @@
+"""What an engine's programs are given and tell lies where it lay: what a GPU has recorded of them stays valid."""
+
+import jax
+import numpy as np
+import pytest
+
+from dvi_jax.config import SamplingConfig
+from dvi_jax.decode.plan import PLAIN, Plan
+from dvi_jax.serve.places import Places, on_its_way
+from dvi_jax.serve.programs import Programs
+from dvi_jax.serve.slots import Shape, Terms
+
+pytestmark = pytest.mark.optimized
+SLOTS, CHUNK = 3, 16
+
+
+def addresses(tree):
+    """Of every array but keys, by its place in the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): leaf.unsafe_buffer_pointer()
+        for path, leaf in leaves
+        if not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    }
+
+
+@pytest.mark.parametrize("drafter", ["kangaroo", "fused"])
+@pytest.mark.parametrize("together", [1, 2])
+def test_no_array_of_a_running_engine_moves(make_model, drafter, together):
+    model = make_model(drafter=drafter)
+    shape = Shape(SLOTS, 64, 3, record=True, together=together)
+    programs = Programs(model, shape, rows=together, chunk=CHUNK, prefix_bytes=0)
+    terms = Terms.of(CHUNK + 5, 9, (), SamplingConfig(temperature=0.0), model.config.vocab_size)
+    terms = Terms.joined([terms] * together).packed()
+    tokens = np.full((together, CHUNK), 7, np.int32)
+
+    def serve(slot, plan):
+        """A prompt of two chunks into a slot, and a stretch in two pieces; what came of it."""
+        places = np.array([slot, SLOTS][:together], np.int32)
+        programs.take(tokens, terms[:, 0], 0)
+        if together == 1:
+            first = programs.take_last(tokens, CHUNK, places, terms, False)
+        else:
+            programs.take(tokens, terms[:, 0], CHUNK)
+            first = programs.lay(places, terms, False)
+        found = first, programs.stretch(4, plan, False, 2)
+        programs.release(np.arange(SLOTS) == slot)
+        return found
+
+    serve(0, PLAIN)
+    where = addresses((programs.slots, programs._filled, programs._places._arrays))
+    kept = [serve(slot, plan) for slot in range(SLOTS) for plan in (Plan("chain", 2), PLAIN)]
+    assert addresses((programs.slots, programs._filled, programs._places._arrays)) == where
+    assert len({int(first[0, 0]) for first, _ in kept}) == 1  # and what was told before is still there
+    for _, packed in kept:
+        assert [np.asarray(piece).shape for piece in packed] == [programs.slots.told.shape] * 2
+
+
+def test_what_is_put_replaces_what_was_there():
+    places = Places(stay=True)
+    first = places.put(np.array([1, 2], np.int32))
+    address, sent = first.unsafe_buffer_pointer(), on_its_way(first)
+    second = places.put(np.array([3, 4], np.int32))
+    assert second.unsafe_buffer_pointer() == address
+    assert (sent.tolist(), second.tolist(), first.is_deleted()) == ([1, 2], [3, 4], True)
+    assert places.put(np.array([5, 6], np.float32)).tolist() == [5, 6]
+    assert second.tolist() == [3, 4]  # of another kind
+    given = np.array([7], np.int32)
+    assert Places(stay=False).put(given) is given
+
+
+def test_no_array_that_learns_moves(make_learner, some_ended):
+    candidate = make_learner()._candidate
+
+    def arrays():
+        told = candidate._length, candidate._report, candidate._places._arrays
+        return addresses((candidate.state, candidate.replay, told))
+
+    def learn(rate):
+        for ended in some_ended:
+            candidate.take(ended)
+        candidate.begin_update(rate)
+        return candidate.look()
+
+    first, where = learn(0.5), arrays()
+    second = learn(0.25)
+    assert arrays() == where
+    assert (first.rate, second.rate) == (0.5, 0.25)
+    assert first.values["loss"] != second.values["loss"]
