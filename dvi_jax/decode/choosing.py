@@ -33,7 +33,7 @@ from dvi_jax.errors import notice
 from dvi_jax.loading import LoadedModel
 
 STRETCH = 64  # rounds until the first choice; twice as many until the next, and so on
-MEMORY = 0.995  # what a round still counts for after the next
+MEMORY = 0.995  # what a round still counts for after the next of its sequence
 PRIOR_RATE, PRIOR_WEIGHT = 0.45, 2.0  # of the first draft, a weak drafter's, and the drafts that it counts for
 RETRY = 8  # generations or stretches that draft nothing until one tries again, at least
 MOST_LOSS = 0.01  # share of the time that trying again may cost where it is in vain
@@ -54,6 +54,7 @@ Counts = Sequence[int] | np.ndarray  # one for each round
 class Acceptance:
     """How often each draft of a round is right where all before it were; old rounds fade."""
 
+    memory: float = MEMORY  # what a round still counts for after the next
     judged: np.ndarray = field(default_factory=lambda: np.zeros(MOST_DRAFTS))
     right: np.ndarray = field(default_factory=lambda: np.zeros(MOST_DRAFTS))
 
@@ -61,9 +62,9 @@ class Acceptance:
         """Rounds in order; those that drafted nothing say nothing."""
         accepted, drafts, place = np.asarray(accept_lengths), np.asarray(drafted), np.arange(MOST_DRAFTS)
         accepted, drafts = accepted[drafts > 0, None], drafts[drafts > 0, None]
-        fading = MEMORY ** np.arange(len(drafts))[::-1]
-        self.judged = MEMORY ** len(drafts) * self.judged + fading @ ((place < drafts) & (place < accepted))
-        self.right = MEMORY ** len(drafts) * self.right + fading @ (place < accepted - 1)
+        fading = self.memory ** np.arange(len(drafts))[::-1]
+        self.judged = self.memory ** len(drafts) * self.judged + fading @ ((place < drafts) & (place < accepted))
+        self.right = self.memory ** len(drafts) * self.right + fading @ (place < accepted - 1)
 
     def tokens(self, drafts: int, prior: Sequence[float] | None = None) -> float:
         """Tokens that a round of so many drafts can be expected to give; `prior` as in `rates`."""
@@ -87,14 +88,16 @@ Choice = TypeVar("Choice", Plan, Option)
 class Followed:
     """What the rounds of each plan have accepted, what they may be expected to give, and which is chosen for that."""
 
-    def __init__(self) -> None:
-        self.acceptance = Acceptance()  # of chains and blocks
+    def __init__(self, sequences: int = 1) -> None:
+        """`sequences`: whose rounds come one after the other, and fade by what comes of each."""
+        self._memory = MEMORY ** (1 / sequences)
+        self.acceptance = Acceptance(self._memory)  # of chains and blocks
         self.trees: dict[Plan, Acceptance] = {}
         self._plain = 0  # choices of plain decoding, one after the other
 
     def of(self, plan: Plan) -> Acceptance:
         """Where the rounds of a plan are counted."""
-        return self.trees.setdefault(plan, Acceptance()) if plan.kind == "tree" else self.acceptance
+        return self.trees.setdefault(plan, Acceptance(self._memory)) if plan.kind == "tree" else self.acceptance
 
     def follow(self, plan: Plan, accept_lengths: Iterable[Counts], drafted: Iterable[Counts]) -> None:
         """Take in what rounds by `plan` accepted, those of one sequence after the other.

@@ -87,10 +87,12 @@ class BestPlan(Followed):
     The others say what is accepted at least. So both are followed, and what is better of the two is expected.
     """
 
-    def __init__(self, costs: Mapping[Plan, float], width: int, pieces: Mapping[Plan, int] | None = None):
-        """`costs`: seconds of a round of each plan, plain decoding among them."""
-        super().__init__()
-        self._of_all = Followed()  # sequences, those included of which the drafter has missed rows
+    def __init__(
+        self, costs: Mapping[Plan, float], width: int, pieces: Mapping[Plan, int] | None = None, slots: int = 1
+    ):
+        """`costs`: seconds of a round of all `slots` by each plan, plain decoding among them."""
+        super().__init__(slots)
+        self._of_all = Followed(slots)  # sequences, those included of which the drafter has missed rows
         self.costs, self.width, self.plans = dict(costs), width, tuple(costs)
         self.pieces: Mapping[Plan, int] = pieces or dict.fromkeys(costs, 0)
         self.plan = max(self.plans, key=self._worth)
@@ -166,7 +168,7 @@ def choose(
     pieces = {plan: piece_rounds(seconds, count) if ahead else 0 for plan, seconds in costs.items()}
     if len(plans) == 1:
         return OnePlan(plans[0], width, pieces[plans[0]]), slots
-    return BestPlan(costs, width, pieces), slots
+    return BestPlan(costs, width, pieces, count), slots
 
 
 def piece_rounds(seconds: float, slots: int) -> int:

@@ -1,5 +1,6 @@
 """How an engine drafts: by what is accepted and what rounds cost, and without a change to any reply."""
 
+import itertools
 import threading
 from dataclasses import replace
 
@@ -71,6 +72,18 @@ def test_what_is_tried_is_worth_what_the_better_sequences_say(of_fresh, of_other
         if plan.drafts:
             choice.add(plan, accepted, np.full((4, 4), plan.drafts), fresh)
     assert max(COSTS, key=chosen[-300:].count).drafts == drafts
+
+
+def test_many_slots_say_more():
+    """Of sixteen, drafts that pay for a little more than they cost are kept to: chance changes the plan far less."""
+    costs, changes = {PLAIN: 1.0, Plan("chain", 1): 1.25}, []
+    for slots in (1, 16):  # as if they were one sequence, or as they are
+        choice, rng = BestPlan(costs, width=2, slots=slots), np.random.default_rng(0)
+        run_stretches(choice, 0.29, 50, rng, slots=16, rounds=8)
+        chosen = run_stretches(choice, 0.29, 1000, rng, slots=16, rounds=8)
+        changes.append(sum(one != other for one, other in itertools.pairwise(chosen)))
+    assert 10 * changes[1] < changes[0]
+    assert chosen.count(Plan("chain", 1)) > 950
 
 
 def test_rounds_of_a_sequence_that_is_done_count_for_nothing():
