@@ -125,7 +125,7 @@ class Candidate:
     def take(self, ended: Ended) -> None:
         """The newest window of a reply, kept on the device."""
         place = np.asarray(ended.place)
-        expected = self._window if place[2] < 0 else min(int(place[2]), self._window)
+        expected = min(abs(int(place[2])), self._window)
         ended = ended._replace(place=self._places.put(place))
         self.replay, self._length = keep(
             self.replay, self._length, ended, window=self._window, branches=self._settings.branches

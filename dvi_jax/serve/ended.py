@@ -22,13 +22,14 @@ class Ended(NamedTuple):
     """Of use until the next step uses up the slots."""
 
     state: DecodeState  # of all slots, what is read here alone: the host pays for every array of a program
-    place: np.ndarray | jax.Array  # int32 [3]: the slot, tokens of the prompt, and of the whole sequence; -1 for all
+    # int32 [3]: the slot, tokens of the prompt, and of the whole sequence; below 0: all that it has, so many at most.
+    place: np.ndarray | jax.Array
 
     @classmethod
-    def of(cls, slots: Slots, slot: int, prompt_length: int, length: int | None) -> Ended:
-        """The first `length` tokens in a slot; None: all that there are when the device comes to it."""
+    def of(cls, slots: Slots, slot: int, prompt_length: int, length: int, *, is_known: bool = True) -> Ended:
+        """The first `length` tokens in a slot; or all that there are when the device comes to it, so many at most."""
         state = slots.decode.replace(shallow=(), deep=(), trunk=(), drafter=(), sampling=None)
-        return cls(state, np.array([slot, prompt_length, -1 if length is None else length], np.int32))
+        return cls(state, np.array([slot, prompt_length, length if is_known else -length], np.int32))
 
     def window(self, branches: int = 0) -> Windows:
         """One window of S positions, with so many drafts that were not taken, of a slot that keeps any; under jit."""

@@ -157,9 +157,9 @@ class Programs:
         place = np.int32(slot), np.int32(start)
         return token_logprobs(self._definition, self.params, self.slots, *place, most=most)
 
-    def ended(self, slot: int, prompt: int, length: int | None) -> Ended:
+    def ended(self, slot: int, prompt: int, length: int, *, is_known: bool = True) -> Ended:
         """Of a slot, as `Ended.of`, for who learns, which is in this process alone."""
-        return Ended.of(self.slots, slot, prompt, length)
+        return Ended.of(self.slots, slot, prompt, length, is_known=is_known)
 
     @_step
     def try_laying_back(self) -> None:

@@ -95,9 +95,10 @@ class Scheduler:
 
     def replies(self) -> Iterator[Reply]:
         """All under way."""
+        # In the order in which they move on, so that a thread that looks meanwhile misses none.
+        yield from self._intake.replies
         yield from (reply for reply in self._replies if reply is not None)
         yield from self._leaving
-        yield from self._intake.replies
 
     def warm_up(self) -> None:
         """Compile every program, by running it with nothing in the slots."""
@@ -367,10 +368,11 @@ class Scheduler:
         """What can be learned from a reply that has ended, or will have, while its slot still holds it."""
         if self._on_ended is None or not reply.request.learn:
             return
-        prompt = len(reply.request.prompt_ids)
-        length = None if reply.finish_reason is None else prompt + reply.statistics.new_tokens
+        request, has_ended = reply.request, reply.finish_reason is not None
+        prompt = len(request.prompt_ids)
+        length = prompt + (reply.statistics.new_tokens if has_ended else request.max_new_tokens)
         with self._device.handing():
-            self._on_ended(self._programs.ended(slot, prompt, length), reply.request)
+            self._on_ended(self._programs.ended(slot, prompt, length, is_known=has_ended), request)
 
     def _free(self, slot: int) -> None:
         """A slot for somebody else."""
