@@ -68,15 +68,15 @@ class Acceptance:
 
     def tokens(self, drafts: int, prior: Sequence[float] | None = None) -> float:
         """Tokens that a round of so many drafts can be expected to give; `prior` as in `rates`."""
-        return 1.0 + float(np.sum(np.cumprod(self.rates(prior)[:drafts])))
+        return 1.0 + float(np.sum(np.cumprod(self.rates(prior, drafts))))
 
-    def rates(self, prior: Sequence[float] | None = None) -> list[float]:
-        """How often each draft is right where those before it were.
+    def rates(self, prior: Sequence[float] | None = None, drafts: int = MOST_DRAFTS) -> list[float]:
+        """How often each of so many drafts is right where those before it were.
 
         One that was seldom judged is taken to be as `prior` says, or else about as good as the one before it.
         """
         rates: list[float] = []
-        for place in range(MOST_DRAFTS):
+        for place in range(drafts):
             expected = prior[place] if prior else rates[-1] if rates else PRIOR_RATE
             rates.append((self.right[place] + PRIOR_WEIGHT * expected) / (self.judged[place] + PRIOR_WEIGHT))
         return rates
@@ -115,7 +115,7 @@ class Followed:
         """Tokens that a round by the plan can be expected to give."""
         prior = None
         if plan.kind == "tree":
-            prior = [rate + BRANCHES_SAVE * (1 - rate) for rate in self.acceptance.rates()]
+            prior = [rate + BRANCHES_SAVE * (1 - rate) for rate in self.acceptance.rates(drafts=plan.drafts)]
         return self.of(plan).tokens(plan.drafts, prior)
 
     def choose(self, worth: Mapping[Choice, float], drafting: Collection[Choice], *, may_try: bool = True) -> Choice:

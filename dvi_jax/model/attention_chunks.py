@@ -23,8 +23,10 @@ from dvi_jax.model.early_start import product_may_start
 CHUNK_SLOTS = 512  # slots of a chunk
 UNCUT_SLOTS = 1024  # caches up to here are one chunk: a short context is not worth a second kernel
 CHUNKS_AT_ONCE = 32  # that are put together by one step
+WARPS = 4
 MASKED = -1e30  # finite: the maximum of a chunk that a row cannot see must not give inf - inf
 Ref = Any  # a pointer into an array; indexing gives another, `plt.load` and `plt.store` use it
+Carry = tuple[jax.Array, jax.Array, jax.Array]  # of Q queries: weighted sum of values [Q, H], highest score and sum [Q]
 
 
 def chunk_count(slots: int) -> int:
@@ -58,13 +60,13 @@ def in_its_chunk(chunks: int, is_reached: jax.Array, work: Callable[[], None]) -
 
 def write(
     outputs: Sequence[Ref],
-    carry: tuple[jax.Array, jax.Array, jax.Array],
+    carry: Carry,
     row: jax.Array,
     head: jax.Array,
     chunk: jax.Array,
     position: jax.Array,
 ) -> None:
-    """What 16 queries, of `row` and `head` [16] each at `position` [16], have found: their `attend`'s carry."""
+    """What 16 queries, of `row` and `head` [16] each at `position` [16], have found."""
     mixed, top, weight = carry
     whole, *parts = outputs
     at = (row[:, None], head[:, None], jnp.arange(mixed.shape[1])[None, :])
@@ -101,7 +103,7 @@ def combine(
         grid=(rows, heads),
         out_shape=jax.ShapeDtypeStruct(whole.shape, whole.dtype),
         input_output_aliases={4: 0},
-        compiler_params=plt.CompilerParams(num_warps=1 if block * size <= 1024 else 4, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=1 if block * size <= 1024 else WARPS, num_stages=1),
         interpret=interpret,
         name="combine",
     )(mixed, top, total, positions.reshape(-1), whole)

@@ -27,6 +27,9 @@ from jax.experimental.pallas import triton as plt
 from dvi_jax.model.attention_chunks import (
     CHUNK_SLOTS,
     MASKED,
+    WARPS,
+    Carry,
+    Ref,
     chunk_count,
     combine,
     in_its_chunk,
@@ -39,11 +42,9 @@ from dvi_jax.model.kept_kv import Rows, quantised
 from dvi_jax.model.products import has_gpu_kernels
 
 STEP_SLOTS = 64  # slots of one step inside a chunk
-WARPS = 4
 STAGES = 3  # steps whose loads are under way at once
 TILE = 16  # queries that one program works on: rows of the smallest matrix product in Triton
 MOST_ROUND_ROWS = 64  # T: more rows than any round has belong to a prefill
-Ref = Any  # a pointer into an array; indexing gives another, `plt.load` and `plt.store` use it
 Rope = tuple[jax.Array, jax.Array]
 
 
@@ -246,9 +247,6 @@ def cached_slots(key: HeadRows, value: HeadRows, dtype: jnp.dtype) -> Slots:
         return value.load(slot[:, None], column, inside[:, None], dtype), value.load_scales(slot, inside)
 
     return Slots(keys, values)
-
-
-Carry = tuple[jax.Array, jax.Array, jax.Array]  # of Q queries: weighted sum of values [Q, H], highest score and sum [Q]
 
 
 def nothing_yet(size: int, tile: int = TILE) -> Carry:

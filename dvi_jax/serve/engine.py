@@ -120,7 +120,7 @@ class Engine:
         require_alike(model, shape._asdict() | {"chunk": chunk, "plan": plan})
         self.memory = engine_memory(model, shape, prefix_bytes)
         check_engine_memory(self.memory)
-        self._programs = Programs(model, shape, rows=together, chunk=chunk, prefix_bytes=prefix_bytes)
+        self._programs = Programs(model, shape, chunk=chunk, prefix_bytes=prefix_bytes)
         self._scheduler = _scheduler(
             model, self._programs, plans, width, ahead=ahead, on_ended=on_ended, most_logprobs=logprobs
         )

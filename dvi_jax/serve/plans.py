@@ -108,9 +108,8 @@ class BestPlan(Followed):
     def add(self, plan: Plan, accept_lengths: np.ndarray, drafted: np.ndarray, fresh: np.ndarray) -> None:
         """Follow how often drafts are right."""
         real = accept_lengths > 0
-        for followed, rows in ((self, fresh), (self._of_all, np.ones_like(fresh))):
-            lengths, drafts = (map(np.compress, real[rows], counts[rows]) for counts in (accept_lengths, drafted))
-            followed.follow(plan, lengths, drafts)
+        for followed, counted in ((self, real & fresh[:, None]), (self._of_all, real)):
+            followed.follow(plan, [accept_lengths[counted]], [drafted[counted]])  # one sequence after the other
 
     def _worth(self, plan: Plan) -> float:
         return max(self.tokens(plan), self._of_all.tokens(plan)) / self.costs[plan]

@@ -58,14 +58,15 @@ def _step(
 class Programs:
     """All slots, the prompts on their way into them, and the beginnings of prompts that are kept."""
 
-    def __init__(self, model: LoadedModel, shape: Shape, *, rows: int, chunk: int, prefix_bytes: int):
-        """Take the memory. `rows`: P. `chunk`: C. `prefix_bytes`: for what prompts share; 0 where P is several."""
-        assert rows == 1 or not prefix_bytes
-        self.rows, self.chunk = rows, chunk
+    def __init__(self, model: LoadedModel, shape: Shape, *, chunk: int, prefix_bytes: int):
+        """Take the memory. `chunk`: C. `prefix_bytes`: for what prompts share; 0 where P is several."""
+        assert shape.together == 1 or not prefix_bytes
+        self.rows, self.chunk = shape.together, chunk
         self.tell: Tell | None = None  # of other processes
         self.params, self._owns_drafter = model.decode_params, False  # what the next step computes with
         self._definition = model.definition
-        self._filled = empty_prompts(model.definition, self.params, rows=rows, room=shape.room, record=shape.record)
+        sizes = {"rows": self.rows, "room": shape.room, "record": shape.record}
+        self._filled = empty_prompts(model.definition, self.params, **sizes)
         self._places = Places(stay=model.definition.mesh is None)
         self.prefixes = Prefixes(chunk, prefix_bytes)
         self._axes = position_axes(model.definition, self.params, record=shape.record)
@@ -106,11 +107,8 @@ class Programs:
     def lay(self, places: np.ndarray, terms: np.ndarray, sampled: bool) -> jax.Array:
         """The prompts that are taken in into slots `places` int32 [P], none twice -> `Slots.first`."""
         placed, alone = packed_places(places, terms, len(self.slots.eos_ids))
-        self.slots = lay(
-            *(self._definition, self.params, self.slots, self._filled, self._places.put(placed)),
-            sampled=sampled,
-            alone=alone,
-        )
+        model, given = (self._definition, self.params), self._places.put(placed)
+        self.slots = lay(*model, self.slots, self._filled, given, sampled=sampled, alone=alone)
         return on_its_way(self.slots.first)
 
     @_step

@@ -38,8 +38,7 @@ class Slots(NamedTuple):
 
     decode: DecodeState  # sampling is always there, so that slots may change between greedy and sampled requests
     eos_ids: jax.Array  # int32 [B, E], NO_TOKEN where unused
-    # What programs tell the host lies where it lay before. A GPU that has recorded a program with the addresses of its
-    # arrays records all of its kernels again if one has moved, which takes the host longer than to start them.
+    # What programs tell the host, where it lay before (`places.py`).
     told: jax.Array  # int32 [B, columns], the `Outcome` of the last `run_stretch`, packed
     first: jax.Array  # int32 [P, 2], of the prompts that were laid last: the first token, and whether it was all
 

@@ -29,7 +29,7 @@ def addresses(tree):
 def test_no_array_of_a_running_engine_moves(make_model, drafter, together):
     model = make_model(drafter=drafter)
     shape = Shape(SLOTS, 64, 3, record=True, together=together)
-    programs = Programs(model, shape, rows=together, chunk=CHUNK, prefix_bytes=0)
+    programs = Programs(model, shape, chunk=CHUNK, prefix_bytes=0)
     terms = Terms.of(CHUNK + 5, 9, (), SamplingConfig(temperature=0.0), model.config.vocab_size)
     terms = Terms.joined([terms] * together).packed()
     tokens = np.full((together, CHUNK), 7, np.int32)

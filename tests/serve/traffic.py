@@ -53,6 +53,29 @@ def turned(learner, settle=None, plan="chain:2", **counts):
     return learner.turn(status, idle=True, settle=settle)
 
 
+def random_requests(count, seed):
+    """Prompts of 1 to 60 tokens, replies of 1 to 36; greedy or sampled in several ways, with ends of their own."""
+    rng = np.random.default_rng(seed)
+    requests = []
+    for index in range(count):
+        sampling = (
+            None,
+            SamplingConfig(temperature=0.0, seed=index),
+            SamplingConfig(temperature=0.9, seed=index),
+            SamplingConfig(temperature=1.2, top_k=12, top_p=0.9, repetition_penalty=1.3, seed=index),
+        )[rng.integers(4)]
+        requests.append(
+            Request(
+                prompt_ids=tuple(rng.integers(2, 258, rng.integers(1, 61)).tolist()),
+                max_new_tokens=int(rng.integers(1, 37)),
+                sampling=sampling,
+                eos_ids=tuple(rng.integers(0, 258, rng.integers(0, 9)).tolist()),
+                stop=tuple(map(chr, rng.integers(33, 127, rng.integers(0, 9)))),
+            )
+        )
+    return requests
+
+
 class Failed:
     """A number that the device did not come to."""
 
