@@ -6,7 +6,7 @@ there, and only then may the weights be drafted with.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +24,7 @@ from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learning import REPORTED, compare, copied, drafts_told_apart, keep, update
-from dvi_jax.serve.places import Places, on_its_way
+from dvi_jax.serve.places import Places, on_its_way, written_over
 from dvi_jax.serve.worker import Worker
 
 TIMED, SERIES = 2, 3  # updates one behind the other, and how often: the quickest tell how long one takes
@@ -72,6 +72,7 @@ class Candidate:
         width, taps = model.config.hidden_size, len(model.taps)
         self.replay = Replay.empty(self._capacity(), self._window, width, taps, settings.branches)
         self._no_windows = Replay.empty(1, 1, 1)  # of a point
+        self._points: list[LearnerState] = []  # all of `next_point`
         key = jax.random.key(settings.seed)
         # Its arrays are its own, and the next update uses them up. Windows are beside it.
         self.state = copied(init_learner(model.params, self._optimizer, self._no_windows, key).replace(replay=None))
@@ -196,6 +197,20 @@ class Candidate:
         """The state as it is, in arrays that updates leave alone."""
         return copied(self.state).replace(replay=self._no_windows)
 
+    def next_point(self, in_use: Collection[LearnerState]) -> LearnerState:
+        """The same, in the arrays of an earlier one that is not `in_use`, which are used up; or in new ones.
+
+        What a device is asked for beside an engine's programs moves their temporaries (`places.py`).
+        """
+        free = [point for point in self._points if not any(point is other for other in in_use)]
+        if not free:
+            point = self.point()
+        else:
+            self._points = [point for point in self._points if point is not free[0]]
+            point = written_over(free[0].replace(replay=None), self.state).replace(replay=self._no_windows)
+        self._points.append(point)
+        return point
+
     def go_on_from(self, point: LearnerState) -> None:
         """Begin at `point`, whose arrays stay, with the windows that there are."""
         self.state = copied(point.replace(replay=None))
@@ -226,6 +241,8 @@ class Candidate:
         seconds = self._timed(clock, first_drafts=False)
         of_first = seconds if self._of_first == self._settings.objective else self._timed(clock, first_drafts=True)
         self.go_on_from(begun)
+        for _ in range(2):
+            self.next_point(())
         self.agreements(begun.served, begun.served)
         jax.tree.map(jnp.copy, begun)  # as a snapshot will
         return seconds, of_first

@@ -3,6 +3,7 @@
 A GPU gets a program as a graph that XLA has recorded with the addresses of its arrays. If one has moved, every kernel
 is recorded anew: four microseconds of the host each, three milliseconds for a prompt's few hundred, where starting them
 takes one. What the host gives is therefore copied into an array that stays, and what it is told is copied out of one.
+And what a program needs for a while, its temporaries, must find the same place free each time (`gaps`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 
 Tree = TypeVar("Tree")
+
+
+GAP_BYTES = [2**power for power in range(8, 18)]  # of the least that is allocated to the largest array of a turn
+GAPS_EACH = 32  # of a size: more than there are of such arrays at a time
+
+
+def gaps() -> list[jax.Array]:
+    """Places for small arrays in a GPU's memory: between these, which are to be kept.
+
+    An array gets the smallest free place that holds it. If that is a part of the large one, which programs have their
+    temporaries in, these lie behind it, and elsewhere as soon as it is gone.
+    """
+    kept = []
+    for size in GAP_BYTES:
+        row = jax.block_until_ready([jax.device_put(np.zeros(size, np.uint8)) for _ in range(2 * GAPS_EACH)])
+        kept += row[1::2]
+    return kept
 
 
 @partial(jax.jit, donate_argnums=0, keep_unused=True)

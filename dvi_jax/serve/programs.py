@@ -19,7 +19,7 @@ from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Tree
 from dvi_jax.serve.compiling import compile_last_chunks, compile_stretches
 from dvi_jax.serve.ended import Ended
-from dvi_jax.serve.places import Places, on_its_way, written_over
+from dvi_jax.serve.places import Places, gaps, on_its_way, written_over
 from dvi_jax.serve.prefixes import Prefixes, cut_block, position_axes, put_block
 from dvi_jax.serve.prompts import (
     draw_first,
@@ -67,10 +67,12 @@ class Programs:
         self._definition = model.definition
         sizes = {"rows": self.rows, "room": shape.room, "record": shape.record}
         self._filled = empty_prompts(model.definition, self.params, **sizes)
-        self._places = Places(stay=model.definition.mesh is None)
+        stay = model.definition.mesh is None
+        self._places = Places(stay=stay)
         self.prefixes = Prefixes(chunk, prefix_bytes)
         self._axes = position_axes(model.definition, self.params, record=shape.record)
         self.slots = empty_slots(model.definition, self.params, shape)
+        self._gaps = gaps() if stay and jax.default_backend() == "gpu" else []
 
     def draft_with(self, drafter: Tree, lora_s: Tree) -> None:
         """Draft with these weights, as in `decode_params`, from the next step on; in this process alone.

@@ -6,7 +6,7 @@ import pytest
 
 from dvi_jax.config import SamplingConfig
 from dvi_jax.decode.plan import PLAIN, Plan
-from dvi_jax.serve.places import Places, on_its_way
+from dvi_jax.serve.places import GAP_BYTES, GAPS_EACH, Places, gaps, on_its_way
 from dvi_jax.serve.programs import Programs
 from dvi_jax.serve.slots import Shape, Terms
 
@@ -87,3 +87,43 @@ def test_no_array_that_learns_moves(make_learner, some_ended):
     assert arrays() == where
     assert (first.rate, second.rate) == (0.5, 0.25)
     assert first.values["loss"] != second.values["loss"]
+
+
+def test_a_drafter_that_goes_live_lies_where_an_earlier_one_lay(make_learner, some_ended):
+    """However many do; and none that may come back, or that an engine began with, is written over."""
+    learner = make_learner()
+    begun, first = learner.params().drafter, weights_of(learner._good)
+    found = set()
+    for update in range(12):
+        for ended in some_ended:
+            learner._candidate.take(ended)
+        learner._candidate.begin_update(1.0)
+        learner._candidate.look()
+        if update % 5 == 2:
+            learner._hold(learner._live)
+        elif update % 5 == 4:
+            learner._take_back({"reason": "a test's"})
+        before = weights_of(learner._live)
+        good = weights_of(learner._good)
+        learner._tried = learner._live
+        learner._swap()
+        assert weights_of(learner._tried) == before
+        assert weights_of(learner._good) == good
+        assert weights_of(learner._live) == weights_of(learner._candidate.state)
+        learner._new_params()
+        found.add(tuple(addresses(learner._live).values()))
+    assert len(found) <= 4
+    assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(begun)] == first[: len(jax.tree.leaves(begun))]
+
+
+def weights_of(state):
+    """Their bytes."""
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state.trainable)]
+
+
+def test_between_what_is_kept_there_is_room_for_what_is_small():
+    before = len(jax.live_arrays())
+    kept = gaps()
+    sizes = [array.nbytes for array in kept]
+    assert sizes == [size for size in GAP_BYTES for _ in range(GAPS_EACH)]
+    assert len(jax.live_arrays()) == before + len(kept)  # as many are free again
