@@ -7,16 +7,17 @@ is read, which costs the engine nothing; only with stop strings must the engine 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from dvi_jax.decode.stream import StreamedText
 from dvi_jax.errors import UserError
 from dvi_jax.serve.requests import ReplyPiece, Request, Statistics, TokenLogprob
+from dvi_jax.serve.waking import waker
 
 
 class Reply:
@@ -61,13 +62,8 @@ class Reply:
 
     async def stream(self) -> AsyncIterator[ReplyPiece]:
         """The same for an event loop: no thread waits."""
-        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-
-        def notify() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody reads
-                loop.call_soon_threadsafe(arrived.set)
-
-        self._notify = notify
+        arrived = asyncio.Event()
+        self._notify = partial(waker().set, arrived)
         try:
             while True:
                 arrived.clear()

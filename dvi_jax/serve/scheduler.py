@@ -29,6 +29,7 @@ from dvi_jax.serve.programs import Programs
 from dvi_jax.serve.reply import Reply
 from dvi_jax.serve.requests import EngineStatus, Request, TokenLogprob
 from dvi_jax.serve.slots import MOST_ROUNDS, Outcome, Terms, columns_of
+from dvi_jax.serve.waking import held_back
 
 GREEDY = SamplingConfig(temperature=0.0)
 EARLY_TOKENS = 64  # of a reply: its beginning
@@ -41,7 +42,7 @@ class Stretch(NamedTuple):
 
     packed: list[jax.Array]  # of each piece
     plan: Plan
-    replies: list[tuple[int, Reply]]  # and the slots that they were in
+    replies: dict[int, Reply]  # by the slots that they were in
     fresh: list[int]  # slots of which the drafter has seen every row
     rounds: int  # at most
 
@@ -213,9 +214,9 @@ class Scheduler:
 
         Not where something is to be read of a slot that is known only then.
         """
-        ending = self._pending.replies if self._pending is not None else []
-        for slot, reply in ending:
-            if self._replies[slot] is not reply or self._may_go_on(reply):
+        ending = self._pending.replies if self._pending is not None else {}
+        for slot, reply in ending.items():
+            if self._replies[slot] is not reply or self._may_go_on(slot, reply):
                 continue
             learns = self._on_ended is not None and reply.request.learn
             if reply.request.logprobs is None and not (learns and reply.request.stop):
@@ -284,9 +285,9 @@ class Scheduler:
 
         Few rounds while somebody waits for a slot, or for the beginning of a reply; ahead as few as `Pace` needs.
         """
-        held = [(slot, reply) for slot, reply in enumerate(self._replies) if reply is not None]
-        running = [reply for _, reply in held]
-        if not any(map(self._may_go_on, running)):
+        held = {slot: reply for slot, reply in enumerate(self._replies) if reply is not None}
+        running = list(held.values())
+        if not any(self._may_go_on(slot, reply) for slot, reply in held.items()):
             return None
         early = any(reply.statistics.new_tokens < EARLY_TOKENS for reply in running)
         plan = self._choice.next_plan(fresh=any(reply.is_fresh for reply in running))
@@ -297,13 +298,13 @@ class Scheduler:
             reply.is_fresh &= plan.drafts > 0
         with self._device.handing():
             packed = self._programs.stretch(rounds, plan, sampled, piece)
-        fresh = [slot for slot, reply in held if reply.is_fresh]
+        fresh = [slot for slot, reply in held.items() if reply.is_fresh]
         return Stretch(packed, plan, held, fresh, len(packed) * piece if piece else rounds)
 
-    def _may_go_on(self, reply: Reply) -> bool:
+    def _may_go_on(self, slot: int, reply: Reply) -> bool:
         """Whether a reply can have tokens left behind the stretch under way: every round gives it one at least."""
         pending, prompt = self._pending, len(reply.request.prompt_ids)
-        rounds = pending.rounds if pending and any(other is reply for _, other in pending.replies) else 0
+        rounds = pending.rounds if pending and pending.replies.get(slot) is reply else 0
         known = max(reply.committed, prompt + 1)  # the first one came with the prompt, though it may not be read yet
         return known + rounds < prompt + reply.request.max_new_tokens
 
@@ -315,7 +316,7 @@ class Scheduler:
         self._pace.landed(outcome.accept_lengths.shape[1], device - before)
         self._device_before = device
         # Replies that have ended since it was started have left their slots.
-        live = [(slot, reply) for slot, reply in stretch.replies if reply.finish_reason is None]
+        live = [(slot, reply) for slot, reply in stretch.replies.items() if reply.finish_reason is None]
         lengths, drafted, tokens = outcome.accept_lengths.tolist(), outcome.drafted.tolist(), {}
         for slot, reply in live:
             reply.count(lengths[slot], drafted[slot])
@@ -338,10 +339,11 @@ class Scheduler:
         """
         certain = sum(len(tokens[slot]) for slot, reply in live if not reply.request.stop)
         self.status = replace(self.status, new_tokens=self.status.new_tokens + certain)
-        for slot, reply in live:
-            given = self._give(slot, reply, tokens[slot], done=bool(done[slot]))
-            if reply.request.stop:
-                self.status = replace(self.status, new_tokens=self.status.new_tokens + given)
+        with held_back():
+            for slot, reply in live:
+                given = self._give(slot, reply, tokens[slot], done=bool(done[slot]))
+                if reply.request.stop:
+                    self.status = replace(self.status, new_tokens=self.status.new_tokens + given)
 
     def _give(self, slot: int, reply: Reply, ids: list[int], *, done: bool) -> int:
         """Tokens to their reader -> how many it gets; a reply that has ended leaves its slot."""

@@ -1,0 +1,80 @@
+"""Readers in an event loop, woken by the engine's thread: all of one loop by one call of the system.
+
+Each call lets another thread have Python, and waits to have it back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary, ref
+
+
+class Waker:
+    """Sets the events of one loop from other threads."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self._lock = ref(loop), threading.Lock()
+        self._due: list[asyncio.Event] = []  # that the loop has not set yet
+        self._is_asked = False  # whether it is going to
+
+    def set(self, event: asyncio.Event) -> None:
+        """Have the loop set `event`; at the end of `held_back` where that is under way."""
+        with self._lock:
+            self._due.append(event)
+        if _thread.held is None:
+            self.ask()
+        else:
+            _thread.held.add(self)
+
+    def ask(self) -> None:
+        """Have the loop set what is due; nothing where it is closed, as nobody reads then."""
+        with self._lock:
+            is_asked, self._is_asked = self._is_asked, True
+        loop = self._loop()
+        if is_asked or loop is None:
+            return
+        try:
+            loop.call_soon_threadsafe(self._set_all)
+        except RuntimeError:  # it is closed
+            self._take_due()
+
+    def _set_all(self) -> None:
+        for event in self._take_due():
+            event.set()
+
+    def _take_due(self) -> list[asyncio.Event]:
+        with self._lock:
+            due, self._due, self._is_asked = self._due, [], False
+        return due
+
+
+class _Thread(threading.local):
+    held: set[Waker] | None = None  # that wait for the end of `held_back`
+
+
+_thread = _Thread()
+_wakers: WeakKeyDictionary[asyncio.AbstractEventLoop, Waker] = WeakKeyDictionary()
+
+
+def waker() -> Waker:
+    """Of the loop that runs."""
+    loop = asyncio.get_running_loop()
+    found = _wakers.get(loop)
+    if found is None:
+        found = _wakers[loop] = Waker(loop)
+    return found
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Around what may wake many readers: they are at its end, each loop's together. For one thread, not in itself."""
+    held = _thread.held = set()
+    try:
+        yield
+    finally:
+        _thread.held = None
+        for waker in held:
+            waker.ask()
