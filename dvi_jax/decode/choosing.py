@@ -36,7 +36,7 @@ STRETCH = 64  # rounds until the first choice; twice as many until the next, and
 MEMORY = 0.995  # what a round still counts for after the next of its sequence
 PRIOR_RATE, PRIOR_WEIGHT = 0.45, 2.0  # of the first draft, a weak drafter's, and the drafts that it counts for
 RETRY = 8  # generations or stretches that draft nothing until one tries again, at least
-MOST_LOSS = 0.01  # share of the time that trying again may cost where it is in vain
+MOST_LOSS = 0.005  # share of the time that trying again may cost where it is in vain
 MEASURED_TOKENS = 128  # room of a measured generation, at most
 CPU_TOKENS = 32  # the same at least, where few rounds are measured, with a short reply's own room and program
 MEASURED_ROUNDS = 16  # of the shorter one on an accelerator, where rounds are short
@@ -121,8 +121,8 @@ class Followed:
     def choose(self, worth: Mapping[Choice, float], drafting: Collection[Choice], *, may_try: bool = True) -> Choice:
         """Which of `worth`, in tokens a second: the best.
 
-        Where that drafts nothing, the best of `drafting` is tried now and then, if it may, so rarely that it costs a
-        hundredth at most where it is in vain.
+        Where that drafts nothing, the best of `drafting` is tried now and then, if it may, so rarely that it costs half
+        a hundredth at most where it is in vain.
         """
         best = max(worth, key=worth.__getitem__)
         self._plain = 0 if best in drafting else self._plain + 1

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from dvi_jax.decode.plan import PLAIN
+from dvi_jax.decode.plan import Plan
 from dvi_jax.errors import UserError, one_line
 from dvi_jax.learn.fast_update import LearnerState, with_trainable
 from dvi_jax.learn.replay import check_branches
@@ -46,7 +46,7 @@ POOLED = 4  # updates between two swaps of a drafter that moves slowly
 SWAP_SECONDS, YOUNG = 0.25, 0.1
 # Most of the time for learning while plain decoding is the quickest: no more than that is lost. And what it may take
 # besides of what drafting should bring, which is less of a reply's time than of its rounds'.
-UNPAID, PAID = 0.015, 0.75
+UNPAID, PAID = 0.02, 0.75
 FIRST_DRAFTS = 500  # updates of a new drafter that may learn a round's first draft alone, at most
 RETRY_SECONDS = 1.0  # until a snapshot is offered again that was not taken
 LOG_SECONDS = 1.0  # at least, between two updates that are logged: they may be many
@@ -106,7 +106,7 @@ class Learner:
         self._pooled, self._swapped_at = 0, clock() - SWAP_SECONDS  # updates since the last swap; its time
         self._good_step = 0  # update that made the good drafter
         self._decided = 0  # update after which the last trial was decided
-        self._judged, self._stretches, self._is_plain = (0, 0), 0, False  # of the engine
+        self._judged, self._stretches, self._drafts = (0, 0), 0, 1  # of the engine; drafts of a round by its plan
         self._gain: float | None = None  # of the engine, too
         self._swapped_in: int | None = None  # stretch in which a swap fell whose trial has not begun
         self._digest: jax.Array | None = None  # of the live drafter, on its way
@@ -180,7 +180,7 @@ class Learner:
 
     def _observe(self, status: EngineStatus) -> None:
         """What was judged since. The stretch in which a swap falls was drafted by what was live before."""
-        self._is_plain, self._gain = status.plan == str(PLAIN), status.gain
+        self._drafts, self._gain = Plan.parse(status.plan).drafts, status.gain
         self._judged, self._stretches = (sum(status.judged), sum(status.accepted)), status.stretches
         if self._swapped_in is not None and self._stretches > self._swapped_in:
             self._swapped_in = None
@@ -253,7 +253,7 @@ class Learner:
             updates = self.status.updates
             # A new drafter's first draft pays before the others do, and costs less to learn. Idle time is no matter.
             is_new = not self._model.drafter_is_trained and updates < FIRST_DRAFTS
-            first_drafts = is_new and self._gain == 0 and not idle
+            first_drafts = is_new and (self._gain == 0 or self._drafts <= 1) and not idle
             self._candidate.begin_update(self._rate(updates), first_drafts=first_drafts)
             return self._candidate.seconds_of_first if first_drafts else self._candidate.seconds
         return self._clock() - began
@@ -315,11 +315,12 @@ class Learner:
         if self._candidate.is_updating or self._pooled < self._pool(self.status.updates):
             return False
         is_young = self._pooled >= YOUNG * self.status.updates
-        return now or (is_young and not self._is_plain) or self._clock() - self._swapped_at >= SWAP_SECONDS
+        return now or (is_young and self._drafts > 0) or self._clock() - self._swapped_at >= SWAP_SECONDS
 
     def _swap(self) -> None:
         """The candidate goes live, on trial."""
-        self._live, self._pooled, self._swapped_at = self._candidate.point(), 0, self._clock()
+        in_use = self._good, self._tried, self._live, self._given
+        self._live, self._pooled, self._swapped_at = self._candidate.next_point(in_use), 0, self._clock()
         if self._swapped_in is None:
             self._swapped_in = self._stretches
         self.status = replace(self.status, swaps=self.status.swaps + 1)

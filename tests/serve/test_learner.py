@@ -206,7 +206,7 @@ def watched_updates(learner, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gain", "least", "most"), [(0.0, 0.013, 0.02), (0.04, 0.043, 0.05), (1.0, 0.095, 0.105), (None, 0.095, 0.105)]
+    ("gain", "least", "most"), [(0.0, 0.018, 0.025), (0.04, 0.048, 0.055), (1.0, 0.095, 0.105), (None, 0.095, 0.105)]
 )
 def test_learning_takes_a_part_of_what_it_brings(new_model, make_learner, monkeypatch, gain, least, most):
     """Of ten seconds; with what is saved up at the beginning."""
@@ -223,15 +223,23 @@ def test_learning_takes_a_part_of_what_it_brings(new_model, make_learner, monkey
 
 
 def test_who_learns_first_drafts_alone(model, new_model, make_learner, monkeypatch):
-    """A new drafter, while others wait for the device, not for ever; a trained one would unlearn its other drafts."""
-    status = EngineStatus(4, running=4, waiting=0, context=96, plan="plain", gain=0.0)
-    for tried, updates, idle, expected in (
-        (new_model, 0, False, True),
-        (new_model, learner_module.FIRST_DRAFTS - 1, False, True),
-        (new_model, learner_module.FIRST_DRAFTS, False, False),
-        (new_model, 0, True, False),
-        (model, 0, False, False),
+    """A new drafter, while others wait for the device and rounds have a draft at most, not for ever.
+
+    A trained one would unlearn its other drafts. What is tried in vain does not count.
+    """
+    most = learner_module.FIRST_DRAFTS
+    for tried, plan, gain, updates, idle, expected in (
+        (new_model, "plain", 0.0, 0, False, True),
+        (new_model, "plain", 0.0, most - 1, False, True),
+        (new_model, "plain", 0.0, most, False, False),
+        (new_model, "tree:4", 0.0, 0, False, True),
+        (new_model, "chain:1", 0.05, most - 1, False, True),
+        (new_model, "chain:1", 0.05, most, False, False),
+        (new_model, "chain:2", 0.05, 0, False, False),
+        (new_model, "plain", 0.0, 0, True, False),
+        (model, "plain", 0.0, 0, False, False),
     ):
+        status = EngineStatus(4, running=4, waiting=0, context=96, plan=plan, gain=gain)
         learner = make_learner(tried)
         begun = watched_updates(learner, monkeypatch)
         learner.status = replace(learner.status, updates=updates)
