@@ -51,11 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("name an experiment, as engine_load or serve_learning, and then its own options")
     name, *options = given
     command = [sys.executable, "-m", f"experiments.{name}", *options]
-    with subprocess.Popen(command, env=os.environ | TELL, stderr=subprocess.PIPE, text=True, errors="replace") as child:
+    with subprocess.Popen(
+        command, env=os.environ | TELL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+    ) as child:
         assert child.stderr is not None
-        events = list(read(child.stderr))
+        try:
+            events = list(read(child.stderr))
+        except BaseException:
+            child.terminate()
+            raise
     if child.returncode:
         raise UserError(f"experiments.{name} has failed ({child.returncode})")
+    if not events:
+        raise UserError("XLA told of no graph: there are none on a CPU, and another release may tell in other words")
     show(second_half(events))
     return 0
 

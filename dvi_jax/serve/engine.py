@@ -181,6 +181,8 @@ class Engine:
         old = self.model.decode_params  # of which the base is the same, and has most of the arrays
         if jax.tree.map(_kind, (new.drafter, new.lora_s)) != jax.tree.map(_kind, (old.drafter, old.lora_s)):
             raise UserError("these drafter weights are not of the shapes that the engine was made for")
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves((new.drafter, new.lora_s))):
+            raise UserError("these drafter weights are no longer there: others were written over them")
         if self._crew is not None:
             raise UserError("several processes draft with the weights they were loaded with")
         with self._changed:
@@ -285,7 +287,9 @@ class Engine:
             cancelled = [reply for reply in self._waiting if reply.cancelled]
             for reply in cancelled:
                 self._waiting.remove(reply)
-                reply.end("cancelled")
+        for reply in cancelled:  # not under the lock: readers are told, who may ask for it
+            reply.end("cancelled")
+        with self._changed:
             while True:
                 self._idle = not self._scheduler.is_busy
                 if self._closing or not self._is_idle():

@@ -29,7 +29,7 @@ from dvi_jax.model.speculative_llama import Params
 from dvi_jax.serve.candidate import Candidate, Learnt, is_ready
 from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.learn_settings import LearnSettings
-from dvi_jax.serve.learning import checksum
+from dvi_jax.serve.learning import checksum, copied
 from dvi_jax.serve.requests import EngineStatus, Request
 from dvi_jax.serve.shadow import Shadow, Verdict
 from dvi_jax.serve.share import Share
@@ -87,8 +87,8 @@ class Learner:
         """Take the memory and compile. `context`: tokens of a request, as an engine is given it.
 
         `report` gets records of updates, rollbacks and so on with the update's number; `save` what a restart needs,
-        and says whether it took it; neither may take long. `UserError` for a model that cannot learn so, or that the
-        memory does not hold.
+        and says whether it took it: a state that is good until the next turn. Neither may take long. `UserError` for a
+        model that cannot learn so, or that the memory does not hold.
         """
         if model.params.lora_d:
             raise UserError(
@@ -192,17 +192,17 @@ class Learner:
     def _new_params(self) -> Params | None:
         """The live drafter's, unless the engine has them."""
         given, self._given = self._given, self._live
-        return None if given is self._live else self.params()
+        return None if given is self._live else with_trainable(self._model.params, self._live.served)
 
     def params(self) -> Params:
-        """The model's arrays with the live drafter."""
-        return with_trainable(self._model.params, self._live.served)
+        """The model's arrays with a copy of the live drafter's; not while another thread has the learner's turns."""
+        return with_trainable(self._model.params, copied(self._live.served))
 
     # What is kept across restarts.
 
     @property
     def template(self) -> LearnerState:
-        """A state of the shapes that `save` is given: without windows, which hold texts."""
+        """A state of the shapes that `save` is given: without windows, which hold texts. Good until the next turn."""
         return self._good
 
     def restore(self, state: LearnerState, progress: dict[str, Any]) -> None:

@@ -17,13 +17,14 @@ class Waker:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop, self._lock = ref(loop), threading.Lock()
-        self._due: list[asyncio.Event] = []  # that the loop has not set yet
+        # That the loop has not set yet: known as long as a reader waits for them, since an event holds its loop.
+        self._due: list[ref[asyncio.Event]] = []
         self._is_asked = False  # whether it is going to
 
     def set(self, event: asyncio.Event) -> None:
         """Have the loop set `event`; at the end of `held_back` where that is under way."""
         with self._lock:
-            self._due.append(event)
+            self._due.append(ref(event))
         if _thread.held is None:
             self.ask()
         else:
@@ -42,12 +43,14 @@ class Waker:
             self._take_due()
 
     def _set_all(self) -> None:
-        for event in self._take_due():
-            event.set()
+        for known in self._take_due():
+            if (event := known()) is not None:
+                event.set()
 
-    def _take_due(self) -> list[asyncio.Event]:
+    def _take_due(self) -> list[ref[asyncio.Event]]:
+        none: list[ref[asyncio.Event]] = []  # made before: what is collected for it may ask for the lock
         with self._lock:
-            due, self._due, self._is_asked = self._due, [], False
+            due, self._due, self._is_asked = self._due, none, False
         return due
 
 

@@ -1,6 +1,7 @@
 """Reading what XLA tells of its graphs, from lines of a run on an H100."""
 
 import sys
+import time
 
 import pytest
 
@@ -43,11 +44,32 @@ def test_an_experiment_is_run_and_counted(tmp_path, monkeypatch, capsys):
     table = capsys.readouterr().out
     assert "run 1 times" in table
     assert [word for word in ("330", "1.51") if word not in table] == []
+    (folder / "silent.py").write_text("print('nothing')\n")
+    with pytest.raises(UserError, match="XLA told of no graph"):
+        main(["silent"])
     with pytest.raises(UserError, match=r"experiments\.made has failed \(1\)"):
         main(["made", "one", "two"])
     for given in ([], ["../made"]):
         with pytest.raises(UserError, match="name an experiment"):
             main(given)
+
+
+def test_who_ends_it_ends_the_experiment(tmp_path, monkeypatch):
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    slow = f"import sys, time\nsys.stderr.write({UPDATE!r})\nsys.stderr.flush()\ntime.sleep(600)\n"
+    (folder / "slow.py").write_text(slow)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(graph_updates, "Event", interrupted)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        main(["slow"])
+    assert time.monotonic() - began < 300
+
+
+def interrupted(*values):
+    raise KeyboardInterrupt
 
 
 def test_its_own_options_are_those_of_the_command_line(monkeypatch):

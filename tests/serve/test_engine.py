@@ -199,8 +199,8 @@ def test_a_failure_reaches_every_reader(model, make_engine, monkeypatch, module,
             raise RuntimeError("the device\nis gone")
         return right(*arguments, **options)
 
-    monkeypatch.setattr(module, name, fails)
     with make_engine(model) as engine:
+        monkeypatch.setattr(module, name, fails)  # not before: plans are tried first, unless that is known already
         handles = [engine.submit(Request((5, index), 80, eos_ids=())) for index in range(6)]
         for handle in handles:
             with pytest.raises(UserError, match=r"^the engine failed: RuntimeError: the device is gone$"):
@@ -326,5 +326,9 @@ def test_only_the_drafter_is_swapped(model, make_model, make_engine):
         other = make_model()
         with pytest.raises(UserError, match="not of the shapes"):
             engine.swap(model.params._replace(drafter={}))
+        gone = jax.tree.map(jax.numpy.copy, model.params.drafter)
+        jax.tree.map(lambda leaf: leaf.delete(), gone)
+        with pytest.raises(UserError, match="no longer there"):
+            engine.swap(model.params._replace(drafter=gone))
         with pytest.raises(UserError, match="verifier"):
             engine.swap(model.params._replace(lora_d={"weight": other.params.base}))

@@ -105,6 +105,26 @@ def test_each_loop_has_its_own_and_one_that_is_gone_or_closed_harms_nobody():
     first.set(asyncio.Event())
 
 
+def test_a_loop_that_is_closed_before_it_has_looked_is_let_go():
+    """Whoever is told afterwards, too."""
+
+    async def mine():
+        event = asyncio.Event()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(event.wait(), 0.001)  # which ties the event to the loop
+        return waker(), event
+
+    loop = asyncio.new_event_loop()
+    one, event = loop.run_until_complete(mine())
+    one.set(event)  # the loop is asked, and never looks
+    gone = weakref.ref(loop)
+    loop.close()
+    one.set(event)
+    del loop, event
+    gc.collect()
+    assert gone() is None
+
+
 def test_threads_that_wake_at_random_lose_nobody():
     async def main():
         one, total = waker(), 4000
