@@ -18,6 +18,7 @@ import numpy as np
 from dvi_jax.decode.prefill import Filled
 from dvi_jax.model.features import Features
 from dvi_jax.model.speculative_llama import Definition, Params, join
+from dvi_jax.serve.places import written_into
 
 
 class Block(NamedTuple):
@@ -98,17 +99,27 @@ def cut_block(filled: Filled, axes: Axes, chunk: int) -> Block:
     return Block(jax.tree.unflatten(tree, cut), filled.frontier)
 
 
-@partial(jax.jit, static_argnames="axes", donate_argnames="filled")
-def put_block(filled: Filled, block: Block, axes: Axes, start: jax.Array) -> Filled:
+def put_block(filled: Filled, block: Block, axes: Axes, start: np.int32) -> Filled:
     """The chunk from position `start` on from what is kept of it: as if it had been taken in."""
-    leaves, tree = jax.tree.flatten(_rows(filled))
-    new = jax.tree.leaves(block.rows)
+    changed = _rows(filled), filled.frontier, filled.position
+    rows, frontier, position = _put(changed, block, axes, start)
+    return filled._replace(**rows, frontier=frontier, position=position)
+
+
+@partial(jax.jit, static_argnames="axes", donate_argnames="changed")
+def _put(
+    changed: tuple[dict[str, Any], Features, jax.Array], block: Block, axes: Axes, start: jax.Array
+) -> tuple[dict[str, Any], Features, jax.Array]:
+    """`_rows`, the frontier and the position of prompts, with a block from position `start` on."""
+    rows, frontier, position = changed
+    leaves, tree = jax.tree.flatten(rows)
     put = [
-        rows if axis is None else jax.lax.dynamic_update_slice_in_dim(leaf, rows, start, axis)
-        for leaf, rows, axis in zip(leaves, new, axes, strict=True)
+        written_into(leaf, new) if axis is None else jax.lax.dynamic_update_slice_in_dim(leaf, new, start, axis)
+        for leaf, new, axis in zip(leaves, jax.tree.leaves(block.rows), axes, strict=True)
     ]
-    position = start + block.rows["tokens"].shape[1]
-    return filled._replace(**jax.tree.unflatten(tree, put), position=position, frontier=block.frontier)
+    frontier = jax.tree.map(written_into, frontier, block.frontier)
+    behind = start + block.rows["tokens"].shape[1]
+    return jax.tree.unflatten(tree, put), frontier, written_into(position, behind)
 
 
 def _rows(filled: Filled) -> dict[str, Any]:

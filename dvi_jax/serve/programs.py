@@ -120,12 +120,9 @@ class Programs:
         """The last chunk of the one prompt that is taken in, and that into its slot -> `Slots.first`."""
         last = self._places.put(packed_last(tokens, position, places, terms))
         self.slots, self._filled = take_last(self._definition, self.params, self.slots, self._filled, last)
-        if not sampled:
-            return on_its_way(self.slots.first)
-        placed, _ = packed_places(places, terms, len(self.slots.eos_ids))
-        self.slots, first = draw_first(self._definition, self.params, self.slots, self._filled, placed)
-        first.copy_to_host_async()
-        return first
+        if sampled:
+            self.slots = draw_first(self._definition, self.params, self.slots, self._filled, last)
+        return on_its_way(self.slots.first)
 
     @_step
     def release(self, ended: np.ndarray) -> None:

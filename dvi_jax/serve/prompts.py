@@ -149,37 +149,37 @@ def take_last(
 
 
 def draw_first(
-    definition: Definition, params: Params, slots: Slots, filled: Filled, placed: np.ndarray
-) -> tuple[Slots, jax.Array]:
-    """Another first token for the prompt that was laid last, drawn on its terms.
+    definition: Definition, params: Params, slots: Slots, filled: Filled, placed: jax.Array | np.ndarray
+) -> Slots:
+    """Another first token for the prompt that was laid last, drawn on its terms, also in `Slots.first`.
 
-    -> slots, and int32 [1, 2] as in `Slots.first`, which keeps the other one. `placed`: as of `lay`.
-
-    A program of its own, since one for drawn tokens beside each that takes a last chunk would double what XLA compiles.
+    `placed`: begins as that of `lay`, so it may be what `take_last` was given. A program of its own, since one for
+    drawn tokens beside each that takes a last chunk would double what XLA compiles.
     """
     # No more than the program needs: the host pays for every array that one is given.
     few, state = filled._replace(shallow=(), deep=(), trunk=(), drafter=(), kept=None), slots.decode
-    width = state.committed.hidden.shape[1]
-    changed, first = _drawn(definition, params, (state.tokens, state.done, state.sampling), few, placed, width=width)
-    tokens, done, sampling = changed
-    return slots._replace(decode=state.replace(tokens=tokens, done=done, sampling=sampling)), first
+    changed, width = (state.tokens, state.done, state.sampling), state.committed.hidden.shape[1]
+    (tokens, done, sampling), first = _drawn(definition, params, changed, slots.first, few, placed, width=width)
+    return slots._replace(decode=state.replace(tokens=tokens, done=done, sampling=sampling), first=first)
 
 
-@partial(jax.jit, static_argnames=("definition", "width"), donate_argnames="changed")
+@partial(jax.jit, static_argnames=("definition", "width"), donate_argnames=("changed", "first"))
 def _drawn(
     definition: Definition,
     params: Params,
     changed: tuple[jax.Array, jax.Array, Any],
+    first: jax.Array,
     filled: Filled,
     placed: jax.Array,
     *,
     width: int,
 ) -> tuple[tuple[jax.Array, jax.Array, Any], jax.Array]:
-    """All slots' tokens, and what else a first token changes, with that of the prompt; and it as in `Slots.first`."""
-    (row, _), first_token = _begun(definition, params, filled, placed[:, 1:], width, 0, sampled=True)
+    """All slots' tokens, and what else a first token changes, with that of the prompt; and it, as `Slots.first`."""
+    place, terms = placed[0, 0], placed[:, 1 : 1 + TERM_COLUMNS]
+    (row, _), first_token = _begun(definition, params, filled, terms, width, 0, sampled=True)
     new = row.tokens, row.done, row.sampling
-    put = partial(_put_row, place=placed[0, 0])
-    return jax.tree.map(put, changed, new), definition.on_all(_told(first_token, row))
+    changed = jax.tree.map(partial(_put_row, place=place), changed, new)
+    return changed, written_into(first, definition.on_all(_told(first_token, row)))
 
 
 def packed_last(tokens: np.ndarray, position: int, places: np.ndarray, terms: np.ndarray) -> np.ndarray:

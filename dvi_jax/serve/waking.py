@@ -23,8 +23,9 @@ class Waker:
 
     def set(self, event: asyncio.Event) -> None:
         """Have the loop set `event`; at the end of `held_back` where that is under way."""
+        known = ref(event)
         with self._lock:
-            self._due.append(ref(event))
+            self._due.append(known)
         if _thread.held is None:
             self.ask()
         else:
@@ -79,5 +80,5 @@ def held_back() -> Iterator[None]:
         yield
     finally:
         _thread.held = None
-        for waker in held:
-            waker.ask()
+        for one in held:
+            one.ask()

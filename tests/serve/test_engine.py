@@ -18,7 +18,7 @@ from tests.serve.traffic import random_requests
 
 PROGRAMS = (
     *(prompts.take_chunk, prompts.take_last, prompts._drawn, prompts.lay),
-    *(prefixes.cut_block, prefixes.put_block),
+    *(prefixes.cut_block, prefixes._put),
     *(slots.run_stretch, slots._marked),
 )
 

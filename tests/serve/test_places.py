@@ -1,5 +1,7 @@
 """What an engine's programs are given and tell lies where it lay: what a GPU has recorded of them stays valid."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -26,31 +28,44 @@ def addresses(tree):
 
 @pytest.mark.parametrize("drafter", ["kangaroo", "fused"])
 @pytest.mark.parametrize("together", [1, 2])
-def test_no_array_of_a_running_engine_moves(make_model, drafter, together):
+@pytest.mark.parametrize("sampled", [False, True])
+def test_no_array_of_a_running_engine_moves(make_model, drafter, together, sampled):
     model = make_model(drafter=drafter)
     shape = Shape(SLOTS, 64, 3, record=True, together=together)
-    programs = Programs(model, shape, chunk=CHUNK, prefix_bytes=0)
-    terms = Terms.of(CHUNK + 5, 9, (), SamplingConfig(temperature=0.0), model.config.vocab_size)
+    programs = Programs(model, shape, chunk=CHUNK, prefix_bytes=0 if together > 1 else 2**20)
+    sampling = SamplingConfig(temperature=0.9 if sampled else 0.0, seed=3)
+    terms = Terms.of(CHUNK + 5, 9, (), sampling, model.config.vocab_size)
     terms = Terms.joined([terms] * together).packed()
     tokens = np.full((together, CHUNK), 7, np.int32)
 
-    def serve(slot, plan):
-        """A prompt of two chunks into a slot, and a stretch in two pieces; what came of it."""
+    def serve(slot, plan, *, again=False):
+        """A prompt of two chunks into a slot, and a stretch in two pieces; what came of it.
+
+        `again`: its first chunk is what was kept of it.
+        """
         places = np.array([slot, SLOTS][:together], np.int32)
-        programs.take(tokens, terms[:, 0], 0)
+        if again and together == 1:
+            assert programs.lay_back(b"first chunk") == 1
+        else:
+            programs.take(tokens, terms[:, 0], 0)
         if together == 1:
-            first = programs.take_last(tokens, CHUNK, places, terms, False)
+            programs.keep(b"first chunk")
+            first = programs.take_last(tokens, CHUNK, places, terms, sampled)
         else:
             programs.take(tokens, terms[:, 0], CHUNK)
-            first = programs.lay(places, terms, False)
-        found = first, programs.stretch(4, plan, False, 2)
+            first = programs.lay(places, terms, sampled)
+        found = first, programs.stretch(4, plan, sampled, 2)
         programs.release(np.arange(SLOTS) == slot)
         return found
 
+    def arrays():
+        return addresses((programs.slots, programs._filled, programs._places._arrays))
+
     serve(0, PLAIN)
-    where = addresses((programs.slots, programs._filled, programs._places._arrays))
-    kept = [serve(slot, plan) for slot in range(SLOTS) for plan in (Plan("chain", 2), PLAIN)]
-    assert addresses((programs.slots, programs._filled, programs._places._arrays)) == where
+    where = arrays()
+    turns = itertools.product(range(SLOTS), (Plan("chain", 2), PLAIN), (False, True))
+    kept = [serve(slot, plan, again=again) for slot, plan, again in turns]
+    assert arrays() == where
     assert len({int(first[0, 0]) for first, _ in kept}) == 1  # and what was told before is still there
     for _, packed in kept:
         assert [np.asarray(piece).shape for piece in packed] == [programs.slots.told.shape] * 2
