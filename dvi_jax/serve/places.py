@@ -8,6 +8,8 @@ And what a program needs for a while, its temporaries, must find the same place 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from functools import partial
 from typing import TypeVar
 
@@ -22,16 +24,16 @@ GAP_BYTES = [2**power for power in range(8, 18)]  # of the least that is allocat
 GAPS_EACH = 32  # of a size: more than there are of such arrays at a time
 
 
-def gaps() -> list[jax.Array]:
-    """Places for small arrays in a GPU's memory: between these, which are to be kept.
+def gaps(devices: Iterable[jax.Device]) -> list[jax.Array]:
+    """Places for small arrays in the memory of each of these GPUs: between arrays that are to be kept, -> those.
 
     An array gets the smallest free place that holds it. If that is a part of the large one, which programs have their
     temporaries in, these lie behind it, and elsewhere as soon as it is gone.
     """
     kept = []
-    for size in GAP_BYTES:
-        row = jax.block_until_ready([jax.device_put(np.zeros(size, np.uint8)) for _ in range(2 * GAPS_EACH)])
-        kept += row[1::2]
+    for device, size in itertools.product(devices, GAP_BYTES):
+        row = [jax.device_put(np.zeros(size, np.uint8), device) for _ in range(2 * GAPS_EACH)]
+        kept += jax.block_until_ready(row)[1::2]
     return kept
 
 

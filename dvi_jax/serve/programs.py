@@ -67,12 +67,12 @@ class Programs:
         self._definition = model.definition
         sizes = {"rows": self.rows, "room": shape.room, "record": shape.record}
         self._filled = empty_prompts(model.definition, self.params, **sizes)
-        stay = model.definition.mesh is None
-        self._places = Places(stay=stay)
+        self._places = Places(stay=model.definition.mesh is None)
         self.prefixes = Prefixes(chunk, prefix_bytes)
         self._axes = position_axes(model.definition, self.params, record=shape.record)
         self.slots = empty_slots(model.definition, self.params, shape)
-        self._gaps = gaps() if stay and jax.default_backend() == "gpu" else []
+        devices = self.slots.eos_ids.sharding.addressable_devices
+        self._gaps = gaps(devices) if jax.default_backend() == "gpu" else []
 
     def draft_with(self, drafter: Tree, lora_s: Tree) -> None:
         """Draft with these weights, as in `decode_params`, from the next step on; in this process alone.
