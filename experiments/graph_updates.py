@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from rich.console import Console
@@ -48,18 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment, and count."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or not re.fullmatch(r"[a-z_]+", given[0]):
-        raise UserError("name an experiment, as engine_load or serve_learning, and then its own options")
+        raise UserError("name an experiment, such as engine_load or serve_learning, and then its own options")
     name, *options = given
     command = [sys.executable, "-m", f"experiments.{name}", *options]
     with subprocess.Popen(
         command, env=os.environ | TELL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
     ) as child:
         assert child.stderr is not None
-        try:
+        with ExitStack() as stack:
+            stack.callback(child.terminate)  # unless all of it is read
             events = list(read(child.stderr))
-        except BaseException:
-            child.terminate()
-            raise
+            stack.pop_all()
     if child.returncode:
         raise UserError(f"experiments.{name} has failed ({child.returncode})")
     if not events:
@@ -87,7 +87,7 @@ def second_half(events: Sequence[Event]) -> Graphs:
         if event.commands and 2 * runs >= total:
             updates[event.commands].append(event.microseconds)
         runs += not event.commands
-    return Graphs(total - -(-total // 2), dict(updates))
+    return Graphs(total // 2, dict(updates))
 
 
 def show(graphs: Graphs) -> None:

@@ -122,7 +122,7 @@ class Followed:
         """Which of `worth`, in tokens a second: the best.
 
         Where that drafts nothing, the best of `drafting` is tried now and then, if it may, so rarely that it costs half
-        a hundredth at most where it is in vain.
+        a percent at most where it is in vain.
         """
         best = max(worth, key=worth.__getitem__)
         self._plain = 0 if best in drafting else self._plain + 1

@@ -72,7 +72,7 @@ class Candidate:
         width, taps = model.config.hidden_size, len(model.taps)
         self.replay = Replay.empty(self._capacity(), self._window, width, taps, settings.branches)
         self._no_windows = Replay.empty(1, 1, 1)  # of a point
-        self._points: list[LearnerState] = []  # all of `next_point`
+        self._points: list[LearnerState] = []  # that `next_point` made, to be written over again
         key = jax.random.key(settings.seed)
         # Its arrays are its own, and the next update uses them up. Windows are beside it.
         self.state = copied(init_learner(model.params, self._optimizer, self._no_windows, key).replace(replay=None))
@@ -81,7 +81,7 @@ class Candidate:
         self._report = jnp.zeros(len(REPORTED) + 1, jnp.float32)
         self._update: _Update | None = None
         self._giving = Worker("updates")
-        # What is learned while drafts do not pay: the first of a round, which will do so before the others.
+        # What a new drafter learns at first (`Learner._work`): the first of a round, which pays before the others.
         self._of_first = settings.objective
         if not settings.branches and drafts_told_apart(model, settings.objective.unroll_steps) > 1:
             self._of_first = replace(settings.objective, unroll_steps=1)

@@ -287,7 +287,7 @@ class Engine:
             cancelled = [reply for reply in self._waiting if reply.cancelled]
             for reply in cancelled:
                 self._waiting.remove(reply)
-        for reply in cancelled:  # not under the lock: readers are told, who may ask for it
+        for reply in cancelled:  # telling a reader takes its own lock, whose holder may wait for this one
             reply.end("cancelled")
         with self._changed:
             while True:

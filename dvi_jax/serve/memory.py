@@ -18,7 +18,10 @@ from dvi_jax.serve.slots import SLOT_SPECS, Shape, abstract_slots
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Bytes of an engine on each device, by what they are for. Exact but for the workspace, and what the host gives."""
+    """Bytes of an engine on each device, by what they are for.
+
+    Exact but for the workspace, what the host gives and the `gaps` for it.
+    """
 
     shape: Shape
     weights: int  # with the copies that decoding casts to its dtype

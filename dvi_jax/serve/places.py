@@ -1,9 +1,9 @@
 """Small arrays on their way between host and programs, which find them where they lay before.
 
 A GPU gets a program as a graph that XLA has recorded with the addresses of its arrays. If one has moved, every kernel
-is recorded anew: four microseconds of the host each, three milliseconds for a prompt's few hundred, where starting them
-takes one. What the host gives is therefore copied into an array that stays, and what it is told is copied out of one.
-And what a program needs for a while, its temporaries, must find the same place free each time (`gaps`).
+is recorded anew: four microseconds of the host each, two milliseconds for a prompt's few hundred. What the host gives
+is therefore copied into an array that stays, and what it is told is copied out of one. And what a program needs for a
+while, its temporaries, must find the same place free each time (`gaps`).
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ import numpy as np
 
 Tree = TypeVar("Tree")
 
-
-GAP_BYTES = [2**power for power in range(8, 18)]  # of the least that is allocated to the largest array of a turn
+GAP_BYTES = tuple(2**power for power in range(8, 18))  # the allocator's smallest block to a turn's largest array
 GAPS_EACH = 32  # of a size: more than there are of such arrays at a time
 
 
 def gaps(devices: Iterable[jax.Device]) -> list[jax.Array]:
     """Places for small arrays in the memory of each of these GPUs: between arrays that are to be kept, -> those.
 
-    An array gets the smallest free place that holds it. If that is a part of the large one, which programs have their
-    temporaries in, these lie behind it, and elsewhere as soon as it is gone.
+    An array gets the smallest free place that holds it. Carved out of the large one, from which programs take their
+    temporaries, it would push these further back, and they would move again once it is freed.
     """
     kept = []
     for device, size in itertools.product(devices, GAP_BYTES):

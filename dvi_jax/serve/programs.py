@@ -121,7 +121,8 @@ class Programs:
         last = self._places.put(packed_last(tokens, position, places, terms))
         self.slots, self._filled = take_last(self._definition, self.params, self.slots, self._filled, last)
         if sampled:
-            self.slots = draw_first(self._definition, self.params, self.slots, self._filled, last)
+            placed = self._places.put(packed_places(places, terms, len(self.slots.eos_ids))[0])
+            self.slots = draw_first(self._definition, self.params, self.slots, self._filled, placed)
         return on_its_way(self.slots.first)
 
     @_step

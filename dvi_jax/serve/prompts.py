@@ -153,8 +153,8 @@ def draw_first(
 ) -> Slots:
     """Another first token for the prompt that was laid last, drawn on its terms, also in `Slots.first`.
 
-    `placed`: begins as that of `lay`, so it may be what `take_last` was given. A program of its own, since one for
-    drawn tokens beside each that takes a last chunk would double what XLA compiles.
+    `placed`: as of `lay`. A program of its own, since one for drawn tokens beside each that takes a last chunk would
+    double what XLA compiles.
     """
     # No more than the program needs: the host pays for every array that one is given.
     few, state = filled._replace(shallow=(), deep=(), trunk=(), drafter=(), kept=None), slots.decode
@@ -175,7 +175,7 @@ def _drawn(
     width: int,
 ) -> tuple[tuple[jax.Array, jax.Array, Any], jax.Array]:
     """All slots' tokens, and what else a first token changes, with that of the prompt; and it, as `Slots.first`."""
-    place, terms = placed[0, 0], placed[:, 1 : 1 + TERM_COLUMNS]
+    place, terms = placed[0, 0], placed[:, 1:]
     (row, _), first_token = _begun(definition, params, filled, terms, width, 0, sampled=True)
     new = row.tokens, row.done, row.sampling
     changed = jax.tree.map(partial(_put_row, place=place), changed, new)

@@ -34,6 +34,7 @@ from dvi_jax.serve.waking import held_back
 GREEDY = SamplingConfig(temperature=0.0)
 EARLY_TOKENS = 64  # of a reply: its beginning
 
+Logprobs = tuple[TokenLogprob, ...] | None
 _Laid = tuple[list[tuple[int, int, Reply]], jax.Array]  # row of what `lay` gave, slot and reply of each; what it gave
 
 
@@ -335,27 +336,29 @@ class Scheduler:
     ) -> None:
         """Tokens by slot to the readers of these replies.
 
-        They are counted before anybody is told; of replies with stop strings once it is known how many there are.
+        They are counted before anybody is told; of replies with stop strings once it is known how many there are. An
+        event loop is told once all have theirs.
         """
+        logprobs = {slot: self._logprobs(slot, reply, tokens[slot]) for slot, reply in live}
         certain = sum(len(tokens[slot]) for slot, reply in live if not reply.request.stop)
         self.status = replace(self.status, new_tokens=self.status.new_tokens + certain)
         with held_back():
             for slot, reply in live:
-                given = self._give(slot, reply, tokens[slot], done=bool(done[slot]))
+                given = self._give(slot, reply, tokens[slot], logprobs[slot], done=bool(done[slot]))
                 if reply.request.stop:
                     self.status = replace(self.status, new_tokens=self.status.new_tokens + given)
 
-    def _give(self, slot: int, reply: Reply, ids: list[int], *, done: bool) -> int:
+    def _give(self, slot: int, reply: Reply, ids: list[int], logprobs: Logprobs, *, done: bool) -> int:
         """Tokens to their reader -> how many it gets; a reply that has ended leaves its slot."""
         before = reply.statistics.new_tokens
-        reply.take(ids, done=done, logprobs=self._logprobs(slot, reply, ids))
+        reply.take(ids, done=done, logprobs=logprobs)
         if reply.finish_reason is not None and self._replies[slot] is reply:
             self._hand_on(slot, reply)
             self._free(slot)
             self._ended[slot] = reply.finish_reason == "stop"
         return reply.statistics.new_tokens - before
 
-    def _logprobs(self, slot: int, reply: Reply, ids: list[int]) -> tuple[TokenLogprob, ...] | None:
+    def _logprobs(self, slot: int, reply: Reply, ids: list[int]) -> Logprobs:
         """Of new tokens, if they are asked for."""
         wanted, state = reply.request.logprobs, self._programs.slots.decode
         if wanted is None:

@@ -17,15 +17,14 @@ class Waker:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop, self._lock = ref(loop), threading.Lock()
-        # That the loop has not set yet: known as long as a reader waits for them, since an event holds its loop.
+        # Not set yet. Weak references: an event holds its loop, which must not outlive its readers for this.
         self._due: list[ref[asyncio.Event]] = []
         self._is_asked = False  # whether it is going to
 
     def set(self, event: asyncio.Event) -> None:
         """Have the loop set `event`; at the end of `held_back` where that is under way."""
-        known = ref(event)
         with self._lock:
-            self._due.append(known)
+            self._due.append(ref(event))
         if _thread.held is None:
             self.ask()
         else:
@@ -49,9 +48,8 @@ class Waker:
                 event.set()
 
     def _take_due(self) -> list[ref[asyncio.Event]]:
-        none: list[ref[asyncio.Event]] = []  # made before: what is collected for it may ask for the lock
         with self._lock:
-            due, self._due, self._is_asked = self._due, none, False
+            due, self._due, self._is_asked = self._due, [], False
         return due
 
 
@@ -74,7 +72,10 @@ def waker() -> Waker:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Around what may wake many readers: they are at its end, each loop's together. For one thread, not in itself."""
+    """Around what may wake many readers: they are at its end, each loop's together.
+
+    For the calling thread; must not be nested.
+    """
     held = _thread.held = set()
     try:
         yield

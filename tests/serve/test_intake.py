@@ -108,7 +108,8 @@ def test_a_last_chunk_and_a_drawn_token_are_what_chunk_and_laying_are(model, len
         last = prompts.packed_last(tokens, 0, place, terms(eos_ids))
         slots, filled = prompts.take_last(*program, slots, filled, last)
         assert int(slots.first[0, 0]) == best
-        slots = prompts.draw_first(*program, slots, filled, last)
+        placed, _ = prompts.packed_places(place, terms(eos_ids), 3)
+        slots = prompts.draw_first(*program, slots, filled, placed)
         for one, other in zip(*map(jax.tree.leaves, (slots, by_two(eos_ids, True))), strict=True):
             np.testing.assert_array_equal(numbers(one), numbers(other))
 

@@ -47,13 +47,13 @@ def test_the_plan_of_most_tokens_a_second(rate):
     assert choice.gain == pytest.approx(tokens[best] / COSTS[best] - 1, abs=0.05)
 
 
-def test_drafts_in_vain_cost_a_hundredth():
+def test_drafts_in_vain_cost_half_a_percent():
     """And drafting comes back when drafts are right again, or not where the drafter has missed rows everywhere."""
     choice, rng = BestPlan(COSTS, width=6), np.random.default_rng(0)
     run_stretches(choice, 0.0, 200, rng)
     chosen = run_stretches(choice, 0.0, 800, rng)
     lost = sum(COSTS[plan] - 1 for plan in chosen) / sum(COSTS[plan] for plan in chosen)  # of the time
-    assert 0 < lost <= 0.01
+    assert 0 < lost <= 0.006
     assert {choice.next_plan(fresh=False) for _ in range(1000)} == {PLAIN}
     run_stretches(choice, 0.95, 1500, rng)
     assert choice.plan == Plan("chain", 5)

@@ -125,7 +125,7 @@ def test_a_loop_that_is_closed_before_it_has_looked_is_let_go():
     assert gone() is None
 
 
-def test_threads_that_wake_at_random_lose_nobody():
+def test_threads_that_wake_at_once_lose_nobody():
     async def main():
         one, total = waker(), 4000
         events = [asyncio.Event() for _ in range(total)]
