@@ -1,4 +1,4 @@
-"""How often a GPU's recorded programs are recorded anew while another experiment runs, and what that takes the host.
+"""How often a GPU's recorded programs are recorded anew in another experiment, and what that takes the host.
 
     python -m experiments.graph_updates engine_load --shape smollm2 --plan plain --slots 16 --requests 400 --out F
 

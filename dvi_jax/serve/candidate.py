@@ -202,12 +202,12 @@ class Candidate:
 
         What a device is asked for beside an engine's programs moves their temporaries (`places.py`).
         """
-        free = [point for point in self._points if not any(point is other for other in in_use)]
-        if not free:
-            point = self.point()
-        else:
-            self._points = [point for point in self._points if point is not free[0]]
-            point = written_over(free[0].replace(replay=None), self.state).replace(replay=self._no_windows)
+        for number, free in enumerate(self._points):
+            if not any(free is other for other in in_use):
+                again = written_over(free.replace(replay=None), self.state).replace(replay=self._no_windows)
+                self._points[number] = again
+                return again
+        point = self.point()
         self._points.append(point)
         return point
 
@@ -241,7 +241,7 @@ class Candidate:
         seconds = self._timed(clock, first_drafts=False)
         of_first = seconds if self._of_first == self._settings.objective else self._timed(clock, first_drafts=True)
         self.go_on_from(begun)
-        for _ in range(2):
+        for _ in range(2):  # in new arrays, and over those
             self.next_point(())
         self.agreements(begun.served, begun.served)
         jax.tree.map(jnp.copy, begun)  # as a snapshot will

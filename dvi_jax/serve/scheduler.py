@@ -34,7 +34,7 @@ from dvi_jax.serve.waking import held_back
 GREEDY = SamplingConfig(temperature=0.0)
 EARLY_TOKENS = 64  # of a reply: its beginning
 
-Logprobs = tuple[TokenLogprob, ...] | None
+_Logprobs = tuple[TokenLogprob, ...] | None  # of new tokens, if they are asked for
 _Laid = tuple[list[tuple[int, int, Reply]], jax.Array]  # row of what `lay` gave, slot and reply of each; what it gave
 
 
@@ -348,7 +348,7 @@ class Scheduler:
                 if reply.request.stop:
                     self.status = replace(self.status, new_tokens=self.status.new_tokens + given)
 
-    def _give(self, slot: int, reply: Reply, ids: list[int], logprobs: Logprobs, *, done: bool) -> int:
+    def _give(self, slot: int, reply: Reply, ids: list[int], logprobs: _Logprobs, *, done: bool) -> int:
         """Tokens to their reader -> how many it gets; a reply that has ended leaves its slot."""
         before = reply.statistics.new_tokens
         reply.take(ids, done=done, logprobs=logprobs)
@@ -358,7 +358,7 @@ class Scheduler:
             self._ended[slot] = reply.finish_reason == "stop"
         return reply.statistics.new_tokens - before
 
-    def _logprobs(self, slot: int, reply: Reply, ids: list[int]) -> Logprobs:
+    def _logprobs(self, slot: int, reply: Reply, ids: list[int]) -> _Logprobs:
         """Of new tokens, if they are asked for."""
         wanted, state = reply.request.logprobs, self._programs.slots.decode
         if wanted is None:
