@@ -129,11 +129,16 @@ def attend_cached(
         return mixed.reshape(*qkv.shape[1:-1], -1), LayerCache(key, value)
     query, key, value = split_heads(total(qkv, dtype, bias), heads, rope)
     cache = write_rows(cache, key, value, positions[:, 0])
+    return attend_over(query, cache, positions), cache
+
+
+def attend_over(query: jax.Array, cache: LayerCache, positions: jax.Array) -> jax.Array:
+    """Attention of turned queries [B, T, N, H] at `positions` [B, T], whose rows are in the cache: [B, T, N*H]."""
     mask = cached_mask(positions, cache.key.shape[2])
     # Rounds stay with the einsum, in which no row depends on the rows beside it.
-    if query.shape[1] > decode_attention.MOST_ROUND_ROWS and has_gpu_kernels(dtype):
-        return attend_many(query, *cache, positions, mask), cache
-    return attend(query, *cache, mask), cache
+    if query.shape[1] > decode_attention.MOST_ROUND_ROWS and has_gpu_kernels(query.dtype):
+        return attend_many(query, *cache, positions, mask)
+    return attend(query, *cache, mask)
 
 
 def attend_many(query: jax.Array, key: Rows, value: Rows, positions: jax.Array, mask: jax.Array) -> jax.Array:

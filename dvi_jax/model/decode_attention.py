@@ -67,12 +67,14 @@ def cached_attention(
     value: Rows,
     positions: jax.Array,
     bias: jax.Array | None = None,
+    places: jax.Array | None = None,
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, Rows, Rows]:
     """Rows qkv [P, R, N+2K, H], not turned yet, into slots `positions` [B, T] of key, value [B, K, S, H].
 
-    Row t of sequence b is row b * T + t; rows beyond B * T are left out.
+    Row t of sequence b is row b * T + t; rows beyond B * T are left out. With `places` int32 [B], no number twice, the
+    cache is one of more sequences, and that of sequence b is at places[b].
 
     `bias` [N+2K, H] is added to every row's sum of parts, which are then in float32, before that is rounded.
     Returns the rows' attention [R, N*H] over slots 0 .. position, with anything in the rows left out, and key and
@@ -89,38 +91,38 @@ def cached_attention(
     cache, structure = jax.tree.flatten((key, value))
     table = pl.BlockSpec((None, tokens, size // 2), lambda b, k, c: (b, 0, 0))
     outputs = output_shapes(chunks, (rows, queries, size), key.dtype)
+    caches = [*map(of_head if places is None else whole, cache)]
+    given = [array for array in (bias, places) if array is not None]
+    kernel = partial(_kernel, arrays=len(cache), biased=bias is not None, placed=places is not None)
     written = pl.pallas_call(
-        partial(
-            _kernel,
-            arrays=len(cache),
-            biased=bias is not None,
-            kv_heads=kv_heads,
-            chunks=chunks,
-            dtype=key.dtype,
-            interpret=interpret,
-        ),
+        partial(kernel, kv_heads=kv_heads, chunks=chunks, dtype=key.dtype, interpret=interpret),
         grid=(batch, kv_heads, tiles * chunks),
         in_specs=[
-            *map(of_head, cache),
+            *caches,
             entire(qkv.shape),
             table,
             table,
             pl.BlockSpec((None, tokens), lambda b, k, c: (b, 0)),
-            *([] if bias is None else [entire((heads, size))]),
+            *(entire(array.shape) for array in given),
         ],
-        out_specs=[*map(of_head, cache), *(entire(output.shape) for output in outputs)],
+        out_specs=[*caches, *(entire(output.shape) for output in outputs)],
         out_shape=[*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in cache), *outputs],
         input_output_aliases={i: i for i in range(len(cache))},
         compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
         name="cached_attention",
-    )(*cache, qkv, cos, sin, positions, *([] if bias is None else [bias]))
+    )(*cache, qkv, cos, sin, positions, *given)
     return results(written, structure, rows, positions, interpret=interpret)
 
 
 def entire(shape: tuple[int, ...]) -> pl.BlockSpec:
     """Every program of a grid of three sees the whole array."""
     return pl.BlockSpec(shape, lambda b, k, c: (0,) * len(shape))
+
+
+def whole(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+    """`entire` of an array."""
+    return entire(array.shape)
 
 
 def of_head(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
@@ -143,60 +145,79 @@ def results(
 class HeadRows(NamedTuple):
     """Keys or values of a sequence and a head in a kernel: the arrays of a `kept_kv.Rows`."""
 
-    values: Ref  # [S, H]
-    scales: Ref | None  # [S, 1], of 8 bits
+    values: Ref  # [..., S, H]
+    scales: Ref | None  # [..., S, 1], of 8 bits
     inline: bool  # whether a GPU reads them, as in `eight_bits.widened`
+    head: tuple[jax.Array, ...] = ()  # where they are: sequence and head, if the refs are to all of an array
 
     @classmethod
-    def pair(cls, refs: Sequence[Ref], *, inline: bool) -> tuple[HeadRows, HeadRows]:
+    def pair(cls, refs: Sequence[Ref], *, inline: bool, head: tuple[jax.Array, ...] = ()) -> tuple[HeadRows, HeadRows]:
         """Keys and values from all their arrays in order."""
         if len(refs) == 2:
-            return cls(refs[0], None, inline), cls(refs[1], None, inline)
+            return cls(refs[0], None, inline, head), cls(refs[1], None, inline, head)
         key, key_scales, value, value_scales = refs
-        return cls(key, key_scales, inline), cls(value, value_scales, inline)
+        return cls(key, key_scales, inline, head), cls(value, value_scales, inline, head)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(S, H)."""
+        slots, size = self.values.shape[-2:]
+        return slots, size
 
     def store(self, slot: jax.Array, pieces: Sequence[jax.Array], mask: jax.Array | None = None) -> None:
         """Rows, in pieces [rows, H/n] that are joined, into `slot` [rows, 1]; where `mask` [rows, 1] says so."""
         if self.scales is not None:
             pieces, scale = quantised(pieces, self.values.dtype, self.scales.dtype)
-            plt.store(self.scales.at[slot, 0], scale, mask=mask)
+            plt.store(self.scales.at[(*self.head, slot, 0)], scale, mask=mask)
         width = pieces[0].shape[1]
         for number, piece in enumerate(pieces):
-            plt.store(self.values.at[slot, jnp.arange(width)[None, :] + number * width], piece, mask=mask)
+            column = jnp.arange(width)[None, :] + number * width
+            plt.store(self.values.at[(*self.head, slot, column)], piece, mask=mask)
 
     def load(self, slot: jax.Array, column: jax.Array, mask: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Columns [1, n] of rows `slot` [rows, 1], not scaled, in `dtype`; zeros outside `mask` [rows, 1]."""
         zero = 0 if self.values.dtype == jnp.int8 else 0.0
-        return widened(plt.load(self.values.at[slot, column], mask=mask, other=zero), dtype, inline=self.inline)
+        found = plt.load(self.values.at[(*self.head, slot, column)], mask=mask, other=zero)
+        return widened(found, dtype, inline=self.inline)
 
     def load_scales(self, slot: jax.Array, mask: jax.Array) -> jax.Array | None:
         """float32 [rows] of rows `slot` [rows]; None where there are none."""
         if self.scales is None:
             return None
-        return plt.load(self.scales.at[slot, 0], mask=mask, other=0.0).astype(jnp.float32)
+        return plt.load(self.scales.at[(*self.head, slot, 0)], mask=mask, other=0.0).astype(jnp.float32)
 
 
 def _kernel(
-    *refs: Ref, arrays: int, biased: bool, kv_heads: int, chunks: int, dtype: jnp.dtype, interpret: bool
+    *refs: Ref,
+    arrays: int,
+    biased: bool,
+    placed: bool,
+    kv_heads: int,
+    chunks: int,
+    dtype: jnp.dtype,
+    interpret: bool,
 ) -> None:
     """One KV head, 16 queries and one chunk: write the new rows, then attend; where no row reaches the chunk, nothing.
 
-    `refs`: the `arrays` of keys and values before the call; the rows, their tables and positions; the bias if there is
-    one; then the outputs, the same arrays in the same memory and what `cached_attention` makes its result of.
+    `refs`: the `arrays` of keys and values before the call; the rows, their tables and positions; the bias and the
+    places if there are any; then the outputs, the same arrays in the same memory and what `cached_attention` makes its
+    result of.
     """
     qkv, cos, sin, positions, *rest = refs[arrays:]
     bias, rest = (rest[0], rest[1:]) if biased else (None, rest)
-    (key, value), outputs = HeadRows.pair(rest[:arrays], inline=not interpret), rest[arrays:]
+    places, rest = (rest[0], rest[1:]) if placed else (None, rest)
     heads, size = qkv.shape[2:]
     (tokens,) = positions.shape
     queries, kv_head, chunk = heads - 2 * kv_heads, pl.program_id(1), pl.program_id(2) % chunks
+    own = () if places is None else (plt.load(places.at[pl.program_id(0)]), kv_head)
+    (key, value), outputs = HeadRows.pair(rest[:arrays], inline=not interpret, head=own), rest[arrays:]
     group, first_row = queries // kv_heads, pl.program_id(0) * tokens
     # Queries by row, then head; what fills up the last tile does the first one's work again.
     query_index = pl.program_id(2) // chunks * TILE + tile_queries(queries * size, inline=not interpret)
     query_index = jnp.where(query_index < tokens * group, query_index, 0)
     token, head = query_index // group, kv_head * group + query_index % group
     turn = partial(turned, qkv, bias, (cos, sin), first_row=first_row, dtype=dtype)
-    slots, begin = key.values.shape[0], chunk * CHUNK_SLOTS
+    slots, begin = key.shape[0], chunk * CHUNK_SLOTS
     limit = slots if chunks == 1 else jnp.minimum(begin + CHUNK_SLOTS, slots)
     position = plt.load(positions.at[token])
     end = jnp.minimum(limit, jnp.max(position) + 1)
@@ -233,7 +254,7 @@ class Slots(NamedTuple):
 
 def cached_slots(key: HeadRows, value: HeadRows, dtype: jnp.dtype) -> Slots:
     """Slots of a cache; zeros beyond it."""
-    slots, size = key.values.shape
+    slots, size = key.shape
     column, half = jnp.arange(size)[None, :], jnp.arange(size // 2)[None, :]
 
     def keys(slot: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:

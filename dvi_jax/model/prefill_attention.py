@@ -34,35 +34,45 @@ WHOLE, KEPT = Program(64, 4, 3), Program(128, 8, 2)  # of rows in the model's dt
 
 @partial(jax.jit, static_argnames=("interpret",))
 def prefill_attention(
-    query: jax.Array, key: Rows, value: Rows, positions: jax.Array, *, interpret: bool = False
+    query: jax.Array,
+    key: Rows,
+    value: Rows,
+    positions: jax.Array,
+    places: jax.Array | None = None,
+    *,
+    interpret: bool = False,
 ) -> jax.Array:
     """Turned queries [B, T, N, H] at `positions` int32 [B, T] over slots 0 .. position of key, value [B, K, S, H].
 
-    -> [B, T, N*H] in the queries' dtype. `interpret` runs it on any device, for tests.
+    -> [B, T, N*H] in the queries' dtype. `places` and `interpret` as in `decode_attention.cached_attention`.
     """
     batch, tokens, heads, size = query.shape
     kv_heads = key.shape[1]
     cache, program = jax.tree.leaves((key, value)), KEPT if isinstance(key, Kept) else WHOLE
+    given = [] if places is None else [places]
+    kernel = partial(_kernel, arrays=len(cache), placed=bool(given), inline=not interpret)
     return pl.pallas_call(
-        partial(_kernel, arrays=len(cache), group=heads // kv_heads, tile=program.tile, inline=not interpret),
+        partial(kernel, group=heads // kv_heads, tile=program.tile),
         grid=(batch, kv_heads, pl.cdiv(tokens * heads // kv_heads, program.tile)),
         in_specs=[
-            *map(round_attention.of_head, cache),
+            *map(round_attention.whole if given else round_attention.of_head, cache),
             pl.BlockSpec((None, *query.shape[1:]), lambda b, k, t: (b, 0, 0, 0)),
             pl.BlockSpec((None, tokens), lambda b, k, t: (b, 0)),
+            *map(round_attention.whole, given),
         ],
         out_specs=pl.BlockSpec((None, *query.shape[1:]), lambda b, k, t: (b, 0, 0, 0)),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         compiler_params=plt.CompilerParams(num_warps=program.warps, num_stages=program.stages),
         interpret=interpret,
         name="prefill_attention",
-    )(*cache, query, positions).reshape(batch, tokens, heads * size)
+    )(*cache, query, positions, *given).reshape(batch, tokens, heads * size)
 
 
-def _kernel(*refs: Ref, arrays: int, group: int, tile: int, inline: bool) -> None:
+def _kernel(*refs: Ref, arrays: int, group: int, tile: int, placed: bool, inline: bool) -> None:
     """One KV head and `tile` queries: attend over the slots up to the last of them."""
-    key, value = HeadRows.pair(refs[:arrays], inline=inline)
-    query, positions, out = refs[arrays:]
+    query, positions, *rest, out = refs[arrays:]
+    own = (plt.load(rest[0].at[pl.program_id(0)]), pl.program_id(1)) if placed else ()
+    key, value = HeadRows.pair(refs[:arrays], inline=inline, head=own)
     tokens, _, size = query.shape
     # Queries by row, then head; what fills up the last tile does the first one's work again.
     index = pl.program_id(2) * tile + jnp.arange(tile)

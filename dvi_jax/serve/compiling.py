@@ -10,9 +10,8 @@ import jax
 import numpy as np
 
 from dvi_jax.decode.plan import Plan
-from dvi_jax.decode.prefill import Filled
 from dvi_jax.model.speculative_llama import Definition, Params
-from dvi_jax.serve.prompts import packed_last, take_last
+from dvi_jax.serve.prompts import packed_whole, take_whole
 from dvi_jax.serve.slots import TERM_COLUMNS, Slots, calls_of, run_stretch
 
 AT_ONCE = 4  # compilations, where there are as many cores
@@ -28,13 +27,11 @@ def compile_stretches(
     )
 
 
-def compile_last_chunks(
-    definition: Definition, params: Params, slots: Slots, filled: Filled, sizes: Iterable[int]
-) -> None:
-    """Last chunks of so many tokens: `take_last` compiles nothing then."""
+def compile_wholes(definition: Definition, params: Params, slots: Slots, sizes: Iterable[int]) -> None:
+    """Prompts of one chunk of so many tokens: `take_whole` compiles nothing then."""
     place, terms = np.zeros(1, np.int32), np.zeros((1, TERM_COLUMNS), np.int32)
-    packed = (packed_last(np.zeros((1, size), np.int32), 0, place, terms) for size in sizes)
-    _compile(take_last.lower(definition, params, slots, filled, last) for last in packed)
+    packed = (packed_whole(np.zeros((1, size), np.int32), place, terms) for size in sizes)
+    _compile(take_whole.lower(definition, params, slots, whole) for whole in packed)
 
 
 def _compile(programs: Iterable[jax.stages.Lowered]) -> None:

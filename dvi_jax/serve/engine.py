@@ -29,7 +29,7 @@ from dvi_jax.mesh import check_batch
 from dvi_jax.model.speculative_llama import Params
 from dvi_jax.serve.agreement import check_plans
 from dvi_jax.serve.ended import Ended, OnEnded, OnWindow, with_windows
-from dvi_jax.serve.intake import Intake, chunk_tokens, short_tokens
+from dvi_jax.serve.intake import Intake, chunk_tokens
 from dvi_jax.serve.memory import check_engine_memory, engine_memory
 from dvi_jax.serve.plans import choose, plans_of
 from dvi_jax.serve.programs import Programs
@@ -384,7 +384,7 @@ def _scheduler(
 ) -> Scheduler:
     """All slots free, and plans that were timed, and compared with plain decoding, in them."""
     ahead = jax.default_backend() != "cpu" if ahead is None else ahead
-    empty, intake = programs.slots, Intake(programs, short_tokens(model, programs.rows, programs.chunk))
+    empty, intake = programs.slots, Intake.of(model, programs)
     knobs = Knobs.make(0, 0.0, ())._replace(eos_ids=empty.eos_ids)
     load_kernels(model, empty.decode.replace(sampling=None), knobs, *plans, PLAIN)
     choice, programs.slots = choose(model, plans, width, empty, ahead=ahead)

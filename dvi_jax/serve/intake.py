@@ -1,8 +1,8 @@
 """Prompts on their way into an engine, in chunks of one length: one at a time, what is kept of others laid back.
 
-A prompt that is short goes in by one short chunk. Or several go in at a time, where throughput is all that counts: a
-pass over a short prompt costs little less than one over sixteen. These share no beginnings, as their chunks, of one
-length all, go through side by side.
+A prompt of one chunk goes in by one as short as holds it, and on a single device right where it is to lie. Or several
+go in at a time, where throughput is all that counts: a pass over a short prompt costs little less than one over
+sixteen. These share no beginnings, as their chunks, of one length all, go through side by side.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from dvi_jax.serve.programs import Programs
 from dvi_jax.serve.reply import Reply
 
 CHUNK, CPU_CHUNK = 512, 128  # tokens of a prompt that go through at once
-# Most prompts of a chat are short. A quarter of a chunk takes a GPU two thirds of its time (SmolLM2, H100: 1.05 of 1.5
-# ms), and a CPU a quarter.
-SHORT = 4  # a prompt of at most this part of a chunk goes in by a chunk of this part
-CPU_SHORTEST = 16  # tokens of such a chunk: shorter ones save nothing
+# Most prompts of a chat are short. Parts of a chunk that a prompt goes in by, if it fits: an eighth is rows of a round
+# to a GPU, whose kernels take them quicker than a prefill's; a quarter takes it two thirds of the time of a chunk
+# (SmolLM2, H100), and a CPU a quarter.
+EIGHTH, QUARTER = 8, 4
+CPU_SHORTEST = 16  # tokens of a chunk: shorter ones save nothing
 
 
 def chunk_tokens(model: LoadedModel, asked: int | None, context: int) -> int:
@@ -33,32 +34,50 @@ def chunk_tokens(model: LoadedModel, asked: int | None, context: int) -> int:
     return max(chunk, 2 * MOST_ROUND_ROWS) if shards(model.definition.mesh) > 1 else chunk
 
 
-def short_tokens(model: LoadedModel, rows: int, chunk: int) -> int:
-    """Of a chunk for prompts that are as short, where so many prompts go in by chunks of `chunk`; 0: there is none.
+def is_single(model: LoadedModel) -> bool:
+    """Whether all is on one device, so that a prompt can be taken in where it is to lie."""
+    return model.definition.mesh is None
 
-    Not where several go in side by side: which chunk a prompt has must not depend on the others, as its bits might.
+
+def chunk_sizes(model: LoadedModel, rows: int, chunk: int) -> tuple[int, ...]:
+    """Tokens of chunks, ascending, where so many prompts go in by chunks of `chunk`, which is the last.
+
+    A prompt of one chunk goes in by the first that holds it. Not where several go in side by side: which chunk a prompt
+    has must not depend on the others, as its bits might.
     """
-    on_cpu = jax.default_backend() == "cpu" and shards(model.definition.mesh) == 1
-    # Elsewhere as for `chunk_tokens`; and so few rows take a GPU no less time than twice as many.
-    least = CPU_SHORTEST if on_cpu else 2 * MOST_ROUND_ROWS
-    return chunk // SHORT if rows == 1 and chunk // SHORT >= least else 0
+    if rows > 1:
+        return (chunk,)
+    if jax.default_backend() == "cpu" and shards(model.definition.mesh) == 1:
+        parts, least = [QUARTER], CPU_SHORTEST
+    elif is_single(model):
+        parts, least = [EIGHTH, QUARTER], MOST_ROUND_ROWS
+    else:  # as for `chunk_tokens`
+        parts, least = [QUARTER], 2 * MOST_ROUND_ROWS
+    return (*(chunk // part for part in parts if chunk // part >= least), chunk)
 
 
 class Intake:
     """Takes in the prompts of so many replies after the other.
 
-    The last chunk of one that goes in alone is held until there is a slot: it goes in with the prompt's laying.
+    One that is whole in a chunk, and goes in where it is to lie, is held until there is a slot.
     """
 
-    def __init__(self, programs: Programs, short: int = 0):
-        """`short`: of `short_tokens`."""
-        self._programs, self.rows, self.chunk, self._short = programs, programs.rows, programs.chunk, short
+    def __init__(self, programs: Programs, sizes: Sequence[int], *, in_place: bool = False):
+        """`sizes`: of `chunk_sizes`. `in_place`: prompts of one chunk go in where they are to lie."""
+        self._programs, self.rows, self.chunk = programs, programs.rows, programs.chunk
+        self._sizes, self._in_place = sizes, in_place
         self._size = self.chunk  # tokens of the next chunk
-        self._held = np.zeros((1, self.chunk), np.int32), 0  # the last chunk of a prompt, and its position
+        self._whole: np.ndarray | None = None  # int32 [1, C], the prompt that is held
         self._replies: list[Reply | None] = [None] * self.rows  # whose prompt a row holds
         self._lengths = np.ones(self.rows, np.int32)  # tokens of each row's prompt
         self._names: list[bytes] = []
         self._taken = 0  # chunks of these prompts
+
+    @classmethod
+    def of(cls, model: LoadedModel, programs: Programs) -> Intake:
+        """As suits the model's devices."""
+        sizes = chunk_sizes(model, programs.rows, programs.chunk)
+        return cls(programs, sizes, in_place=programs.rows == 1 and is_single(model))
 
     @property
     def replies(self) -> list[Reply]:
@@ -73,20 +92,25 @@ class Intake:
     @property
     def holds_chunk(self) -> bool:
         """Whether a prompt waits for its slot with a chunk that the device has yet to be given."""
-        return self.rows == 1 and self.is_ready
+        return self._whole is not None and self.is_ready
 
     def warm_up(self, places: Sequence[np.ndarray], terms: np.ndarray) -> None:
         """Compile every program, by taking in prompts of nothing and laying them into these slots on these terms."""
         self._programs.take(np.zeros((self.rows, self.chunk), np.int32), np.ones(self.rows, np.int32), 0)
         if self._programs.prefixes.budget:
             self._programs.try_laying_back()
-        longest = [self._short, self.chunk] if self._short else [self.chunk]
-        if self.rows == 1:
-            self._programs.compile_last_chunks(longest)
-        for length in longest:
+        if self._in_place:
+            self._programs.compile_wholes(self._sizes)
+        for length in self._sizes:
             self.fill([0] * length)
-            for where, sampled in itertools.product(places, (False, True)):
-                self.lay(where, terms, sampled=sampled)
+            self._try_laying(places, terms)
+        if self._in_place:  # and what `take` took in
+            self._whole = None
+            self._try_laying(places, terms)
+
+    def _try_laying(self, places: Sequence[np.ndarray], terms: np.ndarray) -> None:
+        for where, sampled in itertools.product(places, (False, True)):
+            self.lay(where, terms, sampled=sampled)
 
     def fill(self, prompt: Sequence[int]) -> None:
         """Every row with the same prompt, of a chunk at most, that belongs to no reply."""
@@ -120,19 +144,20 @@ class Intake:
 
     def lay(self, places: np.ndarray, terms: np.ndarray, *, sampled: bool) -> jax.Array:
         """The prompts that are here, and ready, into slots: as `Programs.lay`."""
-        if self.rows > 1:
+        if self._whole is None:
             return self._programs.lay(places, terms, sampled)
-        return self._programs.take_last(*self._held, places, terms, sampled)
+        return self._programs.take_whole(self._whole, places, terms, sampled)
 
     def _expect(self, lengths: Sequence[int]) -> None:
         """Prompts of so many tokens come next."""
         self._lengths[:] = 1
         self._lengths[: len(lengths)] = lengths
-        self._size = self._short if self._lengths.max() <= self._short else self.chunk  # all of a short prompt
+        self._size = next((size for size in self._sizes if self._lengths.max() <= size), self.chunk)
+        self._whole = None
 
     def _take(self, tokens: np.ndarray, position: int) -> None:
-        if self.rows == 1 and position + tokens.shape[1] >= self._lengths[0]:
-            self._held = tokens, position
+        if self._in_place and self._lengths[0] <= self._size:
+            self._whole = tokens
         else:
             self._programs.take(tokens, self._lengths, position)
 

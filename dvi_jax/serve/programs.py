@@ -17,7 +17,7 @@ import numpy as np
 from dvi_jax.decode.plan import Plan
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.speculative_llama import Tree
-from dvi_jax.serve.compiling import compile_last_chunks, compile_stretches
+from dvi_jax.serve.compiling import compile_stretches, compile_wholes
 from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.places import Places, gaps, on_its_way, written_over
 from dvi_jax.serve.prefixes import Prefixes, cut_block, position_axes, put_block
@@ -26,10 +26,10 @@ from dvi_jax.serve.prompts import (
     empty_prompts,
     lay,
     packed_chunk,
-    packed_last,
     packed_places,
+    packed_whole,
     take_chunk,
-    take_last,
+    take_whole,
 )
 from dvi_jax.serve.slots import Shape, calls_of, empty_slots, release, run_stretch, token_logprobs
 
@@ -114,15 +114,13 @@ class Programs:
         return on_its_way(self.slots.first)
 
     @_step
-    def take_last(
-        self, tokens: np.ndarray, position: int, places: np.ndarray, terms: np.ndarray, sampled: bool
-    ) -> jax.Array:
-        """The last chunk of the one prompt that is taken in, and that into its slot -> `Slots.first`."""
-        last = self._places.put(packed_last(tokens, position, places, terms))
-        self.slots, self._filled = take_last(self._definition, self.params, self.slots, self._filled, last)
+    def take_whole(self, tokens: np.ndarray, places: np.ndarray, terms: np.ndarray, sampled: bool) -> jax.Array:
+        """A prompt of one chunk int32 [1, C], on a single device, into its slot -> `Slots.first`."""
+        whole = self._places.put(packed_whole(tokens, places, terms))
+        self.slots = take_whole(self._definition, self.params, self.slots, whole)
         if sampled:
             placed = self._places.put(packed_places(places, terms, len(self.slots.eos_ids))[0])
-            self.slots = draw_first(self._definition, self.params, self.slots, self._filled, placed)
+            self.slots = draw_first(self._definition, self.params, self.slots, placed)
         return on_its_way(self.slots.first)
 
     @_step
@@ -134,9 +132,9 @@ class Programs:
         """These side by side, before they are run: plan, piece, and whether any slot is sampled."""
         compile_stretches(self._definition, self.params, self.slots, stretches)
 
-    def compile_last_chunks(self, sizes: Iterable[int]) -> None:
-        """What `take_last` runs, for chunks of so many tokens, likewise."""
-        compile_last_chunks(self._definition, self.params, self.slots, self._filled, sizes)
+    def compile_wholes(self, sizes: Iterable[int]) -> None:
+        """What `take_whole` runs, for chunks of so many tokens, likewise."""
+        compile_wholes(self._definition, self.params, self.slots, sizes)
 
     @_step
     def stretch(self, rounds: int, plan: Plan, sampled: bool, piece: int) -> list[jax.Array]:

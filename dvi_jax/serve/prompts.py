@@ -1,9 +1,9 @@
 """The device's side of prompts on their way in: programs that take them in by chunks and lay them into slots.
 
-One that goes in alone ends by a single program (`take_last`): most have but one chunk, and starting a program costs the
-host about what the device needs for a chunk. If its first token is to be drawn, a small one does it afterwards
-(`draw_first`). Several that go in side by side are taken in, and each is laid when a slot is free (`lay`). Letters as
-in `slots.py`.
+Most are one chunk, and starting a program costs the host about what the device needs for a chunk. So that is one
+program, which takes the prompt in where it is to lie (`take_whole`). If its first token is to be drawn, a small one
+does it afterwards (`draw_first`). Longer prompts, and several that go in side by side, are taken in apart
+(`take_chunk`), and each is laid when a slot is free (`lay`). Letters as in `slots.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ import numpy as np
 from dvi_jax.decode.prefill import PREFIX_SPECS, Filled, fill_chunk
 from dvi_jax.decode.state import COPIED_SPECS, DecodeState
 from dvi_jax.mesh import WHOLE
+from dvi_jax.model import placed_cache
 from dvi_jax.model.speculative_llama import Definition, Params, join
 from dvi_jax.serve.places import written_into
 from dvi_jax.serve.slots import TERM_COLUMNS, Slots, Terms, begin_slots
+
+CACHES = ("shallow", "deep", "trunk")  # of a `DecodeState` and of a `Filled`
 
 
 @partial(jax.jit, static_argnames=("definition", "rows", "room", "record"))
@@ -124,7 +127,9 @@ def _begun(
 
 
 def _put_row(buffer: jax.Array, row: jax.Array, place: jax.Array) -> jax.Array:
-    """buffer [B, ...] with row [1, ...] at `place`."""
+    """buffer [B, ...] with row [1, ...] at `place`; what belongs to no sequence stays."""
+    if not buffer.ndim:
+        return buffer
     return jax.lax.dynamic_update_slice_in_dim(buffer, row, place, axis=0)
 
 
@@ -133,33 +138,42 @@ def _told(first_token: jax.Array, rows: DecodeState) -> jax.Array:
     return jnp.stack([first_token, rows.done.astype(jnp.int32)], axis=1)
 
 
-@partial(jax.jit, static_argnames="definition", donate_argnames=("slots", "filled"))
-def take_last(
-    definition: Definition, params: Params, slots: Slots, filled: Filled, last: jax.Array
-) -> tuple[Slots, Filled]:
-    """The last chunk of a prompt that goes in alone, and all of the prompt into its slot: P is 1.
+@partial(jax.jit, static_argnames="definition", donate_argnames="slots")
+def take_whole(definition: Definition, params: Params, slots: Slots, whole: jax.Array) -> Slots:
+    """A prompt that is one chunk, taken in where it is to lie: its keys and values are written into its slot's rows.
 
-    `last`: as `packed_last` has it, with the number of a slot. The first token, in `Slots.first`, is the best one.
-
-    -> slots, and the prompt, taken in.
+    On a single device. `whole`: as `packed_whole` has it. The first token, in `Slots.first`, is the best one.
     """
-    placed, chunk = jnp.split(last, [1 + TERM_COLUMNS], axis=1)
-    filled = take_chunk(definition, params, filled, chunk)
-    return lay(definition, params, slots, filled, placed, sampled=False, alone=True), filled
+    placed, chunk = jnp.split(whole, [1 + TERM_COLUMNS], axis=1)
+    place, terms, held = placed[:, 0], Terms.unpacked(placed[:, 1:]), slots.decode
+    width, room = held.committed.hidden.shape[1], held.tokens.shape[1]
+    branches = 0 if held.signals is None else held.signals.most_branches
+    model = join(definition, params)
+
+    in_place: dict[str, Any] = {name: placed_cache.placed(getattr(held, name), place) for name in CACHES}
+    empty = Filled.empty(model, 1, room, keep=held.signals is not None)._replace(**in_place)
+    filled = fill_chunk(model, empty, chunk[:, 2:], chunk[:, 0], fresh=False)
+    (row, eos_ids), first_token = begin_slots(model, filled, terms, width, branches, sampled=False)
+
+    caches = {name: placed_cache.all_of(getattr(row, name)) for name in CACHES}
+    without = dict.fromkeys(CACHES, ())
+    put = partial(_put_row, place=place[0])
+    decode = jax.tree.map(put, held.replace(**without), row.replace(**without)).replace(**caches)
+    first = written_into(slots.first, _told(first_token, row))
+    return slots._replace(decode=decode, eos_ids=put(slots.eos_ids, eos_ids), first=first)
 
 
-def draw_first(
-    definition: Definition, params: Params, slots: Slots, filled: Filled, placed: jax.Array | np.ndarray
-) -> Slots:
+def draw_first(definition: Definition, params: Params, slots: Slots, placed: jax.Array | np.ndarray) -> Slots:
     """Another first token for the prompt that was laid last, drawn on its terms, also in `Slots.first`.
 
-    `placed`: as of `lay`. A program of its own, since one for drawn tokens beside each that takes a last chunk would
-    double what XLA compiles.
+    On a single device. `placed`: as of `lay`. A program of its own, since one for drawn tokens beside each that takes a
+    prompt in would double what XLA compiles.
     """
     # No more than the program needs: the host pays for every array that one is given.
-    few, state = filled._replace(shallow=(), deep=(), trunk=(), drafter=(), kept=None), slots.decode
-    changed, width = (state.tokens, state.done, state.sampling), state.committed.hidden.shape[1]
-    (tokens, done, sampling), first = _drawn(definition, params, changed, slots.first, few, placed, width=width)
+    state = slots.decode
+    changed = state.tokens, state.done, state.sampling
+    final, width = state.committed.features.final, state.committed.hidden.shape[1]
+    (tokens, done, sampling), first = _drawn(definition, params, changed, slots.first, final, placed, width=width)
     return slots._replace(decode=state.replace(tokens=tokens, done=done, sampling=sampling), first=first)
 
 
@@ -169,20 +183,25 @@ def _drawn(
     params: Params,
     changed: tuple[jax.Array, jax.Array, Any],
     first: jax.Array,
-    filled: Filled,
+    final: jax.Array,
     placed: jax.Array,
     *,
     width: int,
 ) -> tuple[tuple[jax.Array, jax.Array, Any], jax.Array]:
-    """All slots' tokens, and what else a first token changes, with that of the prompt; and it, as `Slots.first`."""
-    place, terms = placed[0, 0], placed[:, 1:]
-    (row, _), first_token = _begun(definition, params, filled, terms, width, 0, sampled=True)
-    new = row.tokens, row.done, row.sampling
-    changed = jax.tree.map(partial(_put_row, place=place), changed, new)
-    return changed, written_into(first, definition.on_all(_told(first_token, row)))
+    """All slots' tokens, and what else a first token changes, with that of the prompt; and it, as `Slots.first`.
+
+    `final` [B, W, D]: of all slots' last rows, where that of a prompt just laid is its own last one.
+    """
+    model, place, terms = join(definition, params), placed[0, 0], Terms.unpacked(placed[:, 1:])
+    tokens, last = (jax.lax.dynamic_slice_in_dim(x, place, 1) for x in (changed[0], final))
+    nothing = Filled.empty(model, 1, tokens.shape[1], keep=False)
+    features = nothing.features._replace(final=last[:, :1])
+    filled = nothing._replace(tokens=tokens, features=features, shallow=(), deep=(), trunk=(), drafter=())
+    (row, _), first_token = begin_slots(model, filled, terms, width, 0, sampled=True)
+    changed = jax.tree.map(partial(_put_row, place=place), changed, (row.tokens, row.done, row.sampling))
+    return changed, written_into(first, _told(first_token, row))
 
 
-def packed_last(tokens: np.ndarray, position: int, places: np.ndarray, terms: np.ndarray) -> np.ndarray:
+def packed_whole(tokens: np.ndarray, places: np.ndarray, terms: np.ndarray) -> np.ndarray:
     """All in one array int32 [1, 1 + TERM_COLUMNS + 2 + C]: `placed` of `lay`, and what `packed_chunk` gives."""
-    lengths = terms[:, 0]
-    return np.column_stack([places, terms, packed_chunk(tokens, lengths, position)])
+    return np.column_stack([places, terms, packed_chunk(tokens, terms[:, 0], 0)])

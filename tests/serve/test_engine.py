@@ -17,7 +17,7 @@ from dvi_jax.serve.requests import QueueFullError, Request
 from tests.serve.traffic import random_requests
 
 PROGRAMS = (
-    *(prompts.take_chunk, prompts.take_last, prompts._drawn, prompts.lay),
+    *(prompts.take_chunk, prompts.take_whole, prompts._drawn, prompts.lay),
     *(prefixes.cut_block, prefixes._put),
     *(slots.run_stretch, slots._marked),
 )
@@ -186,7 +186,7 @@ def test_nothing_grows(model, make_engine, pieces_of, together, chunk):
 
 @pytest.mark.parametrize(
     ("module", "name", "which"),
-    [(programs, "run_stretch", 2), (programs, "take_last", 3), (slots.Terms, "of", 6)],
+    [(programs, "run_stretch", 2), (programs, "take_whole", 3), (slots.Terms, "of", 6)],
     ids=["a stretch", "a prompt into its slot", "what that takes"],
 )
 def test_a_failure_reaches_every_reader(model, make_engine, monkeypatch, module, name, which):

@@ -22,7 +22,7 @@ def watched(engine):
     steps = []
 
     def tell(step, given):
-        steps.append(given[0].shape if step in ("take", "take_last") else step)
+        steps.append(given[0].shape if step in ("take", "take_whole") else step)
 
     engine._programs.tell = tell
     return steps
@@ -81,7 +81,7 @@ def test_a_drawn_first_token_is_all_that_counts(model, make_engine, pieces_of):
 
 
 @pytest.mark.parametrize("length", [SHORT - 1, CHUNK])
-def test_a_last_chunk_and_a_drawn_token_are_what_chunk_and_laying_are(model, length):
+def test_a_prompt_taken_in_where_it_lies_is_what_chunk_and_laying_are(model, length):
     """In every bit of all slots; though the best token, which the first of the programs lays, ends the reply."""
     program, shape = (model.definition, model.decode_params), Shape(3, 128, 3, record=True)
     prompt, place = np.arange(5, 5 + length, dtype=np.int32), np.array([1], np.int32)
@@ -104,12 +104,11 @@ def test_a_last_chunk_and_a_drawn_token_are_what_chunk_and_laying_are(model, len
     best, drawn = (int(by_two((), sampled).first[0, 0]) for sampled in (False, True))
     assert best != drawn
     for eos_ids in ((), (best,), (drawn,)):
-        slots, filled = fresh()
-        last = prompts.packed_last(tokens, 0, place, terms(eos_ids))
-        slots, filled = prompts.take_last(*program, slots, filled, last)
+        whole = prompts.packed_whole(tokens, place, terms(eos_ids))
+        slots = prompts.take_whole(*program, fresh()[0], whole)
         assert int(slots.first[0, 0]) == best
         placed, _ = prompts.packed_places(place, terms(eos_ids), 3)
-        slots = prompts.draw_first(*program, slots, filled, placed)
+        slots = prompts.draw_first(*program, slots, placed)
         for one, other in zip(*map(jax.tree.leaves, (slots, by_two(eos_ids, True))), strict=True):
             np.testing.assert_array_equal(numbers(one), numbers(other))
 
@@ -146,24 +145,29 @@ def test_a_prompt_of_one_chunk_is_one_program(model, make_engine, pieces_of, len
         assert steps == [(1, length)]
 
 
-def test_a_last_chunk_waits_for_its_slot(model, make_engine, pieces_of):
-    """Those before it do not, and the reply is the one that it is without waiting."""
-    long = replace(asked()[-1], max_new_tokens=5)
+def test_a_prompt_of_one_chunk_waits_for_its_slot(model, make_engine, pieces_of):
+    """A longer one is taken in meanwhile; and the replies are those that they are without waiting."""
+    short, long = asked()[4], replace(asked()[-1], max_new_tokens=5)
     with make_engine(model, slots=1, chunk=CHUNK) as engine:
-        alone = pieces_of(engine.submit(long))
-        steps = watched(engine)
-        with engine._changed:  # so that both are there when the first turn begins
-            running, waiting = engine.submit(Request((5, 6, 7), 80, eos_ids=())), engine.submit(long)
-        assert len(pieces_of(running)[0]) == 80
-        assert pieces_of(waiting) == alone
-    taken = [index for index, step in enumerate(steps) if isinstance(step, tuple)]
-    assert chunks(steps) == [(1, SHORT), (1, CHUNK), (1, CHUNK)]
-    assert steps[:3] == [(1, SHORT), "stretch", (1, CHUNK)]
-    assert steps[3 : taken[-1]].count("stretch") > 1
-    assert "lay" not in steps
+        alone = [pieces_of(engine.submit(request)) for request in (short, long)]
+        for request, own in zip((short, long), alone, strict=True):
+            steps = watched(engine)
+            with engine._changed:  # so that both are there when the first turn begins
+                running, waiting = engine.submit(Request((5, 6, 7), 80, eos_ids=())), engine.submit(request)
+            assert len(pieces_of(running)[0]) == 80
+            assert pieces_of(waiting) == own
+            taken = [index for index, step in enumerate(steps) if isinstance(step, tuple)]
+            if request is short:
+                assert chunks(steps) == [(1, SHORT), (1, CHUNK)]
+                assert steps[:2] == [(1, SHORT), "stretch"]
+                assert steps[2 : taken[-1]].count("stretch") > 1
+                assert "lay" not in steps
+            else:
+                assert chunks(steps) == [(1, SHORT), (1, CHUNK), (1, CHUNK)]
+                assert "stretch" in steps[taken[-1] : steps.index("lay")]
 
 
-def test_a_last_chunk_that_nobody_wants_any_more_is_not_taken_in(model, make_engine, pieces_of):
+def test_a_prompt_that_nobody_wants_any_more_is_not_taken_in(model, make_engine, pieces_of):
     with make_engine(model, slots=1, chunk=CHUNK) as engine:
         steps = watched(engine)
         remember = engine._programs.tell
@@ -197,20 +201,22 @@ def test_who_runs_waits_for_one_chunk_a_slot(model, make_engine, pieces_of):
 
 
 @pytest.mark.parametrize(
-    ("backend", "devices", "rows", "chunk", "short"),
+    ("backend", "devices", "rows", "chunk", "sizes"),
     [
-        ("cpu", 1, 1, 128, 32),
-        ("cpu", 1, 1, 64, 16),
-        ("cpu", 1, 1, 63, 0),  # would save nothing
-        ("cpu", 1, 4, 128, 0),
-        ("cpu", 2, 1, 128, 0),
-        ("gpu", 1, 1, 512, 128),
-        ("gpu", 1, 1, 128, 0),  # would be rows of a round
-        ("gpu", 4, 1, 512, 128),
+        ("cpu", 1, 1, 128, (32, 128)),
+        ("cpu", 1, 1, 64, (16, 64)),
+        ("cpu", 1, 1, 63, (63,)),  # a quarter would save nothing
+        ("cpu", 1, 4, 128, (128,)),
+        ("cpu", 2, 1, 128, (128,)),
+        ("gpu", 1, 1, 512, (64, 128, 512)),
+        ("gpu", 1, 1, 256, (64, 256)),
+        ("gpu", 1, 4, 512, (512,)),
+        ("gpu", 4, 1, 512, (128, 512)),
+        ("gpu", 4, 1, 256, (256,)),  # a quarter would be rows of a round
     ],
 )
-def test_where_there_are_short_chunks(monkeypatch, backend, devices, rows, chunk, short):
+def test_how_long_chunks_may_be(monkeypatch, backend, devices, rows, chunk, sizes):
     monkeypatch.setattr("jax.default_backend", lambda: backend)
-    monkeypatch.setattr(intake, "shards", lambda mesh: mesh)
-    model = SimpleNamespace(definition=SimpleNamespace(mesh=devices))
-    assert intake.short_tokens(model, rows, chunk) == short
+    monkeypatch.setattr(intake, "shards", lambda mesh: mesh or 1)
+    model = SimpleNamespace(definition=SimpleNamespace(mesh=devices if devices > 1 else None))
+    assert intake.chunk_sizes(model, rows, chunk) == sizes

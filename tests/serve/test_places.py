@@ -38,12 +38,13 @@ def test_no_array_of_a_running_engine_moves(make_model, drafter, together, sampl
     sampling = SamplingConfig(temperature=0.9 if sampled else 0.0, seed=3)
     terms = Terms.of(CHUNK + 5, 9, (), sampling, model.config.vocab_size)
     terms = Terms.joined([terms] * together).packed()
+    short = Terms.of(CHUNK - 3, 9, (), sampling, model.config.vocab_size).packed()
     tokens = np.full((together, CHUNK), 7, np.int32)
 
     def serve(slot, plan, *, again=False):
-        """A prompt of two chunks into a slot, and a stretch in two pieces; what came of it.
+        """Prompts of two chunks and of one into a slot, and a stretch in two pieces; what came of it.
 
-        `again`: its first chunk is what was kept of it.
+        `again`: the first chunk of two is what was kept of it.
         """
         places = np.array([slot, SLOTS][:together], np.int32)
         if again and together == 1:
@@ -52,11 +53,11 @@ def test_no_array_of_a_running_engine_moves(make_model, drafter, together, sampl
             programs.take(tokens, terms[:, 0], 0)
         if together == 1:
             programs.keep(b"first chunk")
-            first = programs.take_last(tokens, CHUNK, places, terms, sampled)
-        else:
-            programs.take(tokens, terms[:, 0], CHUNK)
-            first = programs.lay(places, terms, sampled)
-        found = first, programs.stretch(4, plan, sampled, 2)
+        programs.take(tokens, terms[:, 0], CHUNK)
+        firsts = [programs.lay(places, terms, sampled)]
+        if together == 1:
+            firsts.append(programs.take_whole(tokens, places, short, sampled))
+        found = firsts, programs.stretch(4, plan, sampled, 2)
         programs.release(np.arange(SLOTS) == slot)
         return found
 
@@ -68,7 +69,8 @@ def test_no_array_of_a_running_engine_moves(make_model, drafter, together, sampl
     turns = itertools.product(range(SLOTS), (Plan("chain", 2), PLAIN), (False, True))
     kept = [serve(slot, plan, again=again) for slot, plan, again in turns]
     assert arrays() == where
-    assert len({int(first[0, 0]) for first, _ in kept}) == 1  # and what was told before is still there
+    for told in zip(*(firsts for firsts, _ in kept), strict=True):
+        assert len({int(first[0, 0]) for first in told}) == 1  # and what was told before is still there
     for _, packed in kept:
         assert [np.asarray(piece).shape for piece in packed] == [programs.slots.told.shape] * 2
 

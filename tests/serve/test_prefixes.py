@@ -46,7 +46,7 @@ def test_what_is_kept_in_8_bits_is_laid_back_to_the_bit(model):
     """The chunk behind a prefix's two, and keys and values of all three: computed, and with two of them laid back."""
     model = model.with_kv("int8")
     programs = Programs(model, Shape(1, 64, 1, record=False), chunk=16, prefix_bytes=10**6)
-    intake = Intake(programs)
+    intake = Intake(programs, (16,))
     prompt, found = tuple(range(2, 42)), []
     terms = Terms.of(len(prompt), 1, (), SamplingConfig(temperature=0.0), model.config.vocab_size).packed()
     for _ in range(2):
