@@ -52,6 +52,10 @@ class ChatTemplate:
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[str] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process renders with a worker of its own."""
+        return ChatTemplate, (self._setup["source"], self._setup["tokens"], self.limits)
+
     def fault(self) -> str | None:
         """What is wrong with the template, as the simplest conversation shows it; None if nothing is.
 

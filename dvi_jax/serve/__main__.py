@@ -6,15 +6,19 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from dvi_jax.command_line import AUTO, add_loading_options, add_mesh_option, load_model
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, notice, run_cli
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.drafters import DRAFTERS
 from dvi_jax.processes import add_process_options, is_first, one_of_several
+from dvi_jax.serve.desk import Desk
 from dvi_jax.serve.engine import Engine, Learns
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learning_run import LearningRun, load_to_learn
@@ -23,9 +27,9 @@ from dvi_jax.serve.settings import ServerSettings
 from dvi_jax.settings import require
 
 try:
-    from dvi_jax.serve.app import create_app
-    from dvi_jax.serve.learning_metrics import LearningCollector
-    from dvi_jax.serve.running import address, bind, run
+    import dvi_jax.serve.front  # noqa: F401, what the HTTP process needs
+    from dvi_jax.serve.front_process import LEARNED, Beginning, FrontProcess
+    from dvi_jax.serve.running import address, bind, settled
 except ModuleNotFoundError as error:
     MISSING: str | None = f"the server needs {error.name}: pip install 'dvi-jax[serve]'"
 else:
@@ -63,20 +67,25 @@ def _serve(options: argparse.Namespace, settings: ServerSettings, learn: LearnSe
         listener = stack.enter_context(bind(settings.host, settings.port))
         if settings.api_key is None and settings.host not in LOCAL:
             notice(f"--host {settings.host} without --api-key: whoever reaches this machine may use the model")
+        front = stack.enter_context(FrontProcess(listener))
         learning = None if learn is None else _start_learning(options, learn, stack)
         model = load_model(options) if learning is None else learning.model
         learner = None if learning is None else learning.learner
         engine = _engine(model, options, max_waiting=settings.max_queued, learner=learner)
         print(engine.memory.describe(), file=sys.stderr)
         stack.callback(engine.close)  # before the run is left
-        app = create_app(engine, model.tokenizer, settings, {"learning": learning.section} if learning else None)
-        if learning is not None:
-            collector = LearningCollector(settings.model_name, lambda: learning.learner.status)
-            app.state.serving.metrics.registry.register(collector)
+        desk = Desk(engine, front.link, _sections(learning))
+        front.begin(Beginning(settings, model.tokenizer, *desk.state(), ends_with_engine=jax.process_count() > 1))
         set_up_logs()
         print(f"serving {settings.model_name} at {address(listener)}/v1", file=sys.stderr)
         print(f"dashboard: {address(listener)}/dashboard", file=sys.stderr, flush=True)
-        return run(app, listener)
+        settled()
+        return front.run(desk)
+
+
+def _sections(learning: LearningRun | None) -> dict[str, Callable[[], Any]]:
+    """What the HTTP process is told of learning."""
+    return {} if learning is None else {"learning": learning.section, LEARNED: lambda: learning.learner.status}
 
 
 def _follow(options: argparse.Namespace) -> int:

@@ -67,7 +67,7 @@ async def _answer(request: Request, prepare: Callable[[bytes, Served], Prepared]
     except (ClientDisconnect, ClientLeftError):
         exchange.left = True
         return Response(status_code=CLIENT_LEFT)
-    handles = serving.submit(prepared.choices)
+    handles = await serving.submit(prepared.choices)
     exchange.handles, exchange.stream = handles, prepared.stream
     logprobs = prepared.choices[0].logprobs is not None
     reply = Answer(serving, exchange, prepared, kind(serving.served.name, serving.served.tokenizer, logprobs=logprobs))

@@ -58,7 +58,7 @@ class Reply:
     def whole(self) -> ReplyPiece:
         """All of it, once it has ended. The reader is woken once, which costs the engine less than each time."""
         self._wakes_at_end = True
-        return _joined(list(self))
+        return joined(list(self))
 
     async def stream(self) -> AsyncIterator[ReplyPiece]:
         """The same for an event loop: no thread waits."""
@@ -76,16 +76,24 @@ class Reply:
         finally:
             self.cancel()
 
+    async def admitted(self) -> None:
+        """It is: `submit` has said so."""
+
+    def tell(self, notify: Callable[[], None]) -> None:
+        """Call `notify`, in the engine's thread, whenever there is more to be `taken`, and now."""
+        self._notify = notify
+        notify()
+
     def cancel(self) -> None:
         """End it, if it has not ended; the slot is free at the next stretch."""
         if self.finish_reason is None:
             self.cancelled = True
             self._wake()
 
-    def _next(self) -> ReplyPiece | None:
-        """What was not taken yet; `UserError` after the last if the engine failed.
+    def taken(self) -> ReplyPiece | None:
+        """What was not taken yet, in one piece, with text only where the engine had to know it.
 
-        In one piece: a reader that is woken late makes text of it once.
+        None where there is nothing; `UserError` after the last if the engine failed.
         """
         with self._changed:
             if not self._pieces:
@@ -93,8 +101,12 @@ class Reply:
                     raise UserError(self._failure)
                 return None
             pieces, self._pieces = self._pieces, []
-        piece = _joined(pieces)
-        if self._text is not None and not self.request.stop and piece.ids:
+        return joined(pieces)
+
+    def _next(self) -> ReplyPiece | None:
+        """What was `taken`, with its text: a reader that is woken late makes text of it once."""
+        piece = self.taken()
+        if piece is not None and piece.ids and self._text is not None and not self.request.stop:
             return replace(piece, text=self._text.add(piece.ids, last=piece.finish_reason is not None)[1])
         return piece
 
@@ -162,7 +174,7 @@ class Reply:
             self._notify()
 
 
-def _joined(pieces: Sequence[ReplyPiece]) -> ReplyPiece:
+def joined(pieces: Sequence[ReplyPiece]) -> ReplyPiece:
     """One after the other, the last as it ends."""
     if len(pieces) == 1:
         return pieces[0]

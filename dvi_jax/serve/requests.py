@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +15,7 @@ class QueueFullError(UserError):
 
     def __init__(self, waiting: int, retry_after: float):
         super().__init__(f"{waiting} requests are waiting, which is as many as may")
-        self.retry_after = retry_after
+        self.waiting, self.retry_after = waiting, retry_after
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class Handle(Protocol):
     request: Request
     statistics: Statistics
 
-    def __iter__(self) -> Iterator[ReplyPiece]:
-        """Pieces as they come; blocks. `UserError` if the engine failed."""
+    async def admitted(self) -> None:
+        """Once it is in the queue; of an engine in another process, raises what `submit` would."""
 
     def stream(self) -> AsyncIterator[ReplyPiece]:
-        """The same for an event loop."""
+        """Pieces as they come. `UserError` if the engine failed."""
 
     def cancel(self) -> None:
         """End it; the slot is free at the next stretch. May be called from any thread, and twice."""
@@ -113,7 +113,7 @@ class RequestEngine(Protocol):
     """What a front end needs of an engine."""
 
     def submit(self, request: Request) -> Handle:
-        """Queue a request. `UserError` for what cannot be served, `QueueFullError` when too many wait; thread-safe."""
+        """Queue a request. `UserError` for what cannot be served, `QueueFullError` when too many wait."""
 
     def status(self) -> EngineStatus:
         """A snapshot; cheap, thread-safe."""

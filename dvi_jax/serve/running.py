@@ -11,7 +11,6 @@ import sys
 import threading
 from types import FrameType
 
-import jax
 import uvicorn
 from starlette.applications import Starlette
 
@@ -46,7 +45,8 @@ def address(listener: socket.socket) -> str:
 class DrainingServer(uvicorn.Server):
     """uvicorn whose first signal drains the engine and then ends the server; a second one ends it at once."""
 
-    def __init__(self, app: Starlette):
+    def __init__(self, app: Starlette, *, ends_with_engine: bool = False):
+        """`ends_with_engine`: as where that has lost other processes, which can only be begun again together."""
         config = uvicorn.Config(
             app,
             http="h11",
@@ -59,16 +59,17 @@ class DrainingServer(uvicorn.Server):
         )
         super().__init__(config)
         self._serving: Serving = app.state.serving
+        self._ends_with_engine = ends_with_engine
         self.interrupted = False  # by a second signal
         self.failure: str | None = None  # of an engine that this server ends with
         self._failed_ticks = 0
 
     async def on_tick(self, counter: int) -> bool:
-        """uvicorn's, ten times a second: whether to end, as where an engine has lost other processes.
+        """uvicorn's, ten times a second: whether to end.
 
-        Those can only be begun again together. Clients hear of it first, and who asks for the health.
+        With a failed engine, clients hear of it first, and who asks for the health.
         """
-        if jax.process_count() > 1 and (failure := self._serving.engine.status().failure):
+        if self._ends_with_engine and (failure := self._serving.engine.status().failure):
             self.failure, self._failed_ticks = failure, self._failed_ticks + 1
         return await super().on_tick(counter) or self._failed_ticks > LAST_TICKS
 
@@ -86,6 +87,10 @@ class DrainingServer(uvicorn.Server):
         if self.force_exit:
             await self.lifespan.shutdown()
 
+    def close_engine(self) -> None:
+        """However the server ended."""
+        self._serving.engine.close()
+
     def _drain(self) -> None:
         """Let running replies finish, cut the rest off, and let the event loop end."""
         say("draining", seconds=self._serving.settings.drain_seconds)
@@ -95,20 +100,24 @@ class DrainingServer(uvicorn.Server):
         self._serving.closing = self.should_exit = True
 
 
-def run(app: Starlette, listener: socket.socket) -> int:
-    """Serve until a signal ends it; the exit status. `UserError` if an engine of several processes failed."""
+def settled() -> None:
+    """Have this process serve without pauses, now that all is there."""
+    sys.setswitchinterval(SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()  # looking through what compiling has left keeps all replies waiting, for a few tenths of a second
+
+
+def run(server: DrainingServer, listener: socket.socket) -> int:
+    """Serve until a signal ends it; the exit status. `UserError` if an engine failed that it ends with."""
     with contextlib.suppress(ValueError, OSError):  # as many as this user may have
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-    sys.setswitchinterval(SWITCH_SECONDS)
-    gc.collect()
-    gc.freeze()  # looking through what compiling has left keeps all replies waiting, for a few tenths of a second
-    server = DrainingServer(app)
+    settled()
     try:
         server.run(sockets=[listener])
     finally:
-        app.state.serving.engine.close()
+        server.close_engine()
     if server.failure is not None:
         raise UserError(server.failure)
     return INTERRUPTED_STATUS if server.interrupted else 0

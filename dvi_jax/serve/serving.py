@@ -76,19 +76,23 @@ class Serving:
         finally:
             self._preparing -= 1
 
-    def submit(self, requests: Sequence[Request]) -> list[Handle]:
+    async def submit(self, requests: Sequence[Request]) -> list[Handle]:
         """Queue all of them or none; `RefusedError` says why not. To be given back by `release`."""
         handles: list[Handle] = []
+        admitted = 0
         try:
             for request in requests:
                 handles.append(self.engine.submit(request))
+            for handle in handles:
+                await handle.admitted()
+                admitted += 1
         except QueueFullError as error:
             raise busy(str(error), error.retry_after, "queue_full") from error
         except UserError as error:
             self.check_open()  # the engine may have been told to drain, or have failed, in between
             raise as_refusal(error) from error
         finally:
-            if len(handles) < len(requests):
+            if admitted < len(requests):
                 for handle in handles:
                     handle.cancel()
         self.open_replies += len(handles)

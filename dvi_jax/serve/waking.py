@@ -1,6 +1,6 @@
-"""Readers in an event loop, woken by the engine's thread: all of one loop by one call of the system.
+"""Readers of replies, woken by the engine's thread: all of one event loop, or of another process, by one call.
 
-Each call lets another thread have Python, and waits to have it back.
+Each call of the system lets another thread have Python, and waits to have it back.
 """
 
 from __future__ import annotations
@@ -9,7 +9,15 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 from weakref import WeakKeyDictionary, ref
+
+
+class Asker(Protocol):
+    """Who has something to be told, that was said to it before."""
+
+    def ask(self) -> None:
+        """Have all of it told."""
 
 
 class Waker:
@@ -25,10 +33,7 @@ class Waker:
         """Have the loop set `event`; at the end of `held_back` where that is under way."""
         with self._lock:
             self._due.append(ref(event))
-        if _thread.held is None:
-            self.ask()
-        else:
-            _thread.held.add(self)
+        when_all_is_given(self)
 
     def ask(self) -> None:
         """Have the loop set what is due; nothing where it is closed, as nobody reads then."""
@@ -54,7 +59,7 @@ class Waker:
 
 
 class _Thread(threading.local):
-    held: set[Waker] | None = None  # that wait for the end of `held_back`
+    held: set[Asker] | None = None  # that wait for the end of `held_back`
 
 
 _thread = _Thread()
@@ -68,6 +73,14 @@ def waker() -> Waker:
     if found is None:
         found = _wakers[loop] = Waker(loop)
     return found
+
+
+def when_all_is_given(asker: Asker) -> None:
+    """Have it ask: now, or where `held_back` is under way at the end of that, once."""
+    if _thread.held is None:
+        asker.ask()
+    else:
+        _thread.held.add(asker)
 
 
 @contextmanager

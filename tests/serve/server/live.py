@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.serve.app import create_app
+from dvi_jax.serve.desk import Desk, ToldEngine
+from dvi_jax.serve.link import Link
+from dvi_jax.serve.remote import RemoteEngine
 from dvi_jax.serve.requests import RequestEngine
 from dvi_jax.serve.running import DrainingServer, address, bind
 from dvi_jax.serve.serving import Serving
@@ -39,6 +42,23 @@ def live_server(engine: RequestEngine, tokenizer: Tokenizer | None, **settings: 
         app.state.serving.closing = server.should_exit = True
         thread.join(60)
         listener.close()
+        assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def linked(engine: ToldEngine, tokenizer: Tokenizer | None, **sections: object) -> Iterator[RemoteEngine]:
+    """The engine as a server's HTTP process has it, though in the test's own."""
+    link, there = Link.pair()
+    desk = Desk(engine, link, sections)
+    thread = threading.Thread(target=desk.serve, daemon=True)
+    thread.start()
+    remote = RemoteEngine(Link(there), tokenizer, *desk.state())
+    try:
+        yield remote
+    finally:
+        remote.close()
+        link.close()
+        thread.join(60)
         assert not thread.is_alive()
 
 

@@ -55,8 +55,8 @@ class ScriptedHandle:
                     return
             await arrived.wait()
 
-    def __iter__(self):
-        raise NotImplementedError
+    async def admitted(self):
+        pass
 
     def cancel(self) -> None:
         self.cancelled = True

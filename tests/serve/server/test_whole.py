@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -21,16 +22,19 @@ from dvi_jax.errors import run_cli
 from dvi_jax.serve import __main__ as command_line
 from dvi_jax.serve.__main__ import main
 from tests.compiling import FLAG
-from tests.serve.server.live import live_server, until
+from tests.serve.server.live import linked, live_server, until
 
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture(scope="module")
-def real(model, make_engine):
-    engine = make_engine(model)
-    with live_server(engine, model.tokenizer) as live, httpx.Client(base_url=live.url, timeout=60) as http:
-        yield live, http
+@pytest.fixture(scope="module", params=["of this process", "of another"])
+def real(model, make_engine, request):
+    with ExitStack() as stack:
+        engine = stack.enter_context(make_engine(model))
+        if request.param == "of another":
+            engine = stack.enter_context(linked(engine, model.tokenizer))
+        live = stack.enter_context(live_server(engine, model.tokenizer))
+        yield live, stack.enter_context(httpx.Client(base_url=live.url, timeout=60))
 
 
 def bodies(count):

@@ -1,0 +1,131 @@
+"""The engine's side of a server: what its HTTP process asks for, and what the engine gives, told once a turn.
+
+HTTP has a process of its own, since it would else keep Python from the engine's thread, which needs it thousands of
+times a second. That process is `remote.py`; what the two say to each other is the `match` below and the one there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import astuple
+from functools import partial
+from typing import Any, Protocol
+
+from dvi_jax.errors import UserError
+from dvi_jax.serve.link import Link
+from dvi_jax.serve.reply import Reply
+from dvi_jax.serve.requests import EngineStatus, QueueFullError, Request
+from dvi_jax.serve.waking import when_all_is_given
+
+STATUS_SECONDS = 0.25  # between two looks at the engine while nothing else is told
+
+
+class ToldEngine(Protocol):
+    """A `RequestEngine` whose replies tell when there is more of them."""
+
+    def submit(self, request: Request) -> Reply: ...
+
+    def status(self) -> EngineStatus: ...
+
+    def drain(self, seconds: float) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+class Desk:
+    """Serves one HTTP process at the other end of `link`."""
+
+    def __init__(self, engine: ToldEngine, link: Link, sections: Mapping[str, Callable[[], Any]] | None = None):
+        """`sections`: what is told with the engine's status, by name; each must pickle."""
+        self._engine, self._link, self._sections = engine, link, dict(sections or {})
+        self._replies: dict[int, Reply] = {}  # by the numbers that the other process gave them
+        self._lock = threading.Lock()
+        self._due: dict[int, None] = {}  # replies of which there is more
+        self._asked, self._closed = threading.Event(), threading.Event()
+
+    def serve(self) -> None:
+        """Until the other process is gone; replies that it asked for are cancelled then."""
+        threads = [threading.Thread(target=work, daemon=True) for work in (self._give, self._tell_status)]
+        for thread in threads:
+            thread.start()
+        try:
+            while (message := self._link.receive()) is not None:
+                self._do(*message)
+        finally:
+            self._closed.set()
+            self._asked.set()
+            for reply in list(self._replies.values()):
+                reply.cancel()
+            for thread in threads:
+                thread.join()
+
+    def ask(self) -> None:
+        """Have what is due told: the engine's thread has given all that a stretch brought."""
+        self._asked.set()
+
+    def state(self) -> tuple[EngineStatus, dict[str, Any]]:
+        """Of the engine, and of what else there is."""
+        return self._engine.status(), {name: section() for name, section in self._sections.items()}
+
+    def _do(self, about: str, *given: Any) -> None:
+        """What the other process wants."""
+        match about, given:
+            case "submit", (number, request):
+                self._submit(number, request)
+            case "cancel", (number,):
+                if (reply := self._replies.get(number)) is not None:
+                    reply.cancel()
+            case "drain", (seconds,):  # while requests are still read, and cancelled
+                threading.Thread(target=self._drain, args=(seconds,), daemon=True).start()
+            case "close", ():
+                self._engine.close()
+                self._link.send("closed")
+            case _:
+                raise ValueError(f"nobody knows what to do with {about!r}")
+
+    def _submit(self, number: int, request: Request) -> None:
+        try:
+            reply = self._engine.submit(request)
+        except UserError as error:
+            full = (error.waiting, error.retry_after) if isinstance(error, QueueFullError) else None
+            self._link.send("refused", number, str(error), full, self._engine.status())
+            return
+        self._replies[number] = reply
+        self._link.send("admitted", number, self._engine.status())
+        reply.tell(partial(self._has_more, number))
+
+    def _drain(self, seconds: float) -> None:
+        self._link.send("drained", self._engine.drain(seconds))
+
+    def _has_more(self, number: int) -> None:
+        with self._lock:
+            self._due[number] = None
+        when_all_is_given(self)
+
+    def _give(self) -> None:
+        """What is new of all replies, in one message each time that the engine's thread asks for it."""
+        while not self._closed.is_set():
+            self._asked.wait()
+            self._asked.clear()
+            with self._lock:
+                due, self._due = self._due, {}
+            if found := [self._piece(number) for number in due if number in self._replies]:
+                self._link.send("pieces", found, self._engine.status())
+
+    def _piece(self, number: int) -> tuple[Any, ...]:
+        """Number, ids, text that the engine knew, finish reason, log-probabilities, failure, statistics."""
+        reply = self._replies[number]
+        try:
+            piece, failure = reply.taken(), None
+        except UserError as error:
+            piece, failure = None, str(error)
+        is_over = failure is not None or (piece is not None and piece.finish_reason is not None)
+        if is_over:
+            del self._replies[number]
+        parts = ((), "", None, None) if piece is None else (piece.ids, piece.text, piece.finish_reason, piece.logprobs)
+        return number, *parts, failure, astuple(reply.statistics)
+
+    def _tell_status(self) -> None:
+        while not self._closed.wait(STATUS_SECONDS):
+            self._link.send("status", *self.state())
