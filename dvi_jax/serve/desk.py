@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import astuple
 from functools import partial
 from typing import Any, Protocol
 
@@ -124,7 +123,7 @@ class Desk:
         if is_over:
             del self._replies[number]
         parts = ((), "", None, None) if piece is None else (piece.ids, piece.text, piece.finish_reason, piece.logprobs)
-        return number, *parts, failure, astuple(reply.statistics)
+        return number, *parts, failure, tuple(vars(reply.statistics).values())
 
     def _tell_status(self) -> None:
         while not self._closed.wait(STATUS_SECONDS):

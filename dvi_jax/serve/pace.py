@@ -13,9 +13,9 @@ import numpy as np
 SHORT_SECONDS = 0.025  # between the pieces of a reply, while somebody waits for them or for a slot
 HOST_ROOM = 1.5  # a stretch takes so many times what the host needs for one, where it is started ahead
 FEWEST = 4  # rounds of a stretch that is not in pieces: one of fewer is mostly its own beginning
-# For `sys.setswitchinterval`: how long an event loop may keep Python from the engine's thread. The 5 ms that it may
-# otherwise are a few rounds of a small model.
-SWITCH_SECONDS = 0.001
+# For `sys.setswitchinterval`: how long another thread may keep Python from the engine's, and that from the ones which
+# take requests and give pieces. The 5 ms that it may otherwise are a few rounds of a small model.
+SWITCH_SECONDS = 0.0002
 MEMORY = 0.8  # what the seconds of a round, as last seen, still count for after the next stretch
 
 
