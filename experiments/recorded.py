@@ -1,13 +1,15 @@
 """Settings of online learning compared on recorded traffic: decoded once, learned from again and again.
 
     python -m experiments.recorded --config experiments/configs/domain_shift.yaml --out FILE.json \\
-        --variant optimizer.lora_lr=1e-4 optimizer.head_lr=1e-4 --variant optimizer.average=0.9 [--seeds N]
+        --variant optimizer.lora_lr=1e-4 optimizer.head_lr=1e-4 --variant optimizer.average=0.9 [--seeds N] \\
+        [--own-texts N]
 
 Decoding is lossless, so which tokens a reply has does not depend on the drafter. The frozen drafter decodes the
 config's prompts; then every variant goes through these rollouts in order, each judged with the drafter learned so far
 before it is learned from, as in a run. Judged are the drafts of a round that begins at every token of a reply, by
 teacher forcing: several times the drafts that a run's own rounds judge, and the same ones for every variant. So a
-change against the frozen drafter has a small standard error, which is over prompts.
+change against the frozen drafter has a small standard error, which is over prompts. `--own-texts` has a new drafter
+begin with weights from so many texts of the model's own (`learn/first_weights.py`).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from dvi_jax.config import TrainConfig
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
 from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.fast_update import Trainable, with_trainable
+from dvi_jax.learn.first_weights import from_own_texts
 from dvi_jax.learn.online import OnlineRun
 from dvi_jax.learn.replay import Windows, push
 from dvi_jax.loading import enable_compilation_cache
@@ -64,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variant", action="append", nargs="+", required=True, metavar="NAME=VALUE")
     parser.add_argument("--seeds", type=at_least_one, default=1)
     parser.add_argument("--drafter-from", metavar="DIR", help="a directory whose trained drafter to begin with")
+    parser.add_argument(
+        "--own-texts", type=at_least_one, metavar="N", help="texts of its own to begin a new drafter with"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
     enable_compilation_cache()
@@ -90,6 +96,8 @@ def compare_variants(base: TrainConfig, variants: list[TrainConfig], options: ar
     """Every variant against the drafter that learns nothing, by domain."""
     began = time.perf_counter()
     with opened(Recorder, base) as run:
+        if options.own_texts and not run.model.drafter_is_trained:
+            run.model = from_own_texts(run.model, texts=options.own_texts)
         rollouts = run.record()
         files = np.array([file for rollout in rollouts for file in rollout.files])
         domains = {Path(base.data.files[index]).stem: files == index for index in np.unique(files)}
@@ -99,6 +107,7 @@ def compare_variants(base: TrainConfig, variants: list[TrainConfig], options: ar
             "environment": environment(),
             "settings": settings_of_run(base),
             "prompts": len(files),
+            "own_texts": options.own_texts,
         }
         result |= {"seeds": options.seeds, "frozen": rates, "variants": []}
         told = ", ".join(f"{domain} {share:.1%}" for domain, share in rates.items())

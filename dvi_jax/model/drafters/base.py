@@ -69,6 +69,7 @@ class Drafter(nnx.Module):
     needs_exit_layer: ClassVar[bool] = False  # without one, exit hidden states are embeddings of tokens
     taps: tuple[int, ...] = ()  # layers of the verifier whose hidden states it asks for (`Llama`)
     max_drafts: int | None = None  # most drafts it can make in a round; None: as many as are asked for
+    foretells: ClassVar[bool] = False  # whether it can begin as a linear map (`foretelling`)
 
     def __init__(self, origin: Origin, options: Any):
         self.options = options
@@ -104,6 +105,17 @@ class Drafter(nnx.Module):
         Those are of draft 1 of a round (its second), 2 and so on, had the branch been draft 0, 1 and so on; a single
         one where all drafts are made alike, none where a round has but one.
         """
+        raise NotImplementedError
+
+    def foretelling(self, hidden: jax.Array, features: Features) -> jax.Array:
+        """Of what the first draft at every row may begin as a linear map: float32 [B, T, I], of unit size.
+
+        From exit hidden [B, T, D] and features [B, T, ...] of the rows, as `unroll` takes them. Only where `foretells`.
+        """
+        raise NotImplementedError
+
+    def foretell(self, weights: jax.Array) -> None:
+        """Begin as the map `weights` [D, I] of `foretelling` to the verifier's final hidden state of the same row."""
         raise NotImplementedError
 
     def logits(self, draft_hidden: jax.Array, head: Matrix) -> jax.Array:

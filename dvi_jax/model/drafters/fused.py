@@ -40,6 +40,7 @@ class Fused(StepDrafter, DraftLayer):
 
     kind = "fused"
     Options = FusedOptions
+    foretells = True
 
     def __init__(self, origin: Origin, options: FusedOptions):
         config = origin.config
@@ -81,6 +82,24 @@ class Fused(StepDrafter, DraftLayer):
         self, state: LayerCache, draft_hidden: jax.Array, hidden: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
         return self._run(state, hidden, draft_hidden, positions)
+
+    def foretelling(self, hidden: jax.Array, features: Features) -> jax.Array:
+        # Inner layers are left out: once the drafter's own state stands in for the verifier's, they are not there.
+        one, eps = jnp.ones(hidden.shape[-1], hidden.dtype), self.architecture.rms_norm_eps
+        return jnp.concatenate([rms_norm(x, one, eps) for x in (hidden, later(features.final, 1))], axis=-1)
+
+    def foretell(self, weights: jax.Array) -> None:
+        # The layer says nothing at first. Only its last matrices are zero: gradients reach these, and then the rest.
+        self.out.set_value(jnp.zeros_like(self.out[...]))
+        self.down.set_value(jnp.zeros_like(self.down[...]))
+        norm = self.norm[...]
+        unscaled = weights / jnp.where(norm == 0, 1, norm)[:, None]  # the norm comes behind the map
+        self.fuse.set_value(unscaled.astype(norm.dtype))
+        if self.taps:
+            d, states = self.join[...].shape
+            self.join.set_value(jnp.eye(d, states, dtype=norm.dtype))  # the final hidden state alone
+        self.hidden_norm.set_value(jnp.ones_like(norm))
+        self.feature_norm.set_value(jnp.ones_like(norm))
 
     def unroll(self, hidden: jax.Array, features: Features, positions: jax.Array, steps: int) -> list[jax.Array]:
         return self._unroll(hidden, features, positions, steps, None)[0]
