@@ -85,13 +85,13 @@ class RunDirectory:
 
         A run of an earlier release, which recorded nothing, is taken to be what it is resumed as.
         """
-        begun = read_identity(self.path) if self._resumes else None
+        begun = read_identity(self.path) if self.resumes else None
         if begun is not None:
             identity, self._changes = identity.resuming(begun, self.path)
         self.identity, self.snapshots.run_digest = identity, identity.digest
 
     @property
-    def _resumes(self) -> bool:
+    def resumes(self) -> bool:
         """Whether there is anything to go on from; a run killed before its first snapshot starts again."""
         return self.resume and bool(self.snapshots.steps())
 

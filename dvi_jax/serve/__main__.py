@@ -67,6 +67,7 @@ def _serve(options: argparse.Namespace, settings: ServerSettings, learn: LearnSe
         listener = stack.enter_context(bind(settings.host, settings.port))
         if settings.api_key is None and settings.host not in LOCAL:
             notice(f"--host {settings.host} without --api-key: whoever reaches this machine may use the model")
+        url = address(listener)
         front = stack.enter_context(FrontProcess(listener))
         learning = None if learn is None else _start_learning(options, learn, stack)
         model = load_model(options) if learning is None else learning.model
@@ -77,8 +78,8 @@ def _serve(options: argparse.Namespace, settings: ServerSettings, learn: LearnSe
         desk = Desk(engine, front.link, _sections(learning))
         front.begin(Beginning(settings, model.tokenizer, *desk.state(), ends_with_engine=jax.process_count() > 1))
         set_up_logs()
-        print(f"serving {settings.model_name} at {address(listener)}/v1", file=sys.stderr)
-        print(f"dashboard: {address(listener)}/dashboard", file=sys.stderr, flush=True)
+        print(f"serving {settings.model_name} at {url}/v1", file=sys.stderr)
+        print(f"dashboard: {url}/dashboard", file=sys.stderr, flush=True)
         settled()
         return front.run(desk)
 

@@ -114,11 +114,13 @@ class Desk:
 
     def _piece(self, number: int) -> tuple[Any, ...]:
         """Number, ids, text that the engine knew, finish reason, log-probabilities, failure, statistics."""
-        reply = self._replies[number]
+        reply, piece, failure = self._replies[number], None, None
         try:
-            piece, failure = reply.taken(), None
+            piece = reply.taken()
+            if piece is not None and reply.finish_reason == "failed":  # of which nobody will be told again
+                reply.taken()
         except UserError as error:
-            piece, failure = None, str(error)
+            failure = str(error)
         is_over = failure is not None or (piece is not None and piece.finish_reason is not None)
         if is_over:
             del self._replies[number]

@@ -41,7 +41,7 @@ class FrontProcess:
     """A context manager: begun at once, so that it is there when the model is; leaving it ends the process."""
 
     def __init__(self, listener: socket.socket):
-        """It gets the `listener`; here that is closed with the context of who made it."""
+        """It gets the `listener`, which is closed here: once HTTP ends, nobody is to wait for an answer."""
         self.link, there = Link.pair()
         ends = there.fileno(), listener.fileno()
         # No device: it must not take any of its memory. Its own session: a terminal's Ctrl-C is not for it to show.
@@ -54,6 +54,7 @@ class FrontProcess:
             raise UserError(f"the server's HTTP process does not start: {error}") from error
         finally:
             there.close()
+            listener.close()
 
     def __enter__(self) -> FrontProcess:
         return self

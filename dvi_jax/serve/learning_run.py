@@ -17,10 +17,11 @@ import jax
 
 from dvi_jax.checkpoint import Checkpoint, read_manifest, read_token_ids
 from dvi_jax.compiling import tell_when_compiling
-from dvi_jax.errors import UserError
+from dvi_jax.errors import UserError, notice
 from dvi_jax.identity import hash_base
 from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.fast_update import LearnerState, with_trainable
+from dvi_jax.learn.first_weights import can_begin, from_own_texts
 from dvi_jax.learn.new_drafter import kept_or_new_drafter
 from dvi_jax.learn.run_directory import Report, RunDirectory
 from dvi_jax.learn.run_identity import RunIdentity, by_name
@@ -73,6 +74,9 @@ class LearningRun:
         with ExitStack() as stack:
             directory = stack.enter_context(self._directory)
             directory.identify(self._identity())
+            if not (self._model.drafter_is_trained or directory.resumes) and can_begin(self._model):
+                notice("a new drafter begins with what texts say that the model writes itself: some seconds")
+                self._model = from_own_texts(self._model)
             self.learner = Learner(self._model, self._settings, self._context, report=directory.log, save=self._save)
             found, _ = directory.restore(self.learner.template)
             if found is not None:

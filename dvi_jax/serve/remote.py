@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from dvi_jax.serve.reply import joined
 from dvi_jax.serve.requests import EngineStatus, QueueFullError, ReplyPiece, Request, Statistics
 
 LOST = "its process has ended"
+SILENT_SECONDS = 30.0  # without a word of the other process, which tells its status several times a second
 CLOSE_SECONDS = 60.0  # that an engine may take to end
 
 
@@ -104,7 +106,7 @@ class RemoteEngine:
     def __init__(self, link: Link, tokenizer: Tokenizer | None, status: EngineStatus, sections: dict[str, Any]):
         """`status`, `sections`: as of the moment, as `Desk.state` has them."""
         self.tokenizer, self.sections = tokenizer, sections
-        self._link, self._status = link, status
+        self._link, self._status, self._heard = link, status, time.monotonic()
         self._numbers, self._replies = itertools.count(), dict[int, RemoteReply]()
         self._loop: asyncio.AbstractEventLoop | None = None  # of who submits
         self._drained: queue.Queue[bool] = queue.Queue()
@@ -126,7 +128,10 @@ class RemoteEngine:
         return reply
 
     def status(self) -> EngineStatus:
-        """As it was a quarter of a second ago at the latest."""
+        """As it was a quarter of a second ago at the latest; failed for as long as nothing is heard of it."""
+        silent = time.monotonic() - self._heard
+        if self._status.failure is None and silent > SILENT_SECONDS:
+            return replace(self._status, failure=f"its process has said nothing for {silent:.0f} seconds")
         return self._status
 
     def drain(self, seconds: float) -> bool:
@@ -155,6 +160,7 @@ class RemoteEngine:
 
     def _read(self) -> None:
         while (message := self._link.receive()) is not None:
+            self._heard = time.monotonic()
             self._hear(*message)
         self._status = replace(self._status, failure=LOST, running=0, waiting=0)
         self._drained.put(False)

@@ -13,12 +13,16 @@ import pytest
 
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.errors import UserError, run_cli
+from dvi_jax.learn.first_weights import from_own_texts
 from dvi_jax.learn.metrics import read_records
+from dvi_jax.learn.new_drafter import with_new_drafter
 from dvi_jax.learn.snapshot import read_arrays
 from dvi_jax.loading import enable_compilation_cache, from_checkpoint, load
+from dvi_jax.serve import learning_run
 from dvi_jax.serve.__main__ import main
 from dvi_jax.serve.engine import Engine
 from dvi_jax.serve.learn_settings import LearnSettings
+from dvi_jax.serve.learner import BEGUN
 from dvi_jax.serve.learning_metrics import LearningCollector
 from dvi_jax.serve.learning_run import LearningRun
 from dvi_jax.serve.requests import Request
@@ -120,6 +124,31 @@ def test_an_averaged_drafter_comes_back(byte_checkpoint, tmp_path):
         assert again.learner.status.digest == progress["digest"]
         assert all(np.array_equal(array, served[name]) for name, array in weights(again.learner._live.served).items())
         serve_until(again, lambda: again.learner.status.swaps > progress["swaps"])  # and it goes on learning
+
+
+def test_a_new_drafter_begins_with_what_the_model_writes(byte_checkpoint, tmp_path, monkeypatch, capsys):
+    """Where it can; a server that comes back goes on with what was learned, and writes nothing."""
+    read = with_new_drafter(read_checkpoint(byte_checkpoint), "fused", {}, None)
+    model = from_checkpoint(read)
+
+    def opened(**options) -> LearningRun:
+        return LearningRun(read, model, SETTINGS, tmp_path / "run", context=96, **options)
+
+    def drafter(params):
+        return weights(params.drafter)
+
+    with opened() as run:
+        begun = drafter(run.model.params)
+        for name, array in drafter(from_own_texts(model).params).items():
+            np.testing.assert_array_equal(array, begun[name])
+        assert any(not np.array_equal(array, begun[name]) for name, array in drafter(model.params).items())
+        assert run.learner._usual_rate(0) == BEGUN
+        run._directory.save(run.learner.template, run.learner.finish()[1])
+    assert "a new drafter begins" in capsys.readouterr().err
+    monkeypatch.setattr(learning_run, "from_own_texts", None)
+    with opened(resume=True) as again:
+        for name, array in drafter(again.model.params).items():
+            np.testing.assert_array_equal(array, begun[name])
 
 
 def collected(run: LearningRun):

@@ -17,9 +17,12 @@ import pytest
 
 from dvi_jax.config import SamplingConfig
 from dvi_jax.errors import UserError
+from dvi_jax.serve import remote
 from dvi_jax.serve.link import Link
 from dvi_jax.serve.remote import LOST, RemoteEngine
+from dvi_jax.serve.reply import Reply
 from dvi_jax.serve.requests import EngineStatus, QueueFullError, Request
+from dvi_jax.serve.waking import held_back
 from tests.compiling import FLAG
 from tests.serve.server.live import linked, until
 
@@ -126,6 +129,55 @@ def test_an_engine_that_is_lost():
     assert engine.status().failure == LOST
     assert not engine.drain(60)
     engine.close()
+
+
+def test_an_engine_that_says_nothing_serves_no_more(monkeypatch):
+    """Until it speaks again."""
+    here, there = Link.pair()
+    status = EngineStatus(1, 0, 0, 96, "plain")
+    engine = RemoteEngine(Link(there), None, status, {})
+    assert engine.status() == status
+    monkeypatch.setattr(remote, "SILENT_SECONDS", 0.05)
+    until(lambda: (engine.status().failure or "").startswith("its process has said nothing for"))
+    monkeypatch.setattr(remote, "SILENT_SECONDS", 60)
+    here.send("status", status, {})
+    until(lambda: engine.status() == status)
+    here.close()
+
+
+class OneReply:
+    """An engine with a single reply, which the test fills."""
+
+    def submit(self, request):
+        self.reply = Reply(request, (), None, lambda: None)
+        return self.reply
+
+    def status(self):
+        return EngineStatus(1, 0, 0, 96, "plain")
+
+    def drain(self, seconds):
+        return True
+
+    def close(self):
+        pass
+
+
+def test_a_reply_that_fails_gives_what_it_had():
+    """Tokens that were not told yet, and the failure that came right behind them."""
+    engine, found = OneReply(), []
+
+    async def read(remote):
+        reply = remote.submit(Request((5, 6), 80))
+        await reply.admitted()
+        with held_back():
+            engine.reply.take([7], done=False)
+            engine.reply.fail("it broke")
+        async for piece in reply.stream():
+            found.append(piece.ids)
+
+    with linked(engine, None) as remote, pytest.raises(UserError, match="it broke"):
+        asyncio.run(asyncio.wait_for(read(remote), 60))
+    assert found == [(7,)]
 
 
 @contextmanager
