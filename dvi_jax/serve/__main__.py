@@ -81,7 +81,10 @@ def _serve(options: argparse.Namespace, settings: ServerSettings, learn: LearnSe
         print(f"serving {settings.model_name} at {url}/v1", file=sys.stderr)
         print(f"dashboard: {url}/dashboard", file=sys.stderr, flush=True)
         settled()
-        return front.run(desk)
+        status = front.run(desk)
+        if status and (failure := engine.status().failure):
+            raise UserError(failure)
+        return status
 
 
 def _sections(learning: LearningRun | None) -> dict[str, Callable[[], Any]]:

@@ -14,7 +14,7 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
-from dvi_jax.errors import INTERRUPTED_STATUS, UserError
+from dvi_jax.errors import EXIT_STATUS, INTERRUPTED_STATUS, UserError
 from dvi_jax.serve.logs import say
 from dvi_jax.serve.pace import SWITCH_SECONDS
 from dvi_jax.serve.serving import Serving
@@ -108,7 +108,7 @@ def settled() -> None:
 
 
 def run(server: DrainingServer, listener: socket.socket) -> int:
-    """Serve until a signal ends it; the exit status. `UserError` if an engine failed that it ends with."""
+    """Serve until a signal ends it, or a failed engine that it ends with; the exit status."""
     with contextlib.suppress(ValueError, OSError):  # as many as this user may have
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
@@ -119,5 +119,5 @@ def run(server: DrainingServer, listener: socket.socket) -> int:
     finally:
         server.close_engine()
     if server.failure is not None:
-        raise UserError(server.failure)
+        return EXIT_STATUS
     return INTERRUPTED_STATUS if server.interrupted else 0
