@@ -76,12 +76,13 @@ def _serve(options: argparse.Namespace, settings: ServerSettings, learn: LearnSe
         print(engine.memory.describe(), file=sys.stderr)
         stack.callback(engine.close)  # before the run is left
         desk = Desk(engine, front.link, _sections(learning))
-        front.begin(Beginning(settings, model.tokenizer, *desk.state(), ends_with_engine=jax.process_count() > 1))
+        several = jax.process_count() > 1
+        beginning = Beginning(settings, model.tokenizer, *desk.state(), ends_with_engine=several)
         set_up_logs()
+        settled()
         print(f"serving {settings.model_name} at {url}/v1", file=sys.stderr)
         print(f"dashboard: {url}/dashboard", file=sys.stderr, flush=True)
-        settled()
-        status = front.run(desk)
+        status = front.run(desk, beginning)
         if status and (failure := engine.status().failure):
             raise UserError(failure)
         return status

@@ -109,11 +109,12 @@ class Desk:
             self._asked.clear()
             with self._lock:
                 due, self._due = self._due, {}
-            if found := [self._piece(number) for number in due if number in self._replies]:
+            pieces = (self._piece(number) for number in due if number in self._replies)
+            if found := [piece for piece in pieces if piece is not None]:
                 self._link.send("pieces", found, self._engine.status())
 
-    def _piece(self, number: int) -> tuple[Any, ...]:
-        """Number, ids, text that the engine knew, finish reason, log-probabilities, failure, statistics."""
+    def _piece(self, number: int) -> tuple[Any, ...] | None:
+        """Number, ids, text that the engine knew, finish reason, log-probabilities, failure, statistics; or nothing."""
         reply, piece, failure = self._replies[number], None, None
         try:
             piece = reply.taken()
@@ -121,6 +122,8 @@ class Desk:
                 reply.taken()
         except UserError as error:
             failure = str(error)
+        if piece is None and failure is None:
+            return None
         is_over = failure is not None or (piece is not None and piece.finish_reason is not None)
         if is_over:
             del self._replies[number]

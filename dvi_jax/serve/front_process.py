@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -23,6 +24,7 @@ from dvi_jax.serve.settings import ServerSettings
 HANDED_ON = signal.SIGUSR1  # a signal that the engine's process got
 OTHERS = (signal.SIGINT, signal.SIGTERM)  # which may come to both: that process hands on what counts
 LEARNED = "learned"  # of what `Desk` tells: counters for the metrics alone
+TICK_SECONDS = 0.2  # until a signal is seen, at most
 END_SECONDS = 10.0  # that the process may take to end once nobody answers it
 
 
@@ -67,14 +69,19 @@ class FrontProcess:
             self.process.kill()
             self.process.wait()
 
-    def begin(self, beginning: Beginning) -> None:
-        """Have it serve."""
-        self.link.send(beginning)
+    def run(self, desk: Desk, beginning: Beginning) -> int:
+        """Have it serve, and answer it until it ends, signals being its own -> its exit status.
 
-    def run(self, desk: Desk) -> int:
-        """Answer it until it ends, signals being its own -> its exit status; `UserError` if something killed it."""
+        `UserError` if something killed it.
+        """
+        answering = threading.Thread(target=desk.serve, daemon=True)
         with self._signals_handed_on():
-            desk.serve()
+            self.link.send(beginning)
+            answering.start()
+            # Not in this thread: a signal that comes just before a wait without an end is not seen until that ends.
+            while answering.is_alive():
+                answering.join(TICK_SECONDS)
+            self.link.close()
             status = self.process.wait()
         if status == -HANDED_ON:  # it had not begun to serve
             return 0

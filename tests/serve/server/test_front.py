@@ -1,6 +1,7 @@
 """An engine and HTTP in two processes: what one asks the other, and what becomes of either without the other."""
 
 import asyncio
+import ctypes
 import os
 import re
 import signal
@@ -231,4 +232,14 @@ def test_a_signal_that_comes_to_both_is_one(byte_checkpoint):
             for number in (child, process.pid):
                 os.kill(number, signal.SIGTERM)
             assert list(events)[-1] == "data: [DONE]"
+        assert process.wait(60) == 0
+
+
+def test_a_signal_is_seen_whichever_thread_gets_it(byte_checkpoint):
+    """Python runs handlers in the main thread alone, which another thread's signal does not wake."""
+    with started(byte_checkpoint) as (process, url, _):
+        httpx.get(f"{url}/health", timeout=60)
+        threads = (int(task.name) for task in Path(f"/proc/{process.pid}/task").iterdir())
+        other = next(thread for thread in threads if thread != process.pid)
+        assert ctypes.CDLL(None).tgkill(process.pid, other, signal.SIGTERM) == 0
         assert process.wait(60) == 0
