@@ -1,4 +1,4 @@
-"""Where the packages around the library are: `conversion`, `experiments` and `kangaroo_ref`.
+"""Where the packages around the library are: `conversion`, `experiments` and `kangaroo_ref`; and for child processes.
 
 In a clone they lie beside this package. An installed wheel keeps them inside it, in `_tools/`, since such names might
 be others' as well; they are importable only in a process that asked for them.
@@ -6,6 +6,7 @@ be others' as well; they are importable only in a process that asked for them.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +24,11 @@ def make_tools_importable() -> None:
     folder = str(tools_folder())
     if folder not in sys.path:
         sys.path.insert(0, folder)
+
+
+def environment_of_child() -> dict[str, str]:
+    """The environment for a Python process, started with -P, that finds the packages of this one, and no others."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def shipped(kind: str, name: str) -> Path | None:

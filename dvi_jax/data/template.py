@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from typing import IO, Any
 
 from dvi_jax.data.conversations import Message
 from dvi_jax.errors import UserError
+from dvi_jax.tools import environment_of_child
 
 WORKER = Path(__file__).with_name("template_worker.py")
 
@@ -87,14 +87,13 @@ class ChatTemplate:
         if len(self._setup["source"]) > self.limits.max_source_chars:
             raise UserError(f"the chat template is longer than {self.limits.max_source_chars} characters")
         # -P and the explicit path: the worker finds this process's packages, not the modules beside it.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         try:
             worker = self._worker = subprocess.Popen(
                 [sys.executable, "-P", "-B", str(WORKER)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,  # whatever it dies of, our error is one line
-                env=environment,
+                env=environment_of_child(),
                 text=True,
                 encoding="utf-8",
             )

@@ -124,7 +124,7 @@ def attend_cached(
     dtype = cache.key.dtype
     if decode_attention.is_supported(positions.shape[1], heads[2], dtype):
         biases = () if bias is None else (by_head(bias, heads),)
-        flat = by_head(qkv, heads).reshape(qkv.shape[0], -1, heads[0] + 2 * heads[1], heads[2])
+        flat = flat_by_head(qkv, heads)
         mixed, key, value = decode_attention.cached_attention(flat, rope, *cache, positions, *biases)
         return mixed.reshape(*qkv.shape[1:-1], -1), LayerCache(key, value)
     query, key, value = split_heads(total(qkv, dtype, bias), heads, rope)
@@ -193,6 +193,12 @@ def by_head(qkv: jax.Array, heads: Heads) -> jax.Array:
     """Joined [..., (N+2K)H] -> [..., N+2K, H]: queries, then keys, then values."""
     n, k, h = heads
     return qkv.reshape(*qkv.shape[:-1], n + 2 * k, h)
+
+
+def flat_by_head(qkv: jax.Array, heads: Heads) -> jax.Array:
+    """The same of parts [P, ..., (N+2K)H] as the kernels take them, all rows of a part in one: [P, R, N+2K, H]."""
+    split = by_head(qkv, heads)
+    return split.reshape(qkv.shape[0], -1, *split.shape[-2:])
 
 
 def split_heads(qkv: jax.Array, heads: Heads, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -91,7 +91,7 @@ def cached_attention(
     cache, structure = jax.tree.flatten((key, value))
     table = pl.BlockSpec((None, tokens, size // 2), lambda b, k, c: (b, 0, 0))
     outputs = output_shapes(chunks, (rows, queries, size), key.dtype)
-    caches = [*map(of_head if places is None else whole, cache)]
+    caches = [of_head(array) if places is None else entire(array.shape) for array in cache]
     given = [array for array in (bias, places) if array is not None]
     kernel = partial(_kernel, arrays=len(cache), biased=bias is not None, placed=places is not None)
     written = pl.pallas_call(
@@ -118,11 +118,6 @@ def cached_attention(
 def entire(shape: tuple[int, ...]) -> pl.BlockSpec:
     """Every program of a grid of three sees the whole array."""
     return pl.BlockSpec(shape, lambda b, k, c: (0,) * len(shape))
-
-
-def whole(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-    """`entire` of an array."""
-    return entire(array.shape)
 
 
 def of_head(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:

@@ -28,9 +28,9 @@ class PlacedCache(struct.PyTreeNode):
         self, qkv: jax.Array, heads: Heads, rope: Rope, positions: jax.Array, bias: jax.Array | None
     ) -> tuple[jax.Array, PlacedCache]:
         """`attention.attend_cached` of that sequence: B is 1. The others' rows stay as they are."""
-        dtype, size = self.cache.key.dtype, heads[2]
-        if decode_attention.is_supported(positions.shape[1], size, dtype):
-            flat = attention.by_head(qkv, heads).reshape(qkv.shape[0], -1, heads[0] + 2 * heads[1], size)
+        dtype = self.cache.key.dtype
+        if decode_attention.is_supported(positions.shape[1], heads[2], dtype):
+            flat = attention.flat_by_head(qkv, heads)
             biases = None if bias is None else attention.by_head(bias, heads)
             mixed, *kept = decode_attention.cached_attention(flat, rope, *self.cache, positions, biases, self.place)
             return mixed.reshape(*qkv.shape[1:-1], -1), self.replace(cache=LayerCache(*kept))

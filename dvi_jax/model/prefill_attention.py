@@ -55,10 +55,10 @@ def prefill_attention(
         partial(kernel, group=heads // kv_heads, tile=program.tile),
         grid=(batch, kv_heads, pl.cdiv(tokens * heads // kv_heads, program.tile)),
         in_specs=[
-            *map(round_attention.whole if given else round_attention.of_head, cache),
+            *(round_attention.entire(array.shape) if given else round_attention.of_head(array) for array in cache),
             pl.BlockSpec((None, *query.shape[1:]), lambda b, k, t: (b, 0, 0, 0)),
             pl.BlockSpec((None, tokens), lambda b, k, t: (b, 0)),
-            *map(round_attention.whole, given),
+            *(round_attention.entire(array.shape) for array in given),
         ],
         out_specs=pl.BlockSpec((None, *query.shape[1:]), lambda b, k, t: (b, 0, 0, 0)),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),

@@ -32,7 +32,7 @@ class TreeCache(struct.PyTreeNode):
         """`attention.attend_cached`, each row over the committed slots before the root and its own path."""
         if not decode_attention.is_supported(positions.shape[1], heads[2], self.committed.key.dtype):
             return self._attend_by_rows(qkv, heads, rope, positions, bias)
-        flat = attention.by_head(qkv, heads).reshape(qkv.shape[0], -1, heads[0] + 2 * heads[1], heads[2])
+        flat = attention.flat_by_head(qkv, heads)
         biases = () if bias is None else (attention.by_head(bias, heads),)
         mixed, key, value = tree_attention.tree_attention(
             flat, rope, *self.committed, positions, self.tree, self.nodes, *biases

@@ -14,22 +14,17 @@ from typing import Any, Protocol
 from dvi_jax.errors import UserError
 from dvi_jax.serve.link import Link
 from dvi_jax.serve.reply import Reply
-from dvi_jax.serve.requests import EngineStatus, QueueFullError, Request
+from dvi_jax.serve.requests import EngineStatus, QueueFullError, ReplyPiece, Request, RequestEngine
 from dvi_jax.serve.waking import when_all_is_given
 
 STATUS_SECONDS = 0.25  # between two looks at the engine while nothing else is told
 
 
-class ToldEngine(Protocol):
-    """A `RequestEngine` whose replies tell when there is more of them."""
+class ToldEngine(RequestEngine, Protocol):
+    """One whose replies tell when there is more of them."""
 
-    def submit(self, request: Request) -> Reply: ...
-
-    def status(self) -> EngineStatus: ...
-
-    def drain(self, seconds: float) -> bool: ...
-
-    def close(self) -> None: ...
+    def submit(self, request: Request) -> Reply:
+        """As of every engine; of any thread."""
 
 
 class Desk:
@@ -124,10 +119,10 @@ class Desk:
             failure = str(error)
         if piece is None and failure is None:
             return None
-        is_over = failure is not None or (piece is not None and piece.finish_reason is not None)
-        if is_over:
+        piece = piece or ReplyPiece((), "")
+        if failure is not None or piece.finish_reason is not None:
             del self._replies[number]
-        parts = ((), "", None, None) if piece is None else (piece.ids, piece.text, piece.finish_reason, piece.logprobs)
+        parts = piece.ids, piece.text, piece.finish_reason, piece.logprobs
         return number, *parts, failure, tuple(vars(reply.statistics).values())
 
     def _tell_status(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from dvi_jax.serve.desk import Desk
 from dvi_jax.serve.link import Link
 from dvi_jax.serve.requests import EngineStatus
 from dvi_jax.serve.settings import ServerSettings
+from dvi_jax.tools import environment_of_child
 
 HANDED_ON = signal.SIGUSR1  # a signal that the engine's process got
 OTHERS = (signal.SIGINT, signal.SIGTERM)  # which may come to both: that process hands on what counts
@@ -47,8 +47,7 @@ class FrontProcess:
         self.link, there = Link.pair()
         ends = there.fileno(), listener.fileno()
         # No device: it must not take any of its memory. Its own session: a terminal's Ctrl-C is not for it to show.
-        path = os.pathsep.join(filter(None, sys.path))
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+        environment = environment_of_child() | {"JAX_PLATFORMS": "cpu"}
         command = [sys.executable, "-P", "-m", "dvi_jax.serve.front", *map(str, ends)]
         try:
             self.process = subprocess.Popen(command, pass_fds=ends, env=environment, start_new_session=True)

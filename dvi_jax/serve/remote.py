@@ -20,7 +20,7 @@ from dvi_jax.data.tokenizer import Tokenizer
 from dvi_jax.decode.stream import StreamedText
 from dvi_jax.errors import UserError
 from dvi_jax.serve.link import Link
-from dvi_jax.serve.reply import joined
+from dvi_jax.serve.reply import joined, with_text
 from dvi_jax.serve.requests import EngineStatus, QueueFullError, ReplyPiece, Request, Statistics
 
 LOST = "its process has ended"
@@ -35,8 +35,7 @@ class RemoteReply:
         self.request, self.statistics = request, Statistics(prompt_tokens=len(request.prompt_ids))
         self._engine, self._number = engine, number
         # With stop strings the other process knows the text, since it must.
-        has_text = engine.tokenizer is not None and not request.stop
-        self._text = StreamedText(engine.tokenizer) if engine.tokenizer is not None and has_text else None
+        self._text = None if engine.tokenizer is None or request.stop else StreamedText(engine.tokenizer)
         self._pieces: list[ReplyPiece] = []
         self._failure: UserError | None = None
         self._is_admitted = self._is_over = False
@@ -56,7 +55,7 @@ class RemoteReply:
                 if self._pieces:
                     piece = joined(self._pieces)
                     self._pieces = []
-                    yield self._with_text(piece)
+                    yield with_text(piece, self._text)
                     if piece.finish_reason is not None:
                         return
                 elif self._failure is not None:
@@ -93,11 +92,6 @@ class RemoteReply:
     async def _next(self) -> None:
         self._arrived.clear()
         await self._arrived.wait()
-
-    def _with_text(self, piece: ReplyPiece) -> ReplyPiece:
-        if self._text is None or not piece.ids:
-            return piece
-        return replace(piece, text=self._text.add(piece.ids, last=piece.finish_reason is not None)[1])
 
 
 class RemoteEngine:

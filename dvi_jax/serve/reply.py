@@ -106,9 +106,7 @@ class Reply:
     def _next(self) -> ReplyPiece | None:
         """What was `taken`, with its text: a reader that is woken late makes text of it once."""
         piece = self.taken()
-        if piece is not None and piece.ids and self._text is not None and not self.request.stop:
-            return replace(piece, text=self._text.add(piece.ids, last=piece.finish_reason is not None)[1])
-        return piece
+        return piece if piece is None or self.request.stop else with_text(piece, self._text)
 
     # What the engine calls.
 
@@ -172,6 +170,13 @@ class Reply:
         self._changed.notify_all()
         if self._notify is not None:
             self._notify()
+
+
+def with_text(piece: ReplyPiece, text: StreamedText | None) -> ReplyPiece:
+    """The next piece of a reply with what its ids add to the reply's `text`; as it is where none is made."""
+    if text is None or not piece.ids:
+        return piece
+    return replace(piece, text=text.add(piece.ids, last=piece.finish_reason is not None)[1])
 
 
 def joined(pieces: Sequence[ReplyPiece]) -> ReplyPiece:
