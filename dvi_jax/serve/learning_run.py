@@ -75,7 +75,7 @@ class LearningRun:
             directory = stack.enter_context(self._directory)
             directory.identify(self._identity())
             if not (self._model.drafter_is_trained or directory.resumes) and can_begin(self._model):
-                notice("a new drafter begins with texts that the model writes now: seconds of a GPU, up to minutes of a CPU")
+                notice("a new drafter begins with texts that the model writes now: on a CPU up to minutes")
                 self._model = from_own_texts(self._model)
             self.learner = Learner(self._model, self._settings, self._context, report=directory.log, save=self._save)
             found, _ = directory.restore(self.learner.template)
