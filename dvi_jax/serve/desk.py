@@ -6,18 +6,23 @@ times a second. That process is `remote.py`; what the two say to each other is t
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Any, Protocol
 
-from dvi_jax.errors import UserError
+from dvi_jax.errors import UserError, one_line
 from dvi_jax.serve.link import Link
 from dvi_jax.serve.reply import Reply
 from dvi_jax.serve.requests import EngineStatus, QueueFullError, ReplyPiece, Request, RequestEngine
 from dvi_jax.serve.waking import when_all_is_given
 
 STATUS_SECONDS = 0.25  # between two looks at the engine while nothing else is told
+
+log = logging.getLogger(__name__)
 
 
 class ToldEngine(RequestEngine, Protocol):
@@ -39,20 +44,22 @@ class Desk:
         self._asked, self._closed = threading.Event(), threading.Event()
 
     def serve(self) -> None:
-        """Until the other process is gone; replies that it asked for are cancelled then."""
-        threads = [threading.Thread(target=work, daemon=True) for work in (self._give, self._tell_status)]
-        for thread in threads:
-            thread.start()
-        try:
-            while (message := self._link.receive()) is not None:
-                self._do(*message)
-        finally:
-            self._closed.set()
-            self._asked.set()
-            for reply in list(self._replies.values()):
-                reply.cancel()
-            for thread in threads:
-                thread.join()
+        """Until the other process is gone; replies that it asked for are cancelled then.
+
+        Raises what is wrong here, in whichever thread: nobody would hear of replies any more.
+        """
+        with ThreadPoolExecutor() as threads:
+            telling = [threads.submit(self._or_end, work) for work in (self._give, self._tell_status)]
+            try:
+                while (message := self._link.receive()) is not None:
+                    self._do(*message)
+            finally:
+                self._closed.set()
+                self._asked.set()
+                for reply in list(self._replies.values()):
+                    reply.cancel()
+        for each in telling:
+            each.result()
 
     def ask(self) -> None:
         """Have what is due told: the engine's thread has given all that a stretch brought."""
@@ -85,12 +92,21 @@ class Desk:
             full = (error.waiting, error.retry_after) if isinstance(error, QueueFullError) else None
             self._link.send("refused", number, str(error), full, self._engine.status())
             return
+        except Exception as error:  # a defect of ours, which is to cost nobody else anything
+            log.exception("the engine's process failed on a request")
+            self._link.send("broken", number, one_line(f"{type(error).__name__}: {error}"))
+            return
         self._replies[number] = reply
         self._link.send("admitted", number, self._engine.status())
         reply.tell(partial(self._has_more, number))
 
     def _drain(self, seconds: float) -> None:
         self._link.send("drained", self._engine.drain(seconds))
+
+    def _or_end(self, work: Callable[[], None]) -> None:
+        """Do it; the link ends with it, and so does `serve`."""
+        with closing(self._link):
+            work()
 
     def _has_more(self, number: int) -> None:
         with self._lock:
@@ -126,5 +142,12 @@ class Desk:
         return number, *parts, failure, tuple(vars(reply.statistics).values())
 
     def _tell_status(self) -> None:
+        is_logged = False
         while not self._closed.wait(STATUS_SECONDS):
-            self._link.send("status", *self.state())
+            try:
+                self._link.send("status", *self.state())
+            except Exception:  # of a section: all of them stay as they were told
+                if not is_logged:
+                    log.exception("a part of the status cannot be told")
+                is_logged = True
+                self._link.send("status", self._engine.status(), {})

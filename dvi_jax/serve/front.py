@@ -24,26 +24,37 @@ from dvi_jax.serve.logs import set_up_logs
 from dvi_jax.serve.remote import RemoteEngine
 from dvi_jax.serve.running import DrainingServer, run
 
+LAST_TICKS = 20  # tenths of a second in which a server whose engine has failed says so
+
 
 class FrontServer(DrainingServer):
     """One whose signals come from the engine's process, and which ends when that has gone."""
 
     def __init__(self, app: Starlette, engine: RemoteEngine, *, ends_with_engine: bool):
-        super().__init__(app, ends_with_engine=ends_with_engine)
-        self._engine = engine
+        """`ends_with_engine`: as where that has lost other processes, which can only be begun again together."""
+        super().__init__(app)
+        self._engine, self._ends_with_engine = engine, ends_with_engine
+        self._failed_ticks = 0
 
     async def on_tick(self, counter: int) -> bool:
-        """At once where nobody answers any more: the address is to be free for the next server."""
-        return await super().on_tick(counter) or self._engine.is_lost
+        """uvicorn's, ten times a second: whether to end.
+
+        At once where nobody answers any more: the address is to be free for the next server. With an engine that says
+        that it failed, clients hear of it first, and who asks for the health.
+        """
+        if (self._ends_with_engine or self._engine.is_lost) and (failure := self._engine.failure):
+            self.failure, self._failed_ticks = failure, self._failed_ticks + 1
+        return await super().on_tick(counter) or self._engine.is_lost or self._failed_ticks > LAST_TICKS
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """uvicorn's, around all of its serving."""
-        before = signal.signal(HANDED_ON, self.handle_exit)
+        signal.signal(HANDED_ON, self.handle_exit)
         try:
             yield
         finally:
-            signal.signal(HANDED_ON, before)
+            # Not what it was, which kills: one more signal would take the exit status from who ends already.
+            signal.signal(HANDED_ON, signal.SIG_IGN)
 
 
 def main(arguments: list[str] | None = None) -> int:

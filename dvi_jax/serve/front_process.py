@@ -7,8 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -71,17 +71,17 @@ class FrontProcess:
     def run(self, desk: Desk, beginning: Beginning) -> int:
         """Have it serve, and answer it until it ends, signals being its own -> its exit status.
 
-        `UserError` if something killed it.
+        `UserError` if something killed it; raises what kept the desk from answering.
         """
-        answering = threading.Thread(target=desk.serve, daemon=True)
-        with self._signals_handed_on():
+        with self._signals_handed_on(), ThreadPoolExecutor() as threads:
             self.link.send(beginning)
-            answering.start()
             # Not in this thread: a signal that comes just before a wait without an end is not seen until that ends.
-            while answering.is_alive():
-                answering.join(TICK_SECONDS)
+            answering = threads.submit(desk.serve)
+            while not answering.done():
+                wait([answering], TICK_SECONDS)
             self.link.close()
             status = self.process.wait()
+        answering.result()
         if status == -HANDED_ON:  # it had not begun to serve
             return 0
         if status < 0:

@@ -77,4 +77,5 @@ async def show_http_error(request: Request, error: Exception) -> JSONResponse:
 
 async def show_defect(request: Request, error: Exception) -> JSONResponse:
     """The same for a defect of ours, whose traceback goes to the log and not to the client."""
-    return JSONResponse(failed("the server failed on this request; its log says why").body(), 500)
+    refusal = failed("the server failed on this request; its log says why")
+    return JSONResponse(refusal.body(), 500, {"connection": "close"})  # which uvicorn does then, without a word

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import queue
 import threading
 import time
@@ -27,6 +28,8 @@ LOST = "its process has ended"
 SILENT_SECONDS = 30.0  # without a word of the other process, which tells its status several times a second
 CLOSE_SECONDS = 60.0  # that an engine may take to end
 
+log = logging.getLogger(__name__)
+
 
 class RemoteReply:
     """A request under way in the other process (`requests.Handle`)."""
@@ -37,7 +40,7 @@ class RemoteReply:
         # With stop strings the other process knows the text, since it must.
         self._text = None if engine.tokenizer is None or request.stop else StreamedText(engine.tokenizer)
         self._pieces: list[ReplyPiece] = []
-        self._failure: UserError | None = None
+        self._failure: Exception | None = None
         self._is_admitted = self._is_over = False
         self._arrived = asyncio.Event()  # something is new of it
 
@@ -75,8 +78,8 @@ class RemoteReply:
         self._is_admitted = True
         self._arrived.set()
 
-    def fail(self, error: UserError) -> None:
-        """Nothing more comes."""
+    def fail(self, error: Exception) -> None:
+        """Nothing more comes; a defect of ours is no `UserError`."""
         if not self._is_over:
             self._failure, self._is_over = error, True
             self._arrived.set()
@@ -131,7 +134,7 @@ class RemoteEngine:
     def drain(self, seconds: float) -> bool:
         """Take nothing new and let what runs finish, for so long at most; whether all finished."""
         self.post("drain", seconds)
-        return self._drained.get() if self._status.failure != LOST else False
+        return not self.is_lost and self._drained.get()
 
     def close(self) -> None:
         """Cancel what runs and end the engine's thread; wait for it."""
@@ -140,9 +143,14 @@ class RemoteEngine:
         self._posted.put(None)
 
     @property
+    def failure(self) -> str | None:
+        """Why it serves no more, for good: as it has said, or `LOST`. Silence may end."""
+        return self._status.failure
+
+    @property
     def is_lost(self) -> bool:
         """Whether there is no such process any more."""
-        return self._status.failure == LOST
+        return self.failure == LOST
 
     def post(self, *message: Any) -> None:
         """Have it sent; nobody waits."""
@@ -150,16 +158,23 @@ class RemoteEngine:
 
     def _write(self) -> None:
         while (message := self._posted.get()) is not None:
-            self._link.send(*message)
+            try:
+                self._link.send(*message)
+            except Exception as error:  # it does not pickle, which only a request can do
+                self._in_loop(self._fail, message[1], error)
 
     def _read(self) -> None:
-        while (message := self._link.receive()) is not None:
-            self._heard = time.monotonic()
-            self._hear(*message)
-        self._status = replace(self._status, failure=LOST, running=0, waiting=0)
-        self._drained.put(False)
-        self._closed.set()
-        self._in_loop(self._fail_all)
+        try:
+            while (message := self._link.receive()) is not None:
+                self._heard = time.monotonic()
+                self._hear(*message)
+        except Exception:
+            log.exception("what the engine's process says is not understood")
+        finally:
+            self._status = replace(self._status, failure=LOST, running=0, waiting=0)
+            self._drained.put(False)
+            self._closed.set()
+            self._in_loop(self._fail_all)
 
     def _hear(self, about: str, *given: Any) -> None:
         """What the other process says, in the thread that reads."""
@@ -174,8 +189,10 @@ class RemoteEngine:
                 self._status = status
                 error = UserError(message) if full is None else QueueFullError(*full)
                 self._in_loop(self._fail, number, error)
+            case "broken", (number, what):
+                self._in_loop(self._fail, number, RuntimeError(f"in the engine's process, whose log has more: {what}"))
             case "status", (status, sections):
-                self._status, self.sections = status, sections
+                self._status, self.sections = status, self.sections | sections
             case "drained", (finished,):
                 self._drained.put(finished)
             case "closed", ():
@@ -201,7 +218,7 @@ class RemoteEngine:
     def _admit(self, number: int) -> None:
         self._replies[number].admit()
 
-    def _fail(self, number: int, error: UserError) -> None:
+    def _fail(self, number: int, error: Exception) -> None:
         self._replies.pop(number).fail(error)
 
     def _fail_all(self) -> None:

@@ -19,7 +19,6 @@ from dvi_jax.serve.logs import say
 from dvi_jax.serve.pace import SWITCH_SECONDS
 from dvi_jax.serve.serving import Serving
 
-LAST_TICKS = 20  # tenths of a second in which a server whose engine has failed says so
 LAST_SECONDS = 5  # that connections have to take what was written, once all replies are made
 MOST_FILES = 65_536  # open connections are files
 
@@ -45,8 +44,7 @@ def address(listener: socket.socket) -> str:
 class DrainingServer(uvicorn.Server):
     """uvicorn whose first signal drains the engine and then ends the server; a second one ends it at once."""
 
-    def __init__(self, app: Starlette, *, ends_with_engine: bool = False):
-        """`ends_with_engine`: as where that has lost other processes, which can only be begun again together."""
+    def __init__(self, app: Starlette):
         config = uvicorn.Config(
             app,
             http="h11",
@@ -59,19 +57,8 @@ class DrainingServer(uvicorn.Server):
         )
         super().__init__(config)
         self._serving: Serving = app.state.serving
-        self._ends_with_engine = ends_with_engine
         self.interrupted = False  # by a second signal
         self.failure: str | None = None  # of an engine that this server ends with
-        self._failed_ticks = 0
-
-    async def on_tick(self, counter: int) -> bool:
-        """uvicorn's, ten times a second: whether to end.
-
-        With a failed engine, clients hear of it first, and who asks for the health.
-        """
-        if self._ends_with_engine and (failure := self._serving.engine.status().failure):
-            self.failure, self._failed_ticks = failure, self._failed_ticks + 1
-        return await super().on_tick(counter) or self._failed_ticks > LAST_TICKS
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn's signal handler, in the main thread."""
@@ -83,6 +70,7 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's, which after a second signal leaves the application's own end out and logs that as an error."""
+        self._serving.closing = True  # however it came to this: open dashboards would keep it waiting
         await super().shutdown(sockets)
         if self.force_exit:
             await self.lifespan.shutdown()
@@ -97,7 +85,7 @@ class DrainingServer(uvicorn.Server):
         finished = self._serving.engine.drain(self._serving.settings.drain_seconds)
         say("drained", logging.INFO if finished else logging.WARNING, all_finished=finished)
         self._serving.engine.close()
-        self._serving.closing = self.should_exit = True
+        self.should_exit = True
 
 
 def settled() -> None:

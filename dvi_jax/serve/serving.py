@@ -78,25 +78,13 @@ class Serving:
 
     async def submit(self, requests: Sequence[Request]) -> list[Handle]:
         """Queue all of them or none; `RefusedError` says why not. To be given back by `release`."""
-        handles: list[Handle] = []
-        admitted = 0
         try:
-            for request in requests:
-                handles.append(self.engine.submit(request))
-            for handle in handles:
-                await handle.admitted()
-                admitted += 1
+            return await self._queue(requests)
         except QueueFullError as error:
             raise busy(str(error), error.retry_after, "queue_full") from error
         except UserError as error:
             self.check_open()  # the engine may have been told to drain, or have failed, in between
             raise as_refusal(error) from error
-        finally:
-            if admitted < len(requests):
-                for handle in handles:
-                    handle.cancel()
-        self.open_replies += len(handles)
-        return handles
 
     def release(self, handles: Sequence[Handle]) -> None:
         """They are answered, or nobody waits for them any more."""
@@ -129,6 +117,22 @@ class Serving:
             "recent": self.monitor.recent(),
             **{name: section() for name, section in self.sections.items()},
         }
+
+    async def _queue(self, requests: Sequence[Request]) -> list[Handle]:
+        """All of them admitted, and open from the start: many may be waiting for an engine in another process."""
+        handles: list[Handle] = []
+        self.open_replies += len(requests)
+        try:
+            for request in requests:
+                handles.append(self.engine.submit(request))
+            for handle in handles:
+                await handle.admitted()
+        except BaseException:
+            self.open_replies -= len(requests)
+            for handle in handles:
+                handle.cancel()
+            raise
+        return handles
 
 
 def engine_error(error: UserError) -> RefusedError:

@@ -39,7 +39,7 @@ def live_server(engine: RequestEngine, tokenizer: Tokenizer | None, **settings: 
         yield Live(url, app.state.serving, server, thread)
     finally:
         engine.close()
-        app.state.serving.closing = server.should_exit = True
+        server.should_exit = True
         thread.join(60)
         listener.close()
         assert not thread.is_alive()

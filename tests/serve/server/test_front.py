@@ -2,15 +2,20 @@
 
 import asyncio
 import ctypes
+import logging
 import os
+import pickle
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -19,13 +24,19 @@ import pytest
 from dvi_jax.config import SamplingConfig
 from dvi_jax.errors import UserError
 from dvi_jax.serve import remote
+from dvi_jax.serve.app import create_app
+from dvi_jax.serve.desk import Desk
+from dvi_jax.serve.front import LAST_TICKS, FrontServer
+from dvi_jax.serve.front_process import HANDED_ON, Beginning, FrontProcess
 from dvi_jax.serve.link import Link
 from dvi_jax.serve.remote import LOST, RemoteEngine
 from dvi_jax.serve.reply import Reply
 from dvi_jax.serve.requests import EngineStatus, QueueFullError, Request
+from dvi_jax.serve.running import address, bind
+from dvi_jax.serve.settings import ServerSettings
 from dvi_jax.serve.waking import held_back
 from tests.compiling import FLAG
-from tests.serve.server.live import linked, until
+from tests.serve.server.live import linked, live_server, until
 
 ROOT = Path(__file__).parents[3]
 
@@ -110,22 +121,26 @@ def test_who_leaves_frees_the_slot(model, make_engine):
             asyncio.run(whole(remote, Request((5, 6), 2)))
 
 
-def test_an_engine_that_is_lost():
-    """Whoever waits is told, and who comes later; nothing waits for it."""
-    here, there = Link.pair()
-    engine = RemoteEngine(Link(there), None, EngineStatus(1, 0, 0, 96, "plain"), {})
+STATUS = EngineStatus(1, 0, 0, 96, "plain")
 
-    async def lose():
+
+@pytest.mark.parametrize("lose", [Link.close, lambda here: here.send("nonsense")])
+def test_an_engine_that_is_lost(lose):
+    """Whoever waits is told, and who comes later; nothing waits for it, nor for one that is not understood."""
+    here, there = Link.pair()
+    engine = RemoteEngine(Link(there), None, STATUS, {})
+
+    async def ask():
         waiting = [engine.submit(Request((5,), 3)) for _ in range(2)]
         await asyncio.sleep(0.05)
-        here.close()
+        lose(here)
         for reply in waiting:
             with pytest.raises(UserError, match=LOST):
                 await reply.admitted()
         with pytest.raises(UserError, match=LOST):
             await whole(engine, Request((5,), 3))
 
-    asyncio.run(lose())
+    asyncio.run(asyncio.wait_for(ask(), 30))
     assert engine.is_lost
     assert engine.status().failure == LOST
     assert not engine.drain(60)
@@ -135,14 +150,33 @@ def test_an_engine_that_is_lost():
 def test_an_engine_that_says_nothing_serves_no_more(monkeypatch):
     """Until it speaks again."""
     here, there = Link.pair()
-    status = EngineStatus(1, 0, 0, 96, "plain")
-    engine = RemoteEngine(Link(there), None, status, {})
-    assert engine.status() == status
+    engine = RemoteEngine(Link(there), None, STATUS, {})
+    assert engine.status() == STATUS
     monkeypatch.setattr(remote, "SILENT_SECONDS", 0.05)
     until(lambda: (engine.status().failure or "").startswith("its process has said nothing for"))
     monkeypatch.setattr(remote, "SILENT_SECONDS", 60)
-    here.send("status", status, {})
-    until(lambda: engine.status() == status)
+    here.send("status", STATUS, {})
+    until(lambda: engine.status() == STATUS)
+    here.close()
+
+
+def test_a_failure_that_the_engine_tells_ends_a_server_of_several_processes(monkeypatch):
+    """Once clients have heard of it; mere silence makes nothing but the health bad."""
+    here, there = Link.pair()
+    engine = RemoteEngine(Link(there), None, STATUS, {})
+    server = FrontServer(create_app(engine, None, ServerSettings("tiny")), engine, ends_with_engine=True)
+
+    async def ends():
+        return [await server.on_tick(1) for _ in range(LAST_TICKS + 1)]
+
+    monkeypatch.setattr(remote, "SILENT_SECONDS", -1)
+    assert "has said nothing" in engine.status().failure
+    assert not any(asyncio.run(ends()))
+    assert server.failure is None
+    here.send("status", replace(STATUS, failure="process 1 is gone"), {})
+    until(lambda: engine.status().failure == "process 1 is gone")
+    assert asyncio.run(ends()) == [False] * LAST_TICKS + [True]
+    assert server.failure == "process 1 is gone"
     here.close()
 
 
@@ -154,7 +188,7 @@ class OneReply:
         return self.reply
 
     def status(self):
-        return EngineStatus(1, 0, 0, 96, "plain")
+        return STATUS
 
     def drain(self, seconds):
         return True
@@ -179,6 +213,117 @@ def test_a_reply_that_fails_gives_what_it_had():
     with linked(engine, None) as remote, pytest.raises(UserError, match="it broke"):
         asyncio.run(asyncio.wait_for(read(remote), 60))
     assert found == [(7,)]
+
+
+class Broken(OneReply):
+    """One with a defect that some requests find; it answers the others with a token."""
+
+    def submit(self, request):
+        if request.max_new_tokens == 13:
+            raise ValueError("13 of them")
+        if request.max_new_tokens == 14:
+            return SimpleNamespace(cancel=lambda: None)  # which tells nothing
+        reply = super().submit(request)
+        reply.take([70], done=True)
+        return reply
+
+
+DEFECT = "the server failed on this request; its log says why"
+
+
+def test_a_defect_costs_its_own_request_alone(byte_tokenizer, caplog):
+    body = {"prompt": "hello", "max_tokens": 13}
+    with (
+        linked(Broken(), byte_tokenizer) as remote,
+        live_server(remote, byte_tokenizer) as live,
+        httpx.Client(timeout=30) as client,  # which would ask again on the same connection
+    ):
+        url = f"{live.url}/v1/completions"
+        broken = client.post(url, json=body)
+        assert (broken.status_code, broken.json()["error"]["message"]) == (500, DEFECT)
+        (logged,) = [record for record in caplog.records if record.name == "dvi_jax.serve.desk"]
+        assert "ValueError: 13 of them" in logging.Formatter().format(logged)
+        assert client.post(url, json=body | {"max_tokens": 1}).status_code == 200
+
+
+def test_a_request_that_cannot_be_sent_costs_itself_alone():
+    async def ask(remote):
+        with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
+            await whole(remote, Request((5,), 1, stop=(lambda: None,)))
+        return await whole(remote, Request((5,), 1))
+
+    with linked(Broken(), None) as remote:
+        ids, *_ = asyncio.run(asyncio.wait_for(ask(remote), 30))
+    assert ids == [70]
+
+
+def test_a_part_of_the_status_that_fails_keeps_nothing_else_back(caplog):
+    """The log says so once; it stays as it was, until it can be told again."""
+    engine, parts = OneReply(), [1]
+    with linked(engine, None, part=lambda: parts[-1] / len(parts[:2])) as remote:
+        assert remote.sections == {"part": 1}
+        parts.clear()
+        for running in range(3):  # told after it fails
+            status = replace(STATUS, running=running)
+            engine.status = lambda status=status: status
+            until(lambda status=status: remote.status() == status, 30)
+        assert remote.sections == {"part": 1}
+        assert [record.exc_info[0] for record in caplog.records] == [IndexError]
+        parts += [4, 4]
+        until(lambda: remote.sections == {"part": 2}, 30)
+
+
+def test_a_desk_that_tells_no_more_ends():
+    engine = OneReply()
+    engine.status = lambda: 1 / 0
+    here, _there = Link.pair()
+    with ThreadPoolExecutor() as pool, closing(here), pytest.raises(ZeroDivisionError):
+        pool.submit(Desk(engine, here).serve).result(20)
+
+
+@contextmanager
+def http_process(tokenizer):
+    """A server's HTTP process, its address and what it is told first; the test is the engine's process."""
+    listener = bind("127.0.0.1", 0)
+    url = address(listener)
+    with FrontProcess(listener) as front:
+        yield front, url, Beginning(ServerSettings("tiny"), tokenizer, STATUS, {}, ends_with_engine=False)
+
+
+def test_a_defect_in_answering_http_is_no_good_end(byte_tokenizer):
+    with http_process(byte_tokenizer) as (front, url, beginning), ThreadPoolExecutor() as pool:
+        body = {"prompt": "hello", "max_tokens": 14}
+        asked = pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=60)
+        with pytest.raises(AttributeError, match="tell"):
+            front.run(Desk(Broken(), front.link), beginning)
+        answer = asked.result()
+        assert (answer.status_code, answer.json()["error"]["message"]) == (500, f"the engine failed: {LOST}")
+        assert front.process.returncode == 2
+
+
+def test_a_signal_more_does_not_change_how_it_ends(byte_tokenizer):
+    with http_process(byte_tokenizer) as (front, url, beginning):
+        front.link.send(beginning)
+        httpx.get(f"{url}/health", timeout=60)
+        front.process.send_signal(HANDED_ON)
+        assert front.link.receive()[0] == "drain"
+        front.process.send_signal(HANDED_ON)
+        assert front.link.receive() == ("close",)  # nothing is served any more
+        front.process.send_signal(HANDED_ON)
+        front.link.send("closed")
+        assert front.process.wait(60) == 130
+
+
+def test_open_dashboards_hold_nobody_up(byte_tokenizer):
+    """Their streams come to an end, which those that are cut off do not."""
+    with http_process(byte_tokenizer) as (front, url, beginning):
+        front.link.send(beginning)
+        with httpx.stream("GET", f"{url}/dashboard/events", timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            front.link.close()
+            list(lines)
+        assert front.process.wait(60) == 2
 
 
 @contextmanager

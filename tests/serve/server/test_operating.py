@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -24,10 +25,13 @@ from dvi_jax.serve.learner import Learned
 from dvi_jax.serve.learning_metrics import LearningCollector
 from dvi_jax.serve.logs import JsonLines
 from dvi_jax.serve.monitor import Monitor
-from dvi_jax.serve.requests import EngineStatus
+from dvi_jax.serve.refusals import RefusedError
+from dvi_jax.serve.requests import EngineStatus, Request
 from dvi_jax.serve.running import bind
+from dvi_jax.serve.serving import Serving
+from dvi_jax.serve.settings import ServerSettings
 from tests.serve.server.live import live_server, until
-from tests.serve.server.scripted import ScriptedEngine
+from tests.serve.server.scripted import ScriptedEngine, ScriptedHandle
 
 ROOT = Path(__file__).parents[3]
 BODY = {"prompt": "hello", "max_tokens": 4, "temperature": 0}
@@ -171,6 +175,31 @@ def test_who_reads_nothing_loses_the_reply_and_holds_no_slot(engine, byte_tokeni
             lambda: sample(httpx.get(f"{live.url}/metrics").text, "request_success_total", finished_reason="cancelled")
         )
         assert httpx.post(f"{live.url}/v1/completions", json=BODY, timeout=60).status_code == 200
+
+
+def test_who_waits_to_be_queued_is_open(byte_tokenizer, monkeypatch):
+    """As with an engine in another process; who leaves, or is refused, is not."""
+    engine, told = ScriptedEngine(byte_tokenizer, slots=1), asyncio.Event()
+    serving = Serving(engine, byte_tokenizer, ServerSettings("tiny", max_queued=1))
+    asked = [Request((5,), 1)] * 2
+    monkeypatch.setattr(ScriptedHandle, "admitted", lambda _: told.wait())
+
+    async def ask():
+        waiting = [asyncio.create_task(serving.submit(asked)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(RefusedError, match="too many requests are open"):
+            serving.check_open()
+        waiting[0].cancel()
+        await asyncio.wait(waiting[:1])
+        serving.check_open()
+        with pytest.raises(RefusedError, match="at most 19 alternatives"):
+            await serving.submit([Request((5,), 1, logprobs=20)] * 2)
+        told.set()
+        serving.release(await waiting[1])
+        assert serving.open_replies == 0
+
+    asyncio.run(ask())
+    engine.close()
 
 
 def test_a_body_that_does_not_come(engine, byte_tokenizer):
