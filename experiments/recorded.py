@@ -2,14 +2,14 @@
 
     python -m experiments.recorded --config experiments/configs/domain_shift.yaml --out FILE.json \\
         --variant optimizer.lora_lr=1e-4 optimizer.head_lr=1e-4 --variant optimizer.average=0.9 [--seeds N] \\
-        [--own-texts N]
+        [--solve-first N]
 
 Decoding is lossless, so which tokens a reply has does not depend on the drafter. The frozen drafter decodes the
 config's prompts; then every variant goes through these rollouts in order, each judged with the drafter learned so far
 before it is learned from, as in a run. Judged are the drafts of a round that begins at every token of a reply, by
 teacher forcing: several times the drafts that a run's own rounds judge, and the same ones for every variant. So a
-change against the frozen drafter has a small standard error, which is over prompts. `--own-texts` has a new drafter
-begin with weights from so many texts of the model's own (`learn/first_weights.py`).
+change against the frozen drafter has a small standard error, which is over prompts. With `--solve-first` a new
+drafter's first weights are solved from so many replies (`learn/first_weights.py`), and updates begin behind them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dvi_jax.config import TrainConfig
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
 from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.fast_update import Trainable, with_trainable
-from dvi_jax.learn.first_weights import from_own_texts
+from dvi_jax.learn.first_weights import Sums, added, solved
 from dvi_jax.learn.online import OnlineRun
 from dvi_jax.learn.replay import Windows, push
 from dvi_jax.loading import enable_compilation_cache
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=at_least_one, default=1)
     parser.add_argument("--drafter-from", metavar="DIR", help="a directory whose trained drafter to begin with")
     parser.add_argument(
-        "--own-texts", type=at_least_one, metavar="N", help="texts of its own to begin a new drafter with"
+        "--solve-first", type=at_least_one, metavar="N", help="replies that give a new drafter its first weights"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
@@ -96,8 +96,6 @@ def compare_variants(base: TrainConfig, variants: list[TrainConfig], options: ar
     """Every variant against the drafter that learns nothing, by domain."""
     began = time.perf_counter()
     with opened(Recorder, base) as run:
-        if options.own_texts and not run.model.drafter_is_trained:
-            run.model = from_own_texts(run.model, texts=options.own_texts)
         rollouts = run.record()
         files = np.array([file for rollout in rollouts for file in rollout.files])
         domains = {Path(base.data.files[index]).stem: files == index for index in np.unique(files)}
@@ -107,13 +105,16 @@ def compare_variants(base: TrainConfig, variants: list[TrainConfig], options: ar
             "environment": environment(),
             "settings": settings_of_run(base),
             "prompts": len(files),
-            "own_texts": options.own_texts,
+            "solve_first": options.solve_first,
         }
         result |= {"seeds": options.seeds, "frozen": rates, "variants": []}
         told = ", ".join(f"{domain} {share:.1%}" for domain, share in rates.items())
         print(f"{time.perf_counter() - began:5.0f} s  frozen: {told}", flush=True)
         for given, config in zip(options.variant, variants, strict=True):
-            learned = [run.go_through(rollouts, replace(config, seed=seed)) for seed in range(options.seeds)]
+            learned = [
+                run.go_through(rollouts, replace(config, seed=seed), solve_first=options.solve_first or 0)
+                for seed in range(options.seeds)
+            ]
             changes = {
                 domain: change([counts[inside] for counts in learned], frozen[inside])
                 for domain, inside in domains.items()
@@ -125,6 +126,9 @@ def compare_variants(base: TrainConfig, variants: list[TrainConfig], options: ar
             )
             print(f"{time.perf_counter() - began:5.0f} s  {' '.join(given)}: {told}", flush=True)
     return 0
+
+
+add, solve = (jax.jit(work, static_argnames="definition") for work in (added, solved))
 
 
 class Recorder(OnlineRun):
@@ -139,11 +143,14 @@ class Recorder(OnlineRun):
             rollouts.append(Rollout(jax.device_get(windows), tuple(prompt.position.file for prompt in batch)))
         return rollouts
 
-    def go_through(self, rollouts: list[Rollout], config: TrainConfig) -> np.ndarray:
-        """Judge every rollout and then learn from it with these settings: `count` of all prompts, [prompts, 2]."""
+    def go_through(self, rollouts: list[Rollout], config: TrainConfig, *, solve_first: int = 0) -> np.ndarray:
+        """Judge every rollout and then learn from it with these settings: `count` of all prompts, [prompts, 2].
+
+        From `solve_first` replies on; those give first weights.
+        """
         self.config = config
         self.state = self._on_devices(self.initial_state(self.model.params))
-        counts = []
+        sums, counts = Sums.empty(self.model) if solve_first else None, []
         for number, (windows, _) in enumerate(rollouts, 1):
             hits = right(
                 self.model.definition,
@@ -154,7 +161,12 @@ class Recorder(OnlineRun):
                 reply=config.decode.max_new_tokens,
             )
             counts.append(count(*jax.device_get((hits, windows.length - windows.prompt_length))))
-            if number % config.update_every == 0:
+            if sums is not None:
+                sums = add(self.model.definition, self.model.params, sums, windows)
+                if len(np.concatenate(counts)) >= solve_first:
+                    drafter, sums = solve(self.model.definition, self.model.params, sums), None
+                    self.state = self.state.replace(trainable=self.state.trainable | {"drafter": drafter})
+            elif number % config.update_every == 0:
                 self._learn_from(windows, [])
             self.state = self.state.replace(replay=push(self.state.replay, windows))
         return np.concatenate(counts)

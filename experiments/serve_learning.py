@@ -36,7 +36,6 @@ from dvi_jax.data.conversations import ConversationStream
 from dvi_jax.data.prompts import PromptStream
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
 from dvi_jax.importing.cache import open_checkpoint
-from dvi_jax.learn.first_weights import from_own_texts
 from dvi_jax.learn.new_drafter import kept_or_new_drafter
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, from_checkpoint
 from dvi_jax.serve.engine import Engine
@@ -191,8 +190,6 @@ def _prepare(options: argparse.Namespace, folder: Path) -> tuple[LoadedModel, li
         opened = with_drafter_from(opened, options.drafter_from)
     chosen = kept_or_new_drafter(opened, options.drafter, _drafter_options(options), options.exit_layer)
     model = from_checkpoint(chosen, seed=options.seed)
-    if not model.drafter_is_trained:  # as a server begins
-        model = from_own_texts(model)
     longest = options.context - options.max_new_tokens
     if longest < 1:
         raise UserError(f"--context {options.context} has no room for a prompt and --max-new-tokens")

@@ -22,7 +22,7 @@ from flax import struct
 from dvi_jax.config import ObjectiveConfig, OptimizerConfig
 from dvi_jax.decode.branches import NO_BRANCH
 from dvi_jax.learn import objectives
-from dvi_jax.learn.optimizer import guarded
+from dvi_jax.learn.optimizer import are_maps, guarded, muon
 from dvi_jax.learn.replay import Replay, Windows, sample
 from dvi_jax.learn.schedule import kl_to_rl
 from dvi_jax.learn.shared_gradient import over_devices
@@ -76,7 +76,7 @@ class Positions(NamedTuple):
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW with its own rate for lora_S and for the drafter's weights, warmed up linearly, clipped by global norm.
+    """Own rates for lora_S and for the drafter's weights, warmed up linearly, and gradients clipped by global norm.
 
     Adam's first steps move every weight by the whole rate, whatever its gradient: without warm-up they cost a trained
     drafter more than many updates bring back. Update n has n / `warmup` of the rate; the count is part of the state, as
@@ -84,19 +84,21 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     and are counted (`optimizer.py`).
     """
 
+    def warmed_up(rate: float) -> optax.Schedule:
+        return lambda done: rate * jnp.minimum((done + 1) / max(config.warmup, 1), 1.0)
+
     def adamw(rate: float) -> optax.GradientTransformation:
-        def warmed_up(done: jax.Array) -> jax.Array:
-            return rate * jnp.minimum((done + 1) / max(config.warmup, 1), 1.0)
+        return optax.adamw(warmed_up(rate), b2=config.b2, weight_decay=config.weight_decay)
 
-        return optax.adamw(warmed_up, b2=config.b2, weight_decay=config.weight_decay)
+    by_part = {"drafter": adamw(config.head_lr), "lora_s": adamw(config.lora_lr)}
+    if config.matrices == "muon":
+        by_part["maps"] = muon(warmed_up(config.head_lr), weight_decay=config.weight_decay)
 
-    rates = {"drafter": config.head_lr, "lora_s": config.lora_lr}
-    by_part = {name: adamw(rate) for name, rate in rates.items()}
-    return guarded(optax.multi_transform(by_part, _labels), config.clip_norm)
+    def labels(tree: Trainable) -> dict[str, Any]:
+        apart = are_maps(tree["drafter"]) if "maps" in by_part else False
+        return {"drafter": jax.tree.map(lambda is_map: "maps" if is_map else "drafter", apart), "lora_s": "lora_s"}
 
-
-def _labels(tree: Trainable) -> dict[str, str]:
-    return {name: name for name in tree}
+    return guarded(optax.multi_transform(by_part, labels), config.clip_norm)
 
 
 def init_learner(params: Params, config: OptimizerConfig, replay: Replay, key: jax.Array) -> LearnerState:

@@ -1,4 +1,4 @@
-"""What every update of this package wraps its optimiser in."""
+"""The optimiser of matrices, and what every update of this package wraps its optimiser in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import muon as optax_muon
+
+TABLES = ("markov_before", "markov_after", "places")  # matrices whose rows are looked up, each for itself
+ADAM_SIZE = 0.2  # root mean square of the steps that Adam makes, roughly (arXiv 2502.16982)
+
+
+def muon(rate: optax.Schedule, *, weight_decay: float) -> optax.GradientTransformation:
+    """Momentum whose steps have all singular values alike: of matrices, which `are_maps` finds.
+
+    A gradient's few large singular values move no more than all the others (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon). Steps are as large as AdamW's, so that its rates go for both.
+    """
+    return optax_muon(rate, weight_decay=weight_decay, consistent_rms=ADAM_SIZE)
+
+
+def are_maps(weights: optax.Params) -> Any:
+    """For every leaf whether it is a matrix that maps a state to another."""
+
+    def is_map(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+        return leaf.ndim == 2 and not any(getattr(key, "key", None) in TABLES for key in path)
+
+    return jax.tree.map_with_path(is_map, weights)
 
 
 def guarded(optimizer: optax.GradientTransformation, clip_norm: float) -> optax.GradientTransformation:

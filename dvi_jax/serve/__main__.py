@@ -151,7 +151,7 @@ def _start_learning(options: argparse.Namespace, settings: LearnSettings, stack:
 def _tell(kind: str, record: dict[str, Any]) -> None:
     """Records of learning that somebody should see at once, into the log."""
     if kind not in ("update", "held", "summary"):
-        say(f"learning: {kind}", logging.INFO if kind == "resume" else logging.WARNING, **record)
+        say(f"learning: {kind}", logging.INFO if kind in ("resume", "solved") else logging.WARNING, **record)
 
 
 def _tell_of_drafter(learning: LearningRun) -> None:

@@ -16,17 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvi_jax.config import ObjectiveConfig
+from dvi_jax.config import ObjectiveConfig, OptimizerConfig
 from dvi_jax.decode.memory import check_room, tree_bytes
 from dvi_jax.learn.fast_update import Batch, LearnerState, Trainable, init_learner
+from dvi_jax.learn.first_weights import Sums
 from dvi_jax.learn.replay import Replay, window_bytes
 from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.learn_settings import LearnSettings
-from dvi_jax.serve.learning import REPORTED, compare, copied, drafts_told_apart, keep, update
+from dvi_jax.serve.learning import REPORTED, add_newest, compare, copied, drafts_told_apart, keep, solve, update
 from dvi_jax.serve.places import Places, on_its_way, written_over
 from dvi_jax.serve.worker import Worker
 
+# New rows of replies, as a multiple of the inputs of a first map (`learn/first_weights.py`), before each time it is
+# solved. Updates go on from there: more rows tell little more.
+ROWS = (2, 2, 4)
+WIDEST_MUON = 2048  # hidden size of a model for which Muon's products take no more time than the rest of an update
 TIMED, SERIES = 2, 3  # updates one behind the other, and how often: the quickest tell how long one takes
 
 
@@ -40,14 +45,17 @@ class _Arriving(NamedTuple):
 class _Update(NamedTuple):
     """One that the device is given."""
 
+    kind: str  # "update", or "solved": first weights in its place
     report: Future[jax.Array]  # as of `learning.update`, once the device has the program
     rate: float
+    positions: int  # new ones, as far as they were counted
 
 
 @dataclass(frozen=True)
 class Learnt:
     """What an update came to."""
 
+    kind: str  # "update", or "solved"
     values: dict[str, float]  # its metrics, those of `REPORTED`
     failing: int  # updates in a row up to it whose gradients were not finite
     rate: float  # of it, as a share of the optimiser's rates
@@ -63,13 +71,15 @@ class Candidate:
     def __init__(self, model: LoadedModel, settings: LearnSettings, context: int, clock: Callable[[], float]):
         """Take the memory and compile. `UserError` where the memory does not hold what is needed."""
         self._model, self._settings = model, settings
-        average = settings.average if model.drafter_is_trained else 0.0
-        self._optimizer = replace(settings.optimizer, average=average)
+        self._optimizer = _optimizer(model, settings)
         self._window = min(settings.window, context, model.config.context_length)  # no slot of an engine has more
         fresh, kept = settings.fresh_windows, settings.replayed_windows
         self._positions = min(settings.positions, fresh * (self._window - 1))
         self._size = Batch(0, kept, self._positions)
         width, taps = model.config.hidden_size, len(model.taps)
+        # What replies tell of first weights, until these are solved for the last time.
+        self._sums = None if model.drafter_is_trained else Sums.empty(model)
+        self._solves = 0
         self.replay = Replay.empty(self._capacity(), self._window, width, taps, settings.branches)
         self._no_windows = Replay.empty(1, 1, 1)  # of a point
         self._points: list[LearnerState] = []  # that `next_point` made, to be written over again
@@ -100,7 +110,9 @@ class Candidate:
         # with two moments and perhaps an average each; those that an engine drafts with; and while an update runs
         # gradients.
         states = 6 * 4 + 2 if self._optimizer.average else 6 * 3 + 2
-        check_room(capacity * window + states * moving, f"--learn: {capacity} windows and the optimiser's states")
+        beginning = 3 * tree_bytes(self._sums)  # and what solving takes
+        room = capacity * window + states * moving + beginning
+        check_room(room, f"--learn: {capacity} windows and the optimiser's states")
         return capacity
 
     # Windows.
@@ -133,15 +145,21 @@ class Candidate:
         )
         self._arriving.append(_Arriving(on_its_way(self._length), expected))
         self._new_windows += 1
+        if self._sums is not None:
+            self._sums = add_newest(self._model.definition, self._model.params, self._sums, self.replay)
 
     def has_enough(self) -> bool:
-        """Whether new positions lie there, a quarter as many as an update looks at; the others are seen again."""
+        """Whether new positions lie there, a quarter as many as an update looks at; the others are seen again.
+
+        While a drafter has no first weights, as many as these take.
+        """
         while not self._is_enough() and self._arriving and is_ready(self._arriving[0].length):
             self._new_positions += int(np.asarray(self._arriving.pop(0).length).item())  # indexing would be a program
         return self._is_enough()
 
     def _is_enough(self, more: int = 0) -> bool:
-        return 4 * (self._new_positions + more) >= self._positions
+        wanted = self._positions / 4 if self._sums is None else ROWS[self._solves] * len(self._sums.of_inputs)
+        return self._new_positions + more >= wanted
 
     # Updates.
 
@@ -163,7 +181,27 @@ class Candidate:
         `first_drafts`: it learns a round's first drafts alone, which takes less time.
         """
         objective = self._of_first if first_drafts else self._settings.objective
-        self._update = _Update(self._giving.submit(partial(self._give_update, rate, objective)), rate)
+        self._begin("update", partial(self._give_update, rate, objective), rate)
+
+    @property
+    def is_beginning(self) -> bool:
+        """Whether first weights are to come, by `begin_solving`, before updates."""
+        return self._sums is not None
+
+    def have_begun(self) -> None:
+        """The weights are no first ones: an earlier run's."""
+        self._sums = None
+
+    def begin_solving(self) -> None:
+        """Have the device work first weights out, of all texts so far."""
+        assert self._sums is not None
+        self._begin("solved", partial(self._give_solving, self._sums), 1.0)
+        self._solves += 1
+        if self._solves == len(ROWS):
+            self._sums = None
+
+    def _begin(self, kind: str, give: Callable[[], jax.Array], rate: float) -> None:
+        self._update = _Update(kind, self._giving.submit(give), rate, self._new_positions)
         self._new_windows = self._new_positions = 0
         self._arriving.clear()  # the update sees them, counted or not
 
@@ -184,12 +222,31 @@ class Candidate:
         )
         return on_its_way(self._report)
 
+    def _give_solving(self, sums: Sums) -> jax.Array:
+        """-> its report."""
+        settings, model = self._settings, self._model
+        self.state, self._report = solve(
+            model.definition,
+            model.params,
+            self.state,
+            self._report,
+            sums,
+            self.replay,
+            fresh=settings.fresh_windows,
+            objective=self._of_first,
+            count=self._positions,
+        )
+        return on_its_way(self._report)
+
     def look(self) -> Learnt:
         """What the update under way came to, once it has; raises what giving it to the device has raised."""
         assert self._update is not None
         begun, self._update = self._update, None
-        *values, failing = np.asarray(begun.report.result()).tolist()
-        return Learnt(dict(zip(REPORTED, values, strict=True)), int(failing), begun.rate)
+        *found, failing = np.asarray(begun.report.result()).tolist()
+        values = dict(zip(REPORTED, found, strict=True))
+        if begun.kind == "solved":  # of all new ones; what is reported is of some
+            values["positions"] = begun.positions
+        return Learnt(begun.kind, values, int(failing), begun.rate)
 
     # Points that one may go back to.
 
@@ -238,6 +295,10 @@ class Candidate:
         -> seconds of an update, and of one of first drafts.
         """
         begun = self.point()
+        if self._sums is not None:
+            self._sums = add_newest(self._model.definition, self._model.params, self._sums, self.replay)
+            self._begin("solved", partial(self._give_solving, self._sums), 1.0)
+            self.look()
         seconds = self._timed(clock, first_drafts=False)
         of_first = seconds if self._of_first == self._settings.objective else self._timed(clock, first_drafts=True)
         self.go_on_from(begun)
@@ -259,6 +320,14 @@ class Candidate:
             self.look()
             seconds.append((clock() - began) / TIMED)
         return min(seconds)
+
+
+def _optimizer(model: LoadedModel, settings: LearnSettings) -> OptimizerConfig:
+    """What moves the weights: of a drafter from nothing quickly, of a trained one slowly, and on average."""
+    if model.drafter_is_trained:
+        return replace(settings.optimizer, average=settings.average)
+    is_wide = model.config.hidden_size > WIDEST_MUON
+    return replace(settings.optimizer, matrices="adamw" if is_wide else settings.matrices)
 
 
 def is_ready(tree: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dvi_jax.config import MOST_BRANCHES, ObjectiveConfig, OptimizerConfig
 from dvi_jax.settings import require, require_count
@@ -28,6 +28,7 @@ class LearnSettings:
     seed: int = 0  # of the choice of windows
     objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(kl_min=1.0, pg_max=0.0))
     average: float = 0.97  # `OptimizerConfig.average` of a trained drafter; one from nothing moves too fast for it
+    matrices: str = "muon"  # `OptimizerConfig.matrices` of a drafter from nothing, unless the model is too wide for it
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lora_lr=1.5e-3, head_lr=1.5e-3))
 
     def __post_init__(self) -> None:
@@ -37,6 +38,9 @@ class LearnSettings:
         require_count("replayed_windows", self.replayed_windows, 0)
         require_count("--learn-branches", self.branches, 0, MOST_BRANCHES)
         require(0 <= self.average < 1, "average", self.average, "in [0, 1)")
+        replace(self.optimizer, matrices=self.matrices)  # says what is wrong with it
         given = self.optimizer.average
         require(not given, "optimizer.average", given, "0: a learning server's is the setting average")
+        kind = self.optimizer.matrices
+        require(kind == "adamw", "optimizer.matrices", kind, "adamw: a learning server's is the setting matrices")
         require(self.save_seconds >= 0, "--save-seconds", self.save_seconds, "0 or above")

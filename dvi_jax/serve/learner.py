@@ -22,7 +22,6 @@ import jax
 from dvi_jax.decode.plan import Plan
 from dvi_jax.errors import UserError, one_line
 from dvi_jax.learn.fast_update import LearnerState, with_trainable
-from dvi_jax.learn.first_weights import can_begin
 from dvi_jax.learn.replay import check_branches
 from dvi_jax.learn.rollback import go_on_from
 from dvi_jax.loading import LoadedModel
@@ -39,7 +38,6 @@ MOST_FAILING = 3  # non-finite updates in a row before the good drafter takes ov
 TRIAL_UPDATES = 64  # after which windows decide on a trial that traffic has not decided
 # Factor of the rate after a drafter was taken back, and for how long: a new one as long as it has learned, at most.
 CAUTION, CAUTIOUS_UPDATES = 0.3, 100
-BEGUN = 0.5  # rate of a new drafter that begins with first weights (`learn/first_weights.py`), as a share of another's
 SLOW, FADE = 0.1, 300  # rate of a good drafter, as a share of a new one's; updates over which a new one's fades
 POOLED = 4  # updates between two swaps of a drafter that moves slowly
 # Between two swaps, at least: the host pays for each, and a quick device makes four updates in that time. But a young
@@ -100,7 +98,6 @@ class Learner:
         if settings.branches:
             check_branches(model, settings.objective.unroll_steps)
         self.settings, self._model, self._clock = settings, model, clock
-        self._first_rate = BEGUN if can_begin(model) else 1.0
         self._report, self._save = report, save
         self._candidate = Candidate(model, settings, context, clock)
         self._good = self._live = self._given = self._candidate.point()  # given: what the engine drafts with
@@ -212,6 +209,7 @@ class Learner:
         """Go on from what `save` was given; before the engine starts."""
         self._good = self._live = self._given = state
         self._candidate.go_on_from(state)
+        self._candidate.have_begun()
         self._good_step = self._decided = self._saved_step = int(state.step)
         self.status = Learned(**progress | {"update_seconds": self._candidate.seconds})
         self._note_live()
@@ -252,6 +250,9 @@ class Learner:
                 self._saved_at, self._saved_step = self._clock(), self._good_step
             else:
                 self._saved_at = self._clock() - self.settings.save_seconds + RETRY_SECONDS
+        elif self._candidate.is_beginning:
+            self._candidate.begin_solving()
+            return self._candidate.seconds
         else:
             updates = self.status.updates
             # A new drafter's first draft pays before the others do, and costs less to learn. Idle time is no matter.
@@ -292,18 +293,18 @@ class Learner:
             learned_positions=self.status.learned_positions + int(learnt.values["positions"]),
         )
         now = self._clock()
-        if now - self._logged_at >= LOG_SECONDS:
+        if now - self._logged_at >= LOG_SECONDS or learnt.kind == "solved":
             self._logged_at, (judged, accepted) = now, self._judged
             shown = {name: learnt.values[name] for name in ("loss", "kl", "agreement", "grad_norm")}
             counts = {"judged": judged, "accepted": accepted}
-            self._log("update", shown | {"rate": learnt.rate} | counts)
+            self._log(learnt.kind, shown | {"rate": learnt.rate} | counts)
         self._pooled += 1
         if learnt.failing >= MOST_FAILING:
             self._take_back({"reason": f"{learnt.failing} non-finite updates in a row"})
 
     def _usual_rate(self, step: int) -> float:
         """A drafter from nothing begins quickly and slows down; one that knows something has that to lose."""
-        return SLOW if self._model.drafter_is_trained else max(SLOW, self._first_rate / (1 + step / FADE))
+        return SLOW if self._model.drafter_is_trained else max(SLOW, 1 / (1 + step / FADE))
 
     def _rate(self, step: int) -> float:
         """Of update `step`, as a share of the optimiser's rates."""

@@ -18,11 +18,14 @@ from dvi_jax.learn.fast_update import (
     LearnerState,
     Trainable,
     evaluate_positions,
+    fast_loss,
     fast_update,
     with_trainable,
 )
+from dvi_jax.learn.first_weights import Sums, added, solved
 from dvi_jax.learn.objectives import masked_mean
 from dvi_jax.learn.replay import Replay, Windows, push
+from dvi_jax.learn.schedule import kl_to_rl
 from dvi_jax.loading import LoadedModel
 from dvi_jax.model.features import Features
 from dvi_jax.model.speculative_llama import Definition, Params, join
@@ -121,9 +124,45 @@ def update(
         size=size,
         rate=rate,
     )
+    return jax.tree.map(_in_its_place, before, state.replace(replay=None)), _reported(report, values, state)
+
+
+@partial(jax.jit, static_argnames="definition", donate_argnames="sums")
+def add_newest(definition: Definition, params: Params, sums: Sums, replay: Replay) -> Sums:
+    """`sums` with the rows of the newest window."""
+    return added(definition, params, sums, newest(replay, 1))
+
+
+@partial(jax.jit, static_argnames=("definition", "fresh", "objective", "count"), donate_argnames=("state", "report"))
+def solve(
+    definition: Definition,
+    params: Params,
+    state: LearnerState,
+    report: jax.Array,
+    sums: Sums,
+    replay: Replay,
+    *,
+    fresh: int,
+    objective: ObjectiveConfig,
+    count: int,
+) -> tuple[LearnerState, jax.Array]:
+    """In place of an update: first weights from all texts in `sums`, and a report as of `update`.
+
+    The report is of the new weights, at M positions of the `fresh` newest windows.
+    """
+    drafter = solved(definition, with_trainable(params, state.trainable), sums)
+    new = state.replace(trainable=state.trainable | {"drafter": drafter}, step=state.step + 1)
+    windows = newest(replay, fresh).replace(branches=None)
+    model, nothing = join(definition, with_trainable(params, new.trainable)), jnp.zeros(windows.length.shape, bool)
+    picked = evaluate_positions(model, windows, nothing, state.key, objective, count)
+    _, values = fast_loss(picked, state.baseline, kl_to_rl(state.step, objective), objective)
+    values |= {"grad_norm": jnp.float32(0)}
+    return jax.tree.map(_in_its_place, state, new), _reported(report, values, new)
+
+
+def _reported(place: jax.Array, values: dict[str, jax.Array], state: LearnerState) -> jax.Array:
     found = [*(values[name] for name in REPORTED), state.optimizer.notfinite_count]
-    new = jnp.stack([number.astype(jnp.float32) for number in found])
-    return jax.tree.map(_in_its_place, before, state.replace(replay=None)), written_into(report, new)
+    return written_into(place, jnp.stack([number.astype(jnp.float32) for number in found]))
 
 
 def _in_its_place(old: jax.Array, new: jax.Array) -> jax.Array:

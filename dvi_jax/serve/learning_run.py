@@ -17,14 +17,13 @@ import jax
 
 from dvi_jax.checkpoint import Checkpoint, read_manifest, read_token_ids
 from dvi_jax.compiling import tell_when_compiling
-from dvi_jax.errors import UserError, notice
+from dvi_jax.errors import UserError
 from dvi_jax.identity import hash_base
 from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.fast_update import LearnerState, with_trainable
-from dvi_jax.learn.first_weights import can_begin, from_own_texts
 from dvi_jax.learn.new_drafter import kept_or_new_drafter
 from dvi_jax.learn.run_directory import Report, RunDirectory
-from dvi_jax.learn.run_identity import RunIdentity, by_name
+from dvi_jax.learn.run_identity import RunIdentity, by_name, read_identity
 from dvi_jax.loading import LoadedModel, enable_compilation_cache, from_checkpoint, trained_parts
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learner import Learner
@@ -73,10 +72,10 @@ class LearningRun:
     def __enter__(self) -> LearningRun:
         with ExitStack() as stack:
             directory = stack.enter_context(self._directory)
+            begun = read_identity(directory.path) if directory.resumes else None
+            if begun is not None:  # its snapshots have those moments; before there was a choice, Adam's
+                self._settings = replace(self._settings, matrices=begun.fixed.get("matrices", "adamw"))
             directory.identify(self._identity())
-            if not (self._model.drafter_is_trained or directory.resumes) and can_begin(self._model):
-                notice("a new drafter begins with texts that the model writes now: on a CPU up to minutes")
-                self._model = from_own_texts(self._model)
             self.learner = Learner(self._model, self._settings, self._context, report=directory.log, save=self._save)
             found, _ = directory.restore(self.learner.template)
             if found is not None:

@@ -1,13 +1,18 @@
-"""The guard around every optimiser: nothing that is not finite gets through, however often it is tried."""
+"""The guard around every optimiser, through which nothing gets that is not finite, and the optimiser of matrices."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
-from dvi_jax.learn.fast_update import LearnerState
+from dvi_jax.config import OptimizerConfig
+from dvi_jax.errors import UserError
+from dvi_jax.learn.fast_update import LearnerState, make_optimizer
 from dvi_jax.learn.optimizer import guarded
 from dvi_jax.learn.replay import Replay
 from dvi_jax.learn.rollback import failing_updates, non_finite_updates
@@ -49,3 +54,34 @@ def test_bad_slow_updates_are_seen_and_withhold_no_snapshot():
         return LearnerState({}, counted(fast), replay, jnp.float32(0), jnp.int32(0), jax.random.key(0), slow_state)
 
     assert [(failing_updates(s), non_finite_updates(s)) for s in (learner(0, 3), learner(2, 1))] == [(0, 3), (2, 2)]
+
+
+def test_muon_moves_a_matrix_alike_in_all_directions():
+    """Against the singular value decomposition of the gradient; tables, vectors and lora_S move as by AdamW."""
+    rng = np.random.default_rng(0)
+
+    def random(*shape):
+        return jnp.asarray(rng.normal(size=shape) @ np.diag(0.5 ** np.arange(shape[-1])), jnp.float32)
+
+    shapes = {"fuse": (8, 6), "qkv": (5, 12), "markov_before": (9, 4), "norm": (6,)}
+    weights = {"drafter": {name: random(*shape) for name, shape in shapes.items()}, "lora_s": {"a": random(3, 4)}}
+    gradient = {"drafter": {name: random(*shape) for name, shape in shapes.items()}, "lora_s": {"a": random(3, 4)}}
+    config = OptimizerConfig(matrices="muon", head_lr=0.3, lora_lr=0.1, warmup=2, weight_decay=0.0, clip_norm=1e9)
+    moved, by_adam = (
+        optimizer.update(gradient, optimizer.init(weights), weights)[0]
+        for optimizer in (make_optimizer(config), make_optimizer(replace(config, matrices="adamw")))
+    )
+    for name in ("fuse", "qkv"):
+        left, values, right = np.linalg.svd(gradient["drafter"][name], full_matrices=False)
+        assert values[0] > 20 * values[-1]
+        size = 0.15 * 0.2 * np.sqrt(max(shapes[name]))  # half of the rate, and of Adam's usual size
+        step = left.T @ np.asarray(moved["drafter"].pop(name)) @ right.T / size
+        by_adam["drafter"].pop(name)
+        np.testing.assert_allclose(step, np.diag(np.diagonal(step)), atol=0.05)
+        assert np.all((np.diagonal(step) < -0.6) & (np.diagonal(step) > -1.3))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4), moved, by_adam)
+
+
+def test_an_optimiser_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match=r"optimizer\.matrices.*adamw or muon"):
+        OptimizerConfig(matrices="sgd")

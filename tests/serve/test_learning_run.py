@@ -1,5 +1,6 @@
 """A learning server's directory: what a kill leaves, what a restart goes on with, the drafter at the end."""
 
+import json
 import resource
 import signal
 import subprocess
@@ -13,16 +14,12 @@ import pytest
 
 from dvi_jax.checkpoint import read_checkpoint
 from dvi_jax.errors import UserError, run_cli
-from dvi_jax.learn.first_weights import from_own_texts
 from dvi_jax.learn.metrics import read_records
-from dvi_jax.learn.new_drafter import with_new_drafter
 from dvi_jax.learn.snapshot import read_arrays
 from dvi_jax.loading import enable_compilation_cache, from_checkpoint, load
-from dvi_jax.serve import learning_run
 from dvi_jax.serve.__main__ import main
 from dvi_jax.serve.engine import Engine
 from dvi_jax.serve.learn_settings import LearnSettings
-from dvi_jax.serve.learner import BEGUN
 from dvi_jax.serve.learning_metrics import LearningCollector
 from dvi_jax.serve.learning_run import LearningRun
 from dvi_jax.serve.requests import Request
@@ -126,29 +123,26 @@ def test_an_averaged_drafter_comes_back(byte_checkpoint, tmp_path):
         serve_until(again, lambda: again.learner.status.swaps > progress["swaps"])  # and it goes on learning
 
 
-def test_a_new_drafter_begins_with_what_the_model_writes(byte_checkpoint, tmp_path, monkeypatch, capsys):
-    """Where it can; a server that comes back goes on with what was learned, and writes nothing."""
-    read = with_new_drafter(read_checkpoint(byte_checkpoint), "fused", {}, None)
-    model = from_checkpoint(read)
+def test_a_run_of_a_release_that_knew_adam_alone_goes_on_so(byte_checkpoint, tmp_path):
+    """Its snapshots have other moments than a new run's."""
+    read, out = read_checkpoint(byte_checkpoint), tmp_path / "run"
+    model = replace(from_checkpoint(read), drafter_is_trained=False)
 
-    def opened(**options) -> LearningRun:
-        return LearningRun(read, model, SETTINGS, tmp_path / "run", context=96, **options)
+    def opened(settings: LearnSettings, **options) -> LearningRun:
+        return LearningRun(read, model, settings, out, context=96, **options)
 
-    def drafter(params):
-        return weights(params.drafter)
-
-    with opened() as run:
-        begun = drafter(run.model.params)
-        for name, array in drafter(from_own_texts(model).params).items():
-            np.testing.assert_array_equal(array, begun[name])
-        assert any(not np.array_equal(array, begun[name]) for name, array in drafter(model.params).items())
-        assert run.learner._usual_rate(0) == BEGUN
-        run._directory.save(run.learner.template, run.learner.finish()[1])
-    assert "a new drafter begins" in capsys.readouterr().err
-    monkeypatch.setattr(learning_run, "from_own_texts", None)
-    with opened(resume=True) as again:
-        for name, array in drafter(again.model.params).items():
-            np.testing.assert_array_equal(array, begun[name])
+    with opened(replace(SETTINGS, matrices="adamw")) as run:
+        serve_until(run, lambda: run.learner.status.updates >= 2)
+    state, _ = run.learner.finish()
+    recorded = json.loads((out / "run.json").read_text())
+    for name in ("matrices", "optimizer.matrices"):
+        del recorded["fixed"][name]
+    (out / "run.json").write_text(json.dumps(recorded))
+    for _ in range(2):
+        with opened(SETTINGS, resume=True) as again:
+            assert again.learner.status.updates == run.learner.status.updates
+        found = again.learner.finish()[0].optimizer
+        assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(state.optimizer)))
 
 
 def collected(run: LearningRun):
