@@ -29,6 +29,7 @@ from dvi_jax.settings import (
 )
 from dvi_jax.tools import shipped, shipped_names
 
+MATRICES = ("adamw", "muon")  # what may move a drafter's matrices
 MOST_DRAFTS = 16  # of a round that may all be right
 MOST_RANK = 4096  # of a LoRA
 MOST_BRANCHES = 1024  # of a window that is learned from
@@ -152,7 +153,7 @@ class OptimizerConfig:
     average: float = 0.0  # decay, an update, of a moving average of the weights, which drafts in their place; 0: none
 
     def __post_init__(self) -> None:
-        require(self.matrices in ("adamw", "muon"), "optimizer.matrices", self.matrices, "adamw or muon")
+        require(self.matrices in MATRICES, "optimizer.matrices", self.matrices, " or ".join(MATRICES))
         require(
             self.lora_lr > 0 and self.head_lr > 0, "optimizer.lora_lr/head_lr", (self.lora_lr, self.head_lr), "above 0"
         )
@@ -311,8 +312,9 @@ class DistillConfig:
     unroll_steps: int = 3  # drafts of a round that are learned (a block drafter: all of its block)
     unroll_decay: float = 0.8  # draft j weighs unroll_decay^j
     lr: float = 1e-3  # highest learning rate
+    matrices: str = "adamw"  # what moves the drafter's: as in `OptimizerConfig`
     warmup: int = 100  # updates over which the rate rises; then it falls to a tenth (cosine)
-    weight_decay: float = 0.0  # of AdamW
+    weight_decay: float = 0.0  # as in AdamW
     clip_norm: float = 1.0  # most global norm of a gradient
     mesh: MeshConfig = field(default_factory=MeshConfig)  # the devices
     seed: int = 0  # of new weights and of the order of rows
@@ -328,6 +330,7 @@ class DistillConfig:
         require(self.targets in ("verifier", "log"), "targets", self.targets, "verifier or log")
         require_count("shallow_rank", self.shallow_rank, 0, MOST_RANK)
         require(self.lr > 0, "lr", self.lr, "above 0")
+        require(self.matrices in MATRICES, "matrices", self.matrices, " or ".join(MATRICES))
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or above")
         require(self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0")
         require(0 <= self.unroll_decay <= 1, "unroll_decay", self.unroll_decay, "between 0 and 1")

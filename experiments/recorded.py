@@ -9,7 +9,7 @@ config's prompts; then every variant goes through these rollouts in order, each 
 before it is learned from, as in a run. Judged are the drafts of a round that begins at every token of a reply, by
 teacher forcing: several times the drafts that a run's own rounds judge, and the same ones for every variant. So a
 change against the frozen drafter has a small standard error, which is over prompts. With `--solve-first` a new
-drafter's first weights are solved from so many replies (`learn/first_weights.py`), and updates begin behind them.
+drafter's first weights are solved from so many replies, as a server does it, and updates begin behind them.
 """
 
 from __future__ import annotations
@@ -146,11 +146,12 @@ class Recorder(OnlineRun):
     def go_through(self, rollouts: list[Rollout], config: TrainConfig, *, solve_first: int = 0) -> np.ndarray:
         """Judge every rollout and then learn from it with these settings: `count` of all prompts, [prompts, 2].
 
-        From `solve_first` replies on; those give first weights.
+        From `solve_first` replies on; those give first weights, when a quarter, half and all of them are there.
         """
         self.config = config
         self.state = self._on_devices(self.initial_state(self.model.params))
-        sums, counts = Sums.empty(self.model) if solve_first else None, []
+        sums, due = Sums.empty(self.model), [solve_first // 4, solve_first // 2, solve_first]
+        counts: list[np.ndarray] = []
         for number, (windows, _) in enumerate(rollouts, 1):
             hits = right(
                 self.model.definition,
@@ -161,10 +162,11 @@ class Recorder(OnlineRun):
                 reply=config.decode.max_new_tokens,
             )
             counts.append(count(*jax.device_get((hits, windows.length - windows.prompt_length))))
-            if sums is not None:
+            if sums is not None and solve_first > sum(map(len, counts[:-1])):
                 sums = add(self.model.definition, self.model.params, sums, windows)
-                if len(np.concatenate(counts)) >= solve_first:
-                    drafter, sums = solve(self.model.definition, self.model.params, sums), None
+                if sum(map(len, counts)) >= due[0]:
+                    due.pop(0)
+                    drafter = solve(self.model.definition, self.model.params, sums)
                     self.state = self.state.replace(trainable=self.state.trainable | {"drafter": drafter})
             elif number % config.update_every == 0:
                 self._learn_from(windows, [])

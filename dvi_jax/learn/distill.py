@@ -35,7 +35,7 @@ from dvi_jax.config import DistillConfig
 from dvi_jax.errors import UserError
 from dvi_jax.learn import objectives
 from dvi_jax.learn.fast_update import Trainable, with_trainable
-from dvi_jax.learn.optimizer import guarded
+from dvi_jax.learn.optimizer import guarded, maps_apart, muon
 from dvi_jax.learn.shared_gradient import over_devices, over_rows
 from dvi_jax.mesh import ROWS, WHOLE
 from dvi_jax.model.features import Features
@@ -53,8 +53,13 @@ class DistillState(struct.PyTreeNode):
 
 
 def make_optimizer(config: DistillConfig) -> optax.GradientTransformation:
-    """AdamW at `learning_rate`, clipped by global norm; non-finite updates are skipped."""
-    return guarded(optax.adamw(learning_rate(config), b2=0.95, weight_decay=config.weight_decay), config.clip_norm)
+    """At `learning_rate`, clipped by global norm; non-finite updates are skipped."""
+    adamw = optax.adamw(learning_rate(config), b2=0.95, weight_decay=config.weight_decay)
+    if config.matrices == "adamw":
+        return guarded(adamw, config.clip_norm)
+    maps = muon(learning_rate(config), weight_decay=config.weight_decay)
+    by_part = {"drafter": adamw, "lora_s": adamw, "maps": maps}
+    return guarded(optax.multi_transform(by_part, maps_apart), config.clip_norm)
 
 
 def learning_rate(config: DistillConfig) -> optax.Schedule:

@@ -22,7 +22,7 @@ from flax import struct
 from dvi_jax.config import ObjectiveConfig, OptimizerConfig
 from dvi_jax.decode.branches import NO_BRANCH
 from dvi_jax.learn import objectives
-from dvi_jax.learn.optimizer import are_maps, guarded, muon
+from dvi_jax.learn.optimizer import guarded, maps_apart, muon
 from dvi_jax.learn.replay import Replay, Windows, sample
 from dvi_jax.learn.schedule import kl_to_rl
 from dvi_jax.learn.shared_gradient import over_devices
@@ -93,12 +93,12 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     by_part = {"drafter": adamw(config.head_lr), "lora_s": adamw(config.lora_lr)}
     if config.matrices == "muon":
         by_part["maps"] = muon(warmed_up(config.head_lr), weight_decay=config.weight_decay)
-
-    def labels(tree: Trainable) -> dict[str, Any]:
-        apart = are_maps(tree["drafter"]) if "maps" in by_part else False
-        return {"drafter": jax.tree.map(lambda is_map: "maps" if is_map else "drafter", apart), "lora_s": "lora_s"}
-
+    labels = maps_apart if "maps" in by_part else _labels
     return guarded(optax.multi_transform(by_part, labels), config.clip_norm)
+
+
+def _labels(parts: Trainable) -> dict[str, str]:
+    return {name: name for name in parts}
 
 
 def init_learner(params: Params, config: OptimizerConfig, replay: Replay, key: jax.Array) -> LearnerState:

@@ -14,7 +14,7 @@ ADAM_SIZE = 0.2  # root mean square of the steps that Adam makes, roughly (arXiv
 
 
 def muon(rate: optax.Schedule, *, weight_decay: float) -> optax.GradientTransformation:
-    """Momentum whose steps have all singular values alike: of matrices, which `are_maps` finds.
+    """Momentum whose steps have all singular values alike: of matrices that map a state to another.
 
     A gradient's few large singular values move no more than all the others (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon). Steps are as large as AdamW's, so that its rates go for both.
@@ -22,13 +22,14 @@ def muon(rate: optax.Schedule, *, weight_decay: float) -> optax.GradientTransfor
     return optax_muon(rate, weight_decay=weight_decay, consistent_rms=ADAM_SIZE)
 
 
-def are_maps(weights: optax.Params) -> Any:
-    """For every leaf whether it is a matrix that maps a state to another."""
+def maps_apart(parts: dict[str, Any]) -> dict[str, Any]:
+    """Labels for `optax.multi_transform`: of the drafter "maps" for matrices as above, else a part's own name."""
 
-    def is_map(path: tuple[Any, ...], leaf: jax.Array) -> bool:
-        return leaf.ndim == 2 and not any(getattr(key, "key", None) in TABLES for key in path)
+    def label(path: tuple[Any, ...], leaf: jax.Array) -> str:
+        is_table = any(getattr(key, "key", None) in TABLES for key in path)
+        return "maps" if leaf.ndim == 2 and not is_table else "drafter"
 
-    return jax.tree.map_with_path(is_map, weights)
+    return {name: name for name in parts} | {"drafter": jax.tree.map_with_path(label, parts["drafter"])}
 
 
 def guarded(optimizer: optax.GradientTransformation, clip_norm: float) -> optax.GradientTransformation:
