@@ -31,7 +31,9 @@ from dvi_jax.serve.worker import Worker
 # New rows of replies, as a multiple of the inputs of a first map (`learn/first_weights.py`), before each time it is
 # solved. Updates go on from there: more rows tell little more.
 ROWS = (2, 2, 4)
-WIDEST_MUON = 2048  # hidden size of a model for which Muon's products take no more time than the rest of an update
+# Hidden sizes up to which Muon's products take no more time than the rest of an update, and solving no more than rounds
+# can wait for.
+WIDEST_MUON, WIDEST_SOLVED = 2048, 4096
 TIMED, SERIES = 2, 3  # updates one behind the other, and how often: the quickest tell how long one takes
 
 
@@ -78,7 +80,8 @@ class Candidate:
         self._size = Batch(0, kept, self._positions)
         width, taps = model.config.hidden_size, len(model.taps)
         # What replies tell of first weights, until these are solved for the last time.
-        self._sums = None if model.drafter_is_trained else Sums.empty(model)
+        is_solved = not model.drafter_is_trained and width <= WIDEST_SOLVED
+        self._sums = Sums.empty(model) if is_solved else None
         self._solves = 0
         self.replay = Replay.empty(self._capacity(), self._window, width, taps, settings.branches)
         self._no_windows = Replay.empty(1, 1, 1)  # of a point

@@ -2,6 +2,7 @@
 
     reply -> window -> replay -> fast update -> candidate -> swap -> trial on fresh traffic -> kept, or taken back
 
+A drafter from nothing begins with first weights in place of its first updates (`learn/first_weights.py`).
 All of it is begun in the engine's thread, between stretches, one piece a turn; for an update nobody waits, not even
 while the device is given it (`candidate.py`). What a drafter is worth is seen in the drafts that the verifier judges
 (`shadow.py`); when those look worse, good and live drafter are compared on the very same windows, so that a change of
