@@ -34,7 +34,7 @@ from dvi_jax.config import TrainConfig
 from dvi_jax.errors import ArgumentParser, UserError, at_least_one, run_cli
 from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.learn.fast_update import Trainable, with_trainable
-from dvi_jax.learn.first_weights import Sums, added, solved
+from dvi_jax.learn.first_weights import NormalEquations, added, solved
 from dvi_jax.learn.online import OnlineRun
 from dvi_jax.learn.replay import Windows, push
 from dvi_jax.loading import enable_compilation_cache
@@ -150,7 +150,7 @@ class Recorder(OnlineRun):
         """
         self.config = config
         self.state = self._on_devices(self.initial_state(self.model.params))
-        sums, due = Sums.empty(self.model), [solve_first // 4, solve_first // 2, solve_first]
+        equations, due = NormalEquations.empty(self.model), [solve_first // 4, solve_first // 2, solve_first]
         counts: list[np.ndarray] = []
         for number, (windows, _) in enumerate(rollouts, 1):
             hits = right(
@@ -162,11 +162,11 @@ class Recorder(OnlineRun):
                 reply=config.decode.max_new_tokens,
             )
             counts.append(count(*jax.device_get((hits, windows.length - windows.prompt_length))))
-            if sums is not None and solve_first > sum(map(len, counts[:-1])):
-                sums = add(self.model.definition, self.model.params, sums, windows)
+            if equations is not None and solve_first > sum(map(len, counts[:-1])):
+                equations = add(self.model.definition, self.model.params, equations, windows)
                 if sum(map(len, counts)) >= due[0]:
                     due.pop(0)
-                    drafter = solve(self.model.definition, self.model.params, sums)
+                    drafter = solve(self.model.definition, self.model.params, equations)
                     self.state = self.state.replace(trainable=self.state.trainable | {"drafter": drafter})
             elif number % config.update_every == 0:
                 self._learn_from(windows, [])

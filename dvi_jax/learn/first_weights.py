@@ -2,8 +2,8 @@
 
 A token's embedding and the verifier's final hidden state before it foretell the next such state. A linear map of the
 two, by least squares, is right about as many first drafts as random weights are after many updates. The targets are
-whole states, not choices of one token, so a few thousand rows tell all its weights. What has been added up so far is
-kept as sums, so that texts may come one by one. Letters: N windows, T positions, D hidden, I inputs of the map.
+whole states, not choices of one token, so a few thousand rows tell all its weights. Texts may come one by one: sums of
+products are all that is kept of them. Letters: N windows, T positions, D hidden, I inputs of the map.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from dvi_jax.loading import LoadedModel
 from dvi_jax.model.features import Features
 from dvi_jax.model.speculative_llama import Definition, Params, Tree, join, split
 
-PRIOR = 200.0  # rows that say of each input, besides those of texts, that it tells nothing: from 100 to 300 is as good
+RIDGE = 200.0  # added to the Gram matrix, as if so many rows said that an input tells nothing: 100 to 300 is as good
 
 
-class Sums(struct.PyTreeNode):
+class NormalEquations(struct.PyTreeNode):
     """All that least squares need to know of the rows so far."""
 
-    of_inputs: jax.Array  # float32 [I, I], products of their inputs with one another
-    of_both: jax.Array  # float32 [I, D], and with the verifier's next final hidden states
+    gram: jax.Array  # float32 [I, I], products of the inputs with one another
+    cross: jax.Array  # float32 [I, D], and with the verifier's next final hidden states
 
     @classmethod
-    def empty(cls, model: LoadedModel) -> Sums | None:
+    def empty(cls, model: LoadedModel) -> NormalEquations | None:
         """Of no rows; None where the drafter has no such beginning (`Drafter.foretells`)."""
         if not join(model.definition, model.params).drafter.foretells:
             return None
@@ -41,8 +41,8 @@ class Sums(struct.PyTreeNode):
         return cls(jnp.zeros((count, count), jnp.float32), jnp.zeros((count, width), jnp.float32))
 
 
-def added(definition: Definition, params: Params, sums: Sums, windows: Windows) -> Sums:
-    """`sums` and the rows of more texts; under `jax.jit`, on one device."""
+def added(definition: Definition, params: Params, equations: NormalEquations, windows: Windows) -> NormalEquations:
+    """`equations` and the rows of more texts; under `jax.jit`, on one device."""
     model = join(definition, params)
     tokens, length = windows.tokens, windows.length[:, None]
     rows = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -52,17 +52,17 @@ def added(definition: Definition, params: Params, sums: Sums, windows: Windows) 
     known = ((rows[:, :-1] > 0) & (rows[:, 1:] < length))[..., None]
     inputs = model.drafter.foretelling(hidden[:, :-1].astype(jnp.float32), features)
     inputs, target = (jnp.where(known, x, 0.0).reshape(-1, x.shape[-1]) for x in (inputs, features.final))
-    # The sums of a few thousand rows are too near singular for the fewer bits that a GPU would multiply with.
-    return Sums(
-        sums.of_inputs + jnp.matmul(inputs.T, inputs, precision="highest"),
-        sums.of_both + jnp.matmul(inputs.T, target, precision="highest"),
+    # A few thousand rows are too near singular for the fewer bits that a GPU would multiply with.
+    return NormalEquations(
+        equations.gram + jnp.matmul(inputs.T, inputs, precision="highest"),
+        equations.cross + jnp.matmul(inputs.T, target, precision="highest"),
     )
 
 
-def solved(definition: Definition, params: Params, sums: Sums) -> Tree:
+def solved(definition: Definition, params: Params, equations: NormalEquations) -> Tree:
     """The drafter's part of `params` with the weights that suit these rows best; as `added`."""
-    cost = PRIOR * jnp.eye(len(sums.of_inputs))
-    weights = jax.scipy.linalg.solve(sums.of_inputs + cost, sums.of_both, assume_a="pos").T
+    gram = equations.gram + RIDGE * jnp.eye(len(equations.gram))
+    weights = jax.scipy.linalg.solve(gram, equations.cross, assume_a="pos").T
     module = join(definition, params)
     module.drafter.foretell(weights)
     return split(module, definition.mesh)[1].drafter

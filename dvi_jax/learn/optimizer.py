@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers
 from optax.contrib import muon as optax_muon
 
-TABLES = ("markov_before", "markov_after", "places")  # matrices whose rows are looked up, each for itself
+TABLES = ("markov_before", "markov_after", "places")  # whose rows are a token's or a place's, each for itself
 ADAM_SIZE = 0.2  # root mean square of the steps that Adam makes, roughly (arXiv 2502.16982)
 
 
@@ -19,7 +20,14 @@ def muon(rate: optax.Schedule, *, weight_decay: float) -> optax.GradientTransfor
     A gradient's few large singular values move no more than all the others (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon). Steps are as large as AdamW's, so that its rates go for both.
     """
-    return optax_muon(rate, weight_decay=weight_decay, consistent_rms=ADAM_SIZE)
+
+    def dimensions(weights: optax.Params) -> optax.Params:
+        """Of a stack of matrices, those of each."""
+        return jax.tree.map(lambda leaf: MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1), weights)
+
+    return optax_muon(
+        rate, weight_decay=weight_decay, consistent_rms=ADAM_SIZE, muon_weight_dimension_numbers=dimensions
+    )
 
 
 def maps_apart(parts: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +35,7 @@ def maps_apart(parts: dict[str, Any]) -> dict[str, Any]:
 
     def label(path: tuple[Any, ...], leaf: jax.Array) -> str:
         is_table = any(getattr(key, "key", None) in TABLES for key in path)
-        return "maps" if leaf.ndim == 2 and not is_table else "drafter"
+        return "maps" if leaf.ndim in (2, 3) and not is_table else "drafter"
 
     return {name: name for name in parts} | {"drafter": jax.tree.map_with_path(label, parts["drafter"])}
 
@@ -48,7 +56,7 @@ def guarded(optimizer: optax.GradientTransformation, clip_norm: float) -> optax.
     ) -> tuple[optax.Updates, optax.ApplyIfFiniteState]:
         updates, inner_state = inner.update(gradients, state.inner_state, params)
         # A gradient that is not finite makes moments that are not, and so may a huge one.
-        finite = _all_finite((optax.apply_updates(params, updates), inner_state))
+        finite = all_finite((optax.apply_updates(params, updates), inner_state))
         counted = jnp.where(finite, 0, 1)
         return (
             jax.tree.map(lambda new: jnp.where(finite, new, 0), updates),
@@ -63,7 +71,7 @@ def guarded(optimizer: optax.GradientTransformation, clip_norm: float) -> optax.
     return optax.GradientTransformation(init, update)
 
 
-def _all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: Any) -> jax.Array:
     """Whether every number of every floating-point leaf is finite: bool scalar."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import numpy as np
 from dvi_jax.config import ObjectiveConfig, OptimizerConfig
 from dvi_jax.decode.memory import check_room, tree_bytes
 from dvi_jax.learn.fast_update import Batch, LearnerState, Trainable, init_learner
-from dvi_jax.learn.first_weights import Sums
+from dvi_jax.learn.first_weights import NormalEquations
 from dvi_jax.learn.replay import Replay, window_bytes
 from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.ended import Ended
@@ -28,13 +28,16 @@ from dvi_jax.serve.learning import REPORTED, add_newest, compare, copied, drafts
 from dvi_jax.serve.places import Places, on_its_way, written_over
 from dvi_jax.serve.worker import Worker
 
-# New rows of replies, as a multiple of the inputs of a first map (`learn/first_weights.py`), before each time it is
-# solved. Updates go on from there: more rows tell little more.
-ROWS = (2, 2, 4)
+# New positions, as a multiple of the inputs of a first map (`learn/first_weights.py`), before each time it is solved.
+# Updates go on from there, as more rows tell little more; or, where replies are rare, so many seconds after the first.
+SOLVE_AT, PATIENCE = (2, 2, 4), 120.0
 # Hidden sizes up to which Muon's products take no more time than the rest of an update, and solving no more than rounds
 # can wait for.
 WIDEST_MUON, WIDEST_SOLVED = 2048, 4096
 TIMED, SERIES = 2, 3  # updates one behind the other, and how often: the quickest tell how long one takes
+
+
+Kind = Literal["update", "solved"]  # solved: first weights, in place of an update
 
 
 class _Arriving(NamedTuple):
@@ -47,7 +50,7 @@ class _Arriving(NamedTuple):
 class _Update(NamedTuple):
     """One that the device is given."""
 
-    kind: str  # "update", or "solved": first weights in its place
+    kind: Kind
     report: Future[jax.Array]  # as of `learning.update`, once the device has the program
     rate: float
     positions: int  # new ones, as far as they were counted
@@ -57,7 +60,7 @@ class _Update(NamedTuple):
 class Learnt:
     """What an update came to."""
 
-    kind: str  # "update", or "solved"
+    kind: Kind
     values: dict[str, float]  # its metrics, those of `REPORTED`
     failing: int  # updates in a row up to it whose gradients were not finite
     rate: float  # of it, as a share of the optimiser's rates
@@ -72,17 +75,17 @@ class Candidate:
 
     def __init__(self, model: LoadedModel, settings: LearnSettings, context: int, clock: Callable[[], float]):
         """Take the memory and compile. `UserError` where the memory does not hold what is needed."""
-        self._model, self._settings = model, settings
+        self._model, self._settings, self._clock = model, settings, clock
         self._optimizer = _optimizer(model, settings)
         self._window = min(settings.window, context, model.config.context_length)  # no slot of an engine has more
         fresh, kept = settings.fresh_windows, settings.replayed_windows
         self._positions = min(settings.positions, fresh * (self._window - 1))
         self._size = Batch(0, kept, self._positions)
         width, taps = model.config.hidden_size, len(model.taps)
-        # What replies tell of first weights, until these are solved for the last time.
-        is_solved = not model.drafter_is_trained and width <= WIDEST_SOLVED
-        self._sums = Sums.empty(model) if is_solved else None
-        self._solves = 0
+        # What replies tell of first weights, until the last of them; how often they were solved, and when at first.
+        begins = not model.drafter_is_trained and width <= WIDEST_SOLVED
+        self._equations = NormalEquations.empty(model) if begins else None
+        self._solves, self._solved_at = 0, 0.0
         self.replay = Replay.empty(self._capacity(), self._window, width, taps, settings.branches)
         self._no_windows = Replay.empty(1, 1, 1)  # of a point
         self._points: list[LearnerState] = []  # that `next_point` made, to be written over again
@@ -101,7 +104,9 @@ class Candidate:
         # Of windows since the last update was begun: how many, their positions, and those not counted in these yet.
         self._new_windows, self._new_positions = 0, 0
         self._arriving: list[_Arriving] = []
-        self.seconds, self.seconds_of_first = self._warm_up(clock)  # of an update, on a device that does nothing else
+        # All on a device that does nothing else: of first weights, with the windows before, and of an update.
+        self.seconds_of_solving = 0.0
+        self.seconds, self.seconds_of_first = self._warm_up(clock)
 
     def _capacity(self) -> int:
         """Windows that fit; `UserError` where the least that makes sense does not."""
@@ -113,7 +118,7 @@ class Candidate:
         # with two moments and perhaps an average each; those that an engine drafts with; and while an update runs
         # gradients.
         states = 6 * 4 + 2 if self._optimizer.average else 6 * 3 + 2
-        beginning = 3 * tree_bytes(self._sums)  # and what solving takes
+        beginning = 4 * tree_bytes(self._equations)  # and what solving takes
         room = capacity * window + states * moving + beginning
         check_room(room, f"--learn: {capacity} windows and the optimiser's states")
         return capacity
@@ -126,7 +131,7 @@ class Candidate:
         An update takes the `fresh_windows` newest. Once there are so many that no update has seen, with positions
         enough to begin the next, another would only push one of them out that is older by less than the time between
         two updates. What is drawn from the replay beside them was then seen before, but comes from longer ago, and
-        mostly for other positions: of long windows an update looks at a part.
+        mostly for other positions: of long windows an update looks at a part. First weights have a use for each.
         """
         if self._update is not None and not self._update.report.done():
             return False
@@ -148,8 +153,10 @@ class Candidate:
         )
         self._arriving.append(_Arriving(on_its_way(self._length), expected))
         self._new_windows += 1
-        if self._sums is not None:
-            self._sums = add_newest(self._model.definition, self._model.params, self._sums, self.replay)
+        if self._equations is not None:
+            self._equations = add_newest(self._model.definition, self._model.params, self._equations, self.replay)
+            if self._solves and self._clock() - self._solved_at > PATIENCE:
+                self._equations = None
 
     def has_enough(self) -> bool:
         """Whether new positions lie there, a quarter as many as an update looks at; the others are seen again.
@@ -161,8 +168,8 @@ class Candidate:
         return self._is_enough()
 
     def _is_enough(self, more: int = 0) -> bool:
-        wanted = self._positions / 4 if self._sums is None else ROWS[self._solves] * len(self._sums.of_inputs)
-        return self._new_positions + more >= wanted
+        begins, found = self._equations, self._new_positions + more
+        return found >= (self._positions / 4 if begins is None else SOLVE_AT[self._solves] * len(begins.gram))
 
     # Updates.
 
@@ -189,21 +196,23 @@ class Candidate:
     @property
     def is_beginning(self) -> bool:
         """Whether first weights are to come, by `begin_solving`, before updates."""
-        return self._sums is not None
+        return self._equations is not None
 
     def have_begun(self) -> None:
         """The weights are no first ones: an earlier run's."""
-        self._sums = None
+        self._equations = None
 
     def begin_solving(self) -> None:
         """Have the device work first weights out, of all texts so far."""
-        assert self._sums is not None
-        self._begin("solved", partial(self._give_solving, self._sums), 1.0)
+        assert self._equations is not None
+        if not self._solves:
+            self._solved_at = self._clock()
+        self._begin("solved", partial(self._give_solving, self._equations), 1.0)
         self._solves += 1
-        if self._solves == len(ROWS):
-            self._sums = None
+        if self._solves == len(SOLVE_AT):
+            self._equations = None
 
-    def _begin(self, kind: str, give: Callable[[], jax.Array], rate: float) -> None:
+    def _begin(self, kind: Kind, give: Callable[[], jax.Array], rate: float) -> None:
         self._update = _Update(kind, self._giving.submit(give), rate, self._new_positions)
         self._new_windows = self._new_positions = 0
         self._arriving.clear()  # the update sees them, counted or not
@@ -225,7 +234,7 @@ class Candidate:
         )
         return on_its_way(self._report)
 
-    def _give_solving(self, sums: Sums) -> jax.Array:
+    def _give_solving(self, equations: NormalEquations) -> jax.Array:
         """-> its report."""
         settings, model = self._settings, self._model
         self.state, self._report = solve(
@@ -233,7 +242,7 @@ class Candidate:
             model.params,
             self.state,
             self._report,
-            sums,
+            equations,
             self.replay,
             fresh=settings.fresh_windows,
             objective=self._of_first,
@@ -298,10 +307,8 @@ class Candidate:
         -> seconds of an update, and of one of first drafts.
         """
         begun = self.point()
-        if self._sums is not None:
-            self._sums = add_newest(self._model.definition, self._model.params, self._sums, self.replay)
-            self._begin("solved", partial(self._give_solving, self._sums), 1.0)
-            self.look()
+        if self._equations is not None:
+            self.seconds_of_solving = self._timed_solving(clock, self._equations)
         seconds = self._timed(clock, first_drafts=False)
         of_first = seconds if self._of_first == self._settings.objective else self._timed(clock, first_drafts=True)
         self.go_on_from(begun)
@@ -310,6 +317,21 @@ class Candidate:
         self.agreements(begun.served, begun.served)
         jax.tree.map(jnp.copy, begun)  # as a snapshot will
         return seconds, of_first
+
+    def _timed_solving(self, clock: Callable[[], float], equations: NormalEquations) -> float:
+        """Seconds that first weights take once, and the windows before; what it adds are no rows."""
+        model, seconds = self._model, []
+        for _ in range(2):  # the first compiles
+            began = clock()
+            equations = add_newest(model.definition, model.params, equations, self.replay)
+            jax.block_until_ready(equations)
+            added = clock()
+            self._begin("solved", partial(self._give_solving, equations), 1.0)
+            self.look()
+            windows = SOLVE_AT[-1] * len(equations.gram) / self._window
+            seconds.append(windows * (added - began) + clock() - added)
+        self._equations = equations
+        return seconds[-1]
 
     def _timed(self, clock: Callable[[], float], *, first_drafts: bool) -> float:
         """Seconds of an update; a hiccup of the host would slow learning down for good."""

@@ -133,6 +133,9 @@ class Desk:
                 reply.taken()
         except UserError as error:
             failure = str(error)
+        except Exception as error:  # a defect of ours, as in `_submit`
+            log.exception("the engine's process failed on a reply")
+            failure = one_line(f"{type(error).__name__}: {error}")
         if piece is None and failure is None:
             return None
         piece = piece or ReplyPiece((), "")

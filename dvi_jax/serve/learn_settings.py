@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from dvi_jax.config import MOST_BRANCHES, ObjectiveConfig, OptimizerConfig
+from dvi_jax.config import MATRICES, MOST_BRANCHES, ObjectiveConfig, OptimizerConfig
 from dvi_jax.settings import require, require_count
 
 
@@ -38,7 +38,7 @@ class LearnSettings:
         require_count("replayed_windows", self.replayed_windows, 0)
         require_count("--learn-branches", self.branches, 0, MOST_BRANCHES)
         require(0 <= self.average < 1, "average", self.average, "in [0, 1)")
-        replace(self.optimizer, matrices=self.matrices)  # says what is wrong with it
+        require(self.matrices in MATRICES, "matrices", self.matrices, " or ".join(MATRICES))
         given = self.optimizer.average
         require(not given, "optimizer.average", given, "0: a learning server's is the setting average")
         kind = self.optimizer.matrices

@@ -2,7 +2,7 @@
 
     reply -> window -> replay -> fast update -> candidate -> swap -> trial on fresh traffic -> kept, or taken back
 
-A drafter from nothing begins with first weights in place of its first updates (`learn/first_weights.py`).
+A `fused` from nothing begins with first weights in place of its first updates (`learn/first_weights.py`).
 All of it is begun in the engine's thread, between stretches, one piece a turn; for an update nobody waits, not even
 while the device is given it (`candidate.py`). What a drafter is worth is seen in the drafts that the verifier judges
 (`shadow.py`); when those look worse, good and live drafter are compared on the very same windows, so that a change of
@@ -253,7 +253,7 @@ class Learner:
                 self._saved_at = self._clock() - self.settings.save_seconds + RETRY_SECONDS
         elif self._candidate.is_beginning:
             self._candidate.begin_solving()
-            return self._candidate.seconds
+            return self._candidate.seconds_of_solving
         else:
             updates = self.status.updates
             # A new drafter's first draft pays before the others do, and costs less to learn. Idle time is no matter.
@@ -300,6 +300,9 @@ class Learner:
             counts = {"judged": judged, "accepted": accepted}
             self._log(learnt.kind, shown | {"rate": learnt.rate} | counts)
         self._pooled += 1
+        if learnt.kind == "solved":  # good at once: what a new drafter had before is not to be gone back to
+            self._swap()
+            self._good, self._good_step = self._live, self.status.updates
         if learnt.failing >= MOST_FAILING:
             self._take_back({"reason": f"{learnt.failing} non-finite updates in a row"})
 

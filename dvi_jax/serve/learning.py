@@ -22,8 +22,9 @@ from dvi_jax.learn.fast_update import (
     fast_update,
     with_trainable,
 )
-from dvi_jax.learn.first_weights import Sums, added, solved
+from dvi_jax.learn.first_weights import NormalEquations, added, solved
 from dvi_jax.learn.objectives import masked_mean
+from dvi_jax.learn.optimizer import all_finite
 from dvi_jax.learn.replay import Replay, Windows, push
 from dvi_jax.learn.schedule import kl_to_rl
 from dvi_jax.loading import LoadedModel
@@ -127,10 +128,10 @@ def update(
     return jax.tree.map(_in_its_place, before, state.replace(replay=None)), _reported(report, values, state)
 
 
-@partial(jax.jit, static_argnames="definition", donate_argnames="sums")
-def add_newest(definition: Definition, params: Params, sums: Sums, replay: Replay) -> Sums:
-    """`sums` with the rows of the newest window."""
-    return added(definition, params, sums, newest(replay, 1))
+@partial(jax.jit, static_argnames="definition", donate_argnames="equations")
+def add_newest(definition: Definition, params: Params, equations: NormalEquations, replay: Replay) -> NormalEquations:
+    """`equations` with the rows of the newest window."""
+    return added(definition, params, equations, newest(replay, 1))
 
 
 @partial(jax.jit, static_argnames=("definition", "fresh", "objective", "count"), donate_argnames=("state", "report"))
@@ -139,19 +140,28 @@ def solve(
     params: Params,
     state: LearnerState,
     report: jax.Array,
-    sums: Sums,
+    equations: NormalEquations,
     replay: Replay,
     *,
     fresh: int,
     objective: ObjectiveConfig,
     count: int,
 ) -> tuple[LearnerState, jax.Array]:
-    """In place of an update: first weights from all texts in `sums`, and a report as of `update`.
+    """In place of an update: first weights from all texts so far, and a report as of `update`.
 
-    The report is of the new weights, at M positions of the `fresh` newest windows.
+    The report is of the new weights, at M positions of the `fresh` newest windows. Where they are not finite, the old
+    ones stay, and it counts as an update that was not.
     """
-    drafter = solved(definition, with_trainable(params, state.trainable), sums)
-    new = state.replace(trainable=state.trainable | {"drafter": drafter}, step=state.step + 1)
+    old = state.trainable["drafter"]
+    found = solved(definition, with_trainable(params, state.trainable), equations)
+    finite = all_finite(found)
+    drafter = jax.tree.map(lambda new, old: jnp.where(finite, new, old), found, old)
+    failed = jnp.where(finite, 0, 1)
+    optimizer = state.optimizer._replace(
+        notfinite_count=jnp.where(finite, 0, state.optimizer.notfinite_count + 1),
+        total_notfinite=state.optimizer.total_notfinite + failed,
+    )
+    new = state.replace(trainable=state.trainable | {"drafter": drafter}, optimizer=optimizer, step=state.step + 1)
     windows = newest(replay, fresh).replace(branches=None)
     model, nothing = join(definition, with_trainable(params, new.trainable)), jnp.zeros(windows.length.shape, bool)
     picked = evaluate_positions(model, windows, nothing, state.key, objective, count)

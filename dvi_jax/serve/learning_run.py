@@ -57,6 +57,7 @@ class LearningRun:
     ):
         """`model` is `checkpoint` loaded; of the checkpoint only the manifest and the vocabulary of drafts are used.
 
+        A run that is resumed keeps the `matrices` of its settings.
         `UserError` if it cannot learn, if there is too little memory, if `out` is in use, or has another run, or a run
         that is not to be resumed.
         """

@@ -53,10 +53,7 @@ class Serving:
 
     def check_open(self) -> None:
         """Raise `RefusedError` when nothing new is taken."""
-        if self.draining:
-            raise busy("the server is shutting down", self.settings.drain_seconds, "draining")
-        if failure := self.engine.status().failure:
-            raise failed(f"the engine failed: {failure}")
+        self._check_serving()
         if self._preparing >= MOST_PREPARING or self.open_replies >= self._most_open:
             raise busy("the server is busy: too many requests are open", 1, "queue_full")
 
@@ -83,7 +80,7 @@ class Serving:
         except QueueFullError as error:
             raise busy(str(error), error.retry_after, "queue_full") from error
         except UserError as error:
-            self.check_open()  # the engine may have been told to drain, or have failed, in between
+            self._check_serving()  # the engine may have been told to drain, or have failed, in between
             raise as_refusal(error) from error
 
     def release(self, handles: Sequence[Handle]) -> None:
@@ -117,6 +114,12 @@ class Serving:
             "recent": self.monitor.recent(),
             **{name: section() for name, section in self.sections.items()},
         }
+
+    def _check_serving(self) -> None:
+        if self.draining:
+            raise busy("the server is shutting down", self.settings.drain_seconds, "draining")
+        if failure := self.engine.status().failure:
+            raise failed(f"the engine failed: {failure}")
 
     async def _queue(self, requests: Sequence[Request]) -> list[Handle]:
         """All of them admitted, and open from the start: many may be waiting for an engine in another process."""

@@ -10,7 +10,7 @@ import pytest
 
 from dvi_jax.checkpoint import Manifest
 from dvi_jax.config import DecodeConfig
-from dvi_jax.learn.first_weights import PRIOR, Sums, added, solved
+from dvi_jax.learn.first_weights import RIDGE, NormalEquations, added, solved
 from dvi_jax.learn.rollout import rollout
 from dvi_jax.loading import LoadedModel, build_model
 from dvi_jax.model.llama import random_base
@@ -46,10 +46,10 @@ def unit(x):
 def begun(model, windows, at_once=1):
     """The model with first weights from `windows`, added up so many at a time."""
     add, solve = (jax.jit(partial(work, model.definition)) for work in (added, solved))
-    sums = Sums.empty(model)
+    equations = NormalEquations.empty(model)
     for first in range(0, len(windows.length), at_once):
-        sums = add(model.params, sums, jax.tree.map(lambda x, n=first: x[n : n + at_once], windows))
-    return model.with_params(model.params._replace(drafter=solve(model.params, sums)))
+        equations = add(model.params, equations, jax.tree.map(lambda x, n=first: x[n : n + at_once], windows))
+    return model.with_params(model.params._replace(drafter=solve(model.params, equations)))
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
@@ -68,7 +68,7 @@ def test_the_map_is_the_one_of_least_squares(fused, at_once):
         x.append(np.concatenate([unit(embed[tokens]), unit(final[row, at])], axis=1))
         y.append(final[row, at + 1])
     x, y = np.concatenate(x).astype(np.float64), np.concatenate(y).astype(np.float64)
-    best = np.linalg.solve(x.T @ x + PRIOR * np.eye(x.shape[1]), x.T @ y).T
+    best = np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ y).T
     norm = np.where(new["norm"] == 0, 1, new["norm"])
     np.testing.assert_allclose(new["fuse"] * norm[:, None], best, atol=2e-5)
     # The rest of the layer waits in its random weights, and says nothing yet.
@@ -95,4 +95,4 @@ def test_windows_without_text_say_nothing(fused):
 
 
 def test_other_drafters_begin_as_they_are(make_tiny):
-    assert Sums.empty(make_tiny()) is None
+    assert NormalEquations.empty(make_tiny()) is None

@@ -10,13 +10,19 @@ import numpy as np
 import optax
 import pytest
 
+from dvi_jax.checkpoint import Manifest
 from dvi_jax.config import OptimizerConfig
 from dvi_jax.errors import UserError
 from dvi_jax.learn.fast_update import LearnerState, make_optimizer
-from dvi_jax.learn.optimizer import guarded
+from dvi_jax.learn.optimizer import guarded, maps_apart
 from dvi_jax.learn.replay import Replay
 from dvi_jax.learn.rollback import failing_updates, non_finite_updates
 from dvi_jax.learn.slow_update import SlowState
+from dvi_jax.loading import build_model
+from dvi_jax.model.drafters import DRAFTERS
+from dvi_jax.model.llama import random_base
+from dvi_jax.model.speculative_llama import split
+from dvi_jax.presets import TINY
 
 WEIGHTS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(3e38)}
 GOOD = {"a": jnp.array([0.5, 0.5]), "b": jnp.array(0.0)}
@@ -63,7 +69,7 @@ def test_muon_moves_a_matrix_alike_in_all_directions():
     def random(*shape):
         return jnp.asarray(rng.normal(size=shape) @ np.diag(0.5 ** np.arange(shape[-1])), jnp.float32)
 
-    shapes = {"fuse": (8, 6), "qkv": (5, 12), "markov_before": (9, 4), "norm": (6,)}
+    shapes = {"fuse": (8, 6), "qkv": (5, 12), "blocks": (2, 7, 5), "markov_before": (9, 4), "norm": (6,)}
     weights = {"drafter": {name: random(*shape) for name, shape in shapes.items()}, "lora_s": {"a": random(3, 4)}}
     gradient = {"drafter": {name: random(*shape) for name, shape in shapes.items()}, "lora_s": {"a": random(3, 4)}}
     config = OptimizerConfig(matrices="muon", head_lr=0.3, lora_lr=0.1, warmup=2, weight_decay=0.0, clip_norm=1e9)
@@ -71,15 +77,38 @@ def test_muon_moves_a_matrix_alike_in_all_directions():
         optimizer.update(gradient, optimizer.init(weights), weights)[0]
         for optimizer in (make_optimizer(config), make_optimizer(replace(config, matrices="adamw")))
     )
-    for name in ("fuse", "qkv"):
-        left, values, right = np.linalg.svd(gradient["drafter"][name], full_matrices=False)
-        assert values[0] > 20 * values[-1]
-        size = 0.15 * 0.2 * np.sqrt(max(shapes[name]))  # half of the rate, and of Adam's usual size
-        step = left.T @ np.asarray(moved["drafter"].pop(name)) @ right.T / size
+    for name in ("fuse", "qkv", "blocks"):
+        step, all_of_it = (np.asarray(tree["drafter"].pop(name)) for tree in (moved, gradient))
         by_adam["drafter"].pop(name)
+        if step.ndim == 3:  # one of a stack
+            step, all_of_it = step[1], all_of_it[1]
+        left, values, right = np.linalg.svd(all_of_it, full_matrices=False)
+        assert values[0] > 10 * values[-1]
+        size = 0.15 * 0.2 * np.sqrt(max(step.shape))  # half of the rate, and of Adam's usual size
+        step = left.T @ step @ right.T / size
         np.testing.assert_allclose(step, np.diag(np.diagonal(step)), atol=0.05)
         assert np.all((np.diagonal(step) < -0.6) & (np.diagonal(step) > -1.3))
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4), moved, by_adam)
+
+
+@pytest.mark.parametrize("kind", sorted(DRAFTERS))
+def test_no_row_of_a_token_is_a_part_of_a_map(kind):
+    """Of any drafter: all matrices are maps of states but those with a row for each token, or for each place."""
+    options = {"markov_rank": 5} if "markov_rank" in DRAFTERS[kind].Options.__dataclass_fields__ else {}
+    drafter = {"exit_layer": 1, "drafter": kind, "drafter_config": options}
+    manifest = Manifest(source="random", source_sha256="", dtype="float32", **drafter)
+
+    config = replace(TINY, vocab_size=71)  # as large as nothing else
+
+    def params():
+        return split(build_model(config, manifest, random_base(config, jax.random.key(0), jnp.float32)))[1]
+
+    leaves = jax.tree.leaves_with_path(jax.eval_shape(params).drafter)
+    labels = jax.tree.leaves(maps_apart({"drafter": jax.eval_shape(params).drafter})["drafter"])
+    for (path, leaf), label in zip(leaves, labels, strict=True):
+        is_table = config.vocab_size in leaf.shape or "places" in jax.tree_util.keystr(path)
+        is_map = len(leaf.shape) > 1 and not is_table
+        assert label == ("maps" if is_map else "drafter"), path
 
 
 def test_an_optimiser_that_does_not_exist_is_refused():

@@ -9,14 +9,14 @@ import pytest
 from optax.contrib import MuonState
 
 from dvi_jax.errors import UserError
-from dvi_jax.learn.first_weights import Sums, added, solved
+from dvi_jax.learn.first_weights import NormalEquations, added, solved
 from dvi_jax.serve import candidate as candidate_module
 from dvi_jax.serve import learner as learner_module
-from dvi_jax.serve.candidate import ROWS
+from dvi_jax.serve.candidate import PATIENCE, SOLVE_AT
 from dvi_jax.serve.ended import take_window
 from dvi_jax.serve.learning import newest_positions
 from tests.serve.server.live import until
-from tests.serve.traffic import SETTINGS, Collecting, random_requests, requests, serve, turned
+from tests.serve.traffic import SETTINGS, Collecting, equal, random_requests, requests, serve, turned
 
 
 @pytest.fixture(scope="module")
@@ -38,32 +38,33 @@ def test_first_weights_come_before_updates(fused, make_learner, many_ended, monk
     monkeypatch.setattr(learner_module, "SWAP_SECONDS", 0.0)
     learner, found = make_learner(fused, settings=replace(SETTINGS, share=1e-6)), []
     add, solve = (jax.jit(partial(work, fused.definition)) for work in (added, solved))
-    sums, rows, learned = Sums.empty(fused), 0, 0
-    inputs = len(sums.of_inputs)
+    equations, rows, learned = NormalEquations.empty(fused), 0, 0
+    inputs = len(equations.gram)
     for ended in many_ended:
-        if len(found) == len(ROWS):
+        if len(found) == len(SOLVE_AT):
             break
         windows = newest_positions(take_window(ended), SETTINGS.window)
-        sums, rows = add(fused.params, sums, windows), rows + int(windows.length[0])
+        equations, rows = add(fused.params, equations, windows), rows + int(windows.length[0])
         learner.take(ended, requests()[0])
         until(lambda: all(window.length.is_ready() for window in learner._candidate._arriving))
         turned(learner)
-        assert learner._candidate.is_updating == (rows - learned >= ROWS[len(found)] * inputs)
+        assert learner._candidate.is_updating == (rows - learned >= SOLVE_AT[len(found)] * inputs)
         if learner._candidate.is_updating:
             until(lambda: learner._candidate.has_updated)
             new = turned(learner)  # looked at, and live
-            expected = solve(fused.params, sums)
+            expected = solve(fused.params, equations)
             jax.tree.map(partial(np.testing.assert_allclose, atol=2e-4), new.drafter, expected)
             learned = learner.status.learned_positions
             assert learned == rows
+            assert equal(learner._good.trainable["drafter"], new.drafter)  # what was before is not gone back to
             found.append(learner.records[-1])
-    assert [(kind, values["rate"], values["grad_norm"]) for kind, values in found] == [("solved", 1.0, 0.0)] * len(ROWS)
+    assert [(kind, values["rate"], values["grad_norm"]) for kind, values in found] == 3 * [("solved", 1.0, 0.0)]
     agreements = [values["agreement"] for _, values in found]
     assert agreements[0] > 5 / 258
 
     for ended in many_ended[:4]:
         learner.take(ended, requests()[0])
-    until(lambda: (turned(learner), learner.status.updates > len(ROWS))[1])
+    until(lambda: (turned(learner), learner.status.updates > len(SOLVE_AT))[1])
     assert learner._candidate.state.trainable["drafter"]["drafter"]["out"].any()  # which first weights leave zero
 
 
@@ -74,7 +75,7 @@ def test_replies_stay_while_a_drafter_begins(fused, make_engine, make_learner, p
     learner = make_learner(fused)
     with make_engine(fused, learner=learner) as engine:
         replies = []
-        while learner.status.updates <= len(ROWS):
+        while learner.status.updates <= len(SOLVE_AT):
             replies.append(serve(engine, asked, pieces_of)[0])
     assert all(each == alone[0] for each in (*alone, *replies))
     assert learner.status.state == "learning"
@@ -91,6 +92,40 @@ def test_who_begins_with_first_weights(model, fused, new_model, make_learner, mo
     assert not learner._candidate.is_beginning
     monkeypatch.setattr(candidate_module, "WIDEST_SOLVED", 31)
     assert not make_learner(fused)._candidate.is_beginning
+
+
+def test_first_weights_that_are_not_finite_move_nothing(fused, make_learner, many_ended):
+    learner = make_learner(fused)
+    learner._candidate._equations = jax.tree.map(lambda leaf: leaf * np.nan, learner._candidate._equations)
+    for ended in many_ended[:20]:
+        learner.take(ended, requests()[0])
+    until(lambda: (turned(learner), learner.status.updates)[1])
+    assert equal(learner.params().drafter, fused.params.drafter)
+    state = learner._candidate.state
+    assert equal(state.trainable["drafter"], fused.params.drafter)
+    assert (int(state.optimizer.notfinite_count), int(state.optimizer.total_notfinite)) == (1, 1)
+
+
+def test_updates_begin_where_replies_are_rare(fused, make_learner, many_ended):
+    """Not before the drafter has first weights; then after a while, however few replies there were."""
+    now, replies = [0.0], iter(many_ended)
+    learner = make_learner(fused, clock=lambda: now[0])
+
+    def go_on(seconds):
+        """A reply after each so many seconds, until an update is done."""
+        done = learner.status.updates
+        while learner.status.updates == done:
+            now[0] += seconds
+            learner.take(next(replies), requests()[0])
+            until(lambda: (turned(learner), not learner._candidate.is_updating)[1])
+
+    go_on(PATIENCE)
+    assert learner._candidate.is_beginning
+    assert not learner._candidate.state.trainable["drafter"]["drafter"]["out"].any()
+    go_on(PATIENCE / 2 + 1)
+    go_on(1)
+    assert not learner._candidate.is_beginning
+    assert learner._candidate.state.trainable["drafter"]["drafter"]["out"].any()
 
 
 def test_what_is_taken_back_does_not_end_the_beginning(fused, make_learner):
@@ -117,7 +152,7 @@ def test_what_moves_the_weights(model, fused, new_model, make_learner, monkeypat
 
 
 def test_settings_of_the_optimiser():
-    with pytest.raises(UserError, match=r"matrices.*adamw or muon"):
+    with pytest.raises(UserError, match=r"^matrices.*adamw or muon"):
         replace(SETTINGS, matrices="sgd")
     with pytest.raises(UserError, match="a learning server's is the setting matrices"):
         replace(SETTINGS, optimizer=replace(SETTINGS.optimizer, matrices="muon"))
