@@ -88,7 +88,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=at_least_one, default=48, help="of a reply")
     parser.add_argument("--slots", type=at_least_one, default=4, help="replies at once")
     parser.add_argument("--plan", default="chain:2", help="how rounds draft")
-    parser.add_argument("--drafter", default="exit_head", help="kind that begins from nothing")
+    parser.add_argument("--drafter", default="fused", help="kind that begins from nothing")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--learn-share", type=float, default=0.3, help="of the time, for learning")
     parser.add_argument("--out", default="runs/serve-demo", metavar="DIR")
