@@ -142,7 +142,7 @@ class OptimizerConfig:
     one that starts from nothing takes ten times as much.
     """
 
-    matrices: str = "adamw"  # what moves the drafter's: adamw or muon, from nothing twice as quick (`optimizer.py`)
+    matrices: str = "adamw"  # what moves the drafter's: adamw, or muon, quicker from nothing (`optimizer.py`)
 
     lora_lr: float = 1.5e-4  # learning rate of lora_S
     head_lr: float = 1.5e-4  # learning rate of the drafter's own weights
