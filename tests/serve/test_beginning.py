@@ -33,6 +33,12 @@ def many_ended(fused, make_engine, pieces_of):
     return learner.ended
 
 
+def keep(learner, ended):
+    """A reply, until the device has come to what is kept of it."""
+    learner.take(ended, requests()[0])
+    until(lambda: all(window.length.is_ready() for window in learner._candidate._arriving))
+
+
 def test_first_weights_come_before_updates(fused, make_learner, many_ended, monkeypatch):
     """Each time from all replies so far, each of which counts once; updates go on from the last of them."""
     monkeypatch.setattr(learner_module, "SWAP_SECONDS", 0.0)
@@ -45,8 +51,7 @@ def test_first_weights_come_before_updates(fused, make_learner, many_ended, monk
             break
         windows = newest_positions(take_window(ended), SETTINGS.window)
         equations, rows = add(fused.params, equations, windows), rows + int(windows.length[0])
-        learner.take(ended, requests()[0])
-        until(lambda: all(window.length.is_ready() for window in learner._candidate._arriving))
+        keep(learner, ended)
         turned(learner)
         assert learner._candidate.is_updating == (rows - learned >= SOLVE_AT[len(found)] * inputs)
         if learner._candidate.is_updating:
@@ -116,7 +121,7 @@ def test_updates_begin_where_replies_are_rare(fused, make_learner, many_ended):
         done = learner.status.updates
         while learner.status.updates == done:
             now[0] += seconds
-            learner.take(next(replies), requests()[0])
+            keep(learner, next(replies))
             until(lambda: (turned(learner), not learner._candidate.is_updating)[1])
 
     go_on(PATIENCE)
