@@ -31,8 +31,8 @@ from dvi_jax.serve.worker import Worker
 # New positions, as a multiple of the inputs of a first map (`learn/first_weights.py`), before each time it is solved.
 # Updates go on from there, as more rows tell little more; or, where replies are rare, so many seconds after the first.
 SOLVE_AT, PATIENCE = (2, 2, 4), 120.0
-# Hidden sizes up to which Muon's products take no more time than the rest of an update, and solving no more than rounds
-# can wait for.
+# Hidden sizes up to which, by counting multiplications, Muon takes no more than the rest of an update, and solving no
+# more than rounds can wait for.
 WIDEST_MUON, WIDEST_SOLVED = 2048, 4096
 TIMED, SERIES = 2, 3  # updates one behind the other, and how often: the quickest tell how long one takes
 
