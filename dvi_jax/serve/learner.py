@@ -302,7 +302,7 @@ class Learner:
         self._pooled += 1
         if learnt.kind == "solved":  # good at once: what a new drafter had before is not to be gone back to
             self._swap()
-            self._good, self._good_step = self._live, self.status.updates
+            self._hold(self._live)
         if learnt.failing >= MOST_FAILING:
             self._take_back({"reason": f"{learnt.failing} non-finite updates in a row"})
 
