@@ -143,7 +143,6 @@ class OptimizerConfig:
     """
 
     matrices: str = "adamw"  # what moves the drafter's: adamw, or muon, quicker from nothing (`optimizer.py`)
-
     lora_lr: float = 1.5e-4  # learning rate of lora_S
     head_lr: float = 1.5e-4  # learning rate of the drafter's own weights
     warmup: int = 20  # updates over which the rates rise linearly; 0: none

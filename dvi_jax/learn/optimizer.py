@@ -57,18 +57,20 @@ def guarded(optimizer: optax.GradientTransformation, clip_norm: float) -> optax.
         updates, inner_state = inner.update(gradients, state.inner_state, params)
         # A gradient that is not finite makes moments that are not, and so may a huge one.
         finite = all_finite((optax.apply_updates(params, updates), inner_state))
-        counted = jnp.where(finite, 0, 1)
-        return (
-            jax.tree.map(lambda new: jnp.where(finite, new, 0), updates),
-            optax.ApplyIfFiniteState(
-                notfinite_count=jnp.where(finite, 0, optax.safe_increment(state.notfinite_count)),
-                last_finite=finite,
-                total_notfinite=state.total_notfinite + counted,
-                inner_state=jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner_state, state.inner_state),
-            ),
-        )
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner_state, state.inner_state)
+        updates = jax.tree.map(lambda new: jnp.where(finite, new, 0), updates)
+        return updates, counted(state, finite)._replace(inner_state=kept)
 
     return optax.GradientTransformation(init, update)
+
+
+def counted(state: optax.ApplyIfFiniteState, finite: jax.Array) -> optax.ApplyIfFiniteState:
+    """The state behind another update, which was `finite` (bool scalar) or was not applied."""
+    return state._replace(
+        notfinite_count=jnp.where(finite, 0, optax.safe_increment(state.notfinite_count)),
+        last_finite=finite,
+        total_notfinite=state.total_notfinite + jnp.where(finite, 0, 1),
+    )
 
 
 def all_finite(tree: Any) -> jax.Array:

@@ -24,7 +24,7 @@ from dvi_jax.learn.fast_update import (
 )
 from dvi_jax.learn.first_weights import NormalEquations, added, solved
 from dvi_jax.learn.objectives import masked_mean
-from dvi_jax.learn.optimizer import all_finite
+from dvi_jax.learn.optimizer import all_finite, counted
 from dvi_jax.learn.replay import Replay, Windows, push
 from dvi_jax.learn.schedule import kl_to_rl
 from dvi_jax.loading import LoadedModel
@@ -156,12 +156,8 @@ def solve(
     found = solved(definition, with_trainable(params, state.trainable), equations)
     finite = all_finite(found)
     drafter = jax.tree.map(lambda new, old: jnp.where(finite, new, old), found, old)
-    failed = jnp.where(finite, 0, 1)
-    optimizer = state.optimizer._replace(
-        notfinite_count=jnp.where(finite, 0, state.optimizer.notfinite_count + 1),
-        total_notfinite=state.optimizer.total_notfinite + failed,
-    )
-    new = state.replace(trainable=state.trainable | {"drafter": drafter}, optimizer=optimizer, step=state.step + 1)
+    new = state.replace(trainable=state.trainable | {"drafter": drafter}, step=state.step + 1)
+    new = new.replace(optimizer=counted(state.optimizer, finite))
     windows = newest(replay, fresh).replace(branches=None)
     model, nothing = join(definition, with_trainable(params, new.trainable)), jnp.zeros(windows.length.shape, bool)
     picked = evaluate_positions(model, windows, nothing, state.key, objective, count)
