@@ -193,7 +193,7 @@ def _prepare(options: argparse.Namespace, folder: Path) -> tuple[LoadedModel, li
     longest = options.context - options.max_new_tokens
     if longest < 1:
         raise UserError(f"--context {options.context} has no room for a prompt and --max-new-tokens")
-    config = DataConfig(tuple(data), max_prompt_tokens=longest, held_out_fraction=0.0)
+    config = DataConfig(tuple(data), max_prompt_tokens=longest, turns="all", held_out_fraction=0.0)
     tokenizer = model.need_tokenizer("this checkpoint has no tokenizer, which conversations need")
     prompts = [prompt.ids for prompt in itertools.islice(_prompts(data, tokenizer, config), options.requests)]
     if not prompts:
