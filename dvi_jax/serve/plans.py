@@ -41,6 +41,9 @@ TREES = (4, 8, 16)  # rows of trees to choose from
 MOST_AUTO_DRAFTS, CPU_DRAFTS = 5, 3  # of a round, to choose from; on a CPU every round verifies as many rows
 MEASURED_POSITION = 512  # where sequences are when a round is timed, if slots have so many positions
 REPEATS = 3
+# Of rounds that are a reply's: what a slot's round still counts for after its next, and the rounds of a slot for which
+# a plan is taken to lose as many as drafting does, drafting as plain decoding, and that none.
+USE_MEMORY, USE_PRIOR = 0.9975, 16
 PIECES = (1, 2, 4, 8)  # rounds that a piece may have: every number is a program of its own
 MEASURED_PIECE = PIECES[-1]  # rounds of a piece when a round is timed: small models need not compile another
 # Of the host's time for a piece, starting and reading it; measured beside an H100.
@@ -62,6 +65,9 @@ class PlanChoice(Protocol):
     def add(self, plan: Plan, accept_lengths: np.ndarray, drafted: np.ndarray, fresh: np.ndarray) -> None:
         """What came of a stretch by `plan`: committed and drafted in each round [B, rounds], and who was fresh [B]."""
 
+    def count(self, plan: Plan, used: int, computed: int) -> None:
+        """Of `computed` rounds by `plan`, each of one slot, `used` were a reply's and the others behind its end."""
+
 
 class OnePlan:
     """Always the same."""
@@ -78,9 +84,15 @@ class OnePlan:
     def add(self, plan: Plan, accept_lengths: np.ndarray, drafted: np.ndarray, fresh: np.ndarray) -> None:
         """Changes nothing."""
 
+    def count(self, plan: Plan, used: int, computed: int) -> None:
+        """Changes nothing."""
+
 
 class BestPlan(Followed):
     """The plan that is worth most: the tokens that its rounds can be expected to give, over what a round costs.
+
+    Some rounds give nothing: a slot whose reply has ended waits for the end of the stretch. Drafts make that more, as a
+    reply has fewer rounds then, and as nobody knows beforehand which is its last. So it is counted, and counts.
 
     Where that is plain decoding, drafting is tried again now and then (`Followed.choose`). Then few sequences are such
     that the drafter has seen every row of them, and those are at their beginning, where drafts are right less often.
@@ -93,6 +105,9 @@ class BestPlan(Followed):
         """`costs`: seconds of a round of all `slots` by each plan, plain decoding among them."""
         super().__init__(slots)
         self._of_all = Followed(slots)  # sequences, those included of which the drafter has missed rows
+        self._slots = slots
+        # Rounds used and computed, of each plan and of all that draft (None).
+        self._rounds: dict[Plan | None, np.ndarray] = {plan: np.zeros(2) for plan in (*costs, None)}
         self.costs, self.width, self.plans = dict(costs), width, tuple(costs)
         self.pieces: Mapping[Plan, int] = pieces or dict.fromkeys(costs, 0)
         self.plan = max(self.plans, key=self._worth)
@@ -111,8 +126,23 @@ class BestPlan(Followed):
         for followed, counted in ((self, real & fresh[:, None]), (self._of_all, real)):
             followed.follow(plan, [accept_lengths[counted]], [drafted[counted]])  # one sequence after the other
 
+    def count(self, plan: Plan, used: int, computed: int) -> None:
+        """Follow how many rounds were of use."""
+        memory = USE_MEMORY ** (computed / self._slots)
+        for kind in (plan, None) if plan.drafts else (plan,):
+            self._rounds[kind] = memory * self._rounds[kind] + (used, computed)
+
+    def _share_used(self, plan: Plan) -> float:
+        """Of the rounds by a plan."""
+        share, prior = 1.0, USE_PRIOR * self._slots
+        for kind in (PLAIN, None, plan) if plan.drafts else (PLAIN,):
+            used, computed = self._rounds[kind]
+            share = float((used + prior * share) / (computed + prior))
+        return share
+
     def _worth(self, plan: Plan) -> float:
-        return max(self.tokens(plan), self._of_all.tokens(plan)) / self.costs[plan]
+        tokens = max(self.tokens(plan), self._of_all.tokens(plan))
+        return tokens * self._share_used(plan) / self.costs[plan]
 
 
 def plans_of(model: LoadedModel, name: str, slots: int) -> tuple[tuple[Plan, ...], int]:

@@ -12,13 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from dvi_jax.config import SamplingConfig
-from dvi_jax.decode.plan import Plan
 from dvi_jax.loading import LoadedModel
 from dvi_jax.serve.counting import counted
 from dvi_jax.serve.ended import OnEnded
@@ -29,6 +27,7 @@ from dvi_jax.serve.programs import Programs
 from dvi_jax.serve.reply import Reply
 from dvi_jax.serve.requests import EngineStatus, Request, TokenLogprob
 from dvi_jax.serve.slots import MOST_ROUNDS, Outcome, Terms, columns_of
+from dvi_jax.serve.stretch import RoundsOfUse, Stretch
 from dvi_jax.serve.waking import held_back
 
 GREEDY = SamplingConfig(temperature=0.0)
@@ -36,16 +35,6 @@ EARLY_TOKENS = 64  # of a reply: its beginning
 
 _Logprobs = tuple[TokenLogprob, ...] | None  # of new tokens, if they are asked for
 _Laid = tuple[list[tuple[int, int, Reply]], jax.Array]  # row of what `lay` gave, slot and reply of each; what it gave
-
-
-class Stretch(NamedTuple):
-    """One that the device was given."""
-
-    packed: list[jax.Array]  # of each piece
-    plan: Plan
-    replies: dict[int, Reply]  # by the slots that they were in
-    fresh: list[int]  # slots of which the drafter has seen every row
-    rounds: int  # at most
 
 
 class Scheduler:
@@ -76,6 +65,7 @@ class Scheduler:
         self._leaving: list[Reply] = []  # that end with the stretch under way, whose slots are others' behind it
         self._ahead, self._pace = ahead, Pace(MOST_ROUNDS, ahead=ahead)
         self._pending: Stretch | None = None  # started and not read
+        self._rounds_of_use = RoundsOfUse(choice)
         self._device, self._device_before = DeviceTime(), 0.0  # and what it came to when a stretch was last read
         self._slot_seconds = 1.0  # of a request, lately
         self.status = EngineStatus(count, running=0, waiting=0, context=0, plan=str(choice.plan), gain=choice.gain)
@@ -183,6 +173,7 @@ class Scheduler:
         """A stretch that was started for replies that have ended: nobody's, though the device computes it."""
         stretch, self._pending = self._pending, None
         if stretch is not None:
+            self._rounds_of_use.dropped(stretch, stretch.rounds)
             self.status = replace(
                 self.status,
                 stretches=self.status.stretches + 1,
@@ -300,7 +291,8 @@ class Scheduler:
         with self._device.handing():
             packed = self._programs.stretch(rounds, plan, sampled, piece)
         fresh = [slot for slot, reply in held.items() if reply.is_fresh]
-        return Stretch(packed, plan, held, fresh, len(packed) * piece if piece else rounds)
+        most = len(packed) * piece if piece else rounds
+        return Stretch(packed, plan, held, fresh, most, somebody_waits or bool(self._intake.replies))
 
     def _may_go_on(self, slot: int, reply: Reply) -> bool:
         """Whether a reply can have tokens left behind the stretch under way: every round gives it one at least."""
@@ -324,11 +316,11 @@ class Scheduler:
             start = outcome.start[slot]
             tokens[slot] = outcome.tokens[slot, reply.committed - start : outcome.length[slot] - start].tolist()
         rows = [slot for slot, _ in live]
+        self._rounds_of_use.landed(stretch, outcome.accept_lengths[rows])
         if plan.drafts:
             fresh = np.isin(rows, stretch.fresh)
             self._choice.add(plan, outcome.accept_lengths[rows], outcome.drafted[rows], fresh)
-        most = self._choice.width - 1
-        self.status = counted(self.status, outcome.accept_lengths[rows], outcome.drafted[rows], most)
+        self.status = counted(self.status, outcome.accept_lengths[rows], outcome.drafted[rows], self._choice.width - 1)
         self._give_all(live, tokens, outcome.done)
 
     def _give_all(
