@@ -18,9 +18,10 @@ class LearnSettings:
 
     share: float = 0.1  # most of the device's time for learning while requests are there
     window: int = 256  # positions of a reply that are learned from, its newest
-    fresh_windows: int = 2  # newest windows in an update
-    replayed_windows: int = 6  # earlier windows in an update
-    positions: int = 512  # that pay for logits in an update; a quarter as many new ones are waited for
+    fresh_windows: int = 4  # newest windows in an update
+    replayed_windows: int = 12  # earlier windows in an update
+    positions: int = 1024  # that pay for logits in an update; a quarter as many new ones are waited for
+    logits_bytes: int = 1 << 28  # of memory, for those of one draft: with a large vocabulary fewer positions
     branches: int = 0  # of a window: drafts that were verified and not taken, which are learned from too; 0: none
     replay_bytes: int = 1 << 30  # of the device's memory, for windows
     replay_capacity: int = 256  # windows that are kept at most
@@ -33,7 +34,7 @@ class LearnSettings:
 
     def __post_init__(self) -> None:
         require(0 < self.share < 1, "--learn-share", self.share, "above 0 and below 1")
-        for name in ("window", "fresh_windows", "positions", "replay_bytes", "replay_capacity"):
+        for name in ("window", "fresh_windows", "positions", "logits_bytes", "replay_bytes", "replay_capacity"):
             require_count(name, getattr(self, name), most=2**40)
         require_count("replayed_windows", self.replayed_windows, 0)
         require_count("--learn-branches", self.branches, 0, MOST_BRANCHES)

@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import jax
@@ -30,15 +30,16 @@ from dvi_jax.model.speculative_llama import Params
 from dvi_jax.serve.candidate import Candidate, Learnt, is_ready
 from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.learn_settings import LearnSettings
+from dvi_jax.serve.learned import Learned
 from dvi_jax.serve.learning import checksum, copied
 from dvi_jax.serve.requests import EngineStatus, Request
-from dvi_jax.serve.shadow import Shadow, Verdict
+from dvi_jax.serve.shadow import DOUBT, Shadow, Verdict
 from dvi_jax.serve.share import Share
 
 MOST_FAILING = 3  # non-finite updates in a row before the good drafter takes over
 TRIAL_UPDATES = 64  # after which windows decide on a trial that traffic has not decided
-# Factor of the rate after a drafter was taken back, and for how long: a new one as long as it has learned, at most.
-CAUTION, CAUTIOUS_UPDATES = 0.3, 100
+# Factor of the rate after a drafter was taken back, and for how many updates, of a trained one and of a new one.
+CAUTION, CAUTIOUS_UPDATES, CAUTIOUS_AT_FIRST = 0.3, 100, 20
 SLOW, FADE = 0.1, 300  # rate of a good drafter, as a share of a new one's; updates over which a new one's fades
 POOLED = 4  # updates between two swaps of a drafter that moves slowly
 # Between two swaps, at least: the host pays for each, and a quick device makes four updates in that time. But a young
@@ -48,28 +49,15 @@ SWAP_SECONDS, YOUNG = 0.25, 0.1
 # Most of the time for learning while plain decoding is the quickest: no more than that is lost. And what it may take
 # besides of what drafting should bring, which is less of a reply's time than of its rounds'.
 UNPAID, PAID = 0.02, 0.75
-FIRST_DRAFTS = 500  # updates of a new drafter that may learn a round's first draft alone, at most
+# A new drafter's first draft pays before the others do, and costs less to learn. It is learned alone while decoding is
+# plain, in the first so many updates; then, and while a round has one draft, in all but each third, so that a second
+# may pay.
+FIRST_DRAFTS, ALL_DRAFTS = 500, 3
+MOST_KEEPING = 0.002  # seconds that a window is charged with, at most
 RETRY_SECONDS = 1.0  # until a snapshot is offered again that was not taken
 LOG_SECONDS = 1.0  # at least, between two updates that are logged: they may be many
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What has been learned so far; a restart goes on from what its snapshot knew."""
-
-    updates: int = 0
-    swaps: int = 0  # times that other weights became live, those taken back included
-    rollbacks: int = 0
-    learned_positions: int = 0  # that updates looked at
-    windows: int = 0  # replies that were kept: learned from, or ready to be
-    seconds: float = 0.0  # of learning
-    update_seconds: float = 0.0  # an update of all drafts, on a device that does nothing else
-    agreement: float = 0.0  # share of its positions where the drafter's first choice was the verifier's
-    digest: str = ""  # checksum of the live drafter's weights, 8 hexadecimal digits
-    live_since: float = 0.0  # unix seconds
-    state: str = "learning"  # or why no more
 
 
 class Learner:
@@ -129,6 +117,7 @@ class Learner:
         """A reply that has ended; its window is kept on the device if the next update has a use for it."""
         if self.status.state != "learning":
             return
+        began = self._clock()
         try:
             if not self._candidate.wants_more():
                 return
@@ -138,6 +127,9 @@ class Learner:
             return
         if request.prompt_ids:  # an engine that warms up hands over an empty one
             self.status = replace(self.status, windows=self.status.windows + 1)
+            if not self._candidate.is_beginning:  # solving is charged with its windows
+                # Of the host's time, which rounds need too. What takes longer waits for something else.
+                self._spend(min(self._clock() - began, MOST_KEEPING), free=False)
 
     def has_work(self) -> bool:
         """Whether a turn would do anything if the share allowed it."""
@@ -172,12 +164,15 @@ class Learner:
         try:
             self._look()
             if self._is_due() and (self._share.allows() or idle):
-                seconds = self._work(settle, idle=idle)
-                self._share.spend(seconds, free=idle)
-                self.status = replace(self.status, seconds=self.status.seconds + seconds)
+                self._spend(self._work(settle, idle=idle), free=idle)
         except (jax.errors.JaxRuntimeError, UserError) as error:
             self._stop(one_line(str(error)))
         return self._new_params()
+
+    def _spend(self, seconds: float, *, free: bool) -> None:
+        """Learning took so long."""
+        self._share.spend(seconds, free=free)
+        self.status = replace(self.status, seconds=self.status.seconds + seconds)
 
     def _observe(self, status: EngineStatus) -> None:
         """What was judged since. The stretch in which a swap falls was drafted by what was live before."""
@@ -256,12 +251,18 @@ class Learner:
             return self._candidate.seconds_of_solving
         else:
             updates = self.status.updates
-            # A new drafter's first draft pays before the others do, and costs less to learn. Idle time is no matter.
-            is_new = not self._model.drafter_is_trained and updates < FIRST_DRAFTS
-            first_drafts = is_new and (self._gain == 0 or self._drafts <= 1) and not idle
+            first_drafts = not idle and self._learns_first_drafts(updates)
             self._candidate.begin_update(self._rate(updates), first_drafts=first_drafts)
             return self._candidate.seconds_of_first if first_drafts else self._candidate.seconds
         return self._clock() - began
+
+    def _learns_first_drafts(self, step: int) -> bool:
+        """Whether update `step` is of a round's first draft alone."""
+        if self._model.drafter_is_trained:  # it would unlearn the others
+            return False
+        if self._gain == 0 and step < FIRST_DRAFTS:
+            return True
+        return self._drafts <= 1 and step % ALL_DRAFTS > 0
 
     def _verdict_is_due(self) -> bool:
         if not self._shadow.on_trial:
@@ -347,12 +348,12 @@ class Learner:
         """Good and live drafter on the same newest windows: the better one goes on.
 
         By all drafts of a round, whichever were learned. Traffic that became worse (`suspected`) and windows must
-        agree; without that, chance alone takes nothing back.
+        agree, and windows not by chance: traffic changes far oftener than a drafter goes bad.
         """
         good, live, error = self._candidate.agreements(self._good.served, self._live.served)
         rates = dict(zip(("accept_rate_before", "accept_rate"), self._shadow.rates, strict=True))
         found = {"good_agreement": good, "live_agreement": live, "standard_error": error, **rates}
-        if live < good if suspected else good - live > 2 * error:
+        if good - live > DOUBT * error:
             self._take_back({"reason": "the drafter has become worse", **found})
             return
         if suspected:
@@ -364,9 +365,7 @@ class Learner:
         self._candidate.go_on_from(go_on_from(self._good, self._candidate.state))
         self._live, self._pooled, self._swapped_in = self._good, 0, None
         self._decided = updates = self.status.updates
-        self._cautious_until = updates + (
-            CAUTIOUS_UPDATES if self._model.drafter_is_trained else min(CAUTIOUS_UPDATES, updates)
-        )
+        self._cautious_until = updates + (CAUTIOUS_UPDATES if self._model.drafter_is_trained else CAUTIOUS_AT_FIRST)
         self._shadow.take_back(*self._judged)
         self.status = replace(self.status, rollbacks=self.status.rollbacks + 1)
         self._log("rollback", {**values, "to": int(self._good.step), "rollbacks": self.status.rollbacks})

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from dvi_jax.serve.learner import Learned
+from dvi_jax.serve.learned import Learned
 from dvi_jax.serve.metrics import LABEL
 
 

@@ -33,7 +33,7 @@ KEPT = 2  # snapshots
 # Settings that make no other run: a snapshot holds no windows.
 MAY_CHANGE = (
     *("share", "save_seconds", "replay_bytes", "replay_capacity"),
-    *("window", "positions", "fresh_windows", "replayed_windows"),
+    *("window", "positions", "logits_bytes", "fresh_windows", "replayed_windows"),
 )
 
 

@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dvi_jax.errors import UserError
-from dvi_jax.serve.learner import Learned
+from dvi_jax.serve.learned import Learned
 from dvi_jax.serve.learning_metrics import LearningCollector
 from dvi_jax.serve.logs import JsonLines
 from dvi_jax.serve.monitor import Monitor
