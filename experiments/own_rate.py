@@ -1,4 +1,4 @@
-"""What an engine serves without HTTP of what `experiments.load` asks: the rate that a server's is a share of.
+"""What an engine serves without HTTP of what `experiments.load` asks: the rate that a server's is compared with.
 
     python -m experiments.own_rate --checkpoint CKPT --slots 16 --context 640 --data FILE --clients 32 --requests 2800
 
@@ -29,14 +29,17 @@ from experiments.load import make_requests
 def main(arguments: Sequence[str] | None = None) -> int:
     """Ask the requests as often as told, print a line each time."""
     options = _parse(arguments)
+    if options.requests < options.processes:
+        raise UserError(f"--requests {options.requests} is less than one for each of --processes {options.processes}")
     sys.setswitchinterval(SWITCH_SECONDS)
     model = load_model(options)
     requests = _requests(model, options)
     with Engine(model, slots=options.slots, context=options.context, plan=options.plan, warm_up=True) as engine:
         for _ in range(options.times):
-            print(json.dumps(_ask(engine, requests, options.clients)), flush=True)
+            found = _ask(engine, requests, options.clients)
             if failure := engine.status().failure:
                 raise UserError(failure)
+            print(json.dumps(found), flush=True)
     return 0
 
 

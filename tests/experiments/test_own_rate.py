@@ -1,4 +1,4 @@
-"""What an engine serves of a load by itself, and a checkpoint for it, at the smallest scale: counts and shapes, no rates."""
+"""What an engine serves of a load by itself, and a checkpoint for it: counts and shapes, no rates."""
 
 import json
 
