@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dvi_jax.checkpoint import Manifest, write_checkpoint
 from dvi_jax.data.tokenizer import Tokenizer
-from dvi_jax.errors import ArgumentParser, UserError, add_debug, run_cli
+from dvi_jax.errors import ArgumentParser, add_debug, run_cli
 from dvi_jax.importing.cache import open_checkpoint
 from dvi_jax.presets import SHAPES
 from experiments.measure import random_weights
@@ -24,10 +24,7 @@ from experiments.measure import random_weights
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the weights on the device and write them."""
     options = _parse(arguments)
-    spoken = open_checkpoint(options.tokenizer_from)
-    if spoken.tokenizer_json is None:
-        raise UserError(f"--tokenizer-from {options.tokenizer_from}: has no tokenizer")
-    shape = SHAPES[options.shape]
+    spoken, shape = open_checkpoint(options.tokenizer_from), SHAPES[options.shape]
     config = replace(
         shape,
         vocab_size=max(shape.vocab_size, Tokenizer.from_checkpoint(spoken).vocab_size),

@@ -107,7 +107,7 @@ class BestPlan(Followed):
         self._of_all = Followed(slots)  # sequences, those included of which the drafter has missed rows
         self._slots = slots
         # Rounds used and computed, of each plan and of all that draft (None).
-        self._rounds: dict[Plan | None, np.ndarray] = {plan: np.zeros(2) for plan in (*costs, None)}
+        self._rounds: dict[Plan | None, tuple[float, float]] = dict.fromkeys((*costs, None), (0.0, 0.0))
         self.costs, self.width, self.plans = dict(costs), width, tuple(costs)
         self.pieces: Mapping[Plan, int] = pieces or dict.fromkeys(costs, 0)
         self.plan = max(self.plans, key=self._worth)
@@ -130,14 +130,15 @@ class BestPlan(Followed):
         """Follow how many rounds were of use."""
         memory = USE_MEMORY ** (computed / self._slots)
         for kind in (plan, None) if plan.drafts else (plan,):
-            self._rounds[kind] = memory * self._rounds[kind] + (used, computed)
+            before = self._rounds[kind]
+            self._rounds[kind] = memory * before[0] + used, memory * before[1] + computed
 
     def _share_used(self, plan: Plan) -> float:
         """Of the rounds by a plan."""
         share, prior = 1.0, USE_PRIOR * self._slots
         for kind in (PLAIN, None, plan) if plan.drafts else (PLAIN,):
             used, computed = self._rounds[kind]
-            share = float((used + prior * share) / (computed + prior))
+            share = (used + prior * share) / (computed + prior)
         return share
 
     def _worth(self, plan: Plan) -> float:

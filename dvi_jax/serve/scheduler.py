@@ -173,7 +173,7 @@ class Scheduler:
         """A stretch that was started for replies that have ended: nobody's, though the device computes it."""
         stretch, self._pending = self._pending, None
         if stretch is not None:
-            self._rounds_of_use.dropped(stretch, stretch.rounds)
+            self._rounds_of_use.dropped(stretch)
             self.status = replace(
                 self.status,
                 stretches=self.status.stretches + 1,

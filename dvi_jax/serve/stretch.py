@@ -36,12 +36,16 @@ class RoundsOfUse:
     def landed(self, stretch: Stretch, accept_lengths: np.ndarray) -> None:
         """A stretch was read: tokens [replies, rounds] of those that had not ended by the one before."""
         going_on, rounds = accept_lengths.shape
-        self.dropped(stretch, rounds)
+        self._count_ended(stretch, rounds)
         if stretch.somebody_waits and going_on:
             self._choice.count(stretch.plan, int(np.count_nonzero(accept_lengths)), going_on * rounds)
 
-    def dropped(self, stretch: Stretch, rounds: int) -> None:
-        """So many rounds were computed for replies that may have ended by the stretch before.
+    def dropped(self, stretch: Stretch) -> None:
+        """All replies of a stretch had ended by the one before, and nobody reads it."""
+        self._count_ended(stretch, stretch.rounds)
+
+    def _count_ended(self, stretch: Stretch, rounds: int) -> None:
+        """So many rounds were computed for replies some of which had ended by the stretch before.
 
         They are lost by its plan, by which nobody knew that they would. That somebody left says nothing of a plan.
         """
