@@ -35,7 +35,7 @@ from dvi_jax.loading import LoadedModel
 STRETCH = 64  # rounds until the first choice; twice as many until the next, and so on
 MEMORY = 0.995  # what a round still counts for after the next of its sequence
 PRIOR_RATE, PRIOR_WEIGHT = 0.45, 2.0  # of the first draft, a weak drafter's, and the drafts that it counts for
-RETRY = 8  # generations or stretches that draft nothing until one tries again, at least
+RETRY = 8  # generations that draft nothing until one tries again, at least
 MOST_LOSS = 0.005  # share of the time that trying again may cost where it is in vain
 MEASURED_TOKENS = 128  # room of a measured generation, at most
 CPU_TOKENS = 32  # the same at least, where few rounds are measured, with a short reply's own room and program
@@ -88,12 +88,15 @@ Choice = TypeVar("Choice", Plan, Option)
 class Followed:
     """What the rounds of each plan have accepted, what they may be expected to give, and which is chosen for that."""
 
-    def __init__(self, sequences: int = 1) -> None:
-        """`sequences`: whose rounds come one after the other, and fade by what comes of each."""
+    def __init__(self, sequences: int = 1, retry: int = RETRY) -> None:
+        """`sequences`: whose rounds come one after the other, and fade by what comes of each.
+
+        `retry`: choices of plain decoding until another plan is tried again, at least.
+        """
         self._memory = MEMORY ** (1 / sequences)
         self.acceptance = Acceptance(self._memory)  # of chains and blocks
         self.trees: dict[Plan, Acceptance] = {}
-        self._plain = 0  # choices of plain decoding, one after the other
+        self._plain, self._retry = 0, retry  # choices of plain decoding, one after the other
 
     def of(self, plan: Plan) -> Acceptance:
         """Where the rounds of a plan are counted."""
@@ -130,7 +133,7 @@ class Followed:
             return best
         other = max(drafting, key=worth.__getitem__, default=best)
         loss = worth[best] / worth[other] - 1  # of a try, in its own time
-        if self._plain < max(RETRY, loss / MOST_LOSS):
+        if self._plain < max(self._retry, loss / MOST_LOSS):
             return best
         self._plain = 0
         return other

@@ -46,7 +46,7 @@ Kind = Literal["update", "solved"]  # solved: first weights, in place of an upda
 class _Arriving(NamedTuple):
     """A window that was kept, until what the device made of it is known."""
 
-    length: jax.Array  # int32 [1]: its valid positions; 0 where it could not be used
+    length: jax.Array  # int32 []: its valid positions; 0 where it could not be used
     expected: int  # what that should be
 
 
@@ -97,7 +97,7 @@ class Candidate:
         # Its arrays are its own, and the next update uses them up. Windows are beside it.
         self.state = copied(init_learner(model.params, self._optimizer, self._no_windows, key).replace(replay=None))
         # What programs tell, where it stays.
-        self._places, self._length = Places(stay=True), jnp.zeros(1, jnp.int32)
+        self._places = Places(stay=True)
         self._report = jnp.zeros(len(REPORTED) + 1, jnp.float32)
         self._update: _Update | None = None
         self._giving = Worker("updates")
@@ -151,13 +151,10 @@ class Candidate:
 
     def take(self, ended: Ended) -> None:
         """The newest window of a reply, kept on the device."""
-        place = np.asarray(ended.place)
-        expected = min(abs(int(place[2])), self._window)
-        ended = ended._replace(place=self._places.put(place))
-        self.replay, self._length = keep(
-            self.replay, self._length, ended, window=self._window, branches=self._settings.branches
-        )
-        self._arriving.append(_Arriving(on_its_way(self._length), expected))
+        expected = min(abs(int(np.asarray(ended.place)[2])), self._window)
+        self.replay, length = keep(self.replay, ended, window=self._window, branches=self._settings.branches)
+        length.copy_to_host_async()
+        self._arriving.append(_Arriving(length, expected))
         self._new_windows += 1
         if self._equations is not None:
             self._equations = add_newest(self._model.definition, self._model.params, self._equations, self.replay)
@@ -170,7 +167,7 @@ class Candidate:
         While a drafter has no first weights, as many as these take.
         """
         while not self._is_enough() and self._arriving and is_ready(self._arriving[0].length):
-            self._new_positions += int(np.asarray(self._arriving.pop(0).length).item())  # indexing would be a program
+            self._new_positions += int(np.asarray(self._arriving.pop(0).length))
         return self._is_enough()
 
     def _is_enough(self, more: int = 0) -> bool:

@@ -42,17 +42,17 @@ TRIAL_UPDATES = 64  # after which windows decide on a trial that traffic has not
 CAUTION, CAUTIOUS_UPDATES, CAUTIOUS_AT_FIRST = 0.3, 100, 20
 SLOW, FADE = 0.1, 300  # rate of a good drafter, as a share of a new one's; updates over which a new one's fades
 POOLED = 4  # updates between two swaps of a drafter that moves slowly
-# Between two swaps, at least: the host pays for each, and a quick device makes four updates in that time. But a young
+# Between two swaps, at least: the host pays for each, and a quick device makes many updates in that time. But a young
 # drafter changes much with every update: while at least this share of all its updates is new, it goes live at once. Not
 # where decoding is plain: drafts are made now and then there, to try, and may be of weights that much older.
-SWAP_SECONDS, YOUNG = 0.25, 0.1
+SWAP_SECONDS, YOUNG = 0.5, 0.1
 # Most of the time for learning while plain decoding is the quickest: no more than that is lost. And what it may take
 # besides of what drafting should bring, which is less of a reply's time than of its rounds'.
 UNPAID, PAID = 0.02, 0.75
 # A new drafter's first draft pays before the others do, and costs less to learn. It is learned alone while decoding is
-# plain, in the first so many updates; then, and while a round has one draft, in all but each third, so that a second
-# may pay.
-FIRST_DRAFTS, ALL_DRAFTS = 500, 3
+# plain, in the first so many updates; then, and while a round has one draft, in every other one, so that a second may
+# pay.
+FIRST_DRAFTS, ALL_DRAFTS = 500, 2
 MOST_KEEPING = 0.002  # seconds that a window is charged with, at most
 RETRY_SECONDS = 1.0  # until a snapshot is offered again that was not taken
 LOG_SECONDS = 1.0  # at least, between two updates that are logged: they may be many

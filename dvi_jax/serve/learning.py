@@ -38,14 +38,15 @@ Tree = TypeVar("Tree")
 REPORTED = ("loss", "kl", "agreement", "grad_norm", "positions")  # metrics of an update that the host looks at
 
 
-@partial(jax.jit, static_argnames=("window", "branches"), donate_argnames=("replay", "length"))
-def keep(replay: Replay, length: jax.Array, ended: Ended, *, window: int, branches: int) -> tuple[Replay, jax.Array]:
-    """Put a reply's newest `window` positions into the replay; and how many are valid, where `length` lay: int32 [1].
+@partial(jax.jit, static_argnames=("window", "branches"), donate_argnames="replay")
+def keep(replay: Replay, ended: Ended, *, window: int, branches: int) -> tuple[Replay, jax.Array]:
+    """Put a reply's newest `window` positions into the replay; and how many of them are valid: int32 [].
 
-    With so many drafts that were not taken.
+    With so many drafts that were not taken. It is a few kernels: to record them anew, where what it is given or tells
+    has moved (`places.py`), takes the host less than two further programs that keep these in their places.
     """
     replay = push(replay, newest_positions(ended.window(branches), window))
-    return replay, written_into(length, replay.windows.length[replay.cursor - 1][None])
+    return replay, replay.windows.length[replay.cursor - 1]
 
 
 def newest_positions(windows: Windows, count: int) -> Windows:

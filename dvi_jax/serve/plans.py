@@ -41,6 +41,9 @@ TREES = (4, 8, 16)  # rows of trees to choose from
 MOST_AUTO_DRAFTS, CPU_DRAFTS = 5, 3  # of a round, to choose from; on a CPU every round verifies as many rows
 MEASURED_POSITION = 512  # where sequences are when a round is timed, if slots have so many positions
 REPEATS = 3
+# Stretches that draft nothing until one tries again, at least. One that drafts costs more than its rounds: nobody knows
+# beforehand which replies end with it, so that their slots go to nobody until the stretch behind it is over.
+RETRY = 16
 # Of rounds that are a reply's: what a slot's round still counts for after its next, and the rounds of a slot for which
 # a plan is taken to lose as many as drafting does, drafting as plain decoding, and that none.
 USE_MEMORY, USE_PRIOR = 0.9975, 16
@@ -103,7 +106,7 @@ class BestPlan(Followed):
         self, costs: Mapping[Plan, float], width: int, pieces: Mapping[Plan, int] | None = None, slots: int = 1
     ):
         """`costs`: seconds of a round of all `slots` by each plan, plain decoding among them."""
-        super().__init__(slots)
+        super().__init__(slots, RETRY)
         self._of_all = Followed(slots)  # sequences, those included of which the drafter has missed rows
         self._slots = slots
         # Rounds used and computed, of each plan and of all that draft (None).

@@ -40,7 +40,7 @@ def test_an_average_of_a_trained_drafter_drafts(model, make_learner, some_ended,
 
 
 @pytest.mark.parametrize(
-    ("before", "seconds", "swaps", "left"), [(100, 0.06, 2, True), (100, 0.3, 10, False), (0, 0.06, 10, False)]
+    ("before", "seconds", "swaps", "left"), [(100, 0.12, 2, True), (100, 0.6, 10, False), (0, 0.12, 10, False)]
 )
 def test_a_drafter_goes_live_a_few_times_a_second(make_learner, some_ended, monkeypatch, before, seconds, swaps, left):
     """Of ten updates so far apart, after so many; what the last one taught does so too, though nothing more is learned.
@@ -68,14 +68,14 @@ def test_a_drafter_goes_live_a_few_times_a_second(make_learner, some_ended, monk
 
 
 def test_a_young_drafter_waits_where_nothing_is_drafted(make_learner, some_ended, monkeypatch):
-    """Of ten updates, 0.06 seconds apart, the first, the sixth and what is new when rounds draft again go live."""
+    """Of ten updates, 0.12 seconds apart, the first, the sixth and what is new when rounds draft again go live."""
     now, live_after = [0.0], []
     learner = make_learner(clock=lambda: now[0])
     for ended in some_ended:
         learner.take(ended, requests()[0])
     monkeypatch.setattr(learner._candidate, "has_enough", lambda: learner.status.updates < 10)
     while learner.status.updates < 10:
-        now[0] += 0.06
+        now[0] += 0.12
         turned(learner, plan="plain")
         until(lambda: learner._candidate.has_updated or learner.status.updates == 10)
         if learner.status.swaps > len(live_after):

@@ -17,20 +17,14 @@ from tests.serve.traffic import SETTINGS, requests, serve, turned
 
 def counted_keeps(monkeypatch, length_of=lambda length: length):
     """A list that grows by the length of each window that is kept, as the host is told; `length_of` may change it."""
-    lengths, keep, told = [], candidate_module.keep, candidate_module.on_its_way
+    lengths, keep = [], candidate_module.keep
 
     def noted(*given, **named):
-        lengths.append(None)
-        return keep(*given, **named)
-
-    def heard(array):
-        if array.dtype != np.int32:  # an update's report
-            return told(array)
-        lengths[-1] = length_of(told(array))
-        return lengths[-1]
+        replay, length = keep(*given, **named)
+        lengths.append(length_of(length))
+        return replay, lengths[-1]
 
     monkeypatch.setattr(candidate_module, "keep", noted)
-    monkeypatch.setattr(candidate_module, "on_its_way", heard)
     return lengths
 
 
@@ -94,12 +88,15 @@ class OnItsWay:
 
     there, value = False, 0
 
+    def copy_to_host_async(self):
+        pass
+
     def is_ready(self):
         return self.there
 
     def __array__(self, *_, **__):
         assert self.there
-        return np.array([self.value])
+        return np.array(self.value)
 
 
 def test_replies_that_end_together_are_not_all_kept(make_learner, some_ended, monkeypatch):

@@ -261,8 +261,8 @@ def test_a_device_without_memory_stops_learning_alone(model, make_engine, make_l
     if what == "an update":
         monkeypatch.setattr(candidate_module, "update", lambda *_, **__: int(Failed()))
     else:
-        told = candidate_module.on_its_way
-        monkeypatch.setattr(candidate_module, "on_its_way", lambda array: told(array) if array.size > 1 else Failed())
+        keep = candidate_module.keep
+        monkeypatch.setattr(candidate_module, "keep", lambda *given, **named: (keep(*given, **named)[0], Failed()))
     with make_engine(model, learner=learner) as engine:
         until(lambda: serve(engine, requests(), pieces_of) and learner.status.state != "learning")
         assert learner.status.state == "stopped: RESOURCE_EXHAUSTED: out of memory"

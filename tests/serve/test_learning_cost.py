@@ -83,16 +83,16 @@ def test_who_learns_first_drafts_alone(model, new_model, make_learner, monkeypat
     A trained one would unlearn its other drafts. What is tried in vain does not count.
     """
     most, every = learner_module.FIRST_DRAFTS, learner_module.ALL_DRAFTS
-    assert most % every == every - 1
+    assert most % every == 0
     for tried, plan, gain, updates, idle, expected in (
         (new_model, "plain", 0.0, 0, False, True),
         (new_model, "plain", 0.0, most - 1, False, True),
-        (new_model, "plain", 0.0, most, False, True),
-        (new_model, "plain", 0.0, most + 1, False, False),
+        (new_model, "plain", 0.0, most, False, False),
+        (new_model, "plain", 0.0, most + 1, False, True),
         (new_model, "tree:4", 0.0, most - 1, False, True),
         (new_model, "chain:1", 0.05, every + 1, False, True),
         (new_model, "chain:1", 0.05, every, False, False),
-        (new_model, "chain:1", 0.05, most, False, True),
+        (new_model, "chain:1", 0.05, most + 1, False, True),
         (new_model, "chain:2", 0.05, 1, False, False),
         (new_model, "plain", 0.0, 0, True, False),
         (model, "plain", 0.0, 1, False, False),

@@ -92,7 +92,7 @@ def test_no_array_that_learns_moves(make_learner, some_ended):
     candidate = make_learner()._candidate
 
     def arrays():
-        told = candidate._length, candidate._report, candidate._places._arrays
+        told = candidate._report, candidate._places._arrays
         return addresses((candidate.state, candidate.replay, told))
 
     def learn(rate):
