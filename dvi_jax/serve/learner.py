@@ -47,8 +47,9 @@ POOLED = 4  # updates between two swaps of a drafter that moves slowly
 # where decoding is plain: drafts are made now and then there, to try, and may be of weights that much older.
 SWAP_SECONDS, YOUNG = 0.5, 0.1
 # Most of the time for learning while plain decoding is the quickest: no more than that is lost. And what it may take
-# besides of what drafting should bring, which is less of a reply's time than of its rounds'.
-UNPAID, PAID = 0.02, 0.75
+# besides of what drafting should bring, as far as that is more than chance, or than prompts, which drafting makes no
+# quicker, may leave of it.
+UNPAID, PAID, UNSURE = 0.02, 0.75, 0.04
 # A new drafter's first draft pays before the others do, and costs less to learn. It is learned alone while decoding is
 # plain, in the first so many updates; then, and while a round has one draft, in every other one, so that a second may
 # pay.
@@ -159,8 +160,8 @@ class Learner:
         judged.
         """
         self._observe(status)
-        most = self.settings.share if self._gain is None else UNPAID + PAID * self._gain
-        self._share.share = min(self.settings.share, most)
+        paid = 1.0 if self._gain is None else PAID * max(self._gain - UNSURE, 0)
+        self._share.share = min(self.settings.share, UNPAID + paid)
         try:
             self._look()
             if self._is_due() and (self._share.allows() or idle):

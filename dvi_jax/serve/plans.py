@@ -49,8 +49,10 @@ RETRY = 16
 USE_MEMORY, USE_PRIOR = 0.9975, 16
 PIECES = (1, 2, 4, 8)  # rounds that a piece may have: every number is a program of its own
 MEASURED_PIECE = PIECES[-1]  # rounds of a piece when a round is timed: small models need not compile another
-# Of the host's time for a piece, starting and reading it; measured beside an H100.
-HOST_SECONDS, HOST_SECONDS_A_SLOT = 0.003, 0.00008
+# All that the host does for a piece, as a multiple of starting one on a device that is free: reading it, handing its
+# tokens on, taking prompts in behind it. Beside two H100s, with 8 and 16 slots.
+HOST_STARTS = 3.5
+START = "start"  # among the costs that are kept: the host's seconds for starting a piece
 
 
 class PlanChoice(Protocol):
@@ -184,59 +186,64 @@ def choose(
     path = costs_path(model, count, room, width, "slots", piece)
     is_alone = jax.process_count() == 1  # several measure together at each start, and the first one's count
     known = read_costs(path) if is_alone else {}
-    if not all(str(plan) in known for plan in plans):
+    if not all(name in known for name in (*map(str, plans), *([START] if ahead else []))):
         if len(plans) > 1:
             names = ", ".join(map(str, plans))
             once = " once" if is_alone else ""
             notice(f"--plan auto measures{once} what rounds of all {count} slots cost here ({names})")
         began = time.perf_counter()
-        measured, slots = round_seconds(model, slots, plans, piece=piece)
+        measured, starting, slots = round_seconds(model, slots, plans, piece=piece)
         if len(plans) > 1:
             took = ", ".join(f"{plan} {seconds:.3g}" for plan, seconds in measured.items())
             notice(f"measured in {time.perf_counter() - began:.0f} s, seconds of a round: {took}")
-        known = told(lambda: known | {str(plan): seconds for plan, seconds in measured.items()})
+        known = told(lambda: known | {str(plan): seconds for plan, seconds in measured.items()} | {START: starting})
         if is_alone:
             write_costs(path, known)
     costs = {plan: known[str(plan)] for plan in plans}
-    pieces = {plan: piece_rounds(seconds, count) if ahead else 0 for plan, seconds in costs.items()}
+    pieces = {plan: piece_rounds(seconds, known[START]) if ahead else 0 for plan, seconds in costs.items()}
     if len(plans) == 1:
         return OnePlan(plans[0], width, pieces[plans[0]]), slots
     return BestPlan(costs, width, pieces, count), slots
 
 
-def piece_rounds(seconds: float, slots: int) -> int:
+def piece_rounds(seconds: float, starting: float) -> int:
     """Rounds of a piece, of rounds that take so long: as few as take the device longer than a piece takes the host.
 
-    A slot whose reply has ended waits for the end of the piece under way and for the next one.
+    A slot whose reply has ended waits for the end of the piece under way and for the next one. `starting`: the host's
+    seconds for starting one, which tell how fast it is.
     """
-    host = HOST_SECONDS + slots * HOST_SECONDS_A_SLOT
+    host = HOST_STARTS * starting
     return next(rounds for rounds in PIECES if rounds * seconds >= host or rounds == PIECES[-1])
 
 
 def round_seconds(
     model: LoadedModel, slots: Slots, plans: Sequence[Plan], *, piece: int = 0
-) -> tuple[dict[Plan, float], Slots]:
-    """Seconds of a round of each plan in which every slot drafts all it may; the slots come back free.
+) -> tuple[dict[Plan, float], float, Slots]:
+    """Seconds of a round of each plan in which every slot drafts all it may, and of the host for starting a piece.
 
     From stretches of two lengths: the difference is free of what starting one takes, but for a further piece's start,
     which the device hides. The plans take turns, so that a device that is warmer, or busier, by and by is so for all.
+    The slots come back free.
     """
     program, lengths = (model.definition, model.decode_params), (piece or MOST_ROUNDS // 4, MOST_ROUNDS)
     compile_stretches(*program, slots, [(plan, piece, False) for plan in plans])
     seconds: dict[tuple[Plan, int], list[float]] = {(plan, rounds): [] for plan in plans for rounds in lengths}
+    starting: list[float] = []
     for _ in range(REPEATS + 1):
         for (plan, rounds), times in seconds.items():
             slots = jax.block_until_ready(_set_under_way(slots))
             began = time.perf_counter()
             for limit in calls_of(rounds, piece):
+                given = time.perf_counter()
                 slots = run_stretch(*program, slots, limit, plan, sampled=False, piece=piece)
+                starting.append(time.perf_counter() - given)
             jax.block_until_ready(slots.told)
             times.append(time.perf_counter() - began)
     costs = {}
     for plan in plans:
         few, many = (statistics.median(seconds[plan, rounds][1:]) for rounds in lengths)
         costs[plan] = max(many - few, 0.1 * many) / (lengths[1] - lengths[0])
-    return costs, _set_free(slots)
+    return costs, statistics.median(starting), _set_free(slots)
 
 
 @partial(jax.jit, donate_argnames="slots")

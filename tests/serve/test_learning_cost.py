@@ -21,7 +21,14 @@ def watched_updates(learner, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gain", "least", "most"), [(0.0, 0.018, 0.025), (0.04, 0.048, 0.055), (1.0, 0.095, 0.105), (None, 0.095, 0.105)]
+    ("gain", "least", "most"),
+    [
+        (0.0, 0.018, 0.025),
+        (0.03, 0.018, 0.025),
+        (0.08, 0.048, 0.055),
+        (1.0, 0.095, 0.105),
+        (None, 0.095, 0.105),
+    ],
 )
 def test_learning_takes_a_part_of_what_it_brings(new_model, make_learner, monkeypatch, gain, least, most):
     """Of ten seconds; with what is saved up at the beginning."""

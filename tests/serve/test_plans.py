@@ -12,7 +12,7 @@ from dvi_jax.decode.plan import PLAIN, Plan
 from dvi_jax.errors import UserError
 from dvi_jax.presets import SHAPES
 from dvi_jax.serve import engine as engine_module
-from dvi_jax.serve.plans import BestPlan, OnePlan, choose, piece_rounds, plans_of
+from dvi_jax.serve.plans import PIECES, START, BestPlan, OnePlan, choose, piece_rounds, plans_of, round_seconds
 from dvi_jax.serve.requests import Request
 from dvi_jax.serve.slots import Shape, empty_slots
 
@@ -206,7 +206,8 @@ def test_costs_are_measured_once(model, monkeypatch, tmp_path, ahead):
     monkeypatch.setattr("dvi_jax.serve.plans.round_seconds", pytest.fail)
     again, empty = choose(model, plans, 3, empty, ahead=ahead)
     assert again.costs == choice.costs
-    assert choice.pieces == {plan: piece_rounds(choice.costs[plan], 4) if ahead else 0 for plan in plans}
+    assert again.pieces == choice.pieces
+    assert set(choice.pieces.values()) <= (set(PIECES) if ahead else {0})
     alone, _ = choose(model, plans[1:], 3, empty, ahead=ahead)
     assert alone.pieces == {plans[1]: choice.pieces[plans[1]]}
 
@@ -214,12 +215,14 @@ def test_costs_are_measured_once(model, monkeypatch, tmp_path, ahead):
 def test_pieces_are_those_of_the_first_process(model, monkeypatch):
     """All run them together: what each has measured for itself may lie on either side of a boundary."""
     costs = {PLAIN: 0.0001, Plan("chain", 2): 0.1}
+    first = {str(plan): seconds for plan, seconds in costs.items()} | {START: 0.001}
     empty = empty_slots(model.definition, model.decode_params, Shape(4, 128, 3, True))
     monkeypatch.setattr("dvi_jax.serve.plans.read_costs", lambda path: {})
     monkeypatch.setattr(
-        "dvi_jax.serve.plans.round_seconds", lambda model, slots, plans, piece: (dict.fromkeys(plans, 0.001), slots)
+        "dvi_jax.serve.plans.round_seconds",
+        lambda model, slots, plans, piece: (dict.fromkeys(plans, 0.001), 0.1, slots),
     )
-    monkeypatch.setattr("dvi_jax.serve.plans.told", lambda make: {str(plan): costs[plan] for plan in costs})
+    monkeypatch.setattr("dvi_jax.serve.plans.told", lambda make: first)
     choice, _ = choose(model, tuple(costs), 3, empty, ahead=True)
     assert choice.costs == costs
     assert choice.pieces == {PLAIN: 8, Plan("chain", 2): 1}
@@ -234,11 +237,24 @@ def test_a_user_without_a_home_may_serve(model, make_engine, pieces_of, monkeypa
             assert len(pieces_of(engine.submit(Request((5, 9), 4, eos_ids=())))[0]) == 4
 
 
-@pytest.mark.parametrize(("milliseconds", "slots", "rounds"), [(0.6, 16, 8), (1.3, 8, 4), (2.0, 32, 4), (5.0, 8, 1)])
-def test_a_piece_takes_the_device_longer_than_the_host(milliseconds, slots, rounds):
-    """By what an H100 was seen to take: SmolLM2 plainly and by trees in 8 and 32 slots, 7B."""
-    assert piece_rounds(milliseconds / 1000, slots) == rounds
-    assert piece_rounds(1e-6, slots) == 8
+@pytest.mark.parametrize(
+    ("milliseconds", "starting", "rounds"),
+    [(0.73, 1.3, 8), (0.9, 1.3, 8), (1.43, 1.3, 4), (1.02, 1.0, 4), (5.0, 1.3, 1)],
+)
+def test_a_piece_takes_the_device_longer_than_the_host(milliseconds, starting, rounds):
+    """By what was quickest beside an H100: SmolLM2 in 16 slots plainly, by chain:1, tree:8, in 8 by chain:3; 7B."""
+    assert piece_rounds(milliseconds / 1000, starting / 1000) == rounds
+    assert piece_rounds(1e-6, starting / 1000) == 8
+
+
+def test_a_quick_host_has_short_pieces(model, monkeypatch):
+    """How long it takes to start one is measured, on whatever machine this is."""
+    empty = empty_slots(model.definition, model.decode_params, Shape(4, 128, 3, True))
+    times = iter(range(10**6))
+    monkeypatch.setattr("dvi_jax.serve.plans.time.perf_counter", lambda: next(times) / 1000)
+    costs, starting, _ = round_seconds(model, empty, (PLAIN,), piece=8)
+    assert starting == pytest.approx(0.001)  # between two looks at the clock, before and behind it
+    assert costs[PLAIN] == pytest.approx(0.002 / 8)  # two looks more beside a second piece
 
 
 def test_plans_of_a_name(model, monkeypatch):
