@@ -22,6 +22,7 @@ from dvi_jax.learn.fast_update import Batch, LearnerState, Trainable, init_learn
 from dvi_jax.learn.first_weights import NormalEquations
 from dvi_jax.learn.replay import Replay, window_bytes
 from dvi_jax.loading import LoadedModel
+from dvi_jax.serve.compiling import compile_all
 from dvi_jax.serve.ended import Ended
 from dvi_jax.serve.learn_settings import LearnSettings
 from dvi_jax.serve.learning import REPORTED, add_newest, compare, copied, drafts_told_apart, keep, solve, update
@@ -48,6 +49,21 @@ class _Arriving(NamedTuple):
 
     length: jax.Array  # int32 []: its valid positions; 0 where it could not be used
     expected: int  # what that should be
+
+
+class _Call(NamedTuple):
+    """A program and what it is given: to be compiled beside others, or run."""
+
+    program: Any  # of `jax.jit`
+    given: tuple[Any, ...]
+    settings: dict[str, Any]  # static ones
+
+    def __call__(self) -> Any:
+        return self.program(*self.given, **self.settings)
+
+    def lowered(self) -> jax.stages.Lowered:
+        """For XLA."""
+        return self.program.lower(*self.given, **self.settings)
 
 
 class _Update(NamedTuple):
@@ -222,36 +238,25 @@ class Candidate:
 
     def _give_update(self, rate: float, objective: ObjectiveConfig) -> jax.Array:
         """-> its report."""
-        settings, model = self._settings, self._model
-        self.state, self._report = update(
-            model.definition,
-            model.params,
-            self.state,
-            self._report,
-            self.replay,
-            self._places.put(np.array(rate, np.float32)),
-            fresh=settings.fresh_windows,
-            objective=objective,
-            optimizer=self._optimizer,
-            size=self._size,
-        )
+        self.state, self._report = self._updating(rate, objective)()
         return on_its_way(self._report)
 
     def _give_solving(self, equations: NormalEquations) -> jax.Array:
         """-> its report."""
-        settings, model = self._settings, self._model
-        self.state, self._report = solve(
-            model.definition,
-            model.params,
-            self.state,
-            self._report,
-            equations,
-            self.replay,
-            fresh=settings.fresh_windows,
-            objective=self._of_first,
-            count=self._positions,
-        )
+        self.state, self._report = self._solving(equations)()
         return on_its_way(self._report)
+
+    def _updating(self, rate: float, objective: ObjectiveConfig) -> _Call:
+        model, moved = self._model, self._places.put(np.array(rate, np.float32))
+        given = model.definition, model.params, self.state, self._report, self.replay, moved
+        how = {"objective": objective, "optimizer": self._optimizer, "size": self._size}
+        return _Call(update, given, how | {"fresh": self._settings.fresh_windows})
+
+    def _solving(self, equations: NormalEquations) -> _Call:
+        model, count = self._model, self._positions
+        given = model.definition, model.params, self.state, self._report, equations, self.replay
+        how = {"objective": self._of_first, "count": count, "fresh": self._settings.fresh_windows}
+        return _Call(solve, given, how)
 
     def look(self) -> Learnt:
         """What the update under way came to, once it has; raises what giving it to the device has raised."""
@@ -289,21 +294,14 @@ class Candidate:
 
     def agreements(self, good: Trainable, live: Trainable) -> tuple[float, float, float]:
         """How often two drafters choose as the verifier, on the newest windows, and the standard error between them."""
-        settings, model = self._settings, self._model
-        compared = min(COMPARED, len(self.replay.windows.length))
-        found = compare(
-            model.definition,
-            model.params,
-            good,
-            live,
-            self.replay,
-            self.state.key,
-            fresh=compared,
-            objective=settings.objective,
-            count=min(self._positions, compared * (self._window - 1)),
-        )
-        first, second, error = np.asarray(found).tolist()
+        first, second, error = np.asarray(self._comparing(good, live)()).tolist()
         return first, second, error
+
+    def _comparing(self, good: Trainable, live: Trainable) -> _Call:
+        model, compared = self._model, min(COMPARED, len(self.replay.windows.length))
+        given = model.definition, model.params, good, live, self.replay, self.state.key
+        count = min(self._positions, compared * (self._window - 1))
+        return _Call(compare, given, {"objective": self._settings.objective, "count": count, "fresh": compared})
 
     def _warm_up(self, clock: Callable[[], float]) -> tuple[float, float]:
         """Compile every program, on no windows, so that no reply waits for one.
@@ -311,6 +309,11 @@ class Candidate:
         -> seconds of an update, and of one of first drafts.
         """
         begun = self.point()
+        objectives = {self._settings.objective, self._of_first}
+        calls = [self._comparing(begun.served, begun.served), *(self._updating(1.0, each) for each in objectives)]
+        if self._equations is not None:
+            calls.append(self._solving(self._equations))
+        compile_all(call.lowered() for call in calls)
         if self._equations is not None:
             self.seconds_of_solving = self._timed_solving(clock, self._equations)
         seconds = self._timed(clock, first_drafts=False)
@@ -347,7 +350,7 @@ class Candidate:
             self.look()
             return clock() - began
 
-        seconds_of(1)  # compiles
+        seconds_of(1)  # the first takes longer
         # The quickest: a hiccup of the host would slow learning down for good.
         alone = min(seconds_of(1) for _ in range(SERIES))
         if alone > LONG:

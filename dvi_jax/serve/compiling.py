@@ -1,4 +1,4 @@
-"""An engine's programs of the whole model, compiled side by side: XLA takes seconds for each, mostly of one core."""
+"""Large programs of an engine or a learner, compiled side by side: XLA takes seconds for each, mostly of one core."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def compile_stretches(
     definition: Definition, params: Params, slots: Slots, wanted: Iterable[tuple[Plan, int, bool]]
 ) -> None:
     """Rounds by each plan, in pieces of so many (0: none), sampled or not: `run_stretch` compiles nothing then."""
-    _compile(
+    compile_all(
         run_stretch.lower(definition, params, slots, calls_of(1, piece)[0], plan, sampled=sampled, piece=piece)
         for plan, piece, sampled in wanted
     )
@@ -31,10 +31,10 @@ def compile_wholes(definition: Definition, params: Params, slots: Slots, sizes: 
     """Prompts of one chunk of so many tokens: `take_whole` compiles nothing then."""
     place, terms = np.zeros(1, np.int32), np.zeros((1, TERM_COLUMNS), np.int32)
     packed = (packed_whole(np.zeros((1, size), np.int32), place, terms) for size in sizes)
-    _compile(take_whole.lower(definition, params, slots, whole) for whole in packed)
+    compile_all(take_whole.lower(definition, params, slots, whole) for whole in packed)
 
 
-def _compile(programs: Iterable[jax.stages.Lowered]) -> None:
+def compile_all(programs: Iterable[jax.stages.Lowered]) -> None:
     """All of these; who calls one with the same arrays finds it compiled.
 
     Several processes compile as they run, one program after the other: they must do it together.
