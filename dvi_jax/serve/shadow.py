@@ -1,7 +1,9 @@
 """Whether a drafter that was swapped in is worse than the one before it, by what the verifier says of fresh traffic.
 
 Drafts of one reply are right or wrong together, so single drafts would look more certain than they are. They are
-counted in blocks, and what differs between blocks says how much a mean can be trusted.
+counted in blocks, and what differs between blocks says how much a mean can be trusted. How often drafts are right
+depends on the plan too: a tree has several chances where a chain has one. So blocks are of one plan, and compared with
+those of the same.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ ENOUGH = 12  # blocks of a trial that was not found worse: it is over
 DOUBT = 3.0  # standard errors of the difference that are not put down to chance
 
 
+_Blocks = dict[str, deque[float]]  # accept rates of the newest blocks of each plan
+
+
 class Verdict(Enum):
     """What a trial comes to."""
 
@@ -30,9 +35,10 @@ class Shadow:
     """Accept rates of the drafter that is known to be good, and of what is on trial after it."""
 
     def __init__(self) -> None:
-        self._good: deque[float] = deque(maxlen=2 * ENOUGH)  # accept rate of each of the newest blocks
-        self._trial: deque[float] | None = None  # the same since the swap; None: nothing is on trial
+        self._good: _Blocks = {}
+        self._trial: _Blocks | None = None  # since the swap; None: nothing is on trial
         self._seen = (0, 0)  # drafts judged and accepted, up to the block under way
+        self._plan, self._is_mixed = "", False  # what drafts now, and whether something else did in that block
 
     @property
     def on_trial(self) -> bool:
@@ -41,37 +47,42 @@ class Shadow:
 
     @property
     def rates(self) -> tuple[float | None, float | None]:
-        """Mean accept rate of the good drafter and of the trial, as far as they are known."""
-        return _mean(self._good), _mean(self._trial or ())
+        """Mean accept rate of the good drafter and of the trial, as far as they are known: of the plan known best."""
+        known = self._trial or self._good
+        plan = max(known, key=lambda plan: len(known[plan]), default="")
+        return _mean(self._good.get(plan, ())), _mean((self._trial or {}).get(plan, ()))
 
-    def observe(self, judged: int, accepted: int) -> None:
-        """Take in the engine's counters, drafts judged and accepted since its start."""
+    def observe(self, judged: int, accepted: int, plan: str) -> None:
+        """Take in the engine's counters, drafts judged and accepted since its start, and the plan that drafts now.
+
+        What was judged since the last look may still have been drafted by the plan before.
+        """
+        self._is_mixed |= self._plan not in ("", plan)
+        self._plan = plan
         more = judged - self._seen[0]
-        if more >= BLOCK:
-            (self._good if self._trial is None else self._trial).append((accepted - self._seen[1]) / more)
-            self._seen = judged, accepted
+        if more < BLOCK:
+            return
+        if not self._is_mixed:
+            blocks = self._good if self._trial is None else self._trial
+            blocks.setdefault(plan, deque(maxlen=2 * ENOUGH)).append((accepted - self._seen[1]) / more)
+        self._seen, self._is_mixed = (judged, accepted), False
 
     def swapped(self, judged: int, accepted: int) -> None:
         """Another drafter is live from here on. What follows it before the verdict is on the same trial."""
         if self._trial is None:
-            self._trial, self._seen = deque(maxlen=2 * ENOUGH), (judged, accepted)
+            self._trial, self._seen = {}, (judged, accepted)
 
     def verdict(self) -> Verdict:
         """What the blocks so far say of the trial."""
-        good, trial = self._good, self._trial
-        if trial is None or len(trial) < LEAST:
+        if self._trial is None:
             return Verdict.OPEN
-        if len(good) >= LEAST:
-            drop = statistics.fmean(good) - statistics.fmean(trial)
-            if drop > DOUBT * math.sqrt(_variance(good) + _variance(trial)):
-                return Verdict.WORSE
-        return Verdict.HELD if len(trial) >= ENOUGH else Verdict.OPEN
+        if any(_is_worse(trial, self._good.get(plan, ())) for plan, trial in self._trial.items()):
+            return Verdict.WORSE
+        return Verdict.HELD if sum(map(len, self._trial.values())) >= ENOUGH else Verdict.OPEN
 
     def hold(self) -> None:
         """What was on trial is the good drafter now, by whose rate the next is measured."""
-        if self._trial:
-            self._good.clear()
-            self._good.extend(self._trial)
+        self._good |= self._trial or {}
         self._trial = None
 
     def take_back(self, judged: int, accepted: int) -> None:
@@ -79,11 +90,19 @@ class Shadow:
         self._trial, self._seen = None, (judged, accepted)
 
 
+def _is_worse(trial: Collection[float], good: Collection[float]) -> bool:
+    """Whether blocks of a trial have a lower rate than those of the good drafter, and not by chance."""
+    if min(len(trial), len(good)) < LEAST:
+        return False
+    drop = statistics.fmean(good) - statistics.fmean(trial)
+    return drop > DOUBT * math.sqrt(_variance(good) + _variance(trial))
+
+
 def _mean(rates: Collection[float]) -> float | None:
     return statistics.fmean(rates) if rates else None
 
 
-def _variance(rates: deque[float]) -> float:
+def _variance(rates: Collection[float]) -> float:
     """Of the mean of blocks: at least that of independent drafts."""
     mean = statistics.fmean(rates)
     # Not `statistics.variance`, which computes with fractions: every turn of an engine asks for this.

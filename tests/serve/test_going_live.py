@@ -133,6 +133,7 @@ def test_memory_is_counted_as_what_is_live(make_learner, some_ended, monkeypatch
         return sum(array.nbytes for array in jax.live_arrays())
 
     monkeypatch.setattr(candidate_module, "check_room", lambda size, what: counted.append(size))
+    noted.lower = update.lower
     monkeypatch.setattr(candidate_module, "update", noted)
     before = held()
     learner = make_learner()

@@ -13,7 +13,7 @@ class Traffic:
     def __init__(self, seed=0, stretch=40):
         self.rng, self.stretch, self.judged, self.accepted = np.random.default_rng(seed), stretch, 0, 0
 
-    def run(self, shadow, rate, drafts, spread=0.0):
+    def run(self, shadow, rate, drafts, spread=0.0, plan="chain:1"):
         """Until a verdict, or so many drafts; the rate of a stretch differs by `spread` from that of another."""
         for _ in range(drafts // self.stretch):
             if shadow.verdict() is not Verdict.OPEN:
@@ -21,7 +21,7 @@ class Traffic:
             self.judged += self.stretch
             p = np.clip(rate + spread * self.rng.normal(), 0, 1)
             self.accepted += self.rng.binomial(self.stretch, p)
-            shadow.observe(self.judged, self.accepted)
+            shadow.observe(self.judged, self.accepted, plan)
         return shadow.verdict()
 
 
@@ -51,8 +51,30 @@ def test_an_endless_trial_is_judged_by_its_newest_drafts():
     shadow, last = Shadow(), 100 * ENOUGH
     shadow.swapped(0, 0)
     for block in range(1, last + 1):
-        shadow.observe(BLOCK * block, BLOCK * max(block - last + 2 * ENOUGH, 0))
+        shadow.observe(BLOCK * block, BLOCK * max(block - last + 2 * ENOUGH, 0), "chain:1")
     assert shadow.rates[1] == 1.0
+
+
+def test_a_plan_is_compared_with_itself():
+    """A tree is right more often than a chain; a drafter that is used for both is not worse for the chain's rate."""
+    shadow, traffic = Shadow(), Traffic()
+    traffic.run(shadow, 0.6, 4000, plan="tree:4")
+    shadow.swapped(traffic.judged, traffic.accepted)
+    assert traffic.run(shadow, 0.45, 10_000, plan="chain:1") is Verdict.HELD
+    shadow.hold()
+    shadow.swapped(traffic.judged, traffic.accepted)
+    assert traffic.run(shadow, 0.4, 10_000, plan="tree:4") is Verdict.WORSE
+    assert shadow.rates == pytest.approx((0.6, 0.4), abs=0.1)
+
+
+def test_a_block_of_two_plans_says_nothing():
+    """Nor does the first that was begun with the plan before: what it counts may be of either."""
+    shadow, found = Shadow(), []
+    for look, plan in enumerate(["chain:1"] * 4 + ["tree:4"] * 4 + ["chain:1", "tree:4"] * 4, 1):
+        shadow.observe(BLOCK * look // 2, 0, plan)
+        found.append({plan: len(rates) for plan, rates in shadow._good.items()})
+    assert found[3] == {"chain:1": 2}
+    assert found[7:] == [{"chain:1": 2, "tree:4": 1}] * 9
 
 
 def test_the_next_is_measured_by_what_held():
