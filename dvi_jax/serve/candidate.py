@@ -6,7 +6,7 @@ there, and only then may the weights be drafted with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -309,11 +309,7 @@ class Candidate:
         -> seconds of an update, and of one of first drafts.
         """
         begun = self.point()
-        objectives = {self._settings.objective, self._of_first}
-        calls = [self._comparing(begun.served, begun.served), *(self._updating(1.0, each) for each in objectives)]
-        if self._equations is not None:
-            calls.append(self._solving(self._equations))
-        compile_all(call.lowered() for call in calls)
+        compile_all(self._large_programs(begun.served))
         if self._equations is not None:
             self.seconds_of_solving = self._timed_solving(clock, self._equations)
         seconds = self._timed(clock, first_drafts=False)
@@ -325,10 +321,20 @@ class Candidate:
         jax.tree.map(jnp.copy, begun)  # as a snapshot will
         return seconds, of_first
 
+    def _large_programs(self, served: Trainable) -> Iterator[jax.stages.Lowered]:
+        """What takes long to compile."""
+        model, equations = self._model, self._equations
+        yield self._comparing(served, served).lowered()
+        for objective in {self._settings.objective, self._of_first}:
+            yield self._updating(1.0, objective).lowered()
+        if equations is not None:
+            yield self._solving(equations).lowered()
+            yield add_newest.lower(model.definition, model.params, equations, self.replay)
+
     def _timed_solving(self, clock: Callable[[], float], equations: NormalEquations) -> float:
         """Seconds that first weights take once, and the windows before; what it adds are no rows."""
         model, seconds = self._model, []
-        for _ in range(2):  # the first compiles
+        for _ in range(2):  # the first takes longer
             began = clock()
             equations = add_newest(model.definition, model.params, equations, self.replay)
             jax.block_until_ready(equations)

@@ -47,8 +47,8 @@ POOLED = 4  # updates between two swaps of a drafter that moves slowly
 # where decoding is plain: drafts are made now and then there, to try, and may be of weights that much older.
 SWAP_SECONDS, YOUNG = 0.5, 0.1
 # Most of the time for learning while plain decoding is the quickest: no more than that is lost. And what it may take
-# besides of what drafting should bring, as far as that is more than chance, or than prompts, which drafting makes no
-# quicker, may leave of it.
+# besides of what drafting should bring beyond `UNSURE`: so much may be chance, or lost to prompts, which drafting makes
+# no quicker.
 UNPAID, PAID, UNSURE = 0.02, 0.75, 0.04
 # A new drafter's first draft pays before the others do, and costs less to learn. It is learned alone while decoding is
 # plain, in the first so many updates; then, and while a round has one draft, in every other one, so that a second may

@@ -19,7 +19,6 @@ LEAST = 4  # blocks of either drafter before anything is said
 ENOUGH = 12  # blocks of a trial that was not found worse: it is over
 DOUBT = 3.0  # standard errors of the difference that are not put down to chance
 
-
 _Blocks = dict[str, deque[float]]  # accept rates of the newest blocks of each plan
 
 
@@ -70,29 +69,36 @@ class Shadow:
     def swapped(self, judged: int, accepted: int) -> None:
         """Another drafter is live from here on. What follows it before the verdict is on the same trial."""
         if self._trial is None:
-            self._trial, self._seen = {}, (judged, accepted)
+            self._trial, self._seen, self._is_mixed = {}, (judged, accepted), False
 
     def verdict(self) -> Verdict:
-        """What the blocks so far say of the trial."""
+        """What the blocks so far say of the trial.
+
+        Nothing of a plan by which the good drafter is not known, unless it is known by none: that rounds draft by
+        another plan now may be because the new drafter is worse.
+        """
         if self._trial is None:
             return Verdict.OPEN
-        if any(_is_worse(trial, self._good.get(plan, ())) for plan, trial in self._trial.items()):
+        known = {plan: rates for plan, rates in self._good.items() if len(rates) >= LEAST}
+        told = [plan for plan in self._trial if plan in known or not known]
+        if any(_is_worse(self._trial[plan], known[plan]) for plan in told if plan in known):
             return Verdict.WORSE
-        return Verdict.HELD if sum(map(len, self._trial.values())) >= ENOUGH else Verdict.OPEN
+        return Verdict.HELD if sum(len(self._trial[plan]) for plan in told) >= ENOUGH else Verdict.OPEN
 
     def hold(self) -> None:
         """What was on trial is the good drafter now, by whose rate the next is measured."""
-        self._good |= self._trial or {}
+        if self._trial:
+            self._good = self._trial
         self._trial = None
 
     def take_back(self, judged: int, accepted: int) -> None:
         """The good drafter is live again."""
-        self._trial, self._seen = None, (judged, accepted)
+        self._trial, self._seen, self._is_mixed = None, (judged, accepted), False
 
 
 def _is_worse(trial: Collection[float], good: Collection[float]) -> bool:
     """Whether blocks of a trial have a lower rate than those of the good drafter, and not by chance."""
-    if min(len(trial), len(good)) < LEAST:
+    if len(trial) < LEAST:
         return False
     drop = statistics.fmean(good) - statistics.fmean(trial)
     return drop > DOUBT * math.sqrt(_variance(good) + _variance(trial))

@@ -194,6 +194,18 @@ def test_what_was_drafted_before_a_swap_is_not_on_its_trial(model, make_learner,
     assert turn(3, 300, 120) == (0.5, 0.1)
 
 
+def test_drafts_are_judged_as_the_plan_that_made_them(model, make_learner):
+    """Those of a try are there when decoding is plain again; those of another plan are told apart."""
+    learner, found = make_learner(model), []
+    for look, plan in enumerate(["plain", "tree:4", "plain", "plain", "chain:1", "chain:1", "plain"], 1):
+        counts = {"judged": (100 * look,), "accepted": (50 * look,), "stretches": look}
+        learner.turn(EngineStatus(4, running=4, waiting=0, context=96, plan=plan, **counts), idle=False)
+        found.append({plan: len(rates) for plan, rates in learner._shadow._good.items() if plan})
+    assert found[1:4] == [{"tree:4": 1}, {"tree:4": 2}, {"tree:4": 3}]
+    assert found[4] == found[3]  # of either
+    assert found[5:] == [{"tree:4": 3, "chain:1": 1}, {"tree:4": 3, "chain:1": 2}]
+
+
 def test_chance_takes_nothing_back(model, make_learner, monkeypatch):
     """Traffic that looks worse is not enough, nor is what windows say within three standard errors."""
     for good, live, suspected, kind in (

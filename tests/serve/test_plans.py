@@ -1,8 +1,10 @@
 """How an engine drafts: by what is accepted and what rounds cost, and without a change to any reply."""
 
 import itertools
+import json
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,9 +14,10 @@ from dvi_jax.decode.plan import PLAIN, Plan
 from dvi_jax.errors import UserError
 from dvi_jax.presets import SHAPES
 from dvi_jax.serve import engine as engine_module
+from dvi_jax.serve import plans as plans_module
 from dvi_jax.serve.plans import PIECES, START, BestPlan, OnePlan, choose, piece_rounds, plans_of, round_seconds
 from dvi_jax.serve.requests import Request
-from dvi_jax.serve.slots import Shape, empty_slots
+from dvi_jax.serve.slots import Shape, empty_slots, run_stretch
 
 COSTS = {PLAIN: 1.0, Plan("chain", 1): 1.2, Plan("chain", 3): 1.6, Plan("chain", 5): 2.0}
 
@@ -247,14 +250,51 @@ def test_a_piece_takes_the_device_longer_than_the_host(milliseconds, starting, r
     assert piece_rounds(1e-6, starting / 1000) == 8
 
 
-def test_a_quick_host_has_short_pieces(model, monkeypatch):
-    """How long it takes to start one is measured, on whatever machine this is."""
+def test_what_starting_a_piece_takes_is_measured(model, monkeypatch):
+    """By a clock that starting one moves by a millisecond, and waiting for the device by a hundred for each since."""
+    now, under_way = [0.0], []
+
+    def started(*given, **named):
+        now[0] += 0.001
+        under_way.append(None)
+        return run_stretch(*given, **named)
+
+    def waited(tree):
+        now[0] += 0.1 * len(under_way)
+        under_way.clear()
+        return tree
+
     empty = empty_slots(model.definition, model.decode_params, Shape(4, 128, 3, True))
-    times = iter(range(10**6))
-    monkeypatch.setattr("dvi_jax.serve.plans.time.perf_counter", lambda: next(times) / 1000)
+    monkeypatch.setattr(plans_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(plans_module, "run_stretch", started)
+    monkeypatch.setattr(jax, "block_until_ready", waited)
     costs, starting, _ = round_seconds(model, empty, (PLAIN,), piece=8)
-    assert starting == pytest.approx(0.001)  # between two looks at the clock, before and behind it
-    assert costs[PLAIN] == pytest.approx(0.002 / 8)  # two looks more beside a second piece
+    assert starting == pytest.approx(0.001)
+    assert costs[PLAIN] == pytest.approx(0.101 / 8)
+
+
+def test_costs_without_what_the_host_takes_are_measured_anew(model, monkeypatch, tmp_path):
+    """As an earlier release kept them. Where stretches are not started ahead they are all that is needed."""
+    path, plans = tmp_path / "costs.json", (PLAIN, Plan("chain", 2))
+    path.write_text(json.dumps({"plain": 500.0, "chain:2": 600.0, "tree:8": 900.0}))
+    monkeypatch.setattr(plans_module, "costs_path", lambda *_: path)
+    empty = empty_slots(model.definition, model.decode_params, Shape(4, 128, 3, True))
+    choice, empty = choose(model, plans, 3, empty)
+    assert choice.costs == {PLAIN: 500.0, plans[1]: 600.0}
+    choice, _ = choose(model, plans, 3, empty, ahead=True)
+    assert max(choice.costs.values()) < 500
+    known = json.loads(path.read_text())
+    assert known.keys() == {"plain", "chain:2", "tree:8", START}
+    assert known["tree:8"] == 900
+
+
+def test_tries_are_rare_though_they_may_cost_little():
+    choice = BestPlan({PLAIN: 1.0, Plan("chain", 1): 1.5}, width=2)
+    choice.add(Plan("chain", 1), np.full((1, 1000), 1), np.ones((1, 1000), int), np.ones(1, bool))
+    choice.costs[Plan("chain", 1)] = 1.01
+    retry = plans_module.RETRY
+    chosen = run_stretches(choice, 0.0, 3 * retry, np.random.default_rng(0), slots=1)
+    assert [number for number, plan in enumerate(chosen, 1) if plan.drafts] == [retry, 2 * retry, 3 * retry]
 
 
 def test_plans_of_a_name(model, monkeypatch):
