@@ -290,7 +290,7 @@ class Scheduler:
             reply.is_fresh &= plan.drafts > 0
         with self._device.handing():
             packed = self._programs.stretch(rounds, plan, sampled, piece)
-        fresh = [slot for slot, reply in held.items() if reply.is_fresh]
+        fresh = {slot for slot, reply in held.items() if reply.is_fresh}
         most = len(packed) * piece if piece else rounds
         return Stretch(packed, plan, held, fresh, most, somebody_waits or bool(self._intake.replies))
 
@@ -318,7 +318,7 @@ class Scheduler:
         rows = [slot for slot, _ in live]
         self._rounds_of_use.landed(stretch, outcome.accept_lengths[rows])
         if plan.drafts:
-            fresh = np.isin(rows, stretch.fresh)
+            fresh = np.array([slot in stretch.fresh for slot in rows], bool)
             self._choice.add(plan, outcome.accept_lengths[rows], outcome.drafted[rows], fresh)
         self.status = counted(self.status, outcome.accept_lengths[rows], outcome.drafted[rows], self._choice.width - 1)
         self._give_all(live, tokens, outcome.done)

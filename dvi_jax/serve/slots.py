@@ -150,6 +150,8 @@ class Outcome(NamedTuple):
     @classmethod
     def of_pieces(cls, pieces: Sequence[Outcome]) -> Outcome:
         """Of a stretch that was run in pieces, in their order."""
+        if len(pieces) == 1:  # most have one
+            return pieces[0]
         first, last, columns = pieces[0], pieces[-1], pieces[0].tokens.shape[1]
         tokens = np.zeros((len(first.start), len(pieces) * columns), np.int32)
         for piece in pieces:  # each begins where the one before it ended, or before that: those tokens are the same

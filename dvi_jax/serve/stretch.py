@@ -18,7 +18,7 @@ class Stretch(NamedTuple):
     packed: list[jax.Array]  # of each piece
     plan: Plan
     replies: dict[int, Reply]  # by the slots that they were in
-    fresh: list[int]  # slots of which the drafter has seen every row
+    fresh: set[int]  # slots of which the drafter has seen every row
     rounds: int  # at most
     somebody_waits: bool  # for a slot, when it was started
 

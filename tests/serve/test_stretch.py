@@ -26,7 +26,7 @@ class Told(OnePlan):
 
 def stretch(plan, *replies, somebody_waits=True):
     """Of four rounds; slots 3, 4 and so on."""
-    return Stretch([], plan, dict(enumerate(replies, 3)), [], 4, somebody_waits)
+    return Stretch([], plan, dict(enumerate(replies, 3)), set(), 4, somebody_waits)
 
 
 @pytest.fixture
