@@ -51,21 +51,6 @@ class _Arriving(NamedTuple):
     expected: int  # what that should be
 
 
-class _Call(NamedTuple):
-    """A program and what it is given: to be compiled beside others, or run."""
-
-    program: Any  # of `jax.jit`
-    given: tuple[Any, ...]
-    settings: dict[str, Any]  # static ones
-
-    def __call__(self) -> Any:
-        return self.program(*self.given, **self.settings)
-
-    def lowered(self) -> jax.stages.Lowered:
-        """For XLA."""
-        return self.program.lower(*self.given, **self.settings)
-
-
 class _Update(NamedTuple):
     """One that the device is given."""
 
@@ -246,17 +231,24 @@ class Candidate:
         self.state, self._report = self._solving(equations)()
         return on_its_way(self._report)
 
-    def _updating(self, rate: float, objective: ObjectiveConfig) -> _Call:
+    # Programs with what they are given: to be run, or compiled beside others.
+
+    def _updating(self, rate: float, objective: ObjectiveConfig) -> partial[Any]:
         model, moved = self._model, self._places.put(np.array(rate, np.float32))
         given = model.definition, model.params, self.state, self._report, self.replay, moved
-        how = {"objective": objective, "optimizer": self._optimizer, "size": self._size}
-        return _Call(update, given, how | {"fresh": self._settings.fresh_windows})
+        fresh = self._settings.fresh_windows
+        return partial(update, *given, fresh=fresh, objective=objective, optimizer=self._optimizer, size=self._size)
 
-    def _solving(self, equations: NormalEquations) -> _Call:
-        model, count = self._model, self._positions
+    def _solving(self, equations: NormalEquations) -> partial[Any]:
+        model, fresh = self._model, self._settings.fresh_windows
         given = model.definition, model.params, self.state, self._report, equations, self.replay
-        how = {"objective": self._of_first, "count": count, "fresh": self._settings.fresh_windows}
-        return _Call(solve, given, how)
+        return partial(solve, *given, fresh=fresh, objective=self._of_first, count=self._positions)
+
+    def _comparing(self, good: Trainable, live: Trainable) -> partial[Any]:
+        model, compared = self._model, min(COMPARED, len(self.replay.windows.length))
+        given = model.definition, model.params, good, live, self.replay, self.state.key
+        count = min(self._positions, compared * (self._window - 1))
+        return partial(compare, *given, fresh=compared, objective=self._settings.objective, count=count)
 
     def look(self) -> Learnt:
         """What the update under way came to, once it has; raises what giving it to the device has raised."""
@@ -297,19 +289,13 @@ class Candidate:
         first, second, error = np.asarray(self._comparing(good, live)()).tolist()
         return first, second, error
 
-    def _comparing(self, good: Trainable, live: Trainable) -> _Call:
-        model, compared = self._model, min(COMPARED, len(self.replay.windows.length))
-        given = model.definition, model.params, good, live, self.replay, self.state.key
-        count = min(self._positions, compared * (self._window - 1))
-        return _Call(compare, given, {"objective": self._settings.objective, "count": count, "fresh": compared})
-
     def _warm_up(self, clock: Callable[[], float]) -> tuple[float, float]:
         """Compile every program, on no windows, so that no reply waits for one.
 
         -> seconds of an update, and of one of first drafts.
         """
         begun = self.point()
-        compile_all(self._large_programs(begun.served))
+        compile_all(map(_lowered, self._large_programs(begun.served)))
         if self._equations is not None:
             self.seconds_of_solving = self._timed_solving(clock, self._equations)
         seconds = self._timed(clock, first_drafts=False)
@@ -321,15 +307,15 @@ class Candidate:
         jax.tree.map(jnp.copy, begun)  # as a snapshot will
         return seconds, of_first
 
-    def _large_programs(self, served: Trainable) -> Iterator[jax.stages.Lowered]:
+    def _large_programs(self, served: Trainable) -> Iterator[partial[Any]]:
         """What takes long to compile."""
         model, equations = self._model, self._equations
-        yield self._comparing(served, served).lowered()
+        yield self._comparing(served, served)
         for objective in {self._settings.objective, self._of_first}:
-            yield self._updating(1.0, objective).lowered()
+            yield self._updating(1.0, objective)
         if equations is not None:
-            yield self._solving(equations).lowered()
-            yield add_newest.lower(model.definition, model.params, equations, self.replay)
+            yield self._solving(equations)
+            yield partial(add_newest, model.definition, model.params, equations, self.replay)
 
     def _timed_solving(self, clock: Callable[[], float], equations: NormalEquations) -> float:
         """Seconds that first weights take once, and the windows before; what it adds are no rows."""
@@ -371,6 +357,12 @@ def _optimizer(model: LoadedModel, settings: LearnSettings) -> OptimizerConfig:
         return replace(settings.optimizer, average=settings.average)
     is_wide = model.config.hidden_size > WIDEST_MUON
     return replace(settings.optimizer, matrices="adamw" if is_wide else settings.matrices)
+
+
+def _lowered(call: partial[Any]) -> jax.stages.Lowered:
+    """A jitted function, for XLA."""
+    function: Any = call.func
+    return function.lower(*call.args, **call.keywords)
 
 
 def is_ready(tree: Any) -> bool:

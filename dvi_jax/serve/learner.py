@@ -98,7 +98,6 @@ class Learner:
         self._decided = 0  # update after which the last trial was decided
         self._judged, self._stretches, self._drafts = (0, 0), 0, 1  # of the engine; drafts of a round by its plan
         self._gain: float | None = None  # of the engine, too
-        self._drafting = ""  # plan that drafted last
         self._swapped_in: int | None = None  # stretch in which a swap fell whose trial has not begun
         self._digest: jax.Array | None = None  # of the live drafter, on its way
         self._cautious_until = -1
@@ -179,15 +178,13 @@ class Learner:
     def _observe(self, status: EngineStatus) -> None:
         """What was judged since. The stretch in which a swap falls was drafted by what was live before."""
         self._drafts, self._gain = Plan.parse(status.plan).drafts, status.gain
-        if self._drafts:  # else what is judged is a try's, by the plan that drafted last
-            self._drafting = status.plan
         self._judged, self._stretches = (sum(status.judged), sum(status.accepted)), status.stretches
         if self._swapped_in is not None and self._stretches > self._swapped_in:
             self._swapped_in = None
             if not self._shadow.on_trial:
                 self._tried = self._live
             self._shadow.swapped(*self._judged)
-        self._shadow.observe(*self._judged, self._drafting)
+        self._shadow.observe(*self._judged, status.plan if self._drafts else None)
 
     def _new_params(self) -> Params | None:
         """The live drafter's, unless the engine has them."""

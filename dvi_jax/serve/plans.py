@@ -186,7 +186,8 @@ def choose(
     path = costs_path(model, count, room, width, "slots", piece)
     is_alone = jax.process_count() == 1  # several measure together at each start, and the first one's count
     known = read_costs(path) if is_alone else {}
-    if not all(name in known for name in (*map(str, plans), *([START] if ahead else []))):
+    needed = {*map(str, plans), START} if ahead else {*map(str, plans)}
+    if not needed <= known.keys():
         if len(plans) > 1:
             names = ", ".join(map(str, plans))
             once = " once" if is_alone else ""

@@ -282,9 +282,10 @@ class Scheduler:
         if not any(self._may_go_on(slot, reply) for slot, reply in held.items()):
             return None
         early = any(reply.statistics.new_tokens < EARLY_TOKENS for reply in running)
+        somebody_waits = somebody_waits or bool(self._intake.replies)
         plan = self._choice.next_plan(fresh=any(reply.is_fresh for reply in running))
         piece = self._choice.pieces[plan]
-        rounds = self._pace.rounds(hurry=early or somebody_waits or bool(self._intake.replies), least=piece or FEWEST)
+        rounds = self._pace.rounds(hurry=early or somebody_waits, least=piece or FEWEST)
         sampled = any(_is_sampled(reply.request.sampling) for reply in running)
         for reply in running:
             reply.is_fresh &= plan.drafts > 0
@@ -292,7 +293,7 @@ class Scheduler:
             packed = self._programs.stretch(rounds, plan, sampled, piece)
         fresh = {slot for slot, reply in held.items() if reply.is_fresh}
         most = len(packed) * piece if piece else rounds
-        return Stretch(packed, plan, held, fresh, most, somebody_waits or bool(self._intake.replies))
+        return Stretch(packed, plan, held, fresh, most, somebody_waits)
 
     def _may_go_on(self, slot: int, reply: Reply) -> bool:
         """Whether a reply can have tokens left behind the stretch under way: every round gives it one at least."""

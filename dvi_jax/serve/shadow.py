@@ -37,7 +37,7 @@ class Shadow:
         self._good: _Blocks = {}
         self._trial: _Blocks | None = None  # since the swap; None: nothing is on trial
         self._seen = (0, 0)  # drafts judged and accepted, up to the block under way
-        self._plan, self._is_mixed = "", False  # what drafts now, and whether something else did in that block
+        self._plan, self._is_mixed = "", False  # what drafted last, and whether something else did in that block
 
     @property
     def on_trial(self) -> bool:
@@ -51,19 +51,21 @@ class Shadow:
         plan = max(known, key=lambda plan: len(known[plan]), default="")
         return _mean(self._good.get(plan, ())), _mean((self._trial or {}).get(plan, ()))
 
-    def observe(self, judged: int, accepted: int, plan: str) -> None:
+    def observe(self, judged: int, accepted: int, plan: str | None) -> None:
         """Take in the engine's counters, drafts judged and accepted since its start, and the plan that drafts now.
 
-        What was judged since the last look may still have been drafted by the plan before.
+        What was judged since the last look may still have been drafted by the plan before. None: nothing drafts now,
+        and what is judged is a try's, by the plan that drafted last.
         """
-        self._is_mixed |= self._plan not in ("", plan)
-        self._plan = plan
+        if plan is not None:
+            self._is_mixed |= self._plan not in ("", plan)
+            self._plan = plan
         more = judged - self._seen[0]
         if more < BLOCK:
             return
         if not self._is_mixed:
             blocks = self._good if self._trial is None else self._trial
-            blocks.setdefault(plan, deque(maxlen=2 * ENOUGH)).append((accepted - self._seen[1]) / more)
+            blocks.setdefault(self._plan, deque(maxlen=2 * ENOUGH)).append((accepted - self._seen[1]) / more)
         self._seen, self._is_mixed = (judged, accepted), False
 
     def swapped(self, judged: int, accepted: int) -> None:
@@ -80,10 +82,10 @@ class Shadow:
         if self._trial is None:
             return Verdict.OPEN
         known = {plan: rates for plan, rates in self._good.items() if len(rates) >= LEAST}
-        told = [plan for plan in self._trial if plan in known or not known]
-        if any(_is_worse(self._trial[plan], known[plan]) for plan in told if plan in known):
+        told = {plan: rates for plan, rates in self._trial.items() if plan in known or not known}
+        if known and any(_is_worse(rates, known[plan]) for plan, rates in told.items()):
             return Verdict.WORSE
-        return Verdict.HELD if sum(len(self._trial[plan]) for plan in told) >= ENOUGH else Verdict.OPEN
+        return Verdict.HELD if sum(map(len, told.values())) >= ENOUGH else Verdict.OPEN
 
     def hold(self) -> None:
         """What was on trial is the good drafter now, by whose rate the next is measured."""
